@@ -1,0 +1,156 @@
+"""Strict configuration: YAML file, then `--set key.path=value`, then explicit flags."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, of the wrong type or out of range; the message names where it came from."""
+
+
+class Settings(BaseModel):
+    """Base of every configuration section: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+SettingsType = TypeVar("SettingsType", bound=Settings)
+
+
+def load_config(
+    schema: type[SettingsType],
+    file: str | Path | None = None,
+    assignments: Iterable[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> SettingsType:
+    """Build `schema` from a YAML file, `key.path=value` assignments, flags; later ones win.
+
+    `flags` maps a dotted path to a value; None values are skipped (the flag was not given).
+    Raises ConfigError whose message names the origin, the key, what was found and the nearest
+    known key.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    if file is not None:
+        values = read_yaml_mapping(file)
+        for key in _leaf_paths(values):
+            origins[key] = str(file)
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set {assignment}: expected key.path=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {assignment}: the value is not YAML ({_one_line(error)})") from None
+        _assign(values, key.strip(), value, f"--set {assignment}")
+        origins[key.strip()] = f"--set {assignment}"
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _assign(values, key, value, f"flag for {key}")
+            origins[key] = "command line"
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(schema, problem, origins) for problem in error.errors())) from None
+
+
+def read_yaml_mapping(file: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError when it is absent, no YAML, or no mapping."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read ({_one_line(error)})") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not valid YAML ({_one_line(error)})") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: expected a mapping at the top, found {type(values).__name__}")
+    return values
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{path}."))
+        else:
+            flat[path] = value
+    return flat
+
+
+def canonical_hash(value: Any) -> str:
+    """sha256 (hex) of the value's JSON with sorted keys; equal values hash equally on any machine."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the closest known word, or an empty string."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def _assign(values: dict[str, Any], path: str, value: Any, origin: str) -> None:
+    *parents, leaf = path.split(".")
+    node = values
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{origin}: {parent!r} is a value ({child!r}), not a section")
+        node = child
+    node[leaf] = value
+
+
+def _leaf_paths(values: Mapping[str, Any]) -> list[str]:
+    return list(flatten(values))
+
+
+def _explain(schema: type[Settings], problem: Any, origins: Mapping[str, str]) -> str:
+    path = ".".join(str(part) for part in problem["loc"])
+    origin = _origin(path, origins)
+    prefix = f"{origin}: " if origin else ""
+    if problem["type"] == "extra_forbidden":
+        *parents, leaf = problem["loc"]
+        return f"{prefix}unknown key {path!r}{nearest(str(leaf), _fields_at(schema, parents))}"
+    if problem["type"] == "missing":
+        return f"{prefix}{path!r} is required"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{prefix}{path} = {problem['input']!r}: {message[:1].lower() + message[1:]}"
+
+
+def _origin(path: str, origins: Mapping[str, str]) -> str:
+    for key, origin in origins.items():
+        if key == path or key.startswith(f"{path}.") or path.startswith(f"{key}."):
+            return origin
+    return ""
+
+
+def _fields_at(schema: type[Settings], parents: Iterable[Any]) -> list[str]:
+    node: Any = schema
+    for parent in parents:
+        field = node.model_fields.get(parent) if isinstance(node, type) and issubclass(node, BaseModel) else None
+        if field is None:
+            return []
+        node = field.annotation
+    return list(node.model_fields) if isinstance(node, type) and issubclass(node, BaseModel) else []
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

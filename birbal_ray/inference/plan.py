@@ -1,0 +1,255 @@
+"""What a score run will do: tasks, their labels, their shards; decided before anything heavy starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow as pa
+
+from birbal_ray.config.score import CompletionSettings, ScoreConfig
+from birbal_ray.contracts import TASKS
+from birbal_ray.ni import catalog, labels, prompt, reader
+from birbal_ray.ni.metrics import EXACT_MATCH
+from birbal_ray.ni.schema import Instance, Task, TaskError, take_first
+from birbal_ray.run import write_atomic
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that is used here."""
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
+        """`{"input_ids": …}`, one list of token ids per text."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTask:
+    """One task of the run. Token counts are None unless the plan was asked to count."""
+
+    name: str
+    path: str
+    sha256: str
+    label: labels.Label
+    num_available: int
+    num_instances: int
+    num_shots: int
+    max_completion_tokens: int
+    repairs: dict[str, int]
+    definition: str
+    categories: tuple[str, ...]
+    sources: tuple[str, ...]
+    domains: tuple[str, ...]
+    licenses: tuple[str, ...]
+    num_shared_tokens: int | None = None  # the prefix, once
+    num_own_tokens: int | None = None  # what follows it, over all instances
+    num_too_long: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A chunk of one task's instances: the unit of work, of output and of resumption."""
+
+    task: str
+    path: str
+    sha256: str
+    label: str
+    chunk: int
+    num_chunks: int
+    num_rows: int
+    max_completion_tokens: int
+
+    @property
+    def file_name(self) -> str:
+        """The shard's Parquet file."""
+        return f"{self.task}-{self.chunk:05d}-of-{self.num_chunks:05d}.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The tasks of a run by name, and the files that were left out: (file, reason)."""
+
+    tasks: tuple[PlannedTask, ...]
+    quarantined: tuple[tuple[str, str], ...]
+    excluded: tuple[tuple[str, str], ...]
+    absent: tuple[str, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that the run will hold."""
+        return sum(task.num_instances for task in self.tasks)
+
+    def shards(self, shard_rows: int) -> list[Shard]:
+        """All shards, those of one task adjacent."""
+        result = []
+        for task in self.tasks:
+            count = math.ceil(task.num_instances / shard_rows)
+            for chunk in range(count):
+                rows = min(shard_rows, task.num_instances - chunk * shard_rows)
+                result.append(
+                    Shard(
+                        task.name, task.path, task.sha256, task.label.value, chunk, count, rows, task.max_completion_tokens
+                    )
+                )
+        return result
+
+    def table(self) -> pa.Table:
+        """The tasks as TASKS rows."""
+        return pa.Table.from_pylist(
+            [
+                {
+                    "task": task.name,
+                    "label": task.label.value,
+                    "label_reason": task.label.reason,
+                    "definition": task.definition,
+                    "categories": list(task.categories),
+                    "sources": list(task.sources),
+                    "domains": list(task.domains),
+                    "licenses": list(task.licenses),
+                    "sha256": task.sha256,
+                    "num_shots": task.num_shots,
+                    "num_available": task.num_available,
+                    "num_instances": task.num_instances,
+                    "max_completion_tokens": task.max_completion_tokens,
+                }
+                for task in self.tasks
+            ],
+            schema=TASKS,
+        )
+
+
+def make_plan(
+    config: ScoreConfig,
+    tokenizer: Tokenizer,
+    *,
+    unpack_to: Path | None = None,
+    count_tokens: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """Read every chosen task file once and decide what the run does with it.
+
+    Files that can't be used are quarantined, or raise TaskError when `config.tasks.strict`. Tasks in
+    an archive are written to `unpack_to` (workers read files one by one; a tar has no index).
+    """
+    root = Path(config.tasks.path or "")
+    files = reader.find_task_files(root)
+    duplicates = {file.name for file, following in zip(files, files[1:], strict=False) if file.name == following.name}
+    if duplicates:
+        raise TaskError(f"{root}: two files named {sorted(duplicates)[0]}.json")
+    names, absent = catalog.choose_names([file.name for file in files], config.tasks.select, root)
+    chosen = set(names) - set(_known(config.tasks.exclude, [file.name for file in files], root))
+    if not chosen:
+        raise TaskError(f"{root}: none of its {len(files)} tasks is chosen (tasks.select = {config.tasks.select!r})")
+    overrides = labels.default_overrides()
+    if config.tasks.label_overrides:
+        overrides |= labels.read_overrides(Path(config.tasks.label_overrides))
+
+    planned, quarantined, excluded = [], [], []
+    files = [file for file in files if file.name in chosen]
+    for done, (file, data) in enumerate(reader.read_files(files), 1):
+        progress(f"reading tasks {done}/{len(files)}: {file.name}")
+        try:
+            task = reader.parse_task(file.name, data)
+            if config.tasks.strict:
+                prompt.shared_prefix(task, config.prompt.num_shots, strict=True)
+        except TaskError as error:
+            if config.tasks.strict:
+                raise
+            quarantined.append((file.label, str(error)))
+            continue
+        reason = catalog.excluded_by(task, config.tasks.exclude_families)
+        if reason:
+            excluded.append((task.name, reason))
+            continue
+        path = file.path
+        if file.member is not None and unpack_to is not None:
+            path = unpack_to / f"{file.name}.json"
+            if not path.exists() or path.read_bytes() != data:
+                write_atomic(path, data)
+        label = labels.label_task(task, overrides)
+        planned.append(_plan_task(task, path, label, config, tokenizer, count_tokens))
+    if not planned:
+        reasons = "; ".join(reason for _, reason in (quarantined + excluded)[:3])
+        raise TaskError(f"{root}: no usable task ({reasons})")
+    return Plan(tuple(sorted(planned, key=lambda task: task.name)), tuple(quarantined), tuple(excluded), tuple(absent))
+
+
+def completion_tokens(label: str, lengths: Sequence[int], settings: CompletionSettings) -> int:
+    """Tokens a completion may take, from the token lengths of a task's references.
+
+    Exact match: the longest reference plus headroom (anything longer is wrong anyway). Generation:
+    the 99th percentile with a share on top. At most `settings.max_completion_tokens`.
+    """
+    ordered = sorted(lengths) or [0]
+    if label == EXACT_MATCH:
+        wanted = ordered[-1]
+    else:
+        p99 = ordered[math.ceil(0.99 * len(ordered)) - 1]
+        wanted = math.ceil(p99 * (1 + settings.headroom_fraction))
+    return min(settings.max_completion_tokens, wanted + settings.headroom_tokens)
+
+
+def prefix_token_ids(task: Task, num_shots: int, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of what all prompts of a task begin with."""
+    return tokenizer([prompt.shared_prefix(task, num_shots) + "### Input:\n"])["input_ids"][0]
+
+
+def too_long_reason(num_prompt_tokens: int, max_completion_tokens: int, max_model_len: int) -> str | None:
+    """Why a prompt doesn't fit, or None."""
+    room = max_model_len - max_completion_tokens
+    if num_prompt_tokens <= room:
+        return None
+    return (
+        f"prompt too long: {num_prompt_tokens} tokens, engine.max_model_len {max_model_len} leaves {room} "
+        f"beside {max_completion_tokens} for the completion"
+    )
+
+
+def _plan_task(
+    task: Task, path: Path, label: labels.Label, config: ScoreConfig, tokenizer: Tokenizer, count_tokens: bool
+) -> PlannedTask:
+    taken = take_first(task, config.tasks.instances_per_task, config.seed)
+    references = sorted({reference for instance in taken for reference in instance.references})
+    lengths = [len(ids) for ids in tokenizer(references, add_special_tokens=False)["input_ids"]] if references else []
+    max_tokens = completion_tokens(label.value, lengths, config.completion)
+    shared = own = too_long = None
+    if count_tokens:
+        shared, own, too_long = _count_tokens(task, taken, max_tokens, config, tokenizer)
+    return PlannedTask(
+        name=task.name,
+        path=str(path.resolve()),
+        sha256=task.sha256,
+        label=label,
+        num_available=len(task.instances),
+        num_instances=len(taken),
+        num_shots=min(config.prompt.num_shots, len(task.positive_examples)),
+        max_completion_tokens=max_tokens,
+        repairs=task.repairs,
+        definition=task.definition,
+        categories=task.categories,
+        sources=task.sources,
+        domains=task.domains,
+        licenses=task.licenses,
+        num_shared_tokens=shared,
+        num_own_tokens=own,
+        num_too_long=too_long,
+    )
+
+
+def _count_tokens(
+    task: Task, taken: Sequence[Instance], max_tokens: int, config: ScoreConfig, tokenizer: Tokenizer
+) -> tuple[int, int, int]:
+    shared = len(prefix_token_ids(task, config.prompt.num_shots, tokenizer))
+    usable = [prompt.own_part(instance.input).removeprefix("### Input:\n") for instance in taken if instance.error is None]
+    lengths = [len(ids) for ids in tokenizer(usable, add_special_tokens=False)["input_ids"]] if usable else []
+    too_long = [n for n in lengths if too_long_reason(shared + n, max_tokens, config.engine.max_model_len)]
+    return shared, sum(lengths) - sum(too_long), len(too_long)
+
+
+def _known(names: Sequence[str], available: Sequence[str], path: Path) -> Sequence[str]:
+    for name in names:
+        if name not in set(available):
+            raise TaskError(catalog.unknown_task(name, available, path))
+    return names

@@ -1,0 +1,96 @@
+"""Rates of a running score run, remembered for the next one's estimate."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from birbal_ray.config.score import ScoreConfig
+from birbal_ray.inference.board import Snapshot
+from birbal_ray.inference.models import cache_folder
+from birbal_ray.progress import duration
+from birbal_ray.run import write_json
+
+RATES_FILE = "throughput.json"
+
+
+class Meter:
+    """Counts of one session; rates run from the moment the first engine was ready."""
+
+    def __init__(self, rows_before: int, rows_total: int) -> None:
+        self._before, self._total = rows_before, rows_total
+        self._written = self._errors = 0
+        self._begun = time.monotonic()
+        self._ready_at: float | None = None
+        self._last = Snapshot()
+
+    def written(self, rows: int, errors: int) -> None:
+        """A shard stands on disk."""
+        self._written += rows
+        self._errors += errors
+
+    def line(self, snapshot: Snapshot) -> str:
+        """The progress line."""
+        self._last = snapshot
+        if snapshot.num_ready and self._ready_at is None:
+            self._ready_at = time.monotonic()
+        if self._ready_at is None:
+            waited = duration(time.monotonic() - self._begun)
+            return f"loading the model ({snapshot.num_started} engine(s) started, {waited})"
+        seconds = max(1e-9, time.monotonic() - self._ready_at)
+        counts = snapshot.counts
+        rows = max(self._written, counts["rows"])
+        rate = rows / seconds
+        left = max(0, self._total - self._before - rows)
+        cached = counts["cached_tokens"] / counts["prompt_tokens"] if counts["prompt_tokens"] else 0.0
+        parts = [
+            f"{min(self._total, self._before + rows)}/{self._total} rows",
+            f"{rate:.1f} rows/s",
+            f"{counts['prompt_tokens'] / seconds:.0f} prompt tokens/s",
+            f"{cached:.0%} from cache",
+            f"{max(self._errors, counts['errors'])} errors",
+            f"ETA {duration(left / rate)}" if rate else "ETA ?",
+        ]
+        if snapshot.num_restarts or snapshot.num_moves:
+            parts.append(f"{snapshot.num_restarts + snapshot.num_moves} engine restarts")
+        return " · ".join(parts)
+
+    def session(self) -> dict[str, Any]:
+        """For the manifest: rows, seconds by phase, rates (steady state: without the engine's loading)."""
+        now = time.monotonic()
+        steady = now - (self._ready_at or now)
+        computed = sum(self._last.counts[name] for name in ("prompt_tokens", "completion_tokens"))
+        return {
+            "rows": self._written,
+            "load_seconds": round((self._ready_at or now) - self._begun, 3),
+            "steady_seconds": round(steady, 3),
+            "rows_per_second": round(self._written / steady, 3) if steady else None,
+            "tokens_per_second": round(computed / steady, 1) if steady else None,
+            "engine_restarts": self._last.num_restarts + self._last.num_moves,
+        }
+
+
+def remember(config: ScoreConfig, tokens_per_second: float) -> None:
+    """Keep this machine's latest rate for a model, per replica."""
+    rates = _read()
+    rates[_key(config)] = tokens_per_second / config.resources.num_replicas
+    write_json(cache_folder() / RATES_FILE, rates)
+
+
+def recall(config: ScoreConfig) -> float | None:
+    """Prompt + completion tokens per second that this machine reached with the model, or None."""
+    rate = _read().get(_key(config))
+    return rate * config.resources.num_replicas if rate else None
+
+
+def _key(config: ScoreConfig) -> str:
+    return f"{config.model.name} {config.engine.device} {config.engine.backend}"
+
+
+def _read() -> dict[str, float]:
+    file = cache_folder() / RATES_FILE
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}

@@ -1,0 +1,1 @@
+"""Natural Instructions: task files, prompts, labels, metrics. Pure Python."""

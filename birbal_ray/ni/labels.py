@@ -1,0 +1,75 @@
+"""Which metric a task gets: an explainable rule, with human overrides above it."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from birbal_ray.ni.metrics import EXACT_MATCH, GENERATION
+from birbal_ray.ni.schema import Task, TaskError
+
+MAX_SHORT_WORDS = 5
+OPEN_ENDED_CATEGORIES = frozenset({"Title Generation", "Question Generation", "Wrong Candidate Generation"})
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """exact_match or generation, and why."""
+
+    value: str
+    reason: str
+
+
+def label_task(task: Task, overrides: dict[str, Label] | None = None) -> Label:
+    """The override for this task, else the rule's label.
+
+    Rule: exact match for Program Execution, and where the 95th percentile of reference length is at
+    most 5 words and the category is not an open-ended one; generation otherwise.
+    """
+    if overrides and task.name in overrides:
+        return overrides[task.name]
+    if "Program Execution" in task.categories:
+        return Label(EXACT_MATCH, "Program Execution: one computed answer")
+    words = reference_words_p95(task)
+    open_ended = sorted(OPEN_ENDED_CATEGORIES.intersection(task.categories))
+    if words > MAX_SHORT_WORDS:
+        return Label(GENERATION, f"p95 of reference length is {words} words > {MAX_SHORT_WORDS}")
+    if open_ended:
+        return Label(GENERATION, f"p95 {words} words, but open-ended category {open_ended[0]}")
+    return Label(EXACT_MATCH, f"p95 of reference length is {words} words <= {MAX_SHORT_WORDS}")
+
+
+def reference_words_p95(task: Task) -> int:
+    """95th percentile (nearest rank) of the references' lengths in space-split words."""
+    lengths = sorted(len(reference.split()) for instance in task.instances for reference in instance.references)
+    return lengths[math.ceil(0.95 * len(lengths)) - 1] if lengths else 0
+
+
+def default_overrides() -> dict[str, Label]:
+    """The overrides that come with the package."""
+    with resources.as_file(resources.files("birbal_ray.ni") / "data" / "label_overrides.csv") as file:
+        return read_overrides(file)
+
+
+def read_overrides(file: Path) -> dict[str, Label]:
+    """Overrides from a CSV with the columns name,label,reason.
+
+    Raises TaskError naming the file and line when the columns or a label are others.
+    """
+    if not file.exists():
+        raise TaskError(f"{file}: no such file (label overrides)")
+    with file.open(newline="", encoding="utf-8-sig") as handle:
+        reader = csv.DictReader(handle)
+        if not {"name", "label"} <= set(reader.fieldnames or []):
+            raise TaskError(f"{file}: columns are {reader.fieldnames}, expected name,label,reason")
+        overrides = {}
+        for row in reader:
+            if row["label"] not in (EXACT_MATCH, GENERATION):
+                raise TaskError(
+                    f"{file} line {reader.line_num}: label is {row['label']!r}, expected {EXACT_MATCH} or {GENERATION}"
+                )
+            overrides[row["name"]] = Label(row["label"], f"override: {row.get('reason') or 'no reason given'}")
+    return overrides

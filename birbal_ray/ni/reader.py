@@ -1,0 +1,252 @@
+"""Read task files as they are in the wild.
+
+What real files hold is mended where the meaning is plain (counted in `Task.repairs`), becomes an
+instance with an `error` where one instance is unusable, or raises TaskError where the file is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from birbal_ray.ni.schema import Example, Instance, Task, TaskError
+
+ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFile:
+    """Where a task's bytes are: a file, or a member of a tar archive."""
+
+    name: str
+    path: Path
+    member: str | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.path.name}:{self.member}" if self.member else self.path.name
+
+
+def find_task_files(path: Path) -> list[TaskFile]:
+    """The task files of a folder (or its `tasks/`), one `.json` file, or a tar archive; by name.
+
+    Raises TaskError when the path is absent or holds no task file.
+    """
+    if not path.exists():
+        raise TaskError(f"{path}: no such file or folder")
+    if path.is_dir():
+        folder = path / "tasks" if (path / "tasks").is_dir() else path
+        files = [TaskFile(file.stem, file) for file in folder.glob("*.json")]
+    elif is_archive(path):
+        files = [TaskFile(Path(member).stem, path, member) for member, _ in _members(path, read=False)]
+    elif path.suffix == ".json":
+        files = [TaskFile(path.stem, path)]
+    else:
+        raise TaskError(f"{path}: not a folder, a .json task file or a {'/'.join(ARCHIVE_SUFFIXES)} archive")
+    if not files:
+        raise TaskError(f"{path}: holds no task files (*.json, or tasks/*.json)")
+    return sorted(files, key=lambda file: file.name)
+
+
+def is_archive(path: Path) -> bool:
+    """Whether the name is that of a tar archive we read."""
+    return path.name.endswith(ARCHIVE_SUFFIXES)
+
+
+def read_files(files: list[TaskFile]) -> Iterator[tuple[TaskFile, bytes]]:
+    """Each file's bytes; the members of one archive come in one pass over it, in the archive's order."""
+    for file in files:
+        if file.member is None:
+            yield file, file.path.read_bytes()
+    archives = {file.path for file in files if file.member is not None}
+    for archive in sorted(archives):
+        wanted = {file.member: file for file in files if file.path == archive}
+        for member, data in _members(archive, read=True, only=set(wanted)):
+            yield wanted[member], data
+
+
+def read_task(path: Path) -> Task:
+    """The task in one file."""
+    return parse_task(path.stem, path.read_bytes())
+
+
+def parse_task(name: str, data: bytes) -> Task:
+    """A task from a file's bytes; raises TaskError naming the file and the reason.
+
+    Instances with the same input become one with the references of all, in order. Row ids follow
+    DESIGN: the file's ids, positions (from 0) where there are none, `#n` on repeats.
+    """
+    repairs: Counter[str] = Counter()
+    values = _parse_json(name, data, repairs)
+    task = Task(
+        name=name,
+        definition=_definition(name, values.get("Definition")),
+        positive_examples=_examples(name, values.get("Positive Examples"), repairs),
+        instances=_instances(name, values.get("Instances"), repairs),
+        categories=_strings(values.get("Categories")),
+        sources=_strings(values.get("Source")),
+        domains=_strings(values.get("Domains")),
+        input_languages=_strings(values.get("Input_language")),
+        output_languages=_strings(values.get("Output_language")),
+        licenses=_strings(values.get("Instance License")),
+        sha256=hashlib.sha256(data).hexdigest(),
+        num_bytes=len(data),
+        repairs={},
+    )
+    return replace(task, repairs=dict(repairs))
+
+
+def _members(archive: Path, *, read: bool, only: set[str] | None = None) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of the archive's task files; bytes are empty unless `read`. Nothing is extracted."""
+    try:
+        with tarfile.open(archive, "r|*") as tar:
+            for member in tar:
+                path = Path(member.name)
+                if not member.isreg() or path.suffix != ".json" or path.parent.name != "tasks":
+                    continue
+                if only is not None and member.name not in only:
+                    continue
+                file = tar.extractfile(member) if read else None
+                yield member.name, file.read() if file else b""
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise TaskError(f"{archive}: not a readable tar archive ({error})") from None
+
+
+def _parse_json(name: str, data: bytes, repairs: Counter[str]) -> dict[str, Any]:
+    if not data.strip():
+        raise TaskError(f"{name}.json: the file is empty")
+    if data.startswith(b"\xef\xbb\xbf"):
+        repairs["byte order mark"] += 1
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{name}.json: not UTF-8 at byte {error.start}") from None
+    try:
+        values = json.loads(text)  # not orjson: real files hold bare NaN and unpaired surrogates
+    except json.JSONDecodeError as error:
+        truncated = ", the file ends there: truncated?" if error.pos >= len(text.rstrip()) - 1 else ""
+        raise TaskError(f"{name}.json: not valid JSON at line {error.lineno} column {error.colno} ({error.msg}{truncated})") from None
+    except RecursionError:
+        raise TaskError(f"{name}.json: not a task file (nested too deeply)") from None
+    if not isinstance(values, dict):
+        raise TaskError(f"{name}.json: expected an object at the top, found {type(values).__name__}")
+    return values
+
+
+def _definition(name: str, value: Any) -> str:
+    entries = [value] if isinstance(value, str) else value
+    if not isinstance(entries, list) or not entries or not isinstance(entries[0], str) or not entries[0].strip():
+        raise TaskError(f"{name}.json: 'Definition' is {_kind(value)}, expected a text or a list of texts")
+    return _clean(entries[0], Counter())
+
+
+def _examples(name: str, value: Any, repairs: Counter[str]) -> tuple[Example, ...]:
+    if not isinstance(value, list):
+        raise TaskError(f"{name}.json: 'Positive Examples' is {_kind(value)}, expected a list")
+    examples = []
+    for entry in value:
+        output = entry.get("output") if isinstance(entry, dict) else None
+        if isinstance(output, list) and output:
+            output = output[0]
+        if not isinstance(output, str) or not isinstance(entry.get("input"), str):
+            repairs["positive example dropped (no input and output text)"] += 1
+            continue
+        examples.append(Example(_clean(entry["input"], repairs), _clean(output, repairs)))
+    return tuple(examples)
+
+
+def _instances(name: str, value: Any, repairs: Counter[str]) -> tuple[Instance, ...]:
+    if not isinstance(value, list):
+        raise TaskError(f"{name}.json: 'Instances' is {_kind(value)}, expected a list")
+    if not value:
+        raise TaskError(f"{name}.json: 'Instances' is empty")
+    by_input: dict[str, int] = {}
+    seen_ids: set[str] = set()
+    instances: list[Instance] = []
+    for position, entry in enumerate(value):
+        instance = _instance(name, position, entry, repairs)
+        first = by_input.get(instance.input) if instance.error is None else None
+        if first is not None:
+            merged = dict.fromkeys(instances[first].references + instance.references)
+            instances[first] = replace(instances[first], references=tuple(merged))
+            repairs["instance merged into one with the same input"] += 1
+            continue
+        row_id, count = f"{name}:{instance.instance_id}", 1
+        while row_id in seen_ids:
+            count += 1
+            row_id = f"{name}:{instance.instance_id}#{count}"
+        if count > 1:
+            repairs["repeated instance id given a suffix"] += 1
+        seen_ids.add(row_id)
+        if instance.error is None:
+            by_input[instance.input] = len(instances)
+        instances.append(replace(instance, row_id=row_id))
+    return tuple(instances)
+
+
+def _instance(name: str, position: int, entry: Any, repairs: Counter[str]) -> Instance:
+    if not isinstance(entry, dict):
+        return Instance("", str(position), "", (), f"instance {position} is {_kind(entry)}, expected an object")
+    given = entry.get("id")
+    instance_id = _clean(str(given), repairs) if given not in (None, "") else str(position)
+    text = entry.get("input")
+    if not isinstance(text, str):
+        return Instance("", instance_id, "", (), f"'input' is {_kind(text)}, expected a text")
+    text = _clean(text, repairs)
+    output = entry.get("output")
+    if not isinstance(output, list):
+        if output is not None:
+            repairs["output given as a single value, not a list"] += 1
+        output = [] if output is None else [output]
+    references = [reference for reference in (_reference(value, repairs) for value in output) if reference is not None]
+    unique = tuple(dict.fromkeys(references))
+    if len(unique) < len(references):
+        repairs["repeated reference dropped"] += len(references) - len(unique)
+    filled = tuple(reference for reference in unique if reference.strip())
+    if not filled:
+        reason = "no reference: every 'output' is empty" if unique else "no reference: 'output' holds no text"
+        return Instance("", instance_id, text, unique, reason)
+    if len(filled) < len(unique):
+        repairs["empty reference beside others dropped"] += 1
+    return Instance("", instance_id, text, filled)
+
+
+def _reference(value: Any, repairs: Counter[str]) -> str | None:
+    if isinstance(value, str):
+        return _clean(value, repairs)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        repairs[f"reference dropped (a {_kind(value).removeprefix('a ')}, not a text)"] += 1
+        return None
+    repairs["number taken as a reference text"] += 1
+    return str(value)
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    entries = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    return tuple(_clean(entry, Counter()) for entry in entries if isinstance(entry, str))
+
+
+def _clean(text: str, repairs: Counter[str]) -> str:
+    """Text that can be written as UTF-8: unpaired surrogates become U+FFFD."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        repairs["unpaired surrogate replaced by U+FFFD"] += 1
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "a boolean", type(None): "missing or null"}
+    if isinstance(value, list) and not value:
+        return "an empty list"
+    if isinstance(value, float) and math.isnan(value):
+        return "a NaN"
+    return names.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,63 @@
+"""Progress on stderr: one live line in a terminal, plain lines now and then when piped."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+PLAIN_INTERVAL_SECONDS = 15.0
+LIVE_INTERVAL_SECONDS = 0.5
+
+
+class ProgressLine:
+    """Shows the latest text of a long piece of work."""
+
+    def __init__(self, stream: TextIO | None = None, plain_interval_seconds: float = PLAIN_INTERVAL_SECONDS) -> None:
+        self._given = stream
+        self._live = self._stream.isatty()
+        self._interval = LIVE_INTERVAL_SECONDS if self._live else plain_interval_seconds
+        self._last_time = -self._interval
+        self._last_text = ""
+        self._open = False
+
+    @property
+    def _stream(self) -> TextIO:
+        return self._given or sys.stderr  # looked up each time: it is exchanged while Ray is kept quiet
+
+    def update(self, text: str) -> None:
+        """Show `text`, unless one was shown a moment ago or it says the same."""
+        now = time.monotonic()
+        if text == self._last_text or now - self._last_time < self._interval:
+            return
+        self._last_time, self._last_text = now, text
+        if self._live:
+            self._stream.write(f"\r\x1b[2K{text}")
+            self._open = True
+        else:
+            self._stream.write(f"{text}\n")
+        self._stream.flush()
+
+    def message(self, text: str) -> None:
+        """Print a line that stays, above the live one."""
+        self.close()
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
+        self._last_time, self._last_text = time.monotonic(), ""
+
+    def close(self) -> None:
+        """End the live line."""
+        if self._open:
+            self._stream.write("\r\x1b[2K")
+            self._stream.flush()
+            self._open = False
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 05 s`, `2 h 07 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,105 @@
+"""A Ray cluster for one command: the one it is told of, else a quiet local one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+FOLDER_PREFIX = "birbal-ray-"
+MIN_LOGICAL_CPUS = 4  # on 2, a reader, an engine and a writer wait for each other for ever
+OBJECT_STORE_BYTES = 1 << 30
+
+# Set before Ray starts, so that its processes inherit them.
+QUIET_ENVIRONMENT = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # 32 actors by default
+    "RAY_worker_niceness": "0",  # workers run at nice 15 by default
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+}
+
+
+@contextlib.contextmanager
+def ray_session(logical_cpus: float, log_file: Path | None = None) -> Iterator[None]:
+    """Ray for the block: one that is already initialised, else RAY_ADDRESS's, else a local one.
+
+    A local cluster gets `logical_cpus`, never fewer than 4 (logical CPUs may exceed real ones: they
+    are tickets, not cores), keeps its files in a short folder under the temporary directory and
+    removes it at the end. With a `log_file`, what Ray says in this process goes there.
+    """
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    with _quiet(log_file):
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            try:
+                yield
+            finally:
+                ray.shutdown()
+            return
+        remove_stale_folders()
+        folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-"))
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(MIN_LOGICAL_CPUS, math.ceil(logical_cpus)),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(folder),
+            )
+            yield
+        finally:
+            ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_stale_folders() -> None:
+    """Remove local clusters' folders whose driver is gone (it was killed and could not)."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+        pid = folder.name.removeprefix(FOLDER_PREFIX).split("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _quiet(log_file: Path | None) -> Iterator[None]:
+    """Ray's Python loggers and its native code (which writes to descriptor 2) go to the file."""
+    if log_file is None:
+        yield
+        return
+    import ray.data  # sets its own log handlers up when imported; ours come after
+
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(log_file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for name in ("ray", "ray.data"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+    terminal, python_stderr = os.dup(2), sys.stderr
+    try:
+        sys.stderr.flush()
+        os.dup2(handler.stream.fileno(), 2)
+        sys.stderr = os.fdopen(terminal, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        sys.stderr = python_stderr

@@ -1,0 +1,287 @@
+"""Score: few-shot inference over task files, one scored row per instance, resumable."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+
+from birbal_ray.config import ConfigError
+from birbal_ray.config.score import ScoreConfig
+from birbal_ray.contracts import QUARANTINE_FILE, ROWS_FOLDER, TASK_SCORES, TASK_SCORES_FILE, TASKS_FILE
+from birbal_ray.inference import models, throughput
+from birbal_ray.inference.board import Snapshot
+from birbal_ray.inference.pipeline import check_cluster, logical_cpus, run_shards
+from birbal_ray.inference.plan import Plan, Shard, make_plan
+from birbal_ray.inference.stages import load_tokenizer
+from birbal_ray.ni.metrics import mean_interval
+from birbal_ray.progress import ProgressLine, duration
+from birbal_ray.ray_session import ray_session
+from birbal_ray.run import (
+    LOG_FOLDER,
+    MANIFEST_FILE,
+    RunError,
+    finish_run,
+    locked,
+    read_json,
+    start_run,
+    write_atomic,
+    write_parquet,
+)
+
+INPUTS_FOLDER = "inputs"  # task files unpacked from an archive
+STEP = "score"
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreResult:
+    """What a run left: its folder, its manifest, and TASK_SCORES rows."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    task_scores: list[dict[str, Any]]
+
+
+def score(config: ScoreConfig, *, overwrite: bool = False, progress: ProgressLine | None = None) -> ScoreResult:
+    """Run or continue a score run in `config.output`.
+
+    Raises ConfigError (wrong settings, another run's folder), TaskError (task files), ModelError,
+    RunError (the run failed; finished shards are kept and a rerun continues).
+    """
+    progress = progress or ProgressLine()
+    config = resolved(config)
+    folder = Path(config.output or "").resolve()
+    with locked(folder), _signals_as_exceptions():
+        started = time.monotonic()
+        model_revision, identity = _model_identity(config)
+        plan = planned(config, unpack_to=folder / INPUTS_FOLDER, progress=progress)
+        resumed = start_run(folder, STEP, _identity(config, plan, identity), overwrite=overwrite)
+        if resumed and (folder / MANIFEST_FILE).exists():
+            progress.message(f"{folder} is up to date: {plan.num_rows} rows of {len(plan.tasks)} tasks; nothing to do")
+            return ScoreResult(folder, read_json(folder / MANIFEST_FILE), pq.read_table(folder / TASK_SCORES_FILE).to_pylist())
+        if not resumed:
+            plan = planned(config, unpack_to=folder / INPUTS_FOLDER, progress=progress) if overwrite else plan
+        _write_plan(folder, plan)
+        _tell_plan(plan, config, progress)
+        shards = plan.shards(config.shard_rows)
+        todo, num_kept = _unfinished(folder / ROWS_FOLDER, shards)
+        if num_kept:
+            kept = sum(shard.num_rows for shard in shards) - sum(shard.num_rows for shard in todo)
+            progress.message(f"continuing: {num_kept} of {len(shards)} shards ({kept} rows) are done and skipped")
+        session = _score_shards(todo, plan.num_rows, config, folder, progress) if todo else {}
+        progress.close()
+        return _finish(folder, plan, config, shards, model_revision, num_kept, session, time.monotonic() - started)
+
+
+def resolved(config: ScoreConfig) -> ScoreConfig:
+    """The configuration with `auto` values decided for this machine; raises ConfigError on what is missing."""
+    for key, value in (("--tasks", config.tasks.path), ("--output", config.output)):
+        if not value:
+            raise ConfigError(f"{key} is required (or set it in the --config file)")
+    if config.engine.device != "auto":
+        return config
+    engine = config.engine.model_copy(update={"device": default_device()})
+    return config.model_copy(update={"engine": engine})
+
+
+def default_device() -> str:
+    """gpu where this machine or the cluster that RAY_ADDRESS names may have one, else cpu."""
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
+def planned(config: ScoreConfig, *, unpack_to: Path | None, progress: ProgressLine, count_tokens: bool = False) -> Plan:
+    """The plan of a run; reads every chosen task file once."""
+    tokenizer = load_tokenizer(config)
+    return make_plan(config, tokenizer, unpack_to=unpack_to, count_tokens=count_tokens, progress=progress.update)
+
+
+def _model_identity(config: ScoreConfig) -> tuple[str | None, str]:
+    if config.engine.backend == "simulated":
+        return None, "simulated"
+    model = models.resolve(config.model.name, config.model.revision)
+    return model.revision, model.fingerprint
+
+
+def _identity(config: ScoreConfig, plan: Plan, model_fingerprint: str) -> dict[str, Any]:
+    """Everything that decides the rows. `resources`, paths and the like may change between sessions."""
+    settings = config.model_dump(exclude={"resources", "output"})
+    for key in ("path", "strict", "label_overrides"):
+        settings["tasks"].pop(key)
+    return {
+        "config": settings,
+        "model_fingerprint": model_fingerprint,
+        "inputs": {task.name: task.sha256 for task in plan.tasks},
+        "labels": {task.name: task.label.value for task in plan.tasks},
+    }
+
+
+def _write_plan(folder: Path, plan: Plan) -> None:
+    lines = [json.dumps({"file": file, "reason": reason}, ensure_ascii=False) for file, reason in plan.quarantined]
+    write_atomic(folder / QUARANTINE_FILE, "".join(f"{line}\n" for line in lines).encode())
+    write_parquet(folder / TASKS_FILE, plan.table())
+
+
+def _tell_plan(plan: Plan, config: ScoreConfig, progress: ProgressLine) -> None:
+    progress.message(f"{len(plan.tasks)} tasks, {plan.num_rows} rows, model {config.model.name} on {config.engine.device}")
+    for file, reason in plan.quarantined:
+        progress.message(f"quarantined {file}: {reason}")
+    for name, reason in plan.excluded:
+        progress.message(f"left out {name}: {reason}")
+    if plan.absent:
+        progress.message(f"{len(plan.absent)} of the selected tasks are not in {config.tasks.path} (first: {plan.absent[0]})")
+    fewer = [task for task in plan.tasks if task.num_shots < config.prompt.num_shots]
+    if fewer:
+        progress.message(
+            f"{len(fewer)} tasks have fewer than {config.prompt.num_shots} positive examples and use what they have "
+            f"(first: {fewer[0].name}, {fewer[0].num_shots})"
+        )
+
+
+def _unfinished(rows_folder: Path, shards: Sequence[Shard]) -> tuple[list[Shard], int]:
+    """(shards still to do, number done). A file that can't be read whole is done again."""
+    present = {file.name: file for file in rows_folder.glob("*.parquet")} if rows_folder.is_dir() else {}
+    todo = [shard for shard in shards if not _is_whole(present.get(shard.file_name), shard.num_rows)]
+    return todo, len(shards) - len(todo)
+
+
+def _is_whole(file: Path | None, num_rows: int) -> bool:
+    if file is None:
+        return False
+    try:
+        return pq.read_metadata(file).num_rows == num_rows
+    except pa.ArrowInvalid:
+        return False
+
+
+def _score_shards(
+    todo: list[Shard], num_rows: int, config: ScoreConfig, folder: Path, progress: ProgressLine
+) -> dict[str, Any]:
+    """Run the pipeline over the shards; the session's counts. Finished files stay whatever happens."""
+    logs = folder / LOG_FOLDER
+    done_before = num_rows - sum(shard.num_rows for shard in todo)
+    meter = throughput.Meter(done_before, num_rows)
+    with ray_session(logical_cpus(config), logs / "ray.log"):
+        check_cluster(config)
+        progress.update(f"starting {config.resources.num_replicas} engine(s); logs in {logs}")
+        for shard in run_shards(todo, config, folder / ROWS_FOLDER, logs, lambda seen: progress.update(meter.line(seen))):
+            meter.written(shard.rows, shard.errors)
+    return meter.session()
+
+
+def _finish(
+    folder: Path,
+    plan: Plan,
+    config: ScoreConfig,
+    shards: Sequence[Shard],
+    model_revision: str | None,
+    num_kept: int,
+    session: dict[str, Any],
+    wall_seconds: float,
+) -> ScoreResult:
+    files = [folder / ROWS_FOLDER / shard.file_name for shard in shards]
+    columns = ["task", "row_id", "score", "error", "num_prompt_tokens", "num_cached_tokens", "num_completion_tokens"]
+    rows = pads.dataset(files, format="parquet").to_table(columns=columns)
+    _check_rows(rows, plan)
+    scores = [_task_score(task.name, task.label.value, part) for task, part in _by_task(rows, plan)]
+    write_parquet(folder / TASK_SCORES_FILE, pa.Table.from_pylist(scores, schema=TASK_SCORES))
+    ran = rows.filter(pc.is_valid(rows["num_completion_tokens"]))
+    prompt_tokens, cached_tokens = _sum(ran, "num_prompt_tokens"), _sum(ran, "num_cached_tokens")
+    if session.get("tokens_per_second"):
+        throughput.remember(config, session["tokens_per_second"])
+    finish_run(
+        folder,
+        {
+            "settings": config.model_dump(),
+            "model_revision": model_revision,
+            "rows": {
+                "planned": plan.num_rows,
+                "scored": rows.num_rows - _num_errors(rows),
+                "errors": dict(Counter(_kind(error) for error in rows["error"].to_pylist() if error)),
+            },
+            "files": {
+                "quarantined": [{"file": file, "reason": reason} for file, reason in plan.quarantined],
+                "excluded": [{"task": name, "reason": reason} for name, reason in plan.excluded],
+            },
+            "repairs": {task.name: task.repairs for task in plan.tasks if task.repairs},
+            "tokens": {
+                "prompt": prompt_tokens,
+                "cached": cached_tokens,
+                "completion": _sum(ran, "num_completion_tokens"),
+                "cached_fraction": cached_tokens / prompt_tokens if prompt_tokens else None,
+            },
+            "last_session": {"wall_seconds": round(wall_seconds, 3), "shards_kept": num_kept, **session},
+        },
+    )
+    return ScoreResult(folder, read_json(folder / MANIFEST_FILE), scores)
+
+
+def _check_rows(rows: pa.Table, plan: Plan) -> None:
+    unique = pc.count_distinct(rows["row_id"]).as_py()
+    if rows.num_rows != plan.num_rows or unique != rows.num_rows:
+        raise RunError(f"{rows.num_rows} rows with {unique} distinct ids were written, the plan has {plan.num_rows}")
+
+
+def _by_task(rows: pa.Table, plan: Plan) -> Iterator[tuple[Any, pa.Table]]:
+    rows = rows.sort_by("task")
+    start = 0
+    for task in plan.tasks:  # sorted by name too
+        yield task, rows.slice(start, task.num_instances)
+        start += task.num_instances
+
+
+def _task_score(name: str, label: str, rows: pa.Table) -> dict[str, Any]:
+    scores = [value for value in rows["score"].to_pylist() if value is not None]
+    mean, low, high = mean_interval(label, scores) if scores else (None, None, None)
+    return {
+        "task": name,
+        "label": label,
+        "num_instances": rows.num_rows,
+        "num_scored": len(scores),
+        "num_errors": rows.num_rows - len(scores),
+        "task_score": mean,
+        "task_score_low": low,
+        "task_score_high": high,
+    }
+
+
+def _num_errors(rows: pa.Table) -> int:
+    return rows.num_rows - rows["error"].null_count
+
+
+def _sum(rows: pa.Table, column: str) -> int:
+    return pc.sum(rows[column]).as_py() or 0
+
+
+def _kind(error: str) -> str:
+    return error.split(":", 1)[0]
+
+
+@contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """SIGTERM ends the run as Ctrl-C does: through the clean-up, with finished work kept."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        previous: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread: the caller handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
