@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import math
 import os
@@ -85,10 +86,12 @@ def _quiet(log_file: Path | None) -> Iterator[None]:
     if log_file is None:
         yield
         return
-    import ray.data  # sets its own log handlers up when imported; ours come after
+    importlib.import_module("ray.data")  # sets its own log handlers up when imported; ours come after
 
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(log_file, encoding="utf-8")
+    stream = log_file.open("a", encoding="utf-8", buffering=1)
+    handler = logging.StreamHandler(stream)
+    handler.setLevel(logging.INFO)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in ("ray", "ray.data"):
         logger = logging.getLogger(name)
@@ -96,10 +99,11 @@ def _quiet(log_file: Path | None) -> Iterator[None]:
     terminal, python_stderr = os.dup(2), sys.stderr
     try:
         sys.stderr.flush()
-        os.dup2(handler.stream.fileno(), 2)
+        os.dup2(stream.fileno(), 2)
         sys.stderr = os.fdopen(terminal, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)
         yield
     finally:
         os.dup2(terminal, 2)
         os.close(terminal)
+        handler.close()
         sys.stderr = python_stderr

@@ -86,7 +86,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RunError(f"{path}: not valid JSON ({error}); it was not written by birbal, or the disk damaged it") from None
+        raise RunError(
+            f"{path}: not valid JSON ({error}); it was not written by birbal, or the disk damaged it"
+        ) from None
 
 
 def read_manifest(folder: Path, step: str) -> dict[str, Any]:
@@ -99,7 +101,9 @@ def read_manifest(folder: Path, step: str) -> dict[str, Any]:
     if not (folder / MANIFEST_FILE).exists():
         if (folder / RUN_FILE).exists():
             started = read_json(folder / RUN_FILE).get("step")
-            raise RunError(f"{folder}: an unfinished `birbal {started}` run (no {MANIFEST_FILE}); rerun its command to finish it")
+            raise RunError(
+                f"{folder}: an unfinished `birbal {started}` run (no {MANIFEST_FILE}); rerun its command to finish it"
+            )
         raise RunError(f"{folder}: no {MANIFEST_FILE} here; expected the output of `birbal {step}`")
     manifest = read_json(folder / MANIFEST_FILE)
     if manifest.get("step") != step:
@@ -160,7 +164,10 @@ def start_run(folder: Path, step: str, identity: Mapping[str, Any], *, overwrite
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Lines `key: old → new` for the leaves in which two run records differ."""
-    before, after = flatten({"step": old.get("step"), **old["identity"]}), flatten({"step": new["step"], **new["identity"]})
+    before, after = (
+        flatten({"step": old.get("step"), **old["identity"]}),
+        flatten({"step": new["step"], **new["identity"]}),
+    )
     lines = []
     for key in sorted(before.keys() | after.keys()):
         if before.get(key, _ABSENT) != after.get(key, _ABSENT):
@@ -173,7 +180,13 @@ def finish_run(folder: Path, manifest: Mapping[str, Any]) -> None:
     record = read_json(folder / RUN_FILE)
     write_json(
         folder / MANIFEST_FILE,
-        {**record, **manifest, "code": code_version(), "packages": package_versions(), "python": platform.python_version()},
+        {
+            **record,
+            **manifest,
+            "code": code_version(),
+            "packages": package_versions(),
+            "python": platform.python_version(),
+        },
     )
 
 
@@ -209,7 +222,9 @@ def _shown(value: Any) -> str:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def _clear(folder: Path) -> None:

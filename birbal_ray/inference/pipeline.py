@@ -15,7 +15,7 @@ import psutil
 from birbal_ray.config.score import ScoreConfig
 from birbal_ray.inference.board import ProgressBoard, Snapshot
 from birbal_ray.inference.plan import Shard
-from birbal_ray.inference.stages import Generate, Prepare, WriteScored
+from birbal_ray.inference.stages import Generate, Prepare, write_scored
 from birbal_ray.run import RunError
 
 WRITE_CPUS = 0.25  # logical: scoring and writing a shard takes milliseconds
@@ -105,7 +105,7 @@ def run_shards(
 
 def _dataset(shards: Sequence[Shard], config: ScoreConfig, board: Any, rows_folder: Path, log_folder: Path) -> Any:
     import ray
-    from ray.data import ActorPoolStrategy
+    from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
     resources = config.resources
     gpu = config.engine.device == "gpu"
@@ -136,9 +136,10 @@ def _dataset(shards: Sequence[Shard], config: ScoreConfig, board: Any, rows_fold
             runtime_env={"env_vars": environment},
         )
         .map(
-            WriteScored,
-            fn_constructor_args=(str(rows_folder),),
-            compute=ActorPoolStrategy(size=1),
+            write_scored,
+            fn_kwargs={"rows_folder": str(rows_folder)},
+            # Unbounded, the first shards would wait for one new process each, unwritten, for seconds.
+            compute=TaskPoolStrategy(size=max(2, resources.num_replicas)),
             num_cpus=WRITE_CPUS,
         )
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +32,7 @@ class PlannedTask:
 
     name: str
     path: str
+    member: str | None  # of the archive at `path`
     sha256: str
     label: labels.Label
     num_available: int
@@ -90,7 +92,14 @@ class Plan:
                 rows = min(shard_rows, task.num_instances - chunk * shard_rows)
                 result.append(
                     Shard(
-                        task.name, task.path, task.sha256, task.label.value, chunk, count, rows, task.max_completion_tokens
+                        task.name,
+                        task.path,
+                        task.sha256,
+                        task.label.value,
+                        chunk,
+                        count,
+                        rows,
+                        task.max_completion_tokens,
                     )
                 )
         return result
@@ -124,18 +133,16 @@ def make_plan(
     config: ScoreConfig,
     tokenizer: Tokenizer,
     *,
-    unpack_to: Path | None = None,
     count_tokens: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Plan:
-    """Read every chosen task file once and decide what the run does with it.
+    """Read every chosen task file once and decide what the run does with it; writes nothing.
 
-    Files that can't be used are quarantined, or raise TaskError when `config.tasks.strict`. Tasks in
-    an archive are written to `unpack_to` (workers read files one by one; a tar has no index).
+    Files that can't be used are quarantined, or raise TaskError when `config.tasks.strict`.
     """
     root = Path(config.tasks.path or "")
     files = reader.find_task_files(root)
-    duplicates = {file.name for file, following in zip(files, files[1:], strict=False) if file.name == following.name}
+    duplicates = {file.name for file, following in itertools.pairwise(files) if file.name == following.name}
     if duplicates:
         raise TaskError(f"{root}: two files named {sorted(duplicates)[0]}.json")
     names, absent = catalog.choose_names([file.name for file in files], config.tasks.select, root)
@@ -163,17 +170,24 @@ def make_plan(
         if reason:
             excluded.append((task.name, reason))
             continue
-        path = file.path
-        if file.member is not None and unpack_to is not None:
-            path = unpack_to / f"{file.name}.json"
-            if not path.exists() or path.read_bytes() != data:
-                write_atomic(path, data)
         label = labels.label_task(task, overrides)
-        planned.append(_plan_task(task, path, label, config, tokenizer, count_tokens))
+        planned.append(_plan_task(task, file, label, config, tokenizer, count_tokens))
     if not planned:
         reasons = "; ".join(reason for _, reason in (quarantined + excluded)[:3])
         raise TaskError(f"{root}: no usable task ({reasons})")
     return Plan(tuple(sorted(planned, key=lambda task: task.name)), tuple(quarantined), tuple(excluded), tuple(absent))
+
+
+def unpacked(plan: Plan, folder: Path) -> Plan:
+    """The plan with its archived tasks as files of `folder`: workers read tasks one by one, a tar has no index."""
+    archived = [reader.TaskFile(task.name, Path(task.path), task.member) for task in plan.tasks if task.member]
+    paths = {}
+    for file, data in reader.read_files(archived):
+        paths[file.name] = folder / f"{file.name}.json"
+        if not paths[file.name].exists() or paths[file.name].read_bytes() != data:
+            write_atomic(paths[file.name], data)
+    tasks = (replace(task, path=str(paths[task.name]), member=None) if task.member else task for task in plan.tasks)
+    return replace(plan, tasks=tuple(tasks))
 
 
 def completion_tokens(label: str, lengths: Sequence[int], settings: CompletionSettings) -> int:
@@ -208,7 +222,12 @@ def too_long_reason(num_prompt_tokens: int, max_completion_tokens: int, max_mode
 
 
 def _plan_task(
-    task: Task, path: Path, label: labels.Label, config: ScoreConfig, tokenizer: Tokenizer, count_tokens: bool
+    task: Task,
+    file: reader.TaskFile,
+    label: labels.Label,
+    config: ScoreConfig,
+    tokenizer: Tokenizer,
+    count_tokens: bool,
 ) -> PlannedTask:
     taken = take_first(task, config.tasks.instances_per_task, config.seed)
     references = sorted({reference for instance in taken for reference in instance.references})
@@ -219,7 +238,8 @@ def _plan_task(
         shared, own, too_long = _count_tokens(task, taken, max_tokens, config, tokenizer)
     return PlannedTask(
         name=task.name,
-        path=str(path.resolve()),
+        path=str(file.path.resolve()),
+        member=file.member,
         sha256=task.sha256,
         label=label,
         num_available=len(task.instances),
@@ -242,7 +262,9 @@ def _count_tokens(
     task: Task, taken: Sequence[Instance], max_tokens: int, config: ScoreConfig, tokenizer: Tokenizer
 ) -> tuple[int, int, int]:
     shared = len(prefix_token_ids(task, config.prompt.num_shots, tokenizer))
-    usable = [prompt.own_part(instance.input).removeprefix("### Input:\n") for instance in taken if instance.error is None]
+    usable = [
+        prompt.own_part(instance.input).removeprefix("### Input:\n") for instance in taken if instance.error is None
+    ]
     lengths = [len(ids) for ids in tokenizer(usable, add_special_tokens=False)["input_ids"]] if usable else []
     too_long = [n for n in lengths if too_long_reason(shared + n, max_tokens, config.engine.max_model_len)]
     return shared, sum(lengths) - sum(too_long), len(too_long)

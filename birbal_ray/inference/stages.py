@@ -30,17 +30,17 @@ from birbal_ray.run import write_parquet
 # What prepare hands to generate: the rows so far, with the prompts' token ids.
 PREPARED_ROWS = pa.schema(
     [
-        *(SCORE_ROWS.field(name) for name in ("orig_input", "few_shot_prompt", "answer", "row_id", "instance_id", "error")),
+        *(
+            SCORE_ROWS.field(name)
+            for name in ("orig_input", "few_shot_prompt", "answer", "row_id", "instance_id", "error")
+        ),
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),  # empty with an error
         pa.field("num_prompt_tokens", pa.int32()),
     ]
 )
 COMPLETED_ROWS = pa.schema(
     [field for field in PREPARED_ROWS if field.name != "token_ids"]
-    + [
-        SCORE_ROWS.field(name)
-        for name in ("prediction", "num_cached_tokens", "num_completion_tokens", "finish_reason")
-    ]
+    + [SCORE_ROWS.field(name) for name in ("prediction", "num_cached_tokens", "num_completion_tokens", "finish_reason")]
 )
 REPORT_INTERVAL_SECONDS = 1.0
 
@@ -67,7 +67,9 @@ class Prepare:
         rows = []
         for instance, text in zip(instances, prompts, strict=True):
             ids = next(token_ids) if instance.error is None else []
-            error = instance.error or plan.too_long_reason(len(ids), shard.max_completion_tokens, config.engine.max_model_len)
+            error = instance.error or plan.too_long_reason(
+                len(ids), shard.max_completion_tokens, config.engine.max_model_len
+            )
             rows.append(
                 {
                     "orig_input": instance.input,
@@ -139,19 +141,14 @@ class Generate:
         os._exit(1)
 
 
-class WriteScored:
-    """Scores a shard's completions and writes its Parquet file under its final name."""
-
-    def __init__(self, rows_folder: str) -> None:
-        self._folder = Path(rows_folder)
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        shard = plan.Shard(**row["shard"])
-        table = scored_table(shard.task, shard.label, _from_bytes(row["completed"]).to_pylist())
-        if table.num_rows != shard.num_rows:
-            raise RuntimeError(f"{shard.file_name}: {table.num_rows} rows, the plan says {shard.num_rows}")
-        write_parquet(self._folder / shard.file_name, table)
-        return {"file": shard.file_name, "rows": table.num_rows, "errors": table.num_rows - table["error"].null_count}
+def write_scored(row: dict[str, Any], rows_folder: str) -> dict[str, Any]:
+    """Score a shard's completions and write its Parquet file under its final name."""
+    shard = plan.Shard(**row["shard"])
+    table = scored_table(shard.task, shard.label, _from_bytes(row["completed"]).to_pylist())
+    if table.num_rows != shard.num_rows:
+        raise RuntimeError(f"{shard.file_name}: {table.num_rows} rows, the plan says {shard.num_rows}")
+    write_parquet(Path(rows_folder) / shard.file_name, table)
+    return {"file": shard.file_name, "rows": table.num_rows, "errors": table.num_rows - table["error"].null_count}
 
 
 def scored_table(task: str, label: str, completed: list[dict[str, Any]]) -> pa.Table:
@@ -161,7 +158,14 @@ def scored_table(task: str, label: str, completed: list[dict[str, Any]]) -> pa.T
         extracted = prompt.extract_answer(row["prediction"])
         score = score_answer(label, extracted, row["answer"]) if row["error"] is None else None
         rows.append(
-            {**row, "task": task, "label": label, "metric": METRIC_OF_LABEL[label], "extracted": extracted, "score": score}
+            {
+                **row,
+                "task": task,
+                "label": label,
+                "metric": METRIC_OF_LABEL[label],
+                "extracted": extracted,
+                "score": score,
+            }
         )
     return pa.Table.from_pylist(rows, schema=SCORE_ROWS)
 

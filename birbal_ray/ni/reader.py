@@ -67,7 +67,7 @@ def read_files(files: list[TaskFile]) -> Iterator[tuple[TaskFile, bytes]]:
             yield file, file.path.read_bytes()
     archives = {file.path for file in files if file.member is not None}
     for archive in sorted(archives):
-        wanted = {file.member: file for file in files if file.path == archive}
+        wanted = {file.member: file for file in files if file.member and file.path == archive}
         for member, data in _members(archive, read=True, only=set(wanted)):
             yield wanted[member], data
 
@@ -131,8 +131,11 @@ def _parse_json(name: str, data: bytes, repairs: Counter[str]) -> dict[str, Any]
     try:
         values = json.loads(text)  # not orjson: real files hold bare NaN and unpaired surrogates
     except json.JSONDecodeError as error:
-        truncated = ", the file ends there: truncated?" if error.pos >= len(text.rstrip()) - 1 else ""
-        raise TaskError(f"{name}.json: not valid JSON at line {error.lineno} column {error.colno} ({error.msg}{truncated})") from None
+        ends_there = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated string")
+        truncated = ", the file ends there: truncated?" if ends_there else ""
+        raise TaskError(
+            f"{name}.json: not valid JSON at line {error.lineno} column {error.colno} ({error.msg}{truncated})"
+        ) from None
     except RecursionError:
         raise TaskError(f"{name}.json: not a task file (nested too deeply)") from None
     if not isinstance(values, dict):

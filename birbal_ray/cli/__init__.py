@@ -1,0 +1,33 @@
+"""The `birbal` command. Heavy libraries are imported only inside the commands that need them."""
+
+from __future__ import annotations
+
+import click
+
+from birbal_ray import __version__
+from birbal_ray.cli.common import Commands
+from birbal_ray.cli.demo import demo
+from birbal_ray.cli.doctor import doctor
+from birbal_ray.cli.export import export_predictions
+from birbal_ray.cli.models import models
+from birbal_ray.cli.score import score
+from birbal_ray.cli.tasks import tasks
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="birbal")
+def main() -> None:
+    """Make a language model better with one GPU and one day: find what it gets wrong, train on that.
+
+    \b
+    Try it on this machine, no data or GPU needed:
+      birbal demo
+    The steps, each resumable by running the same command again:
+      birbal tasks list --tasks natural-instructions/
+      birbal score --tasks natural-instructions/ --model mistralai/Mistral-7B-v0.1 --output runs/score
+      birbal mix --scores runs/score --output runs/mix
+    """
+
+
+for command in (demo, tasks, models, score, export_predictions, doctor):
+    main.add_command(command)

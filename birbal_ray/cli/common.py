@@ -1,0 +1,107 @@
+"""What the commands share: options, tables, and how an error becomes an exit code."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+
+class Commands(click.Group):
+    """A group whose known errors end as one line on stderr: exit 2 for settings and inputs, 1 for a failed run."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; map our own exceptions to exit codes, let bugs show their traceback."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("\nstopped; what is finished is kept, the same command continues", err=True)
+            ctx.exit(EXIT_FAILED)
+        except click.ClickException:
+            raise
+        except Exception as error:
+            code = _exit_code(error)
+            if code is None:
+                raise
+            click.echo(f"error: {error}", err=True)
+            if code == EXIT_FAILED:
+                click.echo("what is finished is kept; the same command continues", err=True)
+            ctx.exit(code)
+
+
+def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--config FILE and --set key.path=value (explicit flags win over --set, which wins over the file)."""
+    command = click.option(
+        "--set",
+        "assignments",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override one setting, e.g. engine.max_model_len=1024.",
+    )(command)
+    return click.option("--config", "config_file", metavar="FILE", help="YAML file of settings; see configs/.")(command)
+
+
+format_option = click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["text", "json", "csv"]),
+    default="text",
+    help="How to print the table.",
+)
+
+
+def print_table(rows: Sequence[dict[str, Any]], output_format: str, columns: Sequence[str] | None = None) -> None:
+    """Print rows on stdout as text, JSON or CSV; `columns` gives the order for text and CSV."""
+    names = list(columns or (rows[0] if rows else []))
+    if output_format == "json":
+        click.echo(json.dumps(list(rows), indent=1, ensure_ascii=False))
+    elif output_format == "csv":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        click.echo(text.getvalue(), nl=False)
+    else:
+        from tabulate import tabulate
+
+        cells = [[_shown(row.get(name)) for name in names] for row in rows]
+        numeric = [all(isinstance(row.get(name), (int, float, type(None))) for row in rows) for name in names]
+        align = ["right" if is_number else "left" for is_number in numeric]
+        click.echo(
+            tabulate(cells, headers=names, tablefmt="simple", colalign=align if rows else None, disable_numparse=True)
+        )
+
+
+def note(text: str) -> None:
+    """A line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value)
+
+
+def _exit_code(error: Exception) -> int | None:
+    from birbal_ray.config import ConfigError
+    from birbal_ray.inference.models import ModelError
+    from birbal_ray.ni.schema import TaskError
+    from birbal_ray.run import RunError
+
+    if isinstance(error, (ConfigError, TaskError, ModelError)):
+        return EXIT_USAGE
+    return EXIT_FAILED if isinstance(error, RunError) else None

@@ -1,0 +1,27 @@
+"""`birbal export-predictions`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from birbal_ray.cli.common import note
+
+
+@click.command("export-predictions", short_help="A score run as the published JSON.")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for one JSON file per task.")
+def export_predictions(run: Path, output: Path) -> None:
+    """Write a finished score run as JSON, one file per task: the layout of the published recipe.
+
+    Each file is a list of {orig_input, few_shot_prompt, answer, prediction}, ordered by row id.
+
+    \b
+    Example:
+      birbal export-predictions runs/score --output predictions/
+    """
+    from birbal_ray.steps.export import export_published_json
+
+    files, rows = export_published_json(run, output)
+    note(f"{rows} rows in {files} files: {output}")

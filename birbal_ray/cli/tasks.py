@@ -1,0 +1,125 @@
+"""`birbal tasks`: look at task files before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from birbal_ray.cli.common import EXIT_FAILED, format_option, note, print_table
+
+tasks_option = click.option(
+    "--tasks", "path", type=click.Path(path_type=Path), help="Folder, .json or archive; default: the sample tasks."
+)
+
+
+@click.group(short_help="List, show, check, label, download tasks.")
+def tasks() -> None:
+    """List, show, check, label and download task files.
+
+    \b
+    Examples:
+      birbal tasks list
+      birbal tasks show sample001_review_sentiment
+      birbal tasks fetch --output natural-instructions
+    """
+
+
+@tasks.command("list")
+@tasks_option
+@click.option("--label", type=click.Choice(["exact_match", "generation"]), help="Only tasks of this label.")
+@format_option
+def list_tasks(path: Path | None, label: str | None, output_format: str) -> None:
+    """One line per task: label, instances, positive examples, categories, whether it is one of the 462.
+
+    \b
+    Example:
+      birbal tasks list --tasks natural-instructions/ --label exact_match --format csv
+    """
+    from birbal_ray.steps.tasks import survey
+
+    rows = [row for row in survey(path) if label in (None, row["label"])]
+    columns = ["task", "label", "instances", "shots", "category", "selected"]
+    print_table(rows, output_format, columns)
+    note(f"{len(rows)} tasks, {sum(row['instances'] or 0 for row in rows):,} instances")
+
+
+@tasks.command()
+@click.argument("name")
+@tasks_option
+@click.option("--num-shots", type=click.IntRange(min=0), default=4, help="Positive examples in the prompt.")
+def show(name: str, path: Path | None, num_shots: int) -> None:
+    """Show one task: its definition, label and a whole few-shot prompt with its references.
+
+    \b
+    Example:
+      birbal tasks show sample002_list_operation
+    """
+    from birbal_ray.steps.tasks import describe
+
+    click.echo(describe(path, name, num_shots))
+
+
+@tasks.command()
+@tasks_option
+@format_option
+@click.pass_context
+def validate(context: click.Context, path: Path | None, output_format: str) -> None:
+    """Read every task file and say what was mended and what can't be used; exit 1 if any file can't.
+
+    \b
+    Example:
+      birbal tasks validate --tasks my-tasks/
+    """
+    from birbal_ray.steps.tasks import findings
+
+    rows, num_files, num_bad = findings(path)
+    print_table(rows, output_format, ["file", "kind", "count", "finding"])
+    note(f"{num_files} files read, {num_bad} can't be used")
+    if num_bad:
+        context.exit(EXIT_FAILED)
+
+
+@tasks.command("label")
+@tasks_option
+@click.option("--compare", type=click.Path(path_type=Path), help="CSV with name,label to compare with.")
+@format_option
+def label_tasks(path: Path | None, compare: Path | None, output_format: str) -> None:
+    """Give every task its label, exact_match or generation, and the reason.
+
+    The CSV form can be edited and given back as tasks.label_overrides.
+
+    \b
+    Example:
+      birbal tasks label --tasks my-tasks/ --format csv > labels.csv
+    """
+    from birbal_ray.steps.tasks import compare_labels, survey
+
+    rows = [{"name": row["task"], "label": row["label"], "reason": row["label reason"]} for row in survey(path)]
+    if compare is not None:
+        agreed, rows = compare_labels(rows, compare)
+        note(f"{agreed} labels agree, {len(rows)} differ" + (" (listed)" if rows else ""))
+    print_table(rows, output_format)
+
+
+@tasks.command()
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to fill.")
+@click.option("--url", help="A tar.gz with a tasks/ folder; default: the Natural Instructions archive.")
+@click.option("--sha256", help="Refuse an archive with another checksum.")
+def fetch(output: Path, url: str | None, sha256: str | None) -> None:
+    """Download and unpack the Natural Instructions task files (Apache-2.0, allenai/natural-instructions).
+
+    An interrupted download continues; only task files are unpacked, none outside the folder.
+
+    \b
+    Example:
+      birbal tasks fetch --output natural-instructions
+    """
+    from birbal_ray.ni.fetch import DEFAULT_URL, fetch_archive
+    from birbal_ray.progress import ProgressLine
+
+    progress = ProgressLine()
+    record = fetch_archive(url or DEFAULT_URL, output, sha256=sha256, progress=progress.update)
+    progress.close()
+    note(f"{record['num_files']} task files (archive sha256 {record['sha256']})")
+    click.echo(output / "tasks")

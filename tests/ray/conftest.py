@@ -1,0 +1,61 @@
+"""A Ray cluster for the tests of this folder, and `birbal` as a process beside it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow.dataset as pads
+import pytest
+
+# Before Ray is imported anywhere in this process, so that its daemons inherit it.
+from birbal_ray.ray_session import QUIET_ENVIRONMENT
+
+os.environ.update(QUIET_ENVIRONMENT)
+
+
+@pytest.fixture(scope="session")
+def cluster_address() -> Iterator[str]:
+    """One node with 8 logical CPUs that outlives the drivers the tests kill."""
+    from ray.cluster_utils import Cluster
+
+    folder = Path(tempfile.mkdtemp(prefix="bt-"))
+    (folder / "ray").mkdir()
+    os.environ["RAY_TMPDIR"] = str(folder)
+    node = {"num_cpus": 8, "include_dashboard": False, "object_store_memory": 1 << 29}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+        del os.environ["RAY_TMPDIR"]
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def birbal(cluster_address: str) -> Callable[..., subprocess.Popen[str]]:
+    """birbal(*arguments, local=False) → the started process; local=True gives it a cluster of its own."""
+
+    def start(*arguments: object, local: bool = False) -> subprocess.Popen[str]:
+        environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_TMPDIR")}
+        if not local:
+            environment["RAY_ADDRESS"] = cluster_address
+        return subprocess.Popen(
+            [sys.executable, "-m", "birbal_ray", *map(str, arguments)],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    return start
+
+
+def scored_rows(run: Path) -> list[dict]:
+    """All rows of a score run, by row id."""
+    return pads.dataset(run / "rows", format="parquet").to_table().sort_by("row_id").to_pylist()

@@ -1,0 +1,163 @@
+"""Killed at any moment, a run ends after reruns with the rows of an uninterrupted one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from birbal_ray.ray_session import FOLDER_PREFIX
+from tests.conftest import task_values
+from tests.ray.conftest import scored_rows
+
+NUM_TASKS, NUM_INSTANCES, SHARD_ROWS = 5, 40, 4
+NUM_SHARDS = NUM_TASKS * NUM_INSTANCES // SHARD_ROWS
+NUM_DRIVER_KILLS, NUM_ENGINE_KILLS = 6, 3
+Start = Callable[..., subprocess.Popen]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Tasks of a run that takes about 4 s once its engine is up."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for number in range(NUM_TASKS):
+        values = task_values(NUM_INSTANCES, Definition=[f"Definition {number}."])
+        (folder / f"task{number}.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arguments(folder):
+    """arguments(run folder) of `birbal`."""
+    settings = {
+        "engine.backend": "simulated",
+        "engine.device": "cpu",
+        "shard_rows": SHARD_ROWS,
+        "resources.simulated_row_seconds": 0.02,
+        "resources.max_engine_restarts": NUM_ENGINE_KILLS,
+    }
+    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    return lambda run: ["score", "--tasks", folder, *sets, "--output", run]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(birbal: Start, arguments, tmp_path_factory):
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    process = birbal(*arguments(run))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return scored_rows(run)
+
+
+def finished_files(run: Path) -> dict[str, tuple[int, int]]:
+    """Shard file → (inode, time of change): both stay unless the file is written again."""
+    files = (run / "rows").glob("*.parquet") if (run / "rows").is_dir() else ()
+    return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 90) -> bool:
+    """True when the condition came true, False when the process ended before."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        if process.poll() is not None:
+            return False
+        time.sleep(0.02)
+    raise AssertionError(f"nothing happened for {seconds} s")
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def test_driver_killed_at_random_points(birbal: Start, arguments, undisturbed, tmp_path):
+    chance = random.Random(20231215)
+    kills = runs = 0
+    redone_files = 0
+    while kills < NUM_DRIVER_KILLS:
+        runs += 1
+        run = tmp_path / f"killed-{runs}"
+        code = None
+        while code != 0:
+            before = finished_files(run)
+            process = birbal(*arguments(run))
+            target = len(before) + chance.randint(1, NUM_SHARDS // 3)
+            alive = wait_for(lambda run=run, target=target: len(finished_files(run)) >= target, process)
+            if alive and kills < NUM_DRIVER_KILLS:
+                time.sleep(chance.random() * 0.1)
+                process.kill()
+                kills += 1
+            process.communicate(timeout=120)
+            code = process.returncode
+            after = finished_files(run)
+            # What was written stays as it was; at most the shards in flight are done again, under their own names.
+            redone_files += sum(after[name] != stamp for name, stamp in before.items())
+        assert scored_rows(run) == undisturbed
+    assert kills == NUM_DRIVER_KILLS
+    # A dead driver's last writes may still land while the next one starts: a few shards in flight, no more.
+    assert redone_files <= kills
+
+
+def test_everything_killed_at_once(birbal: Start, arguments, undisturbed, tmp_path):
+    run = tmp_path / "all-killed"
+    process = birbal(*arguments(run), local=True)
+    assert wait_for(lambda: len(finished_files(run)) >= 7, process)
+    kill([*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)])
+    process.communicate(timeout=30)
+    before = finished_files(run)
+    assert 7 <= len(before) < NUM_SHARDS
+    process = birbal(*arguments(run), local=True)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert f"continuing: {len(before)} of {NUM_SHARDS} shards ({len(before) * SHARD_ROWS} rows) are done" in errors
+    assert scored_rows(run) == undisturbed
+    assert {name: stamp for name, stamp in finished_files(run).items() if name in before} == before
+    assert not list(Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}{process.pid}-*"))
+
+
+def engines() -> list[psutil.Process]:
+    """The engine processes on the tests' cluster."""
+    found = psutil.process_iter(["cmdline"])
+    return [process for process in found if "MapWorker(Map(Generate))" in " ".join(process.info["cmdline"] or ())]
+
+
+def test_engine_process_killed_is_replaced_by_itself(birbal: Start, arguments, undisturbed, tmp_path):
+    run = tmp_path / "engine-killed"
+    process = birbal(*arguments(run))
+    for _ in range(NUM_ENGINE_KILLS):
+        written = len(finished_files(run))
+        assert wait_for(lambda written=written: len(finished_files(run)) > written + 1, process)
+        running = engines()
+        assert running
+        kill(running)
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    assert scored_rows(run) == undisturbed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_says_how_to_continue(birbal: Start, arguments, undisturbed, tmp_path, number):
+    run = tmp_path / f"stopped-{number.name}"
+    process = birbal(*arguments(run))
+    assert wait_for(lambda: len(finished_files(run)) >= 5, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "what is finished is kept, the same command continues" in errors
+    assert "Traceback" not in errors
+    process = birbal(*arguments(run))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert scored_rows(run) == undisturbed

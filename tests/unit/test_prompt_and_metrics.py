@@ -1,0 +1,76 @@
+"""Prompts to the byte, answers, scores."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score import rouge_scorer
+
+from birbal_ray.ni import metrics, prompt
+from birbal_ray.ni.reader import parse_task
+from birbal_ray.ni.schema import TaskError
+from tests.conftest import task_values
+
+ORACLE = rouge_scorer.RougeScorer(["rougeL"])
+
+
+@pytest.fixture
+def task():
+    return parse_task("t1", json.dumps(task_values()).encode())
+
+
+def test_prompt_bytes(task):
+    assert prompt.few_shot_prompt(task, "green", 1) == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nSay whether the colour is warm.\n\n"
+        "### Input:\nred\n\n### Response:\nyes\n\n### Input:\ngreen\n\n### Response:\n"
+    )
+
+
+def test_shots_are_at_most_what_the_task_has(task):
+    assert prompt.shared_prefix(task, 9) == prompt.shared_prefix(task, 2)
+    with pytest.raises(TaskError, match=r"t1.json: 'Positive Examples' has 2 entries, num_shots is 9"):
+        prompt.shared_prefix(task, 9, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [("yes\n\n### Input:\nmore", "yes"), (" yes ", "yes"), ("two\nlines\n\nrest", "two\nlines"), ("\n\nlate", ""), ("", "")],
+)
+def test_extract_answer(completion, answer):
+    assert prompt.extract_answer(completion) == answer
+
+
+def test_exact_match_is_any_reference_and_case_counts():
+    assert metrics.exact_match("b", ["a", "b"]) == 1.0
+    assert metrics.exact_match("b", ["a", " b\n"]) == 1.0
+    assert metrics.exact_match("B", ["a", "b"]) == 0.0
+    assert metrics.exact_match("", ["a"]) == 0.0
+
+
+def test_rouge_l_hand_computed():
+    # common subsequence "the cat sat": 3 of 4 words and 3 of 6 words
+    assert metrics.rouge_l("the cat sat down", ["on the mat the cat sat"]) == pytest.approx(2 * 0.75 * 0.5 / 1.25)
+    assert metrics.rouge_l("a b", ["x", "a b"]) == 1.0
+    assert metrics.rouge_l("!?", ["!?"]) == 0.0
+    assert metrics.rouge_l("", ["a"]) == metrics.rouge_l("a", [""]) == 0.0
+
+
+@given(st.text(alphabet="aAbB cC1.,é\n-İ", max_size=40), st.text(alphabet="aAbB cC1.,é\n-İ", max_size=40))
+def test_rouge_l_equals_rouge_score(answer, reference):
+    assert metrics.rouge_l(answer, [reference]) == ORACLE.score(reference, answer)["rougeL"].fmeasure
+
+
+def test_intervals():
+    mean, low, high = metrics.mean_interval("exact_match", [1.0] * 5 + [0.0] * 5)
+    assert (mean, round(low, 4), round(high, 4)) == (0.5, 0.2366, 0.7634)  # Wilson, n = 10
+    assert metrics.mean_interval("exact_match", [0.0] * 10)[:2] == (0.0, 0.0)
+    assert all(math.isnan(value) for value in metrics.mean_interval("generation", []))
+    scores = [random.Random(7).random() for _ in range(3)]
+    mean, low, high = metrics.mean_interval("generation", scores)
+    assert 0 <= low <= mean <= high <= 1

@@ -1,0 +1,151 @@
+"""Task files as they are in the wild."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from birbal_ray.ni.reader import find_task_files, parse_task, read_files
+from birbal_ray.ni.schema import TaskError, hash_order, take_first
+from tests.conftest import task_values
+
+
+def parse(**changes):
+    return parse_task("t1", json.dumps(task_values(3, **changes)).encode())
+
+
+def instances(*entries):
+    return parse(Instances=list(entries)).instances
+
+
+def test_plain_task():
+    task = parse()
+    assert [i.row_id for i in task.instances] == ["t1:t-0", "t1:t-1", "t1:t-2"]
+    assert task.instances[1].references == ("yes",)
+    assert (task.definition, task.categories) == ("Say whether the colour is warm.", ("Sentiment Analysis",))
+    assert task.repairs == {}
+
+
+def test_old_schema_definition_as_text_and_no_ids():
+    task = parse(Definition="One text.", Instances=[{"input": "a", "output": ["x"]}, {"input": "b", "output": ["y"]}])
+    assert task.definition == "One text."
+    assert [i.instance_id for i in task.instances] == ["0", "1"]
+
+
+def test_repeated_ids_get_stable_suffixes():
+    rows = instances(*({"id": "same", "input": text, "output": ["x"]} for text in "abc"))
+    assert [i.row_id for i in rows] == ["t1:same", "t1:same#2", "t1:same#3"]
+
+
+def test_same_input_merges_references_in_order():
+    rows = instances(
+        {"id": "1", "input": "a", "output": ["x", "y"]},
+        {"id": "2", "input": "b", "output": ["z"]},
+        {"id": "3", "input": "a", "output": ["y", "w"]},
+    )
+    assert [(i.row_id, i.references) for i in rows] == [("t1:1", ("x", "y", "w")), ("t1:2", ("z",))]
+
+
+def test_output_as_text_number_and_junk():
+    rows = instances(
+        {"id": "1", "input": "a", "output": "plain"},
+        {"id": "2", "input": "b", "output": [7, "x"]},
+        {"id": "3", "input": "c", "output": [{"no": 1}, "x", None]},
+    )
+    assert [i.references for i in rows] == [("plain",), ("7", "x"), ("x",)]
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ({"id": "1", "input": "a", "output": []}, "no reference"),
+        ({"id": "1", "input": "a"}, "no reference"),
+        ({"id": "1", "input": "a", "output": ["", "  "]}, "every 'output' is empty"),
+        ({"id": "1", "input": 5, "output": ["x"]}, "'input' is a int"),
+        ("not an object", "is a text, expected an object"),
+        ({"id": "1", "input": "a", "output": [float("nan")]}, "no reference"),
+    ],
+)
+def test_unusable_instance_becomes_a_row_with_a_reason(entry, reason):
+    rows = instances(entry, {"id": "ok", "input": "b", "output": ["x"]})
+    assert len(rows) == 2
+    assert reason in rows[0].error
+    assert rows[1].error is None
+
+
+def test_surrogates_and_byte_order_mark():
+    text = json.dumps(task_values(1, Instances=[{"id": "1", "input": "pair \ud83d\ude00", "output": ["lone \ud83d"]}]))
+    task = parse_task("t1", b"\xef\xbb\xbf" + text.encode())
+    assert task.instances[0].input == "pair \U0001f600"
+    assert task.instances[0].references == ("lone �",)
+    assert task.repairs == {"byte order mark": 1, "unpaired surrogate replaced by U+FFFD": 1}
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "the file is empty"),
+        (json.dumps(task_values()).encode()[:200], "truncated?"),
+        (b"[1, 2]", "expected an object at the top, found list"),
+        (b'{"Definition": ["x"], "Positive Examples": [], "Instances": {}}', "'Instances' is an object"),
+        (b'{"Definition": ["x"], "Positive Examples": [], "Instances": []}', "'Instances' is empty"),
+        (b'{"Definition": 3, "Positive Examples": [], "Instances": []}', "'Definition' is a int"),
+        (b'{"Definition": ["x"], "Positive Examples": 1, "Instances": []}', "'Positive Examples' is a int"),
+        (b"\xff\xfe\x00", "not UTF-8 at byte 0"),
+        (b"[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_unusable_file_names_itself_and_the_reason(data, reason):
+    with pytest.raises(TaskError, match="bad.json") as caught:
+        parse_task("bad", data)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_two_megabyte_input_is_read_whole():
+    (row,) = instances({"id": "1", "input": "word " * 400_000, "output": ["x"]})
+    assert len(row.input) == 2_000_000
+
+
+def archive(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_archive_and_folder_give_the_same_tasks(tmp_path):
+    files = {f"task{n}": json.dumps(task_values(n + 1)).encode() for n in range(3)}
+    (tmp_path / "x" / "tasks").mkdir(parents=True)
+    for name, data in files.items():
+        (tmp_path / "x" / "tasks" / f"{name}.json").write_bytes(data)
+    tar = archive(tmp_path / "x.tar.gz", {f"ni-master/tasks/{name}.json": data for name, data in files.items()})
+    for path in (tmp_path / "x", tar):
+        found = find_task_files(path)
+        assert [file.name for file in found] == ["task0", "task1", "task2"]
+        assert {file.name: data for file, data in read_files(found)} == files
+
+
+@pytest.mark.parametrize("name", ["absent", "empty-folder", "text.txt", "broken.tar.gz"])
+def test_path_without_tasks_is_refused_by_name(tmp_path, name):
+    (tmp_path / "empty-folder").mkdir()
+    (tmp_path / "text.txt").write_text("x")
+    (tmp_path / "broken.tar.gz").write_bytes(b"\x1f\x8b broken")
+    with pytest.raises(TaskError, match=name):
+        find_task_files(tmp_path / name)
+
+
+def test_hash_order_is_stable_and_other_tasks_do_not_change_it():
+    task = parse_task("t1", json.dumps(task_values(50)).encode())
+    first = [i.row_id for i in take_first(task, 10, seed=0)]
+    reversed_file = parse_task("t1", json.dumps(task_values(50, Instances=task_values(50)["Instances"][::-1])).encode())
+    assert [i.row_id for i in take_first(reversed_file, 10, seed=0)] == first
+    assert [i.row_id for i in take_first(task, 20, seed=0)][:10] == first
+    assert [i.row_id for i in take_first(task, 10, seed=1)] != first
+    assert hash_order("t1:t-0", 0).hex() == "ce3196785cb1eead"

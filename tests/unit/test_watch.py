@@ -1,0 +1,69 @@
+"""The driver's watch over its engines: bounded restarts, no silence for ever."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from birbal_ray.config import load_config
+from birbal_ray.config.score import ScoreConfig
+from birbal_ray.inference import pipeline
+from birbal_ray.inference.board import ProgressBoard
+from birbal_ray.inference.throughput import Meter
+from birbal_ray.run import RunError
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    return now
+
+
+def watch(tmp_path, **resources):
+    flags = {f"resources.{key}": value for key, value in resources.items()}
+    return pipeline._Watch(load_config(ScoreConfig, None, [], flags), tmp_path)
+
+
+def test_no_progress_is_reported_after_the_given_minutes(clock, tmp_path):
+    board, seen = ProgressBoard(), watch(tmp_path, no_progress_minutes=5)
+    board.started("r1", "n1")
+    seen.look(board.snapshot())
+    clock[0] += 299
+    seen.look(board.snapshot())
+    board.add("r1", {"rows": 1})
+    clock[0] += 299
+    seen.look(board.snapshot())
+    clock[0] += 301
+    with pytest.raises(RunError, match="no progress for 5 minutes"):
+        seen.look(board.snapshot())
+
+
+def test_restarts_are_bounded_but_moves_to_another_node_are_not(clock, tmp_path):
+    board, seen = ProgressBoard(), watch(tmp_path, max_engine_restarts=1)
+    for node in ("n1", "n2", "n3", "n4"):
+        board.started("r1", node)
+    assert board.snapshot().num_moves == 3
+    seen.look(board.snapshot())
+    board.started("r1", "n4")
+    seen.look(board.snapshot())
+    board.died("r1", "task_a chunk 3: CUDA error")
+    board.started("r1", "n4")
+    with pytest.raises(RunError, match=re.escape("an engine died 2 times")) as caught:
+        seen.look(board.snapshot())
+    assert "task_a chunk 3: CUDA error" in str(caught.value)
+
+
+def test_progress_line_shows_rates_from_the_moment_the_engine_was_ready(clock):
+    board, meter = ProgressBoard(), Meter(rows_before=100, rows_total=400)
+    clock[0] += 30
+    assert meter.line(board.snapshot()).startswith("loading the model (0 engine(s) started, 30 s)")
+    board.started("r1", "n1")
+    board.ready("r1")
+    meter.line(board.snapshot())
+    clock[0] += 10
+    counts = {"rows": 50, "errors": 1, "prompt_tokens": 4000, "cached_tokens": 3000, "completion_tokens": 100}
+    board.add("r1", counts)
+    line = meter.line(board.snapshot())
+    assert line == "150/400 rows · 5.0 rows/s · 400 prompt tokens/s · 75% from cache · 1 errors · ETA 50 s"
