@@ -171,7 +171,8 @@ def run_ray_data_llm(config: ScoreConfig) -> dict[str, Any]:
     texts, limits = prompts_of(config)
     begun = time.monotonic()
     with ray_session(8):
-        environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": str(THREADS), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": str(THREADS)}
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # its automatic binding uses one core of two
         processor = build_processor(
             vLLMEngineProcessorConfig(
                 model_source=str(resolve(config.model.name).path),

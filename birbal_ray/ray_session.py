@@ -8,10 +8,13 @@ import logging
 import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -27,7 +30,7 @@ QUIET_ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_prestart_worker_first_driver": "0",  # one process per logical CPU, most of them never used
 }
 
 
@@ -48,7 +51,7 @@ def ray_session(logical_cpus: float, log_file: Path | None = None) -> Iterator[N
         return
     with _quiet(log_file):
         if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            _init(log_to_driver=False, logging_level=logging.ERROR)
             try:
                 yield
             finally:
@@ -57,7 +60,7 @@ def ray_session(logical_cpus: float, log_file: Path | None = None) -> Iterator[N
         remove_stale_folders()
         folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-"))
         try:
-            ray.init(
+            _init(
                 address="local",
                 num_cpus=max(MIN_LOGICAL_CPUS, math.ceil(logical_cpus)),
                 include_dashboard=False,
@@ -70,6 +73,16 @@ def ray_session(logical_cpus: float, log_file: Path | None = None) -> Iterator[N
         finally:
             ray.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _init(**options: Any) -> None:
+    """ray.init, which replaces the SIGTERM handler by one that exits with 15: put the caller's back."""
+    import ray
+
+    previous = signal.getsignal(signal.SIGTERM)
+    ray.init(**options)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, previous)
 
 
 def remove_stale_folders() -> None:

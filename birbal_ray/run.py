@@ -37,6 +37,10 @@ class RunError(RuntimeError):
     """A run failed or its folder can't be used; the message says what is kept and what to do."""
 
 
+class RunFailedError(RunError):
+    """A run broke off; what it finished is kept and the same command continues."""
+
+
 class RunMismatchError(ConfigError):
     """The folder holds a run made from other settings or inputs; `differences` lists them."""
 
@@ -141,20 +145,23 @@ def start_run(folder: Path, step: str, identity: Mapping[str, Any], *, overwrite
 
     `identity` holds everything that decides the rows (settings, input hashes, model fingerprint).
     Call it under `locked(folder)`. Raises RunMismatchError when the folder's run was made from
-    something else, RunError when it holds files that are no run's.
+    something else, ConfigError when it holds files that are no run's. With `overwrite` an earlier
+    run's files are removed.
     """
     identity = json.loads(json.dumps(identity))
     run_file = folder / RUN_FILE
-    strangers = [p.name for p in folder.iterdir() if not p.name.startswith(".lock")] if folder.is_dir() else []
-    if run_file.exists():
+    for leftover in folder.glob(".tmp-*"):  # of a process that was killed while writing
+        leftover.unlink()
+    strangers = [p.name for p in folder.iterdir() if not p.name.startswith(".lock")]
+    if run_file.exists() and overwrite:
+        _clear(folder)
+    elif run_file.exists():
         earlier = read_json(run_file)
         if earlier.get("step") == step and earlier.get("identity") == identity:
             return True
-        if not overwrite:
-            raise RunMismatchError(folder, differences(earlier, {"step": step, "identity": identity}))
-        _clear(folder)
+        raise RunMismatchError(folder, differences(earlier, {"step": step, "identity": identity}))
     elif strangers and set(strangers) != {LOG_FOLDER}:
-        raise RunError(
+        raise ConfigError(
             f"{folder}: not empty and not a birbal run (no {RUN_FILE}; holds {', '.join(sorted(strangers)[:3])}); "
             "choose another --output"
         )

@@ -9,6 +9,7 @@ from birbal_ray.cli.common import Commands
 from birbal_ray.cli.demo import demo
 from birbal_ray.cli.doctor import doctor
 from birbal_ray.cli.export import export_predictions
+from birbal_ray.cli.mix import mix
 from birbal_ray.cli.models import models
 from birbal_ray.cli.score import score
 from birbal_ray.cli.tasks import tasks
@@ -29,5 +30,5 @@ def main() -> None:
     """
 
 
-for command in (demo, tasks, models, score, export_predictions, doctor):
+for command in (demo, tasks, models, score, mix, export_predictions, doctor):
     main.add_command(command)

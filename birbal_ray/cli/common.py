@@ -31,7 +31,7 @@ class Commands(click.Group):
             if code is None:
                 raise
             click.echo(f"error: {error}", err=True)
-            if code == EXIT_FAILED:
+            if _keeps_work(error):
                 click.echo("what is finished is kept; the same command continues", err=True)
             ctx.exit(code)
 
@@ -104,4 +104,12 @@ def _exit_code(error: Exception) -> int | None:
 
     if isinstance(error, (ConfigError, TaskError, ModelError)):
         return EXIT_USAGE
-    return EXIT_FAILED if isinstance(error, RunError) else None
+    if isinstance(error, (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)):
+        return EXIT_USAGE  # a path on the command line that can't be what it should be
+    return EXIT_FAILED if isinstance(error, (RunError, OSError)) else None  # a full disk, a lost connection
+
+
+def _keeps_work(error: Exception) -> bool:
+    from birbal_ray.run import RunFailedError
+
+    return isinstance(error, RunFailedError)

@@ -23,14 +23,16 @@ def demo(output: Path, overwrite: bool) -> None:
     Example:
       birbal demo --output /tmp/demo
     """
-    from birbal_ray.cli.score import print_result
-    from birbal_ray.config import load_config
-    from birbal_ray.config.score import ScoreConfig
-    from birbal_ray.ni.catalog import sample_tasks_folder
-    from birbal_ray.steps.demo import SCORE_SETTINGS
-    from birbal_ray.steps.score import score
+    from birbal_ray.cli.mix import print_result as print_mix
+    from birbal_ray.cli.score import print_result as print_score
+    from birbal_ray.steps.demo import run_demo
 
-    note("demo 1/1: score the sample tasks with SmolLM2-135M")
-    flags = {**SCORE_SETTINGS, "tasks.path": str(sample_tasks_folder()), "output": str(output / "score")}
-    result = score(load_config(ScoreConfig, flags=flags), overwrite=overwrite)
-    print_result(result, "text")
+    run_demo(
+        output,
+        overwrite=overwrite,
+        announce=lambda text: note(f"\n{text}"),
+        on_score=lambda result: print_score(result, "text"),
+        on_mix=lambda result: print_mix(result, "text"),
+    )
+    note(f"\nthe runs are in {output}; look at {output}/mix/README.md, or ask why a row is in:")
+    note(f"  birbal mix explain sample005_news_headline:sample005-001 --mix {output}/mix")

@@ -95,7 +95,12 @@ def label_tasks(path: Path | None, compare: Path | None, output_format: str) -> 
     """
     from birbal_ray.steps.tasks import compare_labels, survey
 
-    rows = [{"name": row["task"], "label": row["label"], "reason": row["label reason"]} for row in survey(path)]
+    surveyed = survey(path)
+    rows = [
+        {"name": row["task"], "label": row["label"], "reason": row["label reason"]} for row in surveyed if row["label"]
+    ]
+    if len(rows) < len(surveyed):
+        note(f"{len(surveyed) - len(rows)} files can't be used and have no label; see birbal tasks validate")
     if compare is not None:
         agreed, rows = compare_labels(rows, compare)
         note(f"{agreed} labels agree, {len(rows)} differ" + (" (listed)" if rows else ""))

@@ -30,6 +30,7 @@ class ProgressBoard:
         self._snapshot = Snapshot()
         self._nodes: dict[str, str] = {}
         self._ready: set[str] = set()
+        self._dead: set[str] = set()  # replicas that said so and have not come back
 
     def started(self, replica: str, node: str) -> None:
         """A replica's process runs (before it loads its model)."""
@@ -41,6 +42,7 @@ class ProgressBoard:
             self._snapshot.num_moves += 1
         self._nodes[replica] = node
         self._ready.discard(replica)
+        self._dead.discard(replica)
         self._touch()
 
     def ready(self, replica: str) -> None:
@@ -49,10 +51,12 @@ class ProgressBoard:
         self._touch()
 
     def died(self, replica: str, reason: str) -> None:
-        """A replica's engine failed; its process ends now."""
-        self._ready.discard(replica)
-        self._snapshot.deaths.append(reason)
-        self._touch()
+        """A replica's engine failed; its process ends now. Every shard in flight says so: it counts once."""
+        if replica not in self._dead:
+            self._dead.add(replica)
+            self._ready.discard(replica)
+            self._snapshot.deaths.append(reason)
+            self._touch()
 
     def add(self, replica: str, counts: dict[str, int]) -> None:
         """What a replica finished since its last word."""

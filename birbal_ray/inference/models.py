@@ -141,7 +141,14 @@ def _checks_out(folder: Path) -> bool:
 
 def _from_hub(name: str, revision: str | None, *, weights: bool) -> Model:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     patterns = ["*.json", "tokenizer*", "*.model"] + (["*.safetensors"] if weights else [])
     try:
@@ -152,11 +159,17 @@ def _from_hub(name: str, revision: str | None, *, weights: bool) -> Model:
         ) from None
     except RepositoryNotFoundError:
         raise ModelError(f"model {name!r}: the Hub has no such model (or it is private: set HF_TOKEN)") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except RevisionNotFoundError:
+        raise ModelError(f"model {name!r}: the Hub has it, but no revision {revision!r}") from None
+    except HFValidationError:
+        raise ModelError(f"model {name!r}: not a Hub id (owner/name)") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         raise ModelError(
             f"model {name!r}: the Hub can't be reached and no copy is in its cache "
             f"({type(error).__name__}); check the network, or give a local folder"
         ) from None
+    if weights and not any(path.glob("*.safetensors")):
+        raise ModelError(f"model {name!r}: no *.safetensors; other weight formats are not read (pickles can run code)")
     return Model(name, path, path.name, hashlib.sha256(f"{name}@{path.name}".encode()).hexdigest())
 
 

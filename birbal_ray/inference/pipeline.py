@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from birbal_ray.config.score import ScoreConfig
 from birbal_ray.inference.board import ProgressBoard, Snapshot
 from birbal_ray.inference.plan import Shard
 from birbal_ray.inference.stages import Generate, Prepare, write_scored
-from birbal_ray.run import RunError
+from birbal_ray.run import RunError, RunFailedError
 
 WRITE_CPUS = 0.25  # logical: scoring and writing a shard takes milliseconds
 POLL_SECONDS = 0.5
@@ -37,36 +37,56 @@ def logical_cpus(config: ScoreConfig) -> float:
     return replicas + config.resources.num_prepare_workers + 2
 
 
-def check_cluster(config: ScoreConfig) -> None:
-    """Raise RunError when the connected cluster can never place the replicas (Ray would wait for ever)."""
+def missing_resources(config: ScoreConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
+    """What the cluster lacks to place all replicas, or None. `nodes`: each living node's total resources.
+
+    Ray would wait for it without a word. A replica must fit on one node; CPUs and GPUs of different
+    nodes don't add up.
+    """
+    resources = config.resources
+    card = f"accelerator_type:{resources.accelerator_type}"
+    places = 0
+    for node in nodes:
+        fits = int(node.get("CPU", 0.0) // resources.cpus_per_replica)
+        if config.engine.device == "gpu":
+            fits = min(fits, int(node.get("GPU", 0.0) // resources.gpus_per_replica))
+            if resources.accelerator_type and card not in node:
+                fits = 0
+        places += fits
+    total_cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    if places >= resources.num_replicas and total_cpus >= logical_cpus(config):
+        return None
+    cards = sorted({key.split(":", 1)[1] for node in nodes for key in node if key.startswith("accelerator_type:")})
+    gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    return (
+        f"the cluster can place {min(places, resources.num_replicas)} of {resources.num_replicas} replicas "
+        f"(it has {len(nodes)} nodes, {total_cpus:g} CPUs of {logical_cpus(config):g} needed, {gpus:g} GPUs, "
+        f"cards: {', '.join(cards) or 'none'})"
+    )
+
+
+def check_cluster(config: ScoreConfig) -> str | None:
+    """What the connected cluster lacks; raises RunError where nothing can join later (a local one)."""
     import ray
 
-    have = ray.cluster_resources()
-    wanted = {"CPU": logical_cpus(config)}
-    if config.engine.device == "gpu":
-        wanted["GPU"] = config.resources.num_replicas * config.resources.gpus_per_replica
-        if config.resources.accelerator_type:
-            wanted[f"accelerator_type:{config.resources.accelerator_type}"] = 0.001
-    for name, amount in wanted.items():
-        if have.get(name, 0.0) < amount:
-            cards = sorted(key.split(":", 1)[1] for key in have if key.startswith("accelerator_type:"))
-            raise RunError(
-                f"the cluster has {have.get(name, 0.0):g} {name}, the run needs {amount:g} "
-                f"(CPUs {have.get('CPU', 0):g}, GPUs {have.get('GPU', 0):g}, cards {', '.join(cards) or 'none'}); "
-                "lower resources.num_replicas or add nodes"
-            )
+    missing = missing_resources(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    if missing and not os.environ.get("RAY_ADDRESS"):
+        raise RunError(f"{missing}; lower resources.num_replicas or what each asks for")
+    return missing
 
 
 def run_shards(
     shards: Sequence[Shard],
     config: ScoreConfig,
+    model_fingerprint: str,
     rows_folder: Path,
     log_folder: Path,
     on_poll: Callable[[Snapshot], None],
 ) -> Iterator[ShardDone]:
     """Score the shards on the connected cluster; yields each one whose file is written.
 
-    Calls `on_poll` about twice a second in between. Raises RunError when engines died more often
+    Calls `on_poll` about twice a second in between. `config.model` must name the model as
+    workers find it, `model_fingerprint` what they must find. Raises RunFailedError when engines died more often
     than `resources.max_engine_restarts`, or nothing moved for `resources.no_progress_minutes`.
     """
     import ray
@@ -78,7 +98,7 @@ def run_shards(
 
     def consume() -> None:
         try:
-            for row in _dataset(shards, config, board, rows_folder, log_folder).iter_rows():
+            for row in _dataset(shards, config, model_fingerprint, board, rows_folder, log_folder).iter_rows():
                 events.put(ShardDone(row["file"], row["rows"], row["errors"]))
             events.put(None)
         except BaseException as error:  # handed to the main thread, which raises it
@@ -86,33 +106,45 @@ def run_shards(
 
     threading.Thread(target=consume, name="ray-data", daemon=True).start()
     watch = _Watch(config, log_folder)
+
+    def look() -> None:
+        snapshot = ray.get(board.snapshot.remote())
+        watch.look(snapshot)
+        on_poll(snapshot)
+
+    polled = time.monotonic()
     while True:
         try:
             event = events.get(timeout=POLL_SECONDS)
         except queue.Empty:
-            snapshot = ray.get(board.snapshot.remote())
-            watch.look(snapshot)
-            on_poll(snapshot)
+            look()
             continue
         if event is None:
-            on_poll(ray.get(board.snapshot.remote()))
+            look()
             return
         if isinstance(event, BaseException):
-            watch.look(ray.get(board.snapshot.remote()))
-            raise RunError(f"{_root_reason(event)} (logs: {log_folder})") from event
+            look()  # it may know the reason behind
+            raise RunFailedError(f"{_root_reason(event)} (logs: {log_folder})") from event
         yield event
+        if time.monotonic() - polled > POLL_SECONDS:
+            look()
+            polled = time.monotonic()
 
 
-def _dataset(shards: Sequence[Shard], config: ScoreConfig, board: Any, rows_folder: Path, log_folder: Path) -> Any:
+def _dataset(
+    shards: Sequence[Shard],
+    config: ScoreConfig,
+    model_fingerprint: str,
+    board: Any,
+    rows_folder: Path,
+    log_folder: Path,
+) -> Any:
     import ray
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
     resources = config.resources
     gpu = config.engine.device == "gpu"
-    threads = resources.threads_per_replica or max(1, (psutil.cpu_count(logical=False) or 1) // resources.num_replicas)
-    config = config.model_copy(update={"resources": resources.model_copy(update={"threads_per_replica": threads})})
-    # Ray derives OMP_NUM_THREADS from num_cpus: one logical CPU would mean one core (2.5, not 4.7 requests/s).
-    environment = {} if gpu else {"OMP_NUM_THREADS": str(threads)}
+    per_node = math.ceil(resources.num_replicas / max(1, sum(node["Alive"] for node in ray.nodes())))
     return (
         ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
         .map(
@@ -123,7 +155,7 @@ def _dataset(shards: Sequence[Shard], config: ScoreConfig, board: Any, rows_fold
         )
         .map(
             Generate,
-            fn_constructor_args=(config, board, str(log_folder)),
+            fn_constructor_args=(config, model_fingerprint, board, str(log_folder), per_node),
             compute=ActorPoolStrategy(
                 size=resources.num_replicas,
                 max_concurrent_calls_per_actor=resources.shards_in_flight,
@@ -133,7 +165,6 @@ def _dataset(shards: Sequence[Shard], config: ScoreConfig, board: Any, rows_fold
             num_cpus=resources.cpus_per_replica,
             num_gpus=resources.gpus_per_replica if gpu else 0,
             **({"accelerator_type": resources.accelerator_type} if gpu and resources.accelerator_type else {}),
-            runtime_env={"env_vars": environment},
         )
         .map(
             write_scored,
@@ -155,10 +186,10 @@ class _Watch:
         self._version, self._moved = -1, time.monotonic()
 
     def look(self, snapshot: Snapshot) -> None:
-        """Raise RunError if it is time to stop."""
+        """Raise RunFailedError if it is time to stop."""
         if max(snapshot.num_restarts, len(snapshot.deaths)) > self._limit:
             last = snapshot.deaths[-1] if snapshot.deaths else "its process was killed (out of memory?)"
-            raise RunError(
+            raise RunFailedError(
                 f"an engine died {max(snapshot.num_restarts, len(snapshot.deaths))} times, "
                 f"resources.max_engine_restarts is {self._limit}; the last time: {last} (logs: {self._log_folder})"
             )
@@ -166,13 +197,14 @@ class _Watch:
             self._version, self._moved = snapshot.version, time.monotonic()
         elif time.monotonic() - self._moved > self._patience:
             state = "loading its model" if snapshot.num_ready == 0 else "at work"
-            raise RunError(
+            raise RunFailedError(
                 f"no progress for {self._patience / 60:g} minutes (resources.no_progress_minutes); "
                 f"{snapshot.num_started} engine(s) started, last seen {state} (logs: {self._log_folder})"
             )
 
 
 def _root_reason(error: BaseException) -> str:
-    """The last line of the deepest cause: Ray wraps the reason in a page of traceback."""
+    """The last telling line of the deepest cause: Ray wraps the reason in a page of traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("For further information visit")]  # pydantic's last line
     return lines[-1] if lines else type(error).__name__

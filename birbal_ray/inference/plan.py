@@ -155,17 +155,15 @@ def make_plan(
 
     planned, quarantined, excluded = [], [], []
     files = [file for file in files if file.name in chosen]
-    for done, (file, data) in enumerate(reader.read_files(files), 1):
+    for done, (file, task) in enumerate(reader.read_tasks(files), 1):
         progress(f"reading tasks {done}/{len(files)}: {file.name}")
-        try:
-            task = reader.parse_task(file.name, data)
+        if isinstance(task, TaskError):
             if config.tasks.strict:
-                prompt.shared_prefix(task, config.prompt.num_shots, strict=True)
-        except TaskError as error:
-            if config.tasks.strict:
-                raise
-            quarantined.append((file.label, str(error)))
+                raise task
+            quarantined.append((file.label, str(task)))
             continue
+        if config.tasks.strict:
+            prompt.shared_prefix(task, config.prompt.num_shots, strict=True)
         reason = catalog.excluded_by(task, config.tasks.exclude_families)
         if reason:
             excluded.append((task.name, reason))
@@ -183,6 +181,7 @@ def unpacked(plan: Plan, folder: Path) -> Plan:
     archived = [reader.TaskFile(task.name, Path(task.path), task.member) for task in plan.tasks if task.member]
     paths = {}
     for file, data in reader.read_files(archived):
+        assert isinstance(data, bytes)  # archives raise as a whole
         paths[file.name] = folder / f"{file.name}.json"
         if not paths[file.name].exists() or paths[file.name].read_bytes() != data:
             write_atomic(paths[file.name], data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from typing import Any
@@ -75,7 +76,8 @@ def remember(config: ScoreConfig, tokens_per_second: float) -> None:
     """Keep this machine's latest rate for a model, per replica."""
     rates = _read()
     rates[_key(config)] = tokens_per_second / config.resources.num_replicas
-    write_json(cache_folder() / RATES_FILE, rates)
+    with contextlib.suppress(OSError):  # an estimate isn't worth a failed run
+        write_json(cache_folder() / RATES_FILE, rates)
 
 
 def recall(config: ScoreConfig) -> float | None:
@@ -92,5 +94,5 @@ def _read() -> dict[str, float]:
     file = cache_folder() / RATES_FILE
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (OSError, json.JSONDecodeError):
         return {}

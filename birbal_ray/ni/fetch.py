@@ -46,18 +46,20 @@ def fetch_archive(
     if (output / "tasks").exists():
         raise TaskError(f"{output / 'tasks'}: exists already; choose another --output or remove it")
     output.mkdir(parents=True, exist_ok=True)
-    archive = output / ".download.tar.gz"
+    # Named after its address: what another address left behind is never taken for this one's.
+    archive = output / f".download-{hashlib.sha256(url.encode()).hexdigest()[:12]}.tar.gz"
     _download(url, archive, progress)
     with archive.open("rb") as handle:
         found = hashlib.file_digest(handle, "sha256").hexdigest()
     if sha256 is not None and found != sha256.lower():
         archive.unlink()
         raise TaskError(f"{url}: sha256 is {found}, expected {sha256}; the download was deleted")
-    num_files = _unpack(archive, output, progress)
+    unpacked, num_files = _unpack(archive, output, progress)
     record = {"url": url, "sha256": found, "num_files": num_files, "num_bytes": archive.stat().st_size}
     temporary = output / f".tmp-{RECORD_FILE}"
     temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     temporary.replace(record_file)
+    unpacked.rename(output / "tasks")  # last: a record without tasks is an unfinished fetch
     archive.unlink()
     return record
 
@@ -67,6 +69,14 @@ def _check_url(url: str) -> None:
     local = parts.hostname in ("127.0.0.1", "localhost", "::1")
     if parts.scheme != "https" and not (parts.scheme == "http" and local):
         raise TaskError(f"{url}: only https:// is fetched (http:// from this machine alone)")
+
+
+class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect only to where we would have gone ourselves."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        _check_url(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _download(url: str, target: Path, progress: Callable[[str], None]) -> None:
@@ -80,7 +90,7 @@ def _download(url: str, target: Path, progress: Callable[[str], None]) -> None:
         request.add_header("Range", f"bytes={have}-")
         request.add_header("If-Range", tag)
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+        with urllib.request.build_opener(_CheckedRedirects).open(request, timeout=TIMEOUT_SECONDS) as response:
             continued = response.status == http.HTTPStatus.PARTIAL_CONTENT
             length = response.headers.get("Content-Length")
             done = have if continued else 0
@@ -95,6 +105,10 @@ def _download(url: str, target: Path, progress: Callable[[str], None]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
     except urllib.error.HTTPError as error:
+        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and have:
+            part.unlink()  # it was complete, or isn't the server's file any more: once more from the start
+            _download(url, target, progress)
+            return
         raise TaskError(f"{url}: the server answered {error.code} {error.reason}") from None
     except (OSError, http.client.HTTPException) as error:
         raise TaskError(f"{url}: the download broke off ({error}); the same command continues it") from None
@@ -104,7 +118,7 @@ def _download(url: str, target: Path, progress: Callable[[str], None]) -> None:
     tag_file.unlink(missing_ok=True)
 
 
-def _unpack(archive: Path, output: Path, progress: Callable[[str], None]) -> int:
+def _unpack(archive: Path, output: Path, progress: Callable[[str], None]) -> tuple[Path, int]:
     working = output / ".tmp-tasks"
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir()
@@ -129,5 +143,4 @@ def _unpack(archive: Path, output: Path, progress: Callable[[str], None]) -> int
         raise TaskError(f"the archive can't be unpacked ({error}) and was deleted; fetch it again") from None
     if num_files == 0:
         raise TaskError("the archive holds no tasks/*.json")
-    working.rename(output / "tasks")
-    return num_files
+    return working, num_files

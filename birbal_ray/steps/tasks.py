@@ -15,7 +15,8 @@ def survey(path: Path | None) -> list[dict[str, Any]]:
     """One record per task file, by name; a file that can't be used has null fields and its reason."""
     overrides, selected = labels.default_overrides(), set(catalog.selected_names())
     rows = []
-    for name, task in _tasks(path):
+    for file, task in _tasks(path):
+        name = file.name
         if isinstance(task, TaskError):
             rows.append(dict.fromkeys(_SURVEY_KEYS) | {"task": name, "label reason": str(task)})
             continue
@@ -41,7 +42,9 @@ def describe(path: Path | None, name: str, num_shots: int) -> str:
     files = {file.name: file for file in reader.find_task_files(root)}
     if name not in files:
         raise TaskError(catalog.unknown_task(name, list(files), root))
-    task = reader.parse_task(name, next(reader.read_files([files[name]]))[1])
+    _, task = next(reader.read_tasks([files[name]]))
+    if isinstance(task, TaskError):
+        raise task
     label = labels.label_task(task, labels.default_overrides())
     instance = next((instance for instance in task.instances if instance.error is None), task.instances[0])
     repairs = "; ".join(f"{count} × {kind}" for kind, count in task.repairs.items()) or "none"
@@ -66,7 +69,8 @@ def findings(path: Path | None) -> tuple[list[dict[str, Any]], int, int]:
     """(rows of file, kind, count, finding; files read; files that can't be used)."""
     rows: list[dict[str, Any]] = []
     num_files = num_bad = 0
-    for name, task in _tasks(path):
+    for file, task in _tasks(path):
+        name = file.name
         num_files += 1
         if isinstance(task, TaskError):
             num_bad += 1
@@ -96,10 +100,5 @@ def compare_labels(rows: list[dict[str, Any]], file: Path) -> tuple[int, list[di
 _SURVEY_KEYS = ("task", "label", "label reason", "instances", "shots", "category", "selected", "excluded")
 
 
-def _tasks(path: Path | None) -> Iterator[tuple[str, Task | TaskError]]:
-    files = reader.find_task_files(path or catalog.sample_tasks_folder())
-    for file, data in reader.read_files(files):
-        try:
-            yield file.name, reader.parse_task(file.name, data)
-        except TaskError as error:
-            yield file.name, error
+def _tasks(path: Path | None) -> Iterator[tuple[reader.TaskFile, Task | TaskError]]:
+    return reader.read_tasks(reader.find_task_files(path or catalog.sample_tasks_folder()))

@@ -21,13 +21,13 @@ os.environ.update(QUIET_ENVIRONMENT)
 
 @pytest.fixture(scope="session")
 def cluster_address() -> Iterator[str]:
-    """One node with 8 logical CPUs that outlives the drivers the tests kill."""
+    """One node with 5 logical CPUs that outlives the drivers the tests kill."""
     from ray.cluster_utils import Cluster
 
     folder = Path(tempfile.mkdtemp(prefix="bt-"))
     (folder / "ray").mkdir()
     os.environ["RAY_TMPDIR"] = str(folder)
-    node = {"num_cpus": 8, "include_dashboard": False, "object_store_memory": 1 << 29}
+    node = {"num_cpus": 5, "include_dashboard": False, "object_store_memory": 1 << 29}
     cluster = Cluster(initialize_head=True, head_node_args=node)
     try:
         yield cluster.address
@@ -39,12 +39,12 @@ def cluster_address() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def birbal(cluster_address: str) -> Callable[..., subprocess.Popen[str]]:
-    """birbal(*arguments, local=False) → the started process; local=True gives it a cluster of its own."""
+    """birbal(*arguments, local, env) → the started process; local=True gives it a cluster of its own."""
 
-    def start(*arguments: object, local: bool = False) -> subprocess.Popen[str]:
-        environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_TMPDIR")}
-        if not local:
-            environment["RAY_ADDRESS"] = cluster_address
+    def start(*arguments: object, local: bool = False, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        given = {"RAY_ADDRESS": cluster_address} if not local else {}
+        environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_TMPDIR")} | given
+        environment |= env or {}
         return subprocess.Popen(
             [sys.executable, "-m", "birbal_ray", *map(str, arguments)],
             env=environment,

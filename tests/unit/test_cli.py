@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from birbal_ray.cli import main
 from tests.conftest import task_values
 
+SCORE = ["score", "--tasks", "{tasks}", "--output", "{out}"]
 HEAVY = ("ray", "torch", "vllm", "transformers", "datasets", "pyarrow", "pydantic", "numpy")
 
 
@@ -40,7 +41,7 @@ def commands(group, path=()):
             yield from commands(command, (*path, name))
 
 
-@pytest.mark.parametrize(("path", "command"), list(commands(main)), ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
+@pytest.mark.parametrize(("path", "command"), [pytest.param(*pair, id=" ".join(pair[0])) for pair in commands(main)])
 def test_every_command_has_help_with_an_example(path, command):
     result = run(*path, "--help")
     assert result.exit_code == 0
@@ -58,13 +59,11 @@ def test_every_command_has_help_with_an_example(path, command):
         (["score", "--tasks", "{tasks}"], "--output is required"),
         (["score", "--output", "{out}"], "--tasks is required"),
         (["score", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
-        (["score", "--tasks", "{tasks}", "--output", "{out}", "--set", "prompt.shots=3"], "unknown key 'prompt.shots'"),
-        (["score", "--tasks", "{tasks}", "--output", "{out}", "--model", "smollm3"], "model 'smollm3': no such folder"),
-        (["score", "--tasks", "{tasks}", "--output", "{out}", "--model", "{tasks}"], "no config.json"),
-        (
-            ["score", "--tasks", "{tasks}", "--output", "{out}", "--select", "absent.txt"],
-            "absent.txt: no such file of task names",
-        ),
+        ([*SCORE, "--set", "prompt.shots=3"], "unknown key 'prompt.shots'"),
+        ([*SCORE, "--model", "smollm3"], "model 'smollm3': no such folder"),
+        ([*SCORE, "--model", "{tasks}"], "no config.json"),
+        ([*SCORE, "--select", "absent.txt"], "absent.txt: no such file of task names"),
+        (["score", "--tasks", "{tasks}", "--output", "{tasks}/task_a.json"], "is a file, expected a folder"),
         (["tasks", "show", "task_aa", "--tasks", "{tasks}"], "no task 'task_aa' (nearest: 'task_a')"),
         (["tasks", "list", "--tasks", "{tasks}/task_a.txt"], "task_a.txt: no such file"),
         (["models", "fetch", "nobody"], "not a Hub id"),
@@ -83,10 +82,18 @@ def test_wrong_usage_is_exit_code_2_with_one_line(write_task, tmp_path, argument
 def test_an_unreachable_hub_model_says_what_to_do(write_task, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    result = run("score", "--tasks", write_task("task_a"), "--output", tmp_path / "out", "--model", "owner/absent-model")
+    folder = write_task("task_a")
+    result = run("score", "--tasks", folder, "--output", tmp_path / "out", "--model", "owner/absent-model")
     assert result.exit_code == 2
     assert "model 'owner/absent-model': the Hub can't be reached" in result.stderr
     assert "give a local folder" in result.stderr
+
+
+def test_exporting_what_is_no_run_fails_in_one_line(write_task, tmp_path):
+    result = run("export-predictions", write_task("task_a"), "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr.strip().endswith("no manifest.json here; expected the output of `birbal score`")
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_tasks_list_in_three_formats():

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from birbal_ray.config import ConfigError, load_config
+from birbal_ray.config.mix import MixConfig
 from birbal_ray.config.score import ScoreConfig
 from tests.conftest import REPOSITORY
 
-SCHEMAS = {"score": ScoreConfig}
+SCHEMAS = {"score": ScoreConfig, "mix": MixConfig}
 
 
 @pytest.fixture
@@ -28,10 +29,10 @@ def test_flags_win_over_set_which_wins_over_the_file(file):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("engine: {max_model_length: 5}", r"my.yaml: unknown key 'engine.max_model_length' \(did you mean 'max_model_len'"),
+        ("engine: {max_model_length: 5}", r"my.yaml: unknown key 'engine.max_model_length' \(did you mean"),
         ("sede: 5", r"my.yaml: unknown key 'sede' \(did you mean 'seed'"),
         ("engine: {max_model_len: many}", "my.yaml: engine.max_model_len = 'many': input should be a valid integer"),
-        ("engine: {max_model_len: 2}", "my.yaml: engine.max_model_len = 2: input should be greater than or equal to 16"),
+        ("engine: {max_model_len: 2}", "my.yaml: engine.max_model_len = 2: input should be greater than"),
         ("engine: [", "my.yaml: not valid YAML"),
         ("- 1", "my.yaml: expected a mapping at the top, found list"),
         ("seed: !!python/object/apply:os.getcwd []", "my.yaml: not valid YAML"),

@@ -21,7 +21,7 @@ class Server(ThreadingHTTPServer):
     """Serves one file with Range support; breaks off after `cut` bytes once."""
 
     def __init__(self, data):
-        self.data, self.cut, self.ranges, self.tag = data, None, [], '"v1"'
+        self.data, self.cut, self.ranges, self.tag, self.redirect = data, None, [], '"v1"', None
         super().__init__(("127.0.0.1", 0), Handler)
 
 
@@ -31,11 +31,19 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/ni.tar.gz":
             self.send_error(404)
             return
+        if server.redirect:
+            self.send_response(302)
+            self.send_header("Location", server.redirect)
+            self.end_headers()
+            return
         start = 0
         wanted = self.headers.get("Range")
         if wanted and self.headers.get("If-Range") == server.tag:
             start = int(wanted.removeprefix("bytes=").rstrip("-"))
         server.ranges.append(start)
+        if start >= len(server.data):
+            self.send_error(416)
+            return
         body = server.data[start:]
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body)))
@@ -73,11 +81,26 @@ def test_fetch_and_fetch_again(server, tmp_path):
 
 def test_a_cut_download_continues_where_it_stopped(server, tmp_path):
     server.cut = 20_000
-    with pytest.raises(TaskError, match="broke off at 20000 of .* bytes; the same command continues it"):
+    with pytest.raises(TaskError, match=r"broke off at 20000 of .* bytes; the same command continues it"):
         fetch_archive(server.url, tmp_path / "ni")
     assert not (tmp_path / "ni" / "tasks").exists()
     assert fetch_archive(server.url, tmp_path / "ni")["num_files"] == 4
     assert server.ranges == [0, 20_000]
+
+
+def test_killed_after_the_last_byte(server, tmp_path):
+    server.cut = 20_000
+    with pytest.raises(TaskError):
+        fetch_archive(server.url, tmp_path / "ni")
+    (part,) = (tmp_path / "ni").glob(".download-*.part")
+    part.write_bytes(server.data)
+    assert fetch_archive(server.url, tmp_path / "ni")["num_files"] == 4
+
+
+def test_a_redirect_is_checked_too(server, tmp_path):
+    server.redirect = "http://192.0.2.1/ni.tar.gz"
+    with pytest.raises(TaskError, match=r"192\.0\.2\.1/ni\.tar\.gz: only https"):
+        fetch_archive(server.url, tmp_path / "ni")
 
 
 def test_a_file_that_changed_on_the_server_is_fetched_anew(server, tmp_path):
@@ -108,7 +131,8 @@ def test_members_cannot_leave_the_folder(server, tmp_path):
     server.data = buffer.getvalue()
     fetch_archive(server.url, tmp_path / "deep" / "ni")
     names = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.json"))
-    assert names == [f"deep/ni/{name}" for name in ("fetch.json", "tasks/absolute.json", "tasks/escape.json", "tasks/good.json")]
+    inside = ("fetch.json", "tasks/absolute.json", "tasks/escape.json", "tasks/good.json")
+    assert names == [f"deep/ni/{name}" for name in inside]
     assert not (tmp_path / "deep" / "ni" / "tasks" / "link.json").exists()
 
 

@@ -40,7 +40,7 @@ def test_shots_are_at_most_what_the_task_has(task):
 
 @pytest.mark.parametrize(
     ("completion", "answer"),
-    [("yes\n\n### Input:\nmore", "yes"), (" yes ", "yes"), ("two\nlines\n\nrest", "two\nlines"), ("\n\nlate", ""), ("", "")],
+    [("yes\n\n### Input:\nmore", "yes"), (" yes ", "yes"), ("two\nlines\n\nrest", "two\nlines"), ("\n\nlate", "")],
 )
 def test_extract_answer(completion, answer):
     assert prompt.extract_answer(completion) == answer

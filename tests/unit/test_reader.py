@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from birbal_ray.ni.reader import find_task_files, parse_task, read_files
+from birbal_ray.ni.reader import find_task_files, parse_task, read_files, read_tasks
 from birbal_ray.ni.schema import TaskError, hash_order, take_first
 from tests.conftest import task_values
 
@@ -97,10 +97,12 @@ def test_surrogates_and_byte_order_mark():
         (b'{"Definition": ["x"], "Positive Examples": 1, "Instances": []}', "'Positive Examples' is a int"),
         (b"\xff\xfe\x00", "not UTF-8 at byte 0"),
         (b"[" * 100_000, "nested too deeply"),
+        (b'{"Definition": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (OSError(13, "Permission denied"), "can't be read (Permission denied)"),
     ],
 )
 def test_unusable_file_names_itself_and_the_reason(data, reason):
-    with pytest.raises(TaskError, match="bad.json") as caught:
+    with pytest.raises(TaskError, match=r"bad\.json") as caught:
         parse_task("bad", data)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -130,6 +132,14 @@ def test_archive_and_folder_give_the_same_tasks(tmp_path):
         found = find_task_files(path)
         assert [file.name for file in found] == ["task0", "task1", "task2"]
         assert {file.name: data for file, data in read_files(found)} == files
+
+
+def test_a_file_that_cannot_be_read_is_one_files_problem(tmp_path):
+    (tmp_path / "good.json").write_text(json.dumps(task_values()))
+    (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")
+    found = {file.name: task for file, task in read_tasks(find_task_files(tmp_path))}
+    assert str(found["gone"]) == "gone.json: can't be read (No such file or directory)"
+    assert len(found["good"].instances) == 6
 
 
 @pytest.mark.parametrize("name", ["absent", "empty-folder", "text.txt", "broken.tar.gz"])

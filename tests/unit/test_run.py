@@ -11,6 +11,7 @@ import time
 import pytest
 
 from birbal_ray import run
+from birbal_ray.config import ConfigError
 
 
 def test_atomic_write_leaves_no_temporary_file(tmp_path):
@@ -45,9 +46,22 @@ def test_changed_identity_is_refused_with_the_difference(tmp_path):
     assert not (tmp_path / "rows").exists()
 
 
+def test_overwrite_starts_anew_also_with_the_same_identity(tmp_path):
+    run.start_run(tmp_path, "score", {"a": 1})
+    (tmp_path / "old").write_text("x")
+    assert run.start_run(tmp_path, "score", {"a": 1}, overwrite=True) is False
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run.json"]
+
+
+def test_killed_before_its_first_file_was_named(tmp_path):
+    (tmp_path / ".tmp-1-2-run.json").write_text("{")
+    assert run.start_run(tmp_path, "score", {"a": 1}) is False
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run.json"]
+
+
 def test_a_strangers_folder_is_not_touched(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(run.RunError, match=r"not empty and not a birbal run.*thesis\.txt"):
+    with pytest.raises(ConfigError, match=r"not empty and not a birbal run.*thesis\.txt"):
         run.start_run(tmp_path, "score", {}, overwrite=True)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 

@@ -55,6 +55,37 @@ def test_restarts_are_bounded_but_moves_to_another_node_are_not(clock, tmp_path)
     assert "task_a chunk 3: CUDA error" in str(caught.value)
 
 
+def test_a_death_that_every_shard_in_flight_reports_counts_once(clock, tmp_path):
+    board = ProgressBoard()
+    board.started("r1", "n1")
+    for shard in range(3):
+        board.died("r1", f"shard {shard}")
+    assert len(board.snapshot().deaths) == 1
+    board.started("r1", "n1")
+    board.died("r1", "again")
+    assert len(board.snapshot().deaths) == 2
+
+
+@pytest.mark.parametrize(
+    ("nodes", "settings", "lacks"),
+    [
+        ([{"CPU": 8}], {"engine.device": "cpu"}, None),
+        ([{"CPU": 8}], {"engine.device": "gpu"}, "0 of 1 replicas"),
+        ([{"CPU": 16, "GPU": 1}] * 2, {"engine.device": "gpu", "resources.num_replicas": 2}, None),
+        ([{"CPU": 16, "GPU": 0.5}] * 2, {"engine.device": "gpu"}, "0 of 1 replicas"),
+        ([{"CPU": 8}] * 4, {"engine.device": "cpu", "resources.cpus_per_replica": 16}, "0 of 1 replicas"),
+        (
+            [{"CPU": 16, "GPU": 1, "accelerator_type:A10G": 1}, {"CPU": 16, "GPU": 1}],
+            {"engine.device": "gpu", "resources.num_replicas": 2, "resources.accelerator_type": "A10G"},
+            "1 of 2 replicas (it has 2 nodes, 32 CPUs of 5 needed, 2 GPUs, cards: A10G)",
+        ),
+    ],
+)
+def test_what_a_cluster_lacks(nodes, settings, lacks):
+    missing = pipeline.missing_resources(load_config(ScoreConfig, None, [], settings), nodes)
+    assert missing is None if lacks is None else lacks in (missing or "")
+
+
 def test_progress_line_shows_rates_from_the_moment_the_engine_was_ready(clock):
     board, meter = ProgressBoard(), Meter(rows_before=100, rows_total=400)
     clock[0] += 30

@@ -1,0 +1,152 @@
+"""How many rows each task gives to the mix, by either selection policy.
+
+Pure functions on plain values. `task_score` spreads a budget by what the model gets wrong;
+`birbal_2023` is the ladder of the published 2023 recipe (data_prep/process_one_word_response_file.py
+and prepare_generation_tasks_dataset.py of Upaya07/NeurIPS-llm-efficiency-challenge).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+TASK_SCORE, BIRBAL_2023 = "task_score", "birbal_2023"
+
+LADDER_CAPS = (350, 350, 300, 300, 250, 250, 200, 150, 100, 50)  # by accuracy decile, 0..9
+BAND_EDGES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # ROUGE-L; band 0 lies below the first edge
+LOWEST_BAND_SHARE, OTHER_BAND_SHARE = 0.8, 0.2
+LADDER_MAX_WORDS = 800  # instruction and input together; this many or more are left out
+LADDER_MAX_INPUT_WORDS = 1100  # generation only, the input alone; more are left out
+
+
+@dataclass(frozen=True, slots=True)
+class TaskDemand:
+    """One task that asks for a part of the budget; `task_score` in [0, 1] (1: the model solves it)."""
+
+    name: str
+    num_candidates: int
+    task_score: float
+
+
+@dataclass(frozen=True, slots=True)
+class TaskShortfall:
+    """A task that has fewer candidates than its share of the budget."""
+
+    name: str
+    wanted: int
+    num_candidates: int
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """Rows per task (every task of the demand, zeros included).
+
+    `shortfall` is budget − rows given; `short_tasks` names the tasks that could not give their
+    proportional share (empty when the budget is met).
+    """
+
+    budget: int
+    counts: dict[str, int]
+    shortfall: int
+    short_tasks: tuple[TaskShortfall, ...]
+
+
+def allocate(budget: int, demands: Sequence[TaskDemand], gamma: float = 1.0) -> Allocation:
+    """Spread `budget` rows over tasks by weight (1 − task_score)^gamma, no task above its candidates.
+
+    The real-valued shares min(candidates, λ·weight) sum to the budget exactly (water-filling);
+    whole counts come from them by largest remainder, ties by task name. All in exact fractions of
+    the float weights, so no platform rounds differently. The order of `demands` doesn't matter.
+    A task with weight 0 gets nothing. Raises ValueError on a repeated name, a negative budget, or a
+    score outside [0, 1].
+    """
+    _check(budget, demands)
+    ordered = sorted(demands, key=lambda demand: demand.name)
+    weights = {demand.name: Fraction((1.0 - demand.task_score) ** gamma) for demand in ordered}
+    limits = {d.name: d.num_candidates if weights[d.name] else 0 for d in ordered}
+    available = sum(limits.values())
+    if available <= budget:
+        short = _short_tasks(budget, ordered, weights) if available < budget else ()
+        return Allocation(budget, limits, budget - available, short)
+    return Allocation(budget, _whole(_water_fill(budget, limits, weights), budget), 0, ())
+
+
+def ladder_cap(accuracy: float, factor: float = 1.0) -> int:
+    """Rows an exact-match task may give at most, by its accuracy in [0, 1] (birbal_2023)."""
+    return int(LADDER_CAPS[ladder_decile(accuracy)] * factor)
+
+
+def ladder_decile(accuracy: float) -> int:
+    """Accuracy decile 0..9; accuracy 1.0 belongs to 9."""
+    return min(int(accuracy * 100) // 10, 9)
+
+
+def band(rouge_l: float) -> int | None:
+    """ROUGE-L band 0..6 of a generation row, None at 0.8 or above (birbal_2023)."""
+    for number, edge in enumerate(BAND_EDGES):
+        if rouge_l < edge:
+            return number
+    return None
+
+
+def band_quota(number: int, num_rows: int) -> int:
+    """How many of a task's `num_rows` rows in a band are drawn: 80 % of the lowest, 20 % of others, rounded down."""
+    return math.floor((LOWEST_BAND_SHARE if number == 0 else OTHER_BAND_SHARE) * num_rows)
+
+
+def band_name(number: int) -> str:
+    """`rouge_0.0` … `rouge_0.7`: the lower edge of the band."""
+    return f"rouge_{0.0 if number == 0 else BAND_EDGES[number - 1]:.1f}"
+
+
+def train_size(num_rows: int, eval_fraction: float) -> int:
+    """Rows of the training side; the rest, in the same order, is the evaluation side."""
+    return int((1 - eval_fraction) * num_rows)
+
+
+def _check(budget: int, demands: Sequence[TaskDemand]) -> None:
+    if budget < 0:
+        raise ValueError(f"budget is {budget}, expected 0 or more")
+    names = [demand.name for demand in demands]
+    if len(set(names)) != len(names):
+        raise ValueError(f"task {next(n for n in names if names.count(n) > 1)!r} is named twice")
+    for demand in demands:
+        if not 0.0 <= demand.task_score <= 1.0:
+            raise ValueError(f"task {demand.name!r}: task score {demand.task_score}, expected 0 to 1")
+
+
+def _water_fill(budget: int, limits: dict[str, int], weights: dict[str, Fraction]) -> dict[str, Fraction]:
+    # A task is full when λ·weight reaches its limit; by rising limit/weight they fill one after the other.
+    shares = {name: Fraction(0) for name in limits}
+    open_tasks = sorted((n for n in limits if weights[n] and limits[n]), key=lambda n: (limits[n] / weights[n], n))
+    left, weight_left = Fraction(budget), sum((weights[n] for n in open_tasks), Fraction(0))
+    for position, name in enumerate(open_tasks):
+        if limits[name] * weight_left > left * weights[name]:
+            level = left / weight_left
+            shares.update({other: level * weights[other] for other in open_tasks[position:]})
+            return shares
+        shares[name] = Fraction(limits[name])
+        left -= limits[name]
+        weight_left -= weights[name]
+    return shares
+
+
+def _whole(shares: dict[str, Fraction], budget: int) -> dict[str, int]:
+    counts = {name: math.floor(share) for name, share in shares.items()}
+    seats = budget - sum(counts.values())
+    by_remainder = sorted(shares, key=lambda name: (counts[name] - shares[name], name))
+    for name in by_remainder[:seats]:
+        counts[name] += 1
+    return counts
+
+
+def _short_tasks(budget: int, ordered: Sequence[TaskDemand], weights: dict[str, Fraction]) -> tuple[TaskShortfall, ...]:
+    total = sum(weights.values(), Fraction(0))
+    if not total:
+        return tuple(TaskShortfall(d.name, 0, d.num_candidates) for d in ordered) if budget else ()
+    wanted = _whole({name: budget * weight / total for name, weight in weights.items()}, budget)
+    return tuple(
+        TaskShortfall(d.name, wanted[d.name], d.num_candidates) for d in ordered if wanted[d.name] > d.num_candidates
+    )

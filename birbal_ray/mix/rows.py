@@ -1,0 +1,161 @@
+"""Row schemas of a mix, the reasons a candidate can have, the training text."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import pyarrow as pa
+
+NATURAL_INSTRUCTIONS = "natural_instructions"  # `source` of every scored row
+
+# One row of training data.
+MIX_ROWS = pa.schema(
+    [
+        pa.field("instruction", pa.string(), nullable=False),
+        pa.field("input", pa.string(), nullable=False),
+        pa.field("output", pa.string(), nullable=False),
+        pa.field("question", pa.string(), nullable=False),  # training text without loss
+        pa.field("answer", pa.string(), nullable=False),  # training text with loss
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("task", pa.string(), nullable=False),
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("score", pa.float64()),  # in [0, 1]; null for outside datasets
+        pa.field("selected_by", pa.string(), nullable=False),  # {policy or source}:{bucket}
+        pa.field("license", pa.string(), nullable=False),
+    ]
+)
+
+# One row per candidate, kept or dropped: kept rows in the mix's order, then the dropped ones.
+AUDIT = pa.schema(
+    [
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("task", pa.string(), nullable=False),
+        pa.field("label", pa.string()),  # exact_match | generation; null for outside datasets
+        pa.field("score", pa.float64()),
+        pa.field("kept", pa.bool_(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("bucket", pa.string(), nullable=False),
+        pa.field("split", pa.string()),  # train | eval; null when dropped
+        pa.field("contamination", pa.string()),  # family, ngram, or both; whatever was done about it
+        pa.field("row_hash", pa.uint64(), nullable=False),
+        pa.field("twin_hash", pa.uint64()),  # row_hash of the row that a repeat repeats
+    ]
+)
+
+# One row per task or outside source.
+MIX_TASKS = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("task", pa.string(), nullable=False),
+        pa.field("label", pa.string()),
+        pa.field("task_score", pa.float64()),
+        pa.field("num_candidates", pa.int64(), nullable=False),
+        pa.field("num_usable", pa.int64(), nullable=False),  # what the policy could draw from
+        pa.field("num_allocated", pa.int64(), nullable=False),  # what the policy asked for
+        pa.field("num_kept", pa.int64(), nullable=False),
+    ]
+)
+
+# An outside dataset after its adapter; kept in the run's work folder while it runs.
+OUTSIDE_ROWS = pa.schema(
+    [
+        pa.field("instruction", pa.string(), nullable=False),
+        pa.field("input", pa.string(), nullable=False),
+        pa.field("output", pa.string(), nullable=False),
+        pa.field("task", pa.string(), nullable=False),
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("license", pa.string(), nullable=False),
+        pa.field("llm_written", pa.bool_(), nullable=False),
+        pa.field("unwanted", pa.bool_(), nullable=False),  # the adapter's own filter
+    ]
+)
+
+
+class Reason(IntEnum):
+    """Why a candidate is in the mix or not; the first that applies. `describe` says it in words."""
+
+    KEPT = 0
+    ERROR = 1
+    LLM_WRITTEN = 2
+    SOURCE_FILTER = 3
+    CONTAMINATED_FAMILY = 4
+    CONTAMINATED_NGRAM = 5
+    ANSWERED_CORRECTLY = 6
+    ANSWERED_WELL = 7
+    NOT_DRAWN = 8
+    SEVERAL_REFERENCES = 9
+    TOO_LONG = 10
+    SHORT_INPUT = 11
+    EMPTY_OUTPUT = 12
+    OVER_CAP = 13
+    DUPLICATE = 14
+    NEAR_DUPLICATE = 15
+    OVER_ALLOCATION = 16
+    OVER_SOURCE_LIMIT = 17
+
+    @property
+    def word(self) -> str:
+        """As written in files: lower case."""
+        return self.name.lower()
+
+
+DESCRIPTIONS = {
+    Reason.KEPT: "in the mix",
+    Reason.ERROR: "scoring it failed",
+    Reason.LLM_WRITTEN: "written by a language model (include_llm_written is false)",
+    Reason.SOURCE_FILTER: "left out by its source's own filter",
+    Reason.CONTAMINATED_FAMILY: "its task or source belongs to an evaluation",
+    Reason.CONTAMINATED_NGRAM: "shares a run of words with an evaluation text",
+    Reason.ANSWERED_CORRECTLY: "the model answered it correctly",
+    Reason.ANSWERED_WELL: "the model's answer has ROUGE-L 0.8 or more",
+    Reason.NOT_DRAWN: "beyond the share drawn from its ROUGE-L band",
+    Reason.SEVERAL_REFERENCES: "has more than one reference",
+    Reason.TOO_LONG: "instruction and input have too many words",
+    Reason.SHORT_INPUT: "the input has too few words",
+    Reason.EMPTY_OUTPUT: "the output is empty",
+    Reason.OVER_CAP: "beyond the cap of its task's accuracy decile",
+    Reason.DUPLICATE: "repeats another row",
+    Reason.NEAR_DUPLICATE: "nearly repeats another row's input under the same instruction",
+    Reason.OVER_ALLOCATION: "beyond what its task was allocated",
+    Reason.OVER_SOURCE_LIMIT: "beyond its source's max_rows",
+}
+
+
+class Bits(IntEnum):
+    """What one look at a candidate's text tells, whatever the policy makes of it (or-ed into a uint16)."""
+
+    ERROR = 1
+    LLM_WRITTEN = 2
+    SOURCE_FILTER = 4
+    FAMILY = 8
+    NGRAM = 16
+    TOO_LONG = 32
+    SHORT_INPUT = 64
+    EMPTY_OUTPUT = 128
+    SEVERAL_REFERENCES = 256
+    LADDER_TOO_LONG = 512  # birbal_2023: ≥ 800 words together
+    LADDER_LONG_INPUT = 1024  # birbal_2023, generation: > 1,100 words of input
+
+
+# Name of the part of a task or source a candidate was looked for in; the index is what arrays hold.
+BUCKETS = (
+    "none",
+    "all",
+    "failed",
+    "rest",
+    *(f"accuracy_{decile}" for decile in range(10)),
+    *(f"rouge_{edge:.1f}" for edge in (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
+)
+BUCKET_OF = {name: number for number, name in enumerate(BUCKETS)}
+
+
+def question_of(instruction: str, text: str) -> str:
+    """Training text without loss; the instruction part is left out when it is blank."""
+    head = f"### Instruction:\n{instruction}\n\n" if instruction.strip() else ""
+    return f"{head}### Input:\n{text}\n\n### Response:\n"
+
+
+def num_words(text: str) -> int:
+    """Words as the published scripts count them: parts between single spaces (an empty text has 1)."""
+    return text.count(" ") + 1

@@ -1,0 +1,208 @@
+"""The outside datasets of the 2023 recipe: where they are, their columns, what becomes of a record.
+
+Layouts and revisions were looked up, not tried (see each `layout`). An adapter yields the rows of one
+record as dicts with instruction, input, output, and optionally task, license, llm_written, unwanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Record = Mapping[str, Any]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """A dataset on the Hub. `columns` are those an adapter needs; more may be there.
+
+    `pinned` tells whether `revision` is a commit; otherwise it is a branch, whose commit a run
+    looks up and records.
+    """
+
+    repository: str
+    revision: str
+    pinned: bool
+    data_files: str
+    columns: tuple[str, ...]
+    license: str
+    layout: str
+    adapt: Callable[[Record], Iterator[Row]]
+
+
+SUMMARIZE = "Summarize this news article in a few sentences that state its main points."
+CHOOSE_COMPLETION = "Choose the option that completes the sentence or answers the question. Answer with its text."
+ANSWER_FROM_TEXT = (
+    "Answer the last question of the conversation with words taken from the text. "
+    "When the text does not answer it, say that the question cannot be answered."
+)
+CANNOT_ANSWER = "The question cannot be answered from the text."
+QUAC_UNANSWERABLE = "CANNOTANSWER"
+
+# Open-Platypus: `data_source` → licence, from the table on its dataset card. The values were counted
+# by others who loaded it: MATH/PRM-800K 12298, reclor 4530, airoboros 2605, scienceqa 1317,
+# leetcode_ne 1100, guanaco 797, ARB 713, scibench 616, theoremqa 564, tigerbot-kaggle 386.
+PLATYPUS_LICENSES = {
+    "MATH/PRM-800K": "MIT",
+    "ARB": "MIT",
+    "scienceqa": "CC-BY-NC-SA-4.0",
+    "scibench": "MIT",
+    "reclor": "non-commercial",
+    "theoremqa": "MIT",
+    "leetcode_ne": "unknown",
+    "airoboros": "other",
+    "tigerbot-kaggle": "Apache-2.0",
+    "guanaco": "Apache-2.0",
+}
+PLATYPUS_LLM_WRITTEN = frozenset({"airoboros", "leetcode_ne"})  # GPT-4 wrote them
+MATH_INSTRUCT_HUMAN = frozenset({"data/CoT/gsm_train.json", "data/CoT/aqua_rat.json", "data/CoT/MATH_train.json"})
+MATH_ANSWER = "The answer is"
+
+
+def lima(record: Record) -> Iterator[Row]:
+    """The first question and answer of a conversation; longer ones lose their later turns, as published."""
+    turns = record["conversations"]
+    if len(turns) >= 2:
+        yield {"instruction": "", "input": turns[0], "output": turns[1], "task": record["source"]}
+
+
+def open_platypus(record: Record) -> Iterator[Row]:
+    """A row as it is; without an input the instruction becomes the input, so that the short-input filter reads it."""
+    source, text = record["data_source"], record["input"] or ""
+    yield {
+        "instruction": record["instruction"] if text.strip() else "",
+        "input": text if text.strip() else record["instruction"],
+        "output": record["output"],
+        "task": source,
+        "license": PLATYPUS_LICENSES.get(source, "unknown"),
+        "llm_written": source in PLATYPUS_LLM_WRITTEN,
+    }
+
+
+def math_instruct(record: Record) -> Iterator[Row]:
+    """Its three human-made parts are; the rest is marked LLM-written. A `####` marker before the answer goes."""
+    source = record["source"]
+    yield {
+        "instruction": "",
+        "input": record["instruction"].strip(),
+        "output": _without_marker(record["output"]),
+        "task": source,
+        "llm_written": source not in MATH_INSTRUCT_HUMAN,
+    }
+
+
+def quac(record: Record) -> Iterator[Row]:
+    """One row per question of a dialogue: the text, the conversation so far, the original answer."""
+    answers = [texts[0] for texts in _quac_answers(record)]
+    conversation = f"{record['section_title']}\n{record['context'].removesuffix(QUAC_UNANSWERABLE).strip()}\n"
+    for question, answer in zip(record["questions"], answers, strict=True):
+        answer = CANNOT_ANSWER if answer == QUAC_UNANSWERABLE else answer
+        conversation += f"\nQuestion: {question}"
+        yield {"instruction": ANSWER_FROM_TEXT, "input": conversation, "output": answer, "task": "quac"}
+        conversation += f"\nAnswer: {answer}"
+
+
+def openbookqa(record: Record) -> Iterator[Row]:
+    """The stem with its lettered options; the output is the right option's text."""
+    labels, texts = record["choices"]["label"], record["choices"]["text"]
+    options = "\n".join(f"{label}. {text}" for label, text in zip(labels, texts, strict=True))
+    yield {
+        "instruction": CHOOSE_COMPLETION,
+        "input": f"{record['question_stem']}\n{options}",
+        "output": texts[labels.index(record["answerKey"])],
+        "task": "openbookqa",
+    }
+
+
+def cnn_dailymail(record: Record) -> Iterator[Row]:
+    """An article and its highlights."""
+    yield {
+        "instruction": SUMMARIZE,
+        "input": record["article"],
+        "output": record["highlights"],
+        "task": "cnn_dailymail",
+    }
+
+
+UPSTREAMS: dict[str, Upstream] = {
+    "lima": Upstream(
+        "GAIR/lima",
+        "refs/convert/parquet",  # the repository holds a loading script, which `datasets` no longer runs; gated
+        False,
+        "plain_text/train/*.parquet",
+        ("conversations", "source"),
+        "CC-BY-NC-SA-4.0",
+        "conversations: list[str], question and answer in turn; source: str (its lima.py; train.jsonl the same)",
+        lima,
+    ),
+    "open_platypus": Upstream(
+        "garage-bAInd/Open-Platypus",
+        "37141edbdb7826378cce118c46a109b813e1f038",
+        True,
+        "data/train-*.parquet",
+        ("input", "output", "instruction", "data_source"),
+        "mixed",
+        "input, output, instruction, data_source: str (dataset_info.json of that commit, 24,926 rows)",
+        open_platypus,
+    ),
+    "math_instruct": Upstream(
+        "TIGER-Lab/MathInstruct",
+        "69a7014bdacac5907a47ac32ddfa463458277ffb",
+        True,
+        "MathInstruct.json",
+        ("source", "output", "instruction"),
+        "MIT",
+        "source, output, instruction: str (file list of that commit; fields as the 2023 recipe's script reads them)",
+        math_instruct,
+    ),
+    "quac": Upstream(
+        "allenai/quac",
+        "refs/convert/parquet",  # as with lima: only a loading script on main
+        False,
+        "plain_text/train/*.parquet",
+        ("section_title", "context", "questions", "orig_answers"),
+        "MIT",
+        "context, section_title: str; questions: list[str]; orig_answers: {texts: list[str], answer_starts: "
+        "list[int]}, one a question; context ends in CANNOTANSWER (dataset_info of commit "
+        "b30a6682c68663b20b9c2250963b4eb08af38c47)",
+        quac,
+    ),
+    "openbookqa": Upstream(
+        "allenai/openbookqa",
+        "388097ea7776314e93a529163e0fea805b8a6454",
+        True,
+        "main/train-*.parquet",
+        ("question_stem", "choices", "answerKey"),
+        "unknown",
+        "question_stem: str; choices: {text: list[str], label: list[str]}; answerKey: str (card of that commit)",
+        openbookqa,
+    ),
+    "cnn_dailymail": Upstream(
+        "abisee/cnn_dailymail",
+        "96df5e686bee6baa90b8bee7c28b81fa3fa6223d",
+        True,
+        "3.0.0/train-*.parquet",
+        ("article", "highlights"),
+        "Apache-2.0",
+        "article, highlights, id: str (card of that commit)",
+        cnn_dailymail,
+    ),
+}
+
+
+def _without_marker(output: str) -> str:
+    # GSM8K's solutions end in "#### 42" before "The answer is: 42"; the published script takes it out too.
+    reasoning, phrase, answer = output.partition(MATH_ANSWER)
+    if phrase and "####" in reasoning:
+        reasoning = reasoning[: reasoning.rindex("####")].rstrip() + "\n"
+    return (reasoning + phrase + answer).strip()
+
+
+def _quac_answers(record: Record) -> list[list[str]]:
+    # A list of {texts: str} or one {texts: list[str]}, as `datasets` turns lists of structs around.
+    answers = record["orig_answers"]
+    if isinstance(answers, Mapping):
+        return [[text] for text in answers["texts"]]
+    return [[answer["texts"] if isinstance(answer["texts"], str) else answer["texts"][0]] for answer in answers]
