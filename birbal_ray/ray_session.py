@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from birbal_ray.run import RunError
 
 FOLDER_PREFIX = "birbal-ray-"
 MIN_LOGICAL_CPUS = 4  # on 2, a reader, an engine and a writer wait for each other for ever
@@ -51,6 +54,7 @@ def ray_session(logical_cpus: float, log_file: Path | None = None) -> Iterator[N
         return
     with _quiet(log_file):
         if os.environ.get("RAY_ADDRESS"):
+            _check_answers(os.environ["RAY_ADDRESS"])
             _init(log_to_driver=False, logging_level=logging.ERROR)
             try:
                 yield
@@ -83,6 +87,19 @@ def _init(**options: Any) -> None:
     ray.init(**options)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, previous)
+
+
+def _check_answers(address: str) -> None:
+    """Raise RunError when nothing listens at host:port; ray.init would try for over a minute, then abort."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "//" in address:
+        return  # auto, local, ray://…: Ray's to judge
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise RunError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); unset it to use this machine"
+        ) from None
 
 
 def remove_stale_folders() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ class Snapshot:
 
     num_started: int = 0
     num_ready: int = 0
+    first_ready_at: float | None = None  # time.time() when the first engine took requests
     num_restarts: int = 0  # engines that came back on the node they died on
     num_moves: int = 0  # engines that came back elsewhere: their node was lost
     counts: Counter[str] = field(default_factory=Counter)
@@ -48,6 +50,8 @@ class ProgressBoard:
     def ready(self, replica: str) -> None:
         """A replica takes requests."""
         self._ready.add(replica)
+        if self._snapshot.first_ready_at is None:
+            self._snapshot.first_ready_at = time.time()
         self._touch()
 
     def died(self, replica: str, reason: str) -> None:

@@ -24,18 +24,20 @@ class Meter:
         self._written = self._errors = 0
         self._begun = time.monotonic()
         self._ready_at: float | None = None
+        self._ended = self._begun
         self._last = Snapshot()
 
     def written(self, rows: int, errors: int) -> None:
         """A shard stands on disk."""
         self._written += rows
         self._errors += errors
+        self._ended = time.monotonic()
 
     def line(self, snapshot: Snapshot) -> str:
         """The progress line."""
         self._last = snapshot
-        if snapshot.num_ready and self._ready_at is None:
-            self._ready_at = time.monotonic()
+        if snapshot.first_ready_at is not None and self._ready_at is None:
+            self._ready_at = time.monotonic() - (time.time() - snapshot.first_ready_at)
         if self._ready_at is None:
             waited = duration(time.monotonic() - self._begun)
             return f"loading the model ({snapshot.num_started} engine(s) started, {waited})"
@@ -58,13 +60,13 @@ class Meter:
         return " · ".join(parts)
 
     def session(self) -> dict[str, Any]:
-        """For the manifest: rows, seconds by phase, rates (steady state: without the engine's loading)."""
-        now = time.monotonic()
-        steady = now - (self._ready_at or now)
+        """For the manifest: rows, seconds by phase, rates (steady state: from the first engine's being ready
+        to the last shard's being on disk)."""
+        steady = max(0.0, self._ended - (self._ready_at or self._ended))
         computed = sum(self._last.counts[name] for name in ("prompt_tokens", "completion_tokens"))
         return {
             "rows": self._written,
-            "load_seconds": round((self._ready_at or now) - self._begun, 3),
+            "load_seconds": round((self._ready_at or time.monotonic()) - self._begun, 3),
             "steady_seconds": round(steady, 3),
             "rows_per_second": round(self._written / steady, 3) if steady else None,
             "tokens_per_second": round(computed / steady, 1) if steady else None,

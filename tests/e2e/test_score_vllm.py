@@ -92,6 +92,21 @@ def test_killed_whole_and_run_again_has_the_same_rows(demo, tmp_path, record_pro
     assert differing <= 0.05 * DEMO_ROWS, f"{differing} of {DEMO_ROWS} predictions differ"
 
 
+def test_demo_mix_explains_every_row_it_keeps(demo):
+    folder, output, _ = demo
+    audit = pq.read_table(folder / "mix" / "audit.parquet").to_pylist()
+    kept = [row for row in audit if row["kept"]]
+    train = pq.read_table(folder / "mix" / "train.parquet").to_pylist()
+    held_out = pq.read_table(folder / "mix" / "eval.parquet").to_pylist()
+    assert len(audit) == DEMO_ROWS
+    assert sorted(row["row_id"] for row in kept) == sorted(row["row_id"] for row in train + held_out)
+    assert all(row["reason"] for row in audit)
+    assert "candidates" in output
+    answer, _ = finish(birbal("mix", "explain", kept[0]["row_id"], "--mix", folder / "mix"))
+    assert kept[0]["row_id"] in answer
+    assert "kept" in answer
+
+
 def test_export_has_the_published_layout(demo, tmp_path):
     finish(birbal("export-predictions", demo[0] / "score", "--output", tmp_path))
     files = sorted(tmp_path.iterdir())

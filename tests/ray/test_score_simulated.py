@@ -114,7 +114,7 @@ def test_a_cluster_that_is_not_there(write_task, birbal, tmp_path):
     process = birbal("score", "--tasks", write_task("task_a"), "--output", tmp_path / "r", *SIMULATED, env=nowhere)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "error: " in errors
+    assert "error: RAY_ADDRESS=127.0.0.1:1: no Ray cluster answers there" in errors
     assert "Traceback" not in errors
 
 
