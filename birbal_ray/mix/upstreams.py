@@ -41,12 +41,12 @@ ANSWER_FROM_TEXT = (
 CANNOT_ANSWER = "The question cannot be answered from the text."
 QUAC_UNANSWERABLE = "CANNOTANSWER"
 
-# Open-Platypus: `data_source` → licence, from the table on its dataset card. The values were counted
+# Open-Platypus: `data_source` → licence, from the table on its dataset card (main). The values were counted
 # by others who loaded it: MATH/PRM-800K 12298, reclor 4530, airoboros 2605, scienceqa 1317,
 # leetcode_ne 1100, guanaco 797, ARB 713, scibench 616, theoremqa 564, tigerbot-kaggle 386.
 PLATYPUS_LICENSES = {
     "MATH/PRM-800K": "MIT",
-    "ARB": "MIT",
+    "ARB": "CC-BY-4.0",
     "scienceqa": "CC-BY-NC-SA-4.0",
     "scibench": "MIT",
     "reclor": "non-commercial",
@@ -134,7 +134,7 @@ UPSTREAMS: dict[str, Upstream] = {
         "plain_text/train/*.parquet",
         ("conversations", "source"),
         "CC-BY-NC-SA-4.0",
-        "conversations: list[str], question and answer in turn; source: str (its lima.py; train.jsonl the same)",
+        "conversations: list[str], question and answer in turn; source: str (cards of copies; lit-gpt's loader)",
         lima,
     ),
     "open_platypus": Upstream(
@@ -165,8 +165,7 @@ UPSTREAMS: dict[str, Upstream] = {
         ("section_title", "context", "questions", "orig_answers"),
         "MIT",
         "context, section_title: str; questions: list[str]; orig_answers: {texts: list[str], answer_starts: "
-        "list[int]}, one a question; context ends in CANNOTANSWER (dataset_info of commit "
-        "b30a6682c68663b20b9c2250963b4eb08af38c47)",
+        "list[int]}, one a question; context ends in CANNOTANSWER (its dataset card, with an example record)",
         quac,
     ),
     "openbookqa": Upstream(
@@ -176,7 +175,7 @@ UPSTREAMS: dict[str, Upstream] = {
         "main/train-*.parquet",
         ("question_stem", "choices", "answerKey"),
         "unknown",
-        "question_stem: str; choices: {text: list[str], label: list[str]}; answerKey: str (card of that commit)",
+        "question_stem: str; choices: {text: list[str], label: list[str]}; answerKey: str (code that reads it)",
         openbookqa,
     ),
     "cnn_dailymail": Upstream(
@@ -186,7 +185,7 @@ UPSTREAMS: dict[str, Upstream] = {
         "3.0.0/train-*.parquet",
         ("article", "highlights"),
         "Apache-2.0",
-        "article, highlights, id: str (card of that commit)",
+        "article, highlights, id: str (dataset_info of its card)",
         cnn_dailymail,
     ),
 }

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from birbal_ray.config import ConfigError
@@ -24,14 +21,13 @@ from birbal_ray.contracts import QUARANTINE_FILE, ROWS_FOLDER, TASK_SCORES, TASK
 from birbal_ray.inference import models, throughput
 from birbal_ray.inference.pipeline import check_cluster, logical_cpus, run_shards
 from birbal_ray.inference.plan import Plan, Shard, make_plan, unpacked
+from birbal_ray.inference.results import summarise
 from birbal_ray.inference.stages import load_tokenizer
-from birbal_ray.ni.metrics import mean_interval
 from birbal_ray.progress import ProgressLine
 from birbal_ray.ray_session import ray_session
 from birbal_ray.run import (
     LOG_FOLDER,
     MANIFEST_FILE,
-    RunError,
     finish_run,
     locked,
     package_versions,
@@ -233,36 +229,21 @@ def _finish(
     session: dict[str, Any],
 ) -> ScoreResult:
     files = [folder / ROWS_FOLDER / shard.file_name for shard in shards]
-    columns = ["task", "row_id", "score", "error", "num_prompt_tokens", "num_cached_tokens", "num_completion_tokens"]
-    rows = pads.dataset(files, format="parquet").to_table(columns=columns)
-    _check_rows(rows, plan)
-    scores = [_task_score(task.name, task.label.value, part) for task, part in _by_task(rows, plan)]
-    write_parquet(folder / TASK_SCORES_FILE, pa.Table.from_pylist(scores, schema=TASK_SCORES))
-    ran = rows.filter(pc.is_valid(rows["num_completion_tokens"]))
+    results = summarise(files, plan.tasks)
+    write_parquet(folder / TASK_SCORES_FILE, pa.Table.from_pylist(results.task_scores, schema=TASK_SCORES))
     sessions = _sessions(folder)
-    prompt_tokens, cached_tokens = _sum(ran, "num_prompt_tokens"), _sum(ran, "num_cached_tokens")
     finish_run(
         folder,
         {
             "settings": config.model_dump(),
             "model_revision": model_revision,
-            "rows": {
-                "available": sum(task.num_available for task in plan.tasks),
-                "planned": plan.num_rows,
-                "scored": rows.num_rows - _num_errors(rows),
-                "errors": dict(Counter(_kind(error) for error in rows["error"].to_pylist() if error)),
-            },
+            "rows": {"available": sum(task.num_available for task in plan.tasks), **results.rows},
             "files": {
                 "quarantined": [{"file": file, "reason": reason} for file, reason in plan.quarantined],
                 "excluded": [{"task": name, "reason": reason} for name, reason in plan.excluded],
             },
             "repairs": {task.name: task.repairs for task in plan.tasks if task.repairs},
-            "tokens": {
-                "prompt": prompt_tokens,
-                "cached": cached_tokens,
-                "completion": _sum(ran, "num_completion_tokens"),
-                "cached_fraction": cached_tokens / prompt_tokens if prompt_tokens else None,
-            },
+            "tokens": results.tokens,
             "wall_seconds": round(sum(one["wall_seconds"] for one in sessions), 3),  # of the sessions that could say
             "num_sessions": len(sessions),
             "last_session": sessions[-1],
@@ -270,48 +251,7 @@ def _finish(
     )
     if session.get("tokens_per_second") and config.engine.backend == "vllm":
         throughput.remember(config, session["tokens_per_second"])
-    return ScoreResult(folder, read_json(folder / MANIFEST_FILE), scores)
-
-
-def _check_rows(rows: pa.Table, plan: Plan) -> None:
-    unique = pc.count_distinct(rows["row_id"]).as_py()
-    if rows.num_rows != plan.num_rows or unique != rows.num_rows:
-        raise RunError(f"{rows.num_rows} rows with {unique} distinct ids were written, the plan has {plan.num_rows}")
-
-
-def _by_task(rows: pa.Table, plan: Plan) -> Iterator[tuple[Any, pa.Table]]:
-    rows = rows.sort_by("task")
-    start = 0
-    for task in plan.tasks:  # sorted by name too
-        yield task, rows.slice(start, task.num_instances)
-        start += task.num_instances
-
-
-def _task_score(name: str, label: str, rows: pa.Table) -> dict[str, Any]:
-    scores = [value for value in rows["score"].to_pylist() if value is not None]
-    mean, low, high = mean_interval(label, scores) if scores else (None, None, None)
-    return {
-        "task": name,
-        "label": label,
-        "num_instances": rows.num_rows,
-        "num_scored": len(scores),
-        "num_errors": rows.num_rows - len(scores),
-        "task_score": mean,
-        "task_score_low": low,
-        "task_score_high": high,
-    }
-
-
-def _num_errors(rows: pa.Table) -> int:
-    return rows.num_rows - rows["error"].null_count
-
-
-def _sum(rows: pa.Table, column: str) -> int:
-    return pc.sum(rows[column]).as_py() or 0
-
-
-def _kind(error: str) -> str:
-    return error.split(":", 1)[0]
+    return ScoreResult(folder, read_json(folder / MANIFEST_FILE), results.task_scores)
 
 
 @contextmanager
