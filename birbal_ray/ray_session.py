@@ -84,7 +84,13 @@ def _init(**options: Any) -> None:
     import ray
 
     previous = signal.getsignal(signal.SIGTERM)
-    ray.init(**options)
+    try:
+        ray.init(**options)
+    except Exception as error:  # Ray raises a bare Exception here
+        if "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
+        raise RunError("Ray did not start within its 30 s, the machine is very busy; run the command again") from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, previous)
 

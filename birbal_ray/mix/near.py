@@ -15,7 +15,7 @@ _WORD = re.compile(r"[^\W_]+")
 
 def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
     """MinHash signatures, shape (len(texts), NUM_HASHES); equal texts have equal ones on any machine."""
-    import rensa  # type: ignore[import-untyped]
+    import rensa
 
     matrix = rensa.RMinHash.digest_matrix_from_token_sets([_shingles(text) for text in texts], NUM_HASHES, 42)
     return np.array(matrix.to_rows(), np.uint32).reshape(len(texts), NUM_HASHES)

@@ -74,16 +74,8 @@ def open_scores(folder: Path, model: str | None = None) -> ScoreFolder:
 
 
 def model_of(manifest: Mapping[str, Any]) -> str | None:
-    """The model's name in a score manifest, wherever the run's settings keep it."""
-    identity = manifest.get("identity") or {}
-    settings = next((identity[key] for key in ("settings", "config") if key in identity), identity)
-    for holder in (manifest, identity, settings):
-        model = holder.get("model")
-        if isinstance(model, str):
-            return model
-        if isinstance(model, Mapping) and "name" in model:
-            return str(model["name"])
-    return None
+    """The model's name in a score manifest, None where it has none."""
+    return manifest.get("model", {}).get("name")
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:

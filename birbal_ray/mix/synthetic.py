@@ -35,7 +35,7 @@ def write_score_folder(
     Returns `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    start_run(folder, "score", {"settings": {"model": {"name": model}}})
+    start_run(folder, "score", {"model": model})
     tasks, scores = [], []
     for task, group in itertools.groupby(rows, key=lambda row: row["task"]):
         members = list(group)

@@ -35,6 +35,7 @@ from birbal_ray.run import (
     locked,
     read_json,
     start_run,
+    stoppable,
     write_atomic,
     write_parquet,
 )
@@ -61,7 +62,7 @@ def mix(config: MixConfig, *, overwrite: bool = False, progress: ProgressLine | 
     progress = progress or ProgressLine()
     scores, origins = _inputs(config, progress)
     folder = Path(_required(config.output, "--output")).resolve()
-    with locked(folder):
+    with locked(folder), stoppable():
         identity = _identity(config, scores, origins)
         resumed = start_run(folder, STEP, identity, overwrite=overwrite or _is_unfinished(folder))
         if resumed and (folder / MANIFEST_FILE).exists():

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from birbal_ray.run import (
     package_versions,
     read_json,
     start_run,
+    stoppable,
     write_atomic,
     write_parquet,
 )
@@ -65,7 +64,7 @@ def score(config: ScoreConfig, *, overwrite: bool = False, progress: ProgressLin
     folder = Path(config.output or "").resolve()
     config, model_revision, fingerprint = _pinned_model(config)
     plan = planned(config, progress)
-    with locked(folder), _signals_as_exceptions():
+    with locked(folder), stoppable():
         resumed = start_run(folder, STEP, _identity(config, plan, fingerprint), overwrite=overwrite)
         if resumed and (folder / MANIFEST_FILE).exists():
             progress.message(f"{folder} is up to date: {plan.num_rows} rows of {len(plan.tasks)} tasks; nothing to do")
@@ -236,7 +235,7 @@ def _finish(
         folder,
         {
             "settings": config.model_dump(),
-            "model_revision": model_revision,
+            "model": {"name": config.model.name, "revision": model_revision},
             "rows": {"available": sum(task.num_available for task in plan.tasks), **results.rows},
             "files": {
                 "quarantined": [{"file": file, "reason": reason} for file, reason in plan.quarantined],
@@ -252,21 +251,3 @@ def _finish(
     if session.get("tokens_per_second") and config.engine.backend == "vllm":
         throughput.remember(config, session["tokens_per_second"])
     return ScoreResult(folder, read_json(folder / MANIFEST_FILE), results.task_scores)
-
-
-@contextmanager
-def _signals_as_exceptions() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does: through the clean-up, with finished work kept."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        previous: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not in the main thread: the caller handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
