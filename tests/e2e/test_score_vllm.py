@@ -18,6 +18,8 @@ from birbal_ray.run import read_json, read_manifest
 
 pytestmark = pytest.mark.vllm
 DEMO_ROWS = 8 * 24
+FULL = os.environ.get("BIRBAL_E2E_FULL") == "1"  # all 720 real rows, 100 compared: five minutes more
+NUM_PER_TASK, NUM_COMPARED = (60, 100) if FULL else (15, 40)
 
 
 def birbal(*arguments: object) -> subprocess.Popen[str]:
@@ -68,7 +70,7 @@ def test_demo_again_has_nothing_to_do(demo):
     assert time.monotonic() - begun < 60
 
 
-def test_killed_whole_and_run_again_has_the_same_rows(demo, tmp_path, record_property):
+def test_killed_whole_and_run_again_has_the_same_rows(demo, tmp_path):
     folder = demo[0]
     process = birbal("demo", "--output", tmp_path)
     rows_folder = tmp_path / "score" / "rows"
@@ -88,7 +90,7 @@ def test_killed_whole_and_run_again_has_the_same_rows(demo, tmp_path, record_pro
     assert [row["row_id"] for row in after] == [row["row_id"] for row in before]
     # Prompts meet other neighbours in the batch, so near-ties between tokens may fall the other way.
     differing = sum(a["prediction"] != b["prediction"] for a, b in zip(before, after, strict=True))
-    record_property("differing_predictions", differing)
+    print(f"{differing} of {DEMO_ROWS} predictions differ from the undisturbed run's")
     assert differing <= 0.05 * DEMO_ROWS, f"{differing} of {DEMO_ROWS} predictions differ"
 
 
@@ -116,13 +118,15 @@ def test_export_has_the_published_layout(demo, tmp_path):
     assert {tuple(record) for record in records} == {("orig_input", "few_shot_prompt", "answer", "prediction")}
 
 
-def test_real_tasks_agree_with_transformers(shared_data, tmp_path, record_property):
+def test_real_tasks_agree_with_transformers(shared_data, tmp_path):
     run = tmp_path / "ni-tiny"
-    finish(birbal("score", "--tasks", shared_data / "ni-tiny" / "tasks", "--output", run, "--device", "cpu"))
+    tasks = shared_data / "ni-tiny" / "tasks"
+    finish(birbal("score", "--tasks", tasks, "--output", run, "--device", "cpu", "--instances-per-task", NUM_PER_TASK))
     rows = rows_of(run)
-    assert len(rows) == 720
+    assert len(rows) == 12 * NUM_PER_TASK
     assert not [row for row in rows if row["error"]]
-    assert read_manifest(run, "score")["tokens"]["cached_fraction"] >= 0.75
+    # The prefixes are computed once either way; 15 rows share them among fewer than 60 do.
+    assert read_manifest(run, "score")["tokens"]["cached_fraction"] >= (0.75 if FULL else 0.65)
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -133,7 +137,7 @@ def test_real_tasks_agree_with_transformers(shared_data, tmp_path, record_proper
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     limits = {row["task"]: row["max_completion_tokens"] for row in pq.read_table(run / "tasks.parquet").to_pylist()}
-    sample = sorted(rows, key=lambda row: hash_order(row["row_id"], 1))[:100]
+    sample = sorted(rows, key=lambda row: hash_order(row["row_id"], 1))[:NUM_COMPARED]
     differing = []
     for row in sample:
         ids = tokenizer(row["few_shot_prompt"], return_tensors="pt").input_ids
@@ -142,5 +146,5 @@ def test_real_tasks_agree_with_transformers(shared_data, tmp_path, record_proper
         text = tokenizer.decode(made, skip_special_tokens=True).split("\n\n", 1)[0]
         if text.strip() != row["extracted"]:
             differing.append((row["row_id"], row["extracted"], text))
-    record_property("agreement_of_100", 100 - len(differing))
-    assert len(differing) <= 2, differing
+    print(f"{NUM_COMPARED - len(differing)} of {NUM_COMPARED} answers agree with transformers; differing: {differing}")
+    assert len(differing) <= 0.02 * NUM_COMPARED, differing
