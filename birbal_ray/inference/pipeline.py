@@ -104,7 +104,8 @@ def run_shards(
         except BaseException as error:  # handed to the main thread, which raises it
             events.put(error)
 
-    threading.Thread(target=consume, name="ray-data", daemon=True).start()
+    consumer = threading.Thread(target=consume, name="ray-data", daemon=True)
+    consumer.start()
     watch = _Watch(config, log_folder)
 
     def look() -> None:
@@ -121,6 +122,7 @@ def run_shards(
             continue
         if event is None:
             look()
+            consumer.join(timeout=30)  # Ray must not be shut down under its feet
             return
         if isinstance(event, BaseException):
             look()  # it may know the reason behind
@@ -170,7 +172,7 @@ def _dataset(
             write_scored,
             fn_kwargs={"rows_folder": str(rows_folder)},
             # Unbounded, the first shards would wait for one new process each, unwritten, for seconds.
-            compute=TaskPoolStrategy(size=max(2, resources.num_replicas)),
+            compute=TaskPoolStrategy(size=min(len(shards), max(2, resources.num_replicas))),
             num_cpus=WRITE_CPUS,
         )
     )

@@ -98,7 +98,8 @@ class Generate:
         context = ray.get_runtime_context()
         self._board, self._replica = board, context.get_actor_id() or "driver"
         _log_to(Path(log_folder) / f"replica-{self._replica[:12]}.log")
-        print(f"replica {self._replica} pid {os.getpid()} node {context.get_node_id()}", flush=True)
+        # Straight to the file: Ray's own stdout object keeps what is printed for a while.
+        os.write(1, f"replica {self._replica} pid {os.getpid()} node {context.get_node_id()}\n".encode())
         ray.get(board.started.remote(self._replica, context.get_node_id()))  # type: ignore[attr-defined]
         path = _model_folder(config, model_fingerprint) if config.engine.backend == "vllm" else Path()
         self._loop = EngineLoop(load_engine(path, config.engine, _with_threads(config.resources, replicas_per_node)))

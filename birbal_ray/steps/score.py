@@ -175,7 +175,7 @@ def tell_plan(plan: Plan, config: ScoreConfig, progress: ProgressLine) -> None:
 
 def _unfinished(rows_folder: Path, shards: Sequence[Shard]) -> list[Shard]:
     """The shards without a whole file under their name."""
-    present = {file.name: file for file in rows_folder.glob("*.parquet")} if rows_folder.is_dir() else {}
+    present = {file.name: file for file in rows_folder.glob("[!.]*.parquet")} if rows_folder.is_dir() else {}
     return [shard for shard in shards if not _is_whole(present.get(shard.file_name), shard.num_rows)]
 
 

@@ -54,7 +54,8 @@ def test_demo_scores_every_sample_task(demo):
     assert "INFO" not in errors, "library logs belong in the log file"
     table = pq.read_table(folder / "score" / "task_scores.parquet").to_pylist()
     scores = {row["task"]: row["task_score"] for row in table}
-    assert scores["sample001_review_sentiment"] > 0.6  # the model can do this one: the prompt reaches it whole
+    assert scores["sample001_review_sentiment"] > 0.4  # more than nothing: the prompts reach the model whole
+    assert scores["sample007_question_for_answer"] > 0.2
     for row in rows:
         assert row["num_prompt_tokens"] > row["num_cached_tokens"] >= 0
         assert row["num_completion_tokens"] >= 1
@@ -75,14 +76,14 @@ def test_killed_whole_and_run_again_has_the_same_rows(demo, tmp_path):
     process = birbal("demo", "--output", tmp_path)
     rows_folder = tmp_path / "score" / "rows"
     end = time.monotonic() + 300
-    while len(list(rows_folder.glob("*.parquet"))) < 5:
+    while len(list(rows_folder.glob("[!.]*.parquet"))) < 5:
         assert time.monotonic() < end
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
         victim.kill()
     process.communicate()
-    kept = {file.name: file.stat().st_mtime_ns for file in rows_folder.glob("*.parquet")}
+    kept = {file.name: file.stat().st_mtime_ns for file in rows_folder.glob("[!.]*.parquet")}
     _, errors = finish(birbal("demo", "--output", tmp_path))
     assert f"continuing: {len(kept)} of 16 shards" in errors
     assert {name: (rows_folder / name).stat().st_mtime_ns for name in kept} == kept
