@@ -15,10 +15,11 @@ from typing import Any
 from birbal_ray.config.score import ScoreConfig
 from birbal_ray.inference.board import ProgressBoard, Snapshot
 from birbal_ray.inference.plan import Shard
-from birbal_ray.inference.stages import Generate, Prepare, write_scored
+from birbal_ray.inference.stages import Generate, Prepare, WriteScored
 from birbal_ray.run import RunError, RunFailedError
 
 WRITE_CPUS = 0.25  # logical: scoring and writing a shard takes milliseconds
+REPLICAS_PER_WRITER = 4
 POLL_SECONDS = 0.5
 
 
@@ -33,8 +34,14 @@ class ShardDone:
 
 def logical_cpus(config: ScoreConfig) -> float:
     """Logical CPUs that the pipeline needs at once, with one to spare."""
-    replicas = config.resources.num_replicas * config.resources.cpus_per_replica
-    return replicas + config.resources.num_prepare_workers + 2
+    resources = config.resources
+    engines = resources.num_replicas * resources.cpus_per_replica
+    return engines + resources.num_prepare_workers + num_writers(config) * WRITE_CPUS + 1
+
+
+def num_writers(config: ScoreConfig) -> int:
+    """Processes that score and write."""
+    return math.ceil(config.resources.num_replicas / REPLICAS_PER_WRITER)
 
 
 def missing_resources(config: ScoreConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
@@ -142,7 +149,7 @@ def _dataset(
     log_folder: Path,
 ) -> Any:
     import ray
-    from ray.data import ActorPoolStrategy, TaskPoolStrategy
+    from ray.data import ActorPoolStrategy
 
     resources = config.resources
     gpu = config.engine.device == "gpu"
@@ -169,10 +176,11 @@ def _dataset(
             **({"accelerator_type": resources.accelerator_type} if gpu and resources.accelerator_type else {}),
         )
         .map(
-            write_scored,
-            fn_kwargs={"rows_folder": str(rows_folder)},
-            # Unbounded, the first shards would wait for one new process each, unwritten, for seconds.
-            compute=TaskPoolStrategy(size=min(len(shards), max(2, resources.num_replicas))),
+            WriteScored,
+            fn_constructor_args=(str(rows_folder),),
+            # Actors, not tasks: they start beside the engines. A task's process starts when the first shard
+            # is there, and until it stands (12 s on a busy machine) nothing would be written.
+            compute=ActorPoolStrategy(size=num_writers(config)),
             num_cpus=WRITE_CPUS,
         )
     )

@@ -144,14 +144,19 @@ class Generate:
         os._exit(1)
 
 
-def write_scored(row: dict[str, Any], rows_folder: str) -> dict[str, Any]:
-    """Score a shard's completions and write its Parquet file under its final name."""
-    shard = plan.Shard(**row["shard"])
-    table = scored_table(shard.task, shard.label, _from_bytes(row["completed"]).to_pylist())
-    if table.num_rows != shard.num_rows:
-        raise RuntimeError(f"{shard.file_name}: {table.num_rows} rows, the plan says {shard.num_rows}")
-    write_parquet(Path(rows_folder) / shard.file_name, table)
-    return {"file": shard.file_name, "rows": table.num_rows, "errors": table.num_rows - table["error"].null_count}
+class WriteScored:
+    """Scores a shard's completions and writes its Parquet file under its final name."""
+
+    def __init__(self, rows_folder: str) -> None:
+        self._folder = Path(rows_folder)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        shard = plan.Shard(**row["shard"])
+        table = scored_table(shard.task, shard.label, _from_bytes(row["completed"]).to_pylist())
+        if table.num_rows != shard.num_rows:
+            raise RuntimeError(f"{shard.file_name}: {table.num_rows} rows, the plan says {shard.num_rows}")
+        write_parquet(self._folder / shard.file_name, table)
+        return {"file": shard.file_name, "rows": table.num_rows, "errors": table.num_rows - table["error"].null_count}
 
 
 def scored_table(task: str, label: str, completed: list[dict[str, Any]]) -> pa.Table:

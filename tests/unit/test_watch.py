@@ -77,7 +77,7 @@ def test_a_death_that_every_shard_in_flight_reports_counts_once(clock, tmp_path)
         (
             [{"CPU": 16, "GPU": 1, "accelerator_type:A10G": 1}, {"CPU": 16, "GPU": 1}],
             {"engine.device": "gpu", "resources.num_replicas": 2, "resources.accelerator_type": "A10G"},
-            "1 of 2 replicas (it has 2 nodes, 32 CPUs of 5 needed, 2 GPUs, cards: A10G)",
+            "1 of 2 replicas (it has 2 nodes, 32 CPUs of 4.25 needed, 2 GPUs, cards: A10G)",
         ),
     ],
 )
