@@ -130,7 +130,7 @@ def run_vllm(config: ScoreConfig, *, prefix_caching: bool, block_size: int | Non
 
 def run_transformers(config: ScoreConfig) -> dict[str, Any]:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 
     from birbal_ray.inference.models import resolve
 
@@ -144,13 +144,14 @@ def run_transformers(config: ScoreConfig) -> dict[str, Any]:
     sample = list(zip(texts, limits, strict=True))[::step]
 
     def answer(text: str, limit: int) -> None:
-        model.generate(
-            **tokenizer(text, return_tensors="pt"),
-            max_new_tokens=limit,
-            do_sample=False,
-            stop_strings=[prompt.STOP],
-            tokenizer=tokenizer,
-        )
+        inputs = tokenizer(text, return_tensors="pt")
+        start = inputs["input_ids"].shape[1]
+
+        def blank_line(made: Any, _: Any) -> Any:  # stop_strings would search the vocabulary at every call
+            return torch.tensor([prompt.STOP in tokenizer.decode(made[0, start:])])
+
+        criteria = StoppingCriteriaList([blank_line])
+        model.generate(**inputs, max_new_tokens=limit, do_sample=False, stopping_criteria=criteria)
 
     answer(*sample[0])
     loaded = time.monotonic()
