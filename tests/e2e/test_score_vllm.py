@@ -153,4 +153,4 @@ def test_real_tasks_agree_with_transformers(shared_data, tmp_path):
         if text.strip() != row["extracted"]:
             differing.append((row["row_id"], row["extracted"], text))
     print(f"{NUM_COMPARED - len(differing)} of {NUM_COMPARED} answers agree with transformers; differing: {differing}")
-    assert len(differing) <= 0.02 * NUM_COMPARED, differing
+    assert len(differing) <= 2, differing  # near-ties between tokens; at least 98 of the 100
