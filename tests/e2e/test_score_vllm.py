@@ -126,8 +126,7 @@ def test_real_tasks_agree_with_transformers(shared_data, tmp_path):
     rows = rows_of(run)
     assert len(rows) == 12 * NUM_PER_TASK
     assert not [row for row in rows if row["error"]]
-    # The prefixes are computed once either way; 15 rows share them among fewer than 60 do.
-    assert read_manifest(run, "score")["tokens"]["cached_fraction"] >= (0.75 if FULL else 0.65)
+    assert read_manifest(run, "score")["tokens"]["cached_fraction"] >= 0.75
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
@@ -153,4 +152,4 @@ def test_real_tasks_agree_with_transformers(shared_data, tmp_path):
         if text.strip() != row["extracted"]:
             differing.append((row["row_id"], row["extracted"], text))
     print(f"{NUM_COMPARED - len(differing)} of {NUM_COMPARED} answers agree with transformers; differing: {differing}")
-    assert len(differing) <= 2, differing  # near-ties between tokens; at least 98 of the 100
+    assert len(differing) <= 0.02 * NUM_COMPARED, differing
