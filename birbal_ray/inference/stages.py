@@ -102,7 +102,8 @@ class Generate:
         os.write(1, f"replica {self._replica} pid {os.getpid()} node {context.get_node_id()}\n".encode())
         ray.get(board.started.remote(self._replica, context.get_node_id()))  # type: ignore[attr-defined]
         path = _model_folder(config, model_fingerprint) if config.engine.backend == "vllm" else Path()
-        self._loop = EngineLoop(load_engine(path, config.engine, _with_threads(config.resources, replicas_per_node)))
+        resources = _with_threads(config.resources, replicas_per_node)
+        self._loop = EngineLoop(lambda: load_engine(path, config.engine, resources))
         board.ready.remote(self._replica)  # type: ignore[attr-defined]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

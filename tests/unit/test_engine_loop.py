@@ -41,7 +41,7 @@ def requests(*prompts):
 
 def test_prefix_goes_ahead_and_the_first_completion_pays_for_it():
     engine = RecordingEngine()
-    loop = EngineLoop(engine)
+    loop = EngineLoop(lambda: engine)
     engine.release.release(9)
     first, second = (future.result(5) for future in loop.submit(requests("a", "b"), prefix=range(4)))
     assert engine.added == [("", 4, 1), ("a", 6, 8), ("b", 6, 8)]
@@ -51,7 +51,7 @@ def test_prefix_goes_ahead_and_the_first_completion_pays_for_it():
 
 def test_groups_behind_one_prefix_share_it_and_order_is_kept():
     engine = RecordingEngine()
-    loop = EngineLoop(engine)
+    loop = EngineLoop(lambda: engine)
     futures = [*loop.submit(requests("a"), prefix=range(4)), *loop.submit(requests("b", "c"), prefix=range(4))]
     engine.release.release(9)
     assert [future.result(5).text for future in futures] == ["A", "B", "C"]
@@ -61,14 +61,14 @@ def test_groups_behind_one_prefix_share_it_and_order_is_kept():
 def test_a_refused_request_is_an_error_of_its_own():
     engine = RecordingEngine()
     engine.release.release(9)
-    good, bad = EngineLoop(engine).submit(requests("good", "bad"))
+    good, bad = EngineLoop(lambda: engine).submit(requests("good", "bad"))
     assert bad.result(5).error == "refused by the engine: not acceptable"
     assert good.result(5).error is None
 
 
 def test_death_reaches_pending_and_later_callers():
     engine = RecordingEngine()
-    loop = EngineLoop(engine)
+    loop = EngineLoop(lambda: engine)
     futures = loop.submit(requests("a", "die", "c"))
     engine.release.release(9)
     assert futures[0].result(5).text == "A"
@@ -80,8 +80,8 @@ def test_death_reaches_pending_and_later_callers():
 
 
 def test_many_threads_get_their_own_answers():
-    loop = EngineLoop(SimulatedEngine())
-    expected = {text: EngineLoop(SimulatedEngine()).submit(requests(text))[0].result(5).text for text in "abcdefgh"}
+    loop = EngineLoop(SimulatedEngine)
+    expected = {text: EngineLoop(SimulatedEngine).submit(requests(text))[0].result(5).text for text in "abcdefgh"}
     results: dict[str, list[str]] = {}
 
     def ask(text):
