@@ -103,7 +103,7 @@ def run_birbal(config: ScoreConfig) -> dict[str, Any]:
 def run_vllm(config: ScoreConfig, *, prefix_caching: bool, block_size: int | None) -> dict[str, Any]:
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="2", OMP_NUM_THREADS=str(THREADS))
     from birbal_ray.inference.engine import CPU_MAX_NUM_SEQS
-    from birbal_ray.inference.models import resolve
+    from birbal_ray.models import resolve
 
     texts, limits = prompts_of(config)
     begun = time.monotonic()
@@ -132,7 +132,7 @@ def run_transformers(config: ScoreConfig) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 
-    from birbal_ray.inference.models import resolve
+    from birbal_ray.models import resolve
 
     torch.set_num_threads(THREADS)
     texts, limits = prompts_of(config)
@@ -166,7 +166,7 @@ def run_ray_data_llm(config: ScoreConfig) -> dict[str, Any]:
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
     from birbal_ray.inference.engine import CPU_BLOCK_TOKENS, CPU_MAX_NUM_SEQS
-    from birbal_ray.inference.models import resolve
+    from birbal_ray.models import resolve
     from birbal_ray.ray_session import ray_session
 
     texts, limits = prompts_of(config)
@@ -187,6 +187,7 @@ def run_ray_data_llm(config: ScoreConfig) -> dict[str, Any]:
                     "generation_config": "vllm",
                 },
                 concurrency=1,
+                log_engine_metrics=False,  # its logger finds no Ray inside the engine's own process
                 batch_size=32,
                 chat_template_stage=False,
                 accelerator_type=None,

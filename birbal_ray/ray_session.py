@@ -116,6 +116,15 @@ def remove_stale_folders() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def log_to(file: Path) -> None:
+    """Send this process's stdout and stderr, libraries' included, to a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.close(descriptor)
+
+
 @contextlib.contextmanager
 def _quiet(log_file: Path | None) -> Iterator[None]:
     """Ray's Python loggers and its native code (which writes to descriptor 2) go to the file."""

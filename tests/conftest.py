@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -49,3 +52,59 @@ def write_task(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers with random weights and a byte tokenizer, made here."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", *alphabet, "ĊĊ", "he", "##"])}
+    merges = [("Ċ", "Ċ"), ("h", "e"), ("#", "#")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_mix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small mix in the layout of `birbal mix`, made here."""
+    folder = tmp_path_factory.mktemp("mix")
+    make_mix(folder, 60, 8)
+    return folder
+
+
+def make_mix(folder: Path, num_train: int, num_eval: int) -> None:
+    files = {}
+    for split, rows in (("train", range(num_train)), ("eval", range(1000, 1000 + num_eval))):
+        questions = [f"### Input:\n{'count ' * (1 + k % 7)}{k}\n\n### Response:\n" for k in rows]
+        answers = [f"{k} {'and on ' * (k % 5)}".strip() for k in rows]
+        pq.write_table(pa.table({"question": questions, "answer": answers}), folder / f"{split}.parquet")
+        files[f"{split}.parquet"] = hashlib.sha256((folder / f"{split}.parquet").read_bytes()).hexdigest()
+    manifest = {
+        "step": "mix",
+        "identity_hash": "0" * 64,
+        "files": files,
+        "composition": [{"source": "made_up", "label": None, "train": num_train, "eval": num_eval}],
+        "licenses": [{"source": "made_up", "licences": "Apache-2.0"}],
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))

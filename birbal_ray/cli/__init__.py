@@ -9,10 +9,12 @@ from birbal_ray.cli.common import Commands
 from birbal_ray.cli.demo import demo
 from birbal_ray.cli.doctor import doctor
 from birbal_ray.cli.export import export_predictions
+from birbal_ray.cli.merge import merge
 from birbal_ray.cli.mix import mix
 from birbal_ray.cli.models import models
 from birbal_ray.cli.score import score
 from birbal_ray.cli.tasks import tasks
+from birbal_ray.cli.train import train
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -27,8 +29,10 @@ def main() -> None:
       birbal tasks list --tasks natural-instructions/
       birbal score --tasks natural-instructions/ --model mistralai/Mistral-7B-v0.1 --output runs/score
       birbal mix --scores runs/score --output runs/mix
+      birbal train --mix runs/mix --output runs/train --config configs/train/mistral-7b-qlora.yaml
+      birbal merge --run runs/train --output models/merged
     """
 
 
-for command in (demo, tasks, models, score, mix, export_predictions, doctor):
+for command in (demo, tasks, models, score, mix, train, merge, export_predictions, doctor):
     main.add_command(command)

@@ -23,7 +23,7 @@ def models(context: click.Context, output_format: str) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from birbal_ray.inference.models import EMBEDDED, cache_folder
+    from birbal_ray.models import EMBEDDED, cache_folder
 
     rows = [
         {
@@ -47,6 +47,6 @@ def fetch(name: str, revision: str | None) -> None:
     Example:
       birbal models fetch smollm2-135m
     """
-    from birbal_ray.inference.models import resolve
+    from birbal_ray.models import resolve
 
     click.echo(resolve(name, revision).path)

@@ -122,6 +122,7 @@ def _interval(row: dict[str, Any]) -> str:
 def _print_dry_run(config: ScoreConfig, output_format: str, progress: Any) -> None:
     from birbal_ray.inference import throughput
     from birbal_ray.progress import duration
+    from birbal_ray.rates import recall
     from birbal_ray.steps.score import planned, tell_plan
 
     plan = planned(config, progress, count_tokens=True)
@@ -149,8 +150,9 @@ def _print_dry_run(config: ScoreConfig, output_format: str, progress: Any) -> No
     note(f"prompts {prompts:,} in {len(plan.shards(config.shard_rows)):,} shards")
     note(f"prompt tokens {total:,}: {shared_all:,} shared ({shared_all / max(1, total):.0%}), {own:,} own")
     note(f"to compute with the prefix cache: {shared_once + own:,} prompt, at most {completion:,} completion tokens")
-    rate = throughput.recall(config)
+    rate = recall(throughput.rate_key(config))
     if rate:
+        rate *= config.resources.num_replicas
         note(f"about {duration((total + completion / 4) / rate)} at the {rate:,.0f} tokens/s last seen here")
     else:
         note("no run of this model on this machine yet, so no estimate of time")

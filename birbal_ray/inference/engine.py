@@ -105,6 +105,10 @@ class VllmEngine:
             disable_log_stats=True,
             seed=0,
         ).llm_engine
+        # Ready means that it has answered: a broken engine shows here, and the first real prompt is not the slow one.
+        self.add("warm-up", Request("", [0], 2))
+        while self.has_unfinished():
+            self.step()
 
     def add(self, key: str, request: Request) -> None:
         """Queue a request; vLLM's own validation raises ValueError."""

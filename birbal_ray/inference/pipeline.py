@@ -20,7 +20,7 @@ from birbal_ray.run import RunError, RunFailedError
 
 WRITE_CPUS = 0.25  # logical: scoring and writing a shard takes milliseconds
 REPLICAS_PER_WRITER = 4
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0  # each look costs the cores that may be the engine's a few milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def run_shards(
 ) -> Iterator[ShardDone]:
     """Score the shards on the connected cluster; yields each one whose file is written.
 
-    Calls `on_poll` about twice a second in between. `config.model` must name the model as
+    Calls `on_poll` about once a second in between. `config.model` must name the model as
     workers find it, `model_fingerprint` what they must find. Raises RunFailedError when engines died more often
     than `resources.max_engine_restarts`, or nothing moved for `resources.no_progress_minutes`.
     """

@@ -17,14 +17,16 @@ from typing import Any
 
 import pyarrow as pa
 
+from birbal_ray import models
 from birbal_ray.config.score import ResourceSettings, ScoreConfig
 from birbal_ray.contracts import SCORE_ROWS
-from birbal_ray.inference import models, plan
+from birbal_ray.inference import plan
 from birbal_ray.inference.board import ProgressBoard
 from birbal_ray.inference.engine import Completion, EngineDeadError, EngineLoop, Request, load_engine
 from birbal_ray.ni import prompt, reader
 from birbal_ray.ni.metrics import METRIC_OF_LABEL, score_answer
 from birbal_ray.ni.schema import Instance, Task, TaskError, take_first
+from birbal_ray.ray_session import log_to
 from birbal_ray.run import write_parquet
 
 # What prepare hands to generate: the rows so far, with the prompts' token ids.
@@ -97,7 +99,7 @@ class Generate:
 
         context = ray.get_runtime_context()
         self._board, self._replica = board, context.get_actor_id() or "driver"
-        _log_to(Path(log_folder) / f"replica-{self._replica[:12]}.log")
+        log_to(Path(log_folder) / f"replica-{self._replica[:12]}.log")
         # Straight to the file: Ray's own stdout object keeps what is printed for a while.
         os.write(1, f"replica {self._replica} pid {os.getpid()} node {context.get_node_id()}\n".encode())
         ray.get(board.started.remote(self._replica, context.get_node_id()))  # type: ignore[attr-defined]
@@ -246,12 +248,3 @@ def _to_bytes(table: pa.Table) -> bytes:
 
 def _from_bytes(data: bytes) -> pa.Table:
     return pa.ipc.open_stream(data).read_all()
-
-
-def _log_to(file: Path) -> None:
-    """Send this process's stdout and stderr, libraries' included, to a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    os.close(descriptor)

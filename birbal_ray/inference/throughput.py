@@ -1,19 +1,13 @@
-"""Rates of a running score run, remembered for the next one's estimate."""
+"""Rates of a running score run."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import time
 from typing import Any
 
 from birbal_ray.config.score import ScoreConfig
 from birbal_ray.inference.board import Snapshot
-from birbal_ray.inference.models import cache_folder
 from birbal_ray.progress import duration
-from birbal_ray.run import write_json
-
-RATES_FILE = "throughput.json"
 
 
 class Meter:
@@ -74,27 +68,6 @@ class Meter:
         }
 
 
-def remember(config: ScoreConfig, tokens_per_second: float) -> None:
-    """Keep this machine's latest rate for a model, per replica."""
-    rates = _read()
-    rates[_key(config)] = tokens_per_second / config.resources.num_replicas
-    with contextlib.suppress(OSError):  # an estimate isn't worth a failed run
-        write_json(cache_folder() / RATES_FILE, rates)
-
-
-def recall(config: ScoreConfig) -> float | None:
-    """Prompt + completion tokens per second that this machine reached with the model, or None."""
-    rate = _read().get(_key(config))
-    return rate * config.resources.num_replicas if rate else None
-
-
-def _key(config: ScoreConfig) -> str:
+def rate_key(config: ScoreConfig) -> str:
+    """Under which `rates` keeps prompt + completion tokens per second and replica."""
     return f"{config.model.name} {config.engine.device} {config.engine.backend}"
-
-
-def _read() -> dict[str, float]:
-    file = cache_folder() / RATES_FILE
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}

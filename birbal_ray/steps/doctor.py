@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from birbal_ray.inference import models
+from birbal_ray import models
 
 OK, PROBLEM = "ok", "problem"
 MIN_DISK_BYTES = 10 << 30

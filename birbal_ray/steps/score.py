@@ -13,15 +13,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from birbal_ray import models
 from birbal_ray.config import ConfigError
 from birbal_ray.config.score import ScoreConfig
 from birbal_ray.contracts import QUARANTINE_FILE, ROWS_FOLDER, TASK_SCORES, TASK_SCORES_FILE, TASKS_FILE
-from birbal_ray.inference import models, throughput
+from birbal_ray.inference import throughput
 from birbal_ray.inference.pipeline import check_cluster, logical_cpus, run_shards
 from birbal_ray.inference.plan import Plan, Shard, make_plan, unpacked
 from birbal_ray.inference.results import summarise
 from birbal_ray.inference.stages import load_tokenizer
 from birbal_ray.progress import ProgressLine
+from birbal_ray.rates import remember
 from birbal_ray.ray_session import ray_session
 from birbal_ray.run import (
     LOG_FOLDER,
@@ -119,15 +121,8 @@ def _pinned_model(config: ScoreConfig) -> tuple[ScoreConfig, str | None, str]:
     if config.engine.backend == "simulated":
         return config, None, "simulated"
     model = models.resolve(config.model.name, config.model.revision)
-    if model.name in models.EMBEDDED:
-        return config, model.revision, model.fingerprint
-    # A relative folder would be another one (or a Hub id) on a worker, and a branch may move.
-    pinned = {"revision": model.revision} if model.revision else {"name": str(model.path)}
-    return (
-        config.model_copy(update={"model": config.model.model_copy(update=pinned)}),
-        model.revision,
-        model.fingerprint,
-    )
+    settings = config.model.model_copy(update=models.pinned(model))
+    return config.model_copy(update={"model": settings}), model.revision, model.fingerprint
 
 
 def _identity(config: ScoreConfig, plan: Plan, model_fingerprint: str) -> dict[str, Any]:
@@ -249,5 +244,5 @@ def _finish(
         },
     )
     if session.get("tokens_per_second") and config.engine.backend == "vllm":
-        throughput.remember(config, session["tokens_per_second"])
+        remember(throughput.rate_key(config), session["tokens_per_second"] / config.resources.num_replicas)
     return ScoreResult(folder, read_json(folder / MANIFEST_FILE), results.task_scores)

@@ -131,7 +131,7 @@ def test_real_tasks_agree_with_transformers(shared_data, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 
-    from birbal_ray.inference.models import resolve
+    from birbal_ray.models import resolve
 
     path = resolve("smollm2-135m").path
     tokenizer = AutoTokenizer.from_pretrained(path)

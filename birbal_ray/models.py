@@ -60,6 +60,16 @@ def cache_folder() -> Path:
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "birbal_ray"
 
 
+def pinned(model: Model) -> dict[str, str]:
+    """Settings by which every worker, on any day, means this model: name or revision, as `resolve` takes them.
+
+    A relative folder would be another one (or a Hub id) on a worker, and a branch may move.
+    """
+    if model.name in EMBEDDED:
+        return {}
+    return {"revision": model.revision} if model.revision else {"name": str(model.path)}
+
+
 def resolve(name: str, revision: str | None = None, *, weights: bool = True) -> Model:
     """The model's local folder, converting or downloading it when needed.
 

@@ -1,0 +1,434 @@
+"""Train: QLoRA on a mix within a wall-clock budget, one adapter out, resumable."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from birbal_ray.config import ConfigError
+from birbal_ray.config.train import TrainConfig
+from birbal_ray.models import Model, pinned, resolve
+from birbal_ray.progress import ProgressLine, duration
+from birbal_ray.rates import recall, remember
+from birbal_ray.ray_session import MIN_LOGICAL_CPUS, ray_session
+from birbal_ray.run import (
+    LOG_FOLDER,
+    MANIFEST_FILE,
+    RunError,
+    RunFailedError,
+    finish_run,
+    locked,
+    package_versions,
+    read_json,
+    read_manifest,
+    start_run,
+    stoppable,
+    write_atomic,
+)
+from birbal_ray.training import preflight
+from birbal_ray.training.card import adapter_card
+from birbal_ray.training.curve import draw_loss_curve, read_metrics
+from birbal_ray.training.samples import PACKED_FOLDER, Packing, prepare
+from birbal_ray.training.worker import missing_resources, run_worker
+
+STEP = "train"
+ADAPTER_FOLDER, CURVE_FILE, STOP_FILE, STATUS_FILE = "adapter", "loss_curve.png", "stop", "status.json"
+METRICS_FILE, BEST_FILE = "metrics.jsonl", "best.json"
+POLL_SECONDS = 1.0
+CALIBRATION_STEPS = 4
+TEXT_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a run left."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What a dry run found out. Bytes; tokens; `steps` are optimizer steps."""
+
+    parts: list[preflight.Part]
+    memory_bytes: int | None
+    change: str | None  # `key=value …` that would make it fit; None when it fits or nothing helps
+    fits: bool
+    num_trainable: int
+    packing: dict[str, Packing]
+    steps_per_epoch: float
+    tokens_per_second: float | None
+    steps_in_budget: int | None
+    epochs_in_budget: float | None
+
+
+def train(config: TrainConfig, *, overwrite: bool = False, progress: ProgressLine | None = None) -> TrainResult:
+    """Train, or continue, in `config.output`.
+
+    Raises ConfigError (settings, mix, memory, another run's folder), ModelError, RunError (the run
+    broke off; the last checkpoint is kept and the same command continues).
+    """
+    progress = progress or ProgressLine()
+    config, model = resolved(config)
+    mix = Path(config.mix or "")
+    mix_manifest = read_mix(mix)
+    folder = Path(_required(config.output, "--output")).resolve()
+    with locked(folder), stoppable():
+        resumed = start_run(folder, STEP, _identity(config, model, mix_manifest), overwrite=overwrite)
+        if resumed and (folder / MANIFEST_FILE).exists():
+            progress.message(f"{folder} is up to date; nothing to do")
+            return TrainResult(folder, read_json(folder / MANIFEST_FILE))
+        packing = prepare(
+            mix,
+            folder / PACKED_FOLDER,
+            load_tokenizer(model),
+            config.batch.sequence_length,
+            config.batch.long_samples,
+            config.evaluation.num_rows,
+            progress.update,
+        )
+        found = look(config, model, packing)
+        for line in described(found, config):
+            progress.message(line)
+        refuse_if_too_large(found)
+        (folder / STOP_FILE).unlink(missing_ok=True)
+        if resumed and read_metrics(folder / METRICS_FILE):
+            progress.message(f"continuing from the last checkpoint in {folder}")
+        outcome = _run(config, model, folder, progress, found.steps_per_epoch)
+        if outcome["ended_by"] == "stop":
+            progress.message(f"stopped after step {outcome['num_steps']}, checkpoint saved; the same command continues")
+            raise KeyboardInterrupt
+        return _finish(config, model, folder, mix_manifest, packing, outcome, progress)
+
+
+def dry_run(config: TrainConfig, *, calibrate: bool = False, progress: ProgressLine | None = None) -> Preflight:
+    """Tokens, memory, and what will fit in the budget; trains nothing but, to calibrate, a few steps."""
+    progress = progress or ProgressLine()
+    config, model = resolved(config)
+    mix = Path(config.mix or "")
+    read_mix(mix)
+    with tempfile.TemporaryDirectory(prefix="birbal-train-") as name:
+        folder = Path(name)
+        packing = prepare(
+            mix,
+            folder / PACKED_FOLDER,
+            load_tokenizer(model),
+            config.batch.sequence_length,
+            config.batch.long_samples,
+            config.evaluation.num_rows if not calibrate else 8,
+            progress.update,
+        )
+        found = look(config, model, packing)
+        if calibrate and found.fits:
+            progress.message(f"calibrating: {CALIBRATION_STEPS} steps")
+            short = config.model_copy(update={"budget": None, "max_steps": CALIBRATION_STEPS})
+            with stoppable():
+                _run(short, model, folder, progress, found.steps_per_epoch)
+            found = look(config, model, packing)
+    progress.close()
+    return found
+
+
+def resolved(config: TrainConfig) -> tuple[TrainConfig, Model]:
+    """(configuration with `auto` decided and paths absolute, its model). Raises ConfigError, ModelError."""
+    mix = Path(_required(config.mix, "--mix")).resolve()
+    device = config.resources.device
+    if device == "auto":
+        if os.environ.get("RAY_ADDRESS") and not config.resources.accelerator_type:
+            raise ConfigError(
+                "resources.device is auto, but RAY_ADDRESS names a cluster of other machines; give --device"
+            )
+        import torch
+
+        device = "gpu" if config.resources.accelerator_type or torch.cuda.is_available() else "cpu"
+    if device == "cpu" and config.optimizer.name not in ("auto", "adamw_torch"):
+        raise ConfigError(f"optimizer.name={config.optimizer.name} needs a GPU; auto takes adamw_torch on a CPU")
+    if device == "cpu" and config.resources.accelerator_type:
+        raise ConfigError(
+            f"resources.accelerator_type={config.resources.accelerator_type} with --device cpu; leave one out"
+        )
+    model = resolve(config.model.name, config.model.revision)
+    resources = config.resources.model_copy(update={"device": device})
+    model_settings = config.model.model_copy(update=pinned(model))
+    return config.model_copy(update={"mix": str(mix), "resources": resources, "model": model_settings}), model
+
+
+def read_mix(mix: Path) -> dict[str, Any]:
+    """The mix's manifest. Raises RunError or ConfigError when it is none, unfinished, or lacks a column."""
+    manifest = read_manifest(mix, "mix")
+    for split in ("train", "eval"):
+        file = mix / f"{split}.parquet"
+        if not file.exists():
+            raise ConfigError(f"{file}: missing, though {mix / MANIFEST_FILE} is there; make the mix again")
+        absent = {"question", "answer"} - set(pq.read_schema(file).names)
+        if absent:
+            raise ConfigError(f"{file}: no column {', '.join(sorted(absent))}; expected the output of `birbal mix`")
+    return manifest
+
+
+def load_tokenizer(model: Model) -> Any:
+    """The model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model.path, trust_remote_code=False)
+
+
+def look(config: TrainConfig, model: Model, packing: dict[str, Packing]) -> Preflight:
+    """Memory and steps."""
+    gpu = config.resources.device == "gpu"
+    attention = config.model.attention if config.model.attention != "auto" else "sdpa"
+    shapes = preflight.shapes_of(model.path, config.lora.target_modules)
+    parts = preflight.estimate(shapes, config, gpu=gpu, attention=attention)
+    memory = preflight.device_memory_bytes(config)
+    fits = memory is None or preflight.total_bytes(parts) <= memory
+    change = None
+    if memory is not None and not fits:
+        change = preflight.change_that_fits(shapes, config, memory, gpu=gpu, attention=attention)
+    per_step = config.batch.micro * config.batch.accumulation
+    steps_per_epoch = packing["train"].num_packs / per_step
+    rate = recall(_rate_key(config))
+    steps = None
+    if rate and config.budget:
+        tokens_per_step = packing["train"].num_tokens / steps_per_epoch
+        steps = int(config.budget * rate / tokens_per_step)
+    return Preflight(
+        parts=parts,
+        memory_bytes=memory,
+        change=change,
+        fits=fits,
+        num_trainable=preflight.num_trainable(shapes, config.lora.r),
+        packing=packing,
+        steps_per_epoch=steps_per_epoch,
+        tokens_per_second=rate,
+        steps_in_budget=steps,
+        epochs_in_budget=steps / steps_per_epoch if steps is not None else None,
+    )
+
+
+def described(found: Preflight, config: TrainConfig) -> list[str]:
+    """Lines that say what will be trained on what, and how much of it will fit in the budget."""
+    lines = []
+    for split, packing in found.packing.items():
+        lines.append(
+            f"{split}: {packing.num_samples:,} samples, {packing.num_tokens:,} tokens ({packing.num_loss_tokens:,} "
+            f"with loss) in {packing.num_packs:,} sequences of {config.batch.sequence_length:,}, "
+            f"{packing.packing_efficiency_fraction:.1%} full"
+        )
+        if packing.num_long:
+            done = "dropped" if config.batch.long_samples == "drop" else "cut at the end"
+            lines.append(f"{split}: {packing.num_long:,} samples over batch.sequence_length were {done}")
+    need = preflight.total_bytes(found.parts) / preflight.GIB
+    have = f" of {found.memory_bytes / preflight.GIB:.1f}" if found.memory_bytes else ""
+    lines.append(f"{found.num_trainable:,} trainable parameters; about {need:.1f} GiB needed{have}")
+    lines.append(f"{found.steps_per_epoch:,.1f} optimizer steps an epoch, {config.epochs:g} epochs asked for")
+    if found.tokens_per_second:
+        seconds = config.epochs * found.packing["train"].num_tokens / found.tokens_per_second
+        lines.append(f"at the {found.tokens_per_second:,.0f} tokens/s last seen here that takes {duration(seconds)}")
+    if found.epochs_in_budget is not None and found.epochs_in_budget < config.epochs:
+        fit = f"{found.epochs_in_budget:.2g} epochs ({found.steps_in_budget:,} steps)"
+        lines.append(f"{fit} will fit in the budget; {config.epochs:g} were asked for")
+    return lines
+
+
+def refuse_if_too_large(found: Preflight) -> None:
+    """Raise ConfigError with the change that would make it fit."""
+    if found.fits or found.memory_bytes is None:
+        return
+    need, have = preflight.total_bytes(found.parts) / preflight.GIB, found.memory_bytes / preflight.GIB
+    advice = (
+        f"it would fit with --set {found.change.replace(' ', ' --set ')}" if found.change else "no smaller setting fits"
+    )
+    raise ConfigError(f"about {need:.1f} GiB are needed, the device has {have:.1f}; {advice}")
+
+
+def _required(value: str | None, flag: str) -> str:
+    if not value:
+        raise ConfigError(f"{flag} is required (or set it in the --config file)")
+    return value
+
+
+def _identity(config: TrainConfig, model: Model, mix_manifest: dict[str, Any]) -> dict[str, Any]:
+    """Everything that decides the adapter; paths and resources don't."""
+    settings = config.model_dump(exclude={"resources", "output", "mix", "trackers", "model"}, mode="json")
+    settings["model"] = config.model.model_dump(exclude={"name", "revision"})
+    settings["checkpoint"].pop("keep")
+    versions = package_versions()
+    return {
+        "settings": settings,
+        "model_fingerprint": model.fingerprint,
+        "mix": {name: mix_manifest["files"][name] for name in ("train.parquet", "eval.parquet")},
+        "packages": {name: versions[name] for name in TEXT_PACKAGES if name in versions},
+    }
+
+
+def _run(
+    config: TrainConfig, model: Model, folder: Path, progress: ProgressLine, steps_per_epoch: float
+) -> dict[str, Any]:
+    """Run the worker and show its progress; its outcome. SIGTERM and Ctrl-C let it save first."""
+    logical = max(MIN_LOGICAL_CPUS, config.resources.num_cpus + 2)
+    with ray_session(logical, folder / LOG_FOLDER / "ray.log"):
+        import ray
+
+        missing = missing_resources(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        if missing:
+            raise RunError(missing)
+        progress.update(f"starting the worker; logs in {folder / LOG_FOLDER}")
+        result: dict[str, Any] = {}
+        worker = threading.Thread(target=_collect, args=(result, config, model, folder), name="train", daemon=True)
+        worker.start()
+        line = _Line(folder, config, steps_per_epoch)
+        try:
+            while worker.is_alive():
+                worker.join(POLL_SECONDS)
+                line.show(progress)
+        except KeyboardInterrupt:
+            (folder / STOP_FILE).touch()
+            progress.message(
+                f"stopping: the worker saves a checkpoint first (at most {config.resources.stop_grace:.0f} s)"
+            )
+            worker.join(config.resources.stop_grace)
+            if worker.is_alive() or "outcome" not in result:
+                raise
+        finally:
+            progress.close()
+    if "error" in result:
+        error = result["error"]
+        if isinstance(error, RunError):
+            raise RunFailedError(str(error)) from error
+        raise error
+    _remember_rate(config, folder)
+    return result["outcome"]
+
+
+def _collect(result: dict[str, Any], config: TrainConfig, model: Model, folder: Path) -> None:
+    try:
+        result["outcome"] = run_worker(config, model.fingerprint, folder)
+    except BaseException as error:  # raised in the main thread
+        result["error"] = error
+
+
+class _Line:
+    """The progress line, from the files that the worker writes."""
+
+    def __init__(self, folder: Path, config: TrainConfig, steps_per_epoch: float) -> None:
+        self._folder, self._config, self._steps_per_epoch = folder, config, steps_per_epoch
+        self._begun = time.monotonic()
+        self._warned = False
+        self._eval_loss: float | None = None
+        self._at: tuple[int, str] = (0, "")
+
+    def show(self, progress: ProgressLine) -> None:
+        """Show the latest state."""
+        status_file = self._folder / STATUS_FILE
+        if not status_file.exists() or status_file.stat().st_mtime < time.time() - (time.monotonic() - self._begun):
+            progress.update(f"loading the model ({duration(time.monotonic() - self._begun)})")
+            return
+        status = read_json(status_file)
+        forecast = status["forecast"]
+        wanted = self._config.epochs
+        if forecast and forecast["by_budget"] and status["step"] >= 3 and not self._warned:
+            self._warned = True
+            progress.message(f"{forecast['epochs']:.2g} epochs will fit in the budget; {wanted:g} were asked for")
+        progress.update(self._text(status))
+
+    def _text(self, status: dict[str, Any]) -> str:
+        metrics = read_metrics(self._folder / METRICS_FILE)
+        train = next((line for line in reversed(metrics) if "loss" in line), None)
+        evaluation = next((line for line in reversed(metrics) if "eval_loss" in line), None)
+        parts = [f"step {status['step']}/{status['max_steps']}", f"epoch {status['epoch']:.2f}"]
+        if train:
+            parts += [f"loss {train['loss']:.4f}", f"lr {train['learning_rate']:.2e}"]
+            if train.get("step_seconds"):
+                parts.append(f"{train['tokens'] / train['step_seconds']:.0f} tokens/s")
+        if evaluation:
+            parts.append(f"eval loss {evaluation['eval_loss']:.4f}")
+        forecast = status["forecast"]
+        if forecast:
+            left = (forecast["num_steps"] - status["step"]) * status["step_seconds"]
+            parts.append(f"ends in {duration(left)}{' (budget)' if forecast['by_budget'] else ''}")
+        return " · ".join(parts)
+
+
+def _rate_key(config: TrainConfig) -> str:
+    settings = config.batch
+    where = config.resources.accelerator_type or config.resources.device
+    shape = f"{settings.sequence_length} {settings.micro} r{config.lora.r} {config.model.quantization}"
+    return f"train {config.model.name} {where} {shape}"
+
+
+def _remember_rate(config: TrainConfig, folder: Path) -> None:
+    """Tokens per second of training time, evaluations and checkpoints included."""
+    steps = [line for line in read_metrics(folder / METRICS_FILE) if "loss" in line and line.get("step_seconds")]
+    seconds = sum(line["step_seconds"] for line in steps[1:])  # the first step warms up
+    if seconds:
+        remember(_rate_key(config), sum(line["tokens"] for line in steps[1:]) / seconds)
+
+
+def _finish(
+    config: TrainConfig,
+    model: Model,
+    folder: Path,
+    mix_manifest: dict[str, Any],
+    packing: dict[str, Packing],
+    outcome: dict[str, Any],
+    progress: ProgressLine,
+) -> TrainResult:
+    metrics = read_metrics(folder / METRICS_FILE)
+    best = read_json(folder / BEST_FILE)
+    base_loss = next(line["eval_loss"] for line in metrics if "eval_loss" in line and line["step"] == 0)
+    if best["eval_loss"] >= base_loss:
+        progress.message(f"warning: no adapter beats the base model's eval loss of {base_loss:.4f}")
+    clock = read_json(folder / "clock.json")
+    settings = config.model_dump(mode="json")
+    manifest = {
+        "settings": settings,
+        "seed": config.seed,
+        "model": {"name": config.model.name, "revision": model.revision, "path": str(model.path)},
+        "mix": {"path": config.mix, "identity_hash": mix_manifest["identity_hash"]},
+        "packing": {split: asdict(one) for split, one in packing.items()},
+        "rows": {
+            "train": packing["train"].num_rows,
+            "kept": packing["train"].num_samples,
+            "dropped": {"too_long": packing["train"].num_rows - packing["train"].num_samples},
+        },
+        "result": {
+            **outcome,
+            "train_tokens": sum(line["tokens"] for line in metrics if "loss" in line),
+            "base_eval_loss": base_loss,
+            "best_eval_loss": best["eval_loss"],
+            "best_step": best["step"],
+            "elapsed_seconds": round(clock["elapsed_seconds"], 3),
+            "setup_seconds": round(clock["setup_seconds"], 3),
+        },
+    }
+    draw_loss_curve(metrics, best["step"], folder / CURVE_FILE)
+    card = adapter_card(manifest, settings, mix_manifest)
+    _publish_adapter(folder, folder / best["folder"], card, config, model)
+    finish_run(folder, manifest)
+    return TrainResult(folder, read_json(folder / MANIFEST_FILE))
+
+
+def _publish_adapter(folder: Path, best: Path, card: str, config: TrainConfig, model: Model) -> None:
+    """Copy the best adapter to adapter/, with its card, naming the base model so that others can load it."""
+    temporary = folder / f".tmp-{ADAPTER_FOLDER}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(best, temporary)
+    adapter_config = json.loads((temporary / "adapter_config.json").read_text(encoding="utf-8"))
+    if model.revision and model.name == config.model.name and "/" in model.name and not Path(model.name).exists():
+        adapter_config |= {"base_model_name_or_path": model.name, "revision": model.revision}
+    write_atomic(temporary / "adapter_config.json", (json.dumps(adapter_config, indent=1) + "\n").encode())
+    write_atomic(temporary / "README.md", card.encode())
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder / ADAPTER_FOLDER)
+    temporary.rename(folder / ADAPTER_FOLDER)

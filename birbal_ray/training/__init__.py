@@ -1,0 +1,1 @@
+"""Fine-tuning: packed samples, a wall-clock deadline, checkpoints that are whole or absent."""

@@ -1,0 +1,130 @@
+"""A wall-clock budget as a learning-rate schedule and a time to stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from birbal_ray.run import write_json
+
+CLOCK_FILE = "clock.json"
+HEARTBEAT_SECONDS = 2.0
+STEPS_REMEMBERED = 8  # the next step is expected to take as long as the longest of these
+MARGIN = 1.1  # on measured evaluation and saving times
+WARMUP_AT_MOST = 0.1  # of the run
+CLOSING_SECONDS = 1.0  # what ending takes beside evaluating and saving
+
+
+class Clock:
+    """Seconds that a run's worker has been up, over all sessions; a killed one loses a heartbeat at most.
+
+    `setup_seconds` of them passed before a session's first step. Kept in `file`.
+    """
+
+    def __init__(self, file: Path, now: Callable[[], float] = time.monotonic) -> None:
+        self._file, self._now = file, now
+        earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        self._before, self._setup_before = earlier.get("elapsed_seconds", 0.0), earlier.get("setup_seconds", 0.0)
+        self._begun = self._beaten = now()
+        self._stepping_since: float | None = None
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Of all sessions."""
+        return self._before + self._now() - self._begun
+
+    @property
+    def setup_seconds(self) -> float:
+        """Spent loading, over all sessions."""
+        return self._setup_before + (self._stepping_since or self._now()) - self._begun
+
+    def start_stepping(self) -> None:
+        """The session's set-up is over."""
+        self._stepping_since = self._now()
+
+    def beat(self, *, force: bool = False) -> None:
+        """Write the time down, at most every two seconds."""
+        if force or self._now() - self._beaten >= HEARTBEAT_SECONDS:
+            self._beaten = self._now()
+            write_json(self._file, {"elapsed_seconds": self.elapsed_seconds, "setup_seconds": self.setup_seconds})
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What will fit."""
+
+    num_steps: int  # in all, those done included
+    epochs: float
+    by_budget: bool  # the deadline comes before the last epoch's end
+
+
+class Deadline:
+    """Says how far a run is (0 to 1), whether another step fits, how many will.
+
+    Progress is the larger of steps done / steps wanted and training time used / training time there
+    is, where the reserve (a final evaluation and a checkpoint) is not training time. Without a
+    budget only the steps count, so that a run repeats exactly.
+    """
+
+    def __init__(self, budget_seconds: float | None, total_steps: int, clock: Clock) -> None:
+        self.budget_seconds, self.total_steps, self.clock = budget_seconds, total_steps, clock
+        self.eval_seconds = self.save_seconds = 0.0  # as last measured
+        self._steps: deque[float] = deque(maxlen=STEPS_REMEMBERED)
+
+    def step_took(self, seconds: float) -> None:
+        """Remember a step's time, evaluation and saving left out."""
+        self._steps.append(seconds)
+
+    @property
+    def step_seconds(self) -> float:
+        """What the next step may take: the longest of the latest ones."""
+        return max(self._steps, default=0.0)
+
+    @property
+    def reserve_seconds(self) -> float:
+        """Kept for the final evaluation and checkpoint."""
+        return MARGIN * (self.eval_seconds + self.save_seconds) + CLOSING_SECONDS
+
+    def remaining_seconds(self) -> float:
+        """Training time left; infinite without a budget."""
+        if self.budget_seconds is None:
+            return math.inf
+        return self.budget_seconds - self.reserve_seconds - self.clock.elapsed_seconds
+
+    def progress(self, steps_done: int, due_seconds: float = 0.0) -> float:
+        """How far the run is at the end of its next step, in [0, 1]; 1 says that no other step fits.
+
+        `due_seconds` go to an evaluation or checkpoint before that step.
+        """
+        by_steps = steps_done / self.total_steps
+        if self.budget_seconds is None:
+            return min(1.0, by_steps)
+        left = self.remaining_seconds() - due_seconds - self.step_seconds
+        if left <= 0:
+            return 1.0
+        used = self.clock.elapsed_seconds - self.clock.setup_seconds + due_seconds + self.step_seconds
+        return min(1.0, max(by_steps, used / (used + left)))
+
+    def forecast(self, steps_done: int, steps_per_epoch: float, steps_per_eval: int) -> Forecast | None:
+        """Steps and epochs that will fit; None before any step was timed."""
+        if not self._steps:
+            return None
+        mean = sum(self._steps) / len(self._steps) + self.eval_seconds / steps_per_eval
+        fitting = steps_done + self.remaining_seconds() / mean if self.budget_seconds is not None else math.inf
+        num_steps = int(max(steps_done, min(self.total_steps, fitting)))
+        return Forecast(num_steps, num_steps / steps_per_epoch, fitting < self.total_steps)
+
+
+def learning_rate_factor(step: int, progress: float, warmup_steps: int, floor_fraction: float) -> float:
+    """What the learning rate is multiplied by for the step after `step` done ones: warm-up times cosine.
+
+    The warm-up ends after `warmup_steps`, or with the first tenth of the run where that is shorter.
+    """
+    warm = min(1.0, max((step + 1) / warmup_steps, progress / WARMUP_AT_MOST)) if warmup_steps else 1.0
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return max(floor_fraction, warm * (floor_fraction + (1 - floor_fraction) * cosine))

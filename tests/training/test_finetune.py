@@ -1,0 +1,327 @@
+"""The fine-tune on a model of two layers, in this process or one that gets killed."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from birbal_ray.config import load_config
+from birbal_ray.config.train import TrainConfig
+from birbal_ray.training.checkpoints import all_checkpoints
+from birbal_ray.training.curve import draw_loss_curve, read_metrics
+from birbal_ray.training.samples import prepare
+
+SMALL = {
+    "batch.sequence_length": 128,
+    "batch.micro": 1,
+    "batch.accumulation": 2,
+    "lora.r": 4,
+    "lora.alpha": 8,
+    "optimizer.learning_rate": 5e-3,
+    "evaluation.every_steps": 4,
+    "checkpoint.every_steps": 3,
+    "checkpoint.keep": 2,
+    "resources.device": "cpu",
+    "resources.num_threads": 1,
+}
+STILL = {"lora.dropout": 0.0, "neftune_alpha": 0}
+
+
+def settings(**changes):
+    return load_config(TrainConfig, flags={**SMALL, **{k.replace("__", "."): v for k, v in changes.items()}})
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_model, tiny_mix, tmp_path_factory):
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("packed")
+    prepare(tiny_mix, folder / "packed", AutoTokenizer.from_pretrained(tiny_model), 128, "drop", 8)
+    return folder / "packed"
+
+
+@pytest.fixture
+def run_folder(packed, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "packed").symlink_to(packed)
+    return tmp_path / "run"
+
+
+def losses(folder):
+    return [(line["step"], line["loss"]) for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+
+
+def make_trainer(config, model, folder, train, evaluation):
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+
+    from birbal_ray.training.deadline import Clock
+    from birbal_ray.training.finetune import DeadlineTrainer, load_base, sft_config
+
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
+    return DeadlineTrainer(
+        config,
+        folder,
+        Clock(folder / "clock.json"),
+        model=load_base(model, config),
+        args=sft_config(config, folder),
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=AutoTokenizer.from_pretrained(model),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_packed_samples_do_not_see_each_other(tiny_model, packed, tmp_path, attention, quantization):
+    """Training and eval loss of packs equal those of their samples alone, weighted by tokens."""
+    import torch
+    from datasets import Dataset, load_from_disk
+
+    packs = load_from_disk(str(packed / "train")).select(range(3))
+    assert any(len(pack["seq_lengths"]) > 1 for pack in packs)
+    alone = []
+    for pack in packs:
+        start = 0
+        for length in pack["seq_lengths"]:
+            part = slice(start, start + length)
+            alone.append(
+                {"input_ids": pack["input_ids"][part], "labels": pack["labels"][part], "seq_lengths": [length]}
+            )
+            start += length
+    config = settings(model__attention=attention, model__quantization=quantization, **STILL)
+    trainer = make_trainer(config, tiny_model, tmp_path, packs, packs)
+    assert trainer.model.config._attn_implementation == attention
+
+    together = trainer.evaluate()["eval_loss"]
+    apart = trainer.evaluate(Dataset.from_list(alone))["eval_loss"]
+    assert together == pytest.approx(apart, rel=1e-5)
+
+    trainer.model.train()
+    results = []
+    for rows in ([list(packs)], [[row] for row in alone]):
+        trainer.model.zero_grad()
+        total = torch.tensor(sum(label != -100 for one in rows for row in one for label in row["labels"]))
+        summed = 0.0
+        for one in rows:
+            loss = trainer.compute_loss(trainer.model, trainer.data_collator(one), num_items_in_batch=total)
+            loss.backward()
+            summed += float(loss.detach())
+        gradients = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
+        results.append((summed, gradients))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert results[0][0] == pytest.approx(together, rel=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-6)
+
+
+def test_an_evaluation_leaves_the_gradients_of_a_quantised_model_alone(tiny_model, packed, tmp_path):
+    """bitsandbytes has a CPU kernel without a backward pass that an evaluation would switch to."""
+    import bitsandbytes
+    import torch
+    from datasets import load_from_disk
+
+    packs = load_from_disk(str(packed / "train")).select(range(2))
+    trainer = make_trainer(settings(**STILL), tiny_model, tmp_path, packs, packs)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:  # zero at first, which would hide what flows into A
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+
+    def gradients():
+        trainer.model.train()
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model, trainer.data_collator(list(packs))).backward()
+        return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+    before = gradients()
+    assert all(gradient.abs().max() > 0 for gradient in before.values())
+    trainer.evaluate()
+    torch.testing.assert_close(gradients(), before)
+
+    # And they are those of the same weights, dequantised.
+    for module in list(trainer.model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, bitsandbytes.nn.Linear4bit):
+                plain = torch.nn.Linear(child.in_features, child.out_features, bias=False)
+                weight = bitsandbytes.functional.dequantize_4bit(child.weight.data, child.weight.quant_state)
+                plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+                setattr(module, name, plain)
+    torch.testing.assert_close(gradients(), before, rtol=1e-3, atol=1e-6)
+
+
+def test_the_packing_check_would_see_a_leak(tiny_model, packed, tmp_path):
+    """Positions that don't restart let samples see each other; then the losses differ."""
+    from datasets import Dataset, load_from_disk
+
+    packs = load_from_disk(str(packed / "train")).select(range(3))
+    leaking = [{**pack, "seq_lengths": [sum(pack["seq_lengths"])]} for pack in packs]
+    trainer = make_trainer(settings(**STILL), tiny_model, tmp_path, packs, packs)
+    whole, joined = trainer.evaluate()["eval_loss"], trainer.evaluate(Dataset.from_list(leaking))["eval_loss"]
+    assert abs(whole - joined) > 1e-4
+
+
+def test_accumulation_is_one_big_batch(tiny_model, run_folder, tmp_path):
+    from safetensors.torch import load_file
+
+    from birbal_ray.training.finetune import fine_tune
+
+    adapters, curves = [], []
+    for name, micro, accumulation in (("micro", 1, 4), ("big", 4, 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "packed").symlink_to(run_folder / "packed")
+        config = settings(batch__micro=micro, batch__accumulation=accumulation, max_steps=3, **STILL)
+        assert fine_tune(config, tiny_model, folder).ended_by == "max_steps"
+        adapters.append(load_file(next((folder / "best").glob("step-*")) / "adapter_model.safetensors"))
+        curves.append([loss for _, loss in losses(folder)])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, weight in adapters[0].items():
+        assert weight.dtype.is_floating_point and weight.element_size() == 4
+        assert (weight - adapters[1][name]).abs().max() < 1e-3 * max(1e-2, weight.abs().max())
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from birbal_ray.config.train import TrainConfig
+from birbal_ray.training.finetune import fine_tune
+fine_tune(TrainConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+def start(config, model, folder):
+    return subprocess.Popen(
+        [sys.executable, "-c", KILLED, config.model_dump_json(), str(model), str(folder)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors[-3000:]
+
+
+@pytest.mark.timeout(600)
+def test_killed_at_random_steps_and_resumed_repeats_every_loss(tiny_model, packed, tmp_path):
+    """With dropout, NEFTune and NF4 on; the kills fall between checkpoints."""
+    config = settings(max_steps=24)
+    folders = {name: tmp_path / name for name in ("undisturbed", "killed")}
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / "packed").symlink_to(packed)
+    finish(start(config, tiny_model, folders["undisturbed"]))
+    seed = random.randrange(1 << 30)
+    print(f"kill points drawn with seed {seed}")
+    rng = random.Random(seed)
+    killed = folders["killed"]
+    kills = 0
+    for point in (rng.randrange(4, 11), rng.randrange(13, 21)):
+        process = start(config, tiny_model, killed)
+        while process.poll() is None and max((s for s, _ in losses(killed)), default=0) < point:
+            time.sleep(0.002)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.communicate()
+        assert all_checkpoints(killed / "checkpoints"), "a checkpoint every third step"
+    finish(start(config, tiny_model, killed))
+    assert kills == 2
+    expected = losses(folders["undisturbed"])
+    assert [step for step, _ in expected] == list(range(1, 25))
+    assert losses(killed) == expected
+
+    def evaluations(folder):
+        return [(m["step"], m["eval_loss"]) for m in read_metrics(folder / "metrics.jsonl") if "eval_loss" in m]
+
+    assert evaluations(killed) == evaluations(folders["undisturbed"])
+    assert json.loads((killed / "best.json").read_text()) == json.loads(
+        (folders["undisturbed"] / "best.json").read_text()
+    )
+    assert len(all_checkpoints(killed / "checkpoints")) == 2
+
+
+def test_loss_falls_and_the_best_adapter_is_the_lowest_eval(tiny_model, run_folder):
+    from birbal_ray.training.finetune import fine_tune
+
+    outcome = fine_tune(settings(epochs=6), tiny_model, run_folder)
+    assert outcome.ended_by == "epochs"
+    assert outcome.epochs == pytest.approx(6)
+    metrics = read_metrics(run_folder / "metrics.jsonl")
+    evaluations = {m["step"]: m["eval_loss"] for m in metrics if "eval_loss" in m}
+    best = json.loads((run_folder / "best.json").read_text())
+    assert best["eval_loss"] == min(loss for step, loss in evaluations.items() if step > 0)
+    assert best["eval_loss"] == evaluations[best["step"]] < evaluations[0]
+    assert [line for line in metrics if "loss" in line][-1]["learning_rate"] < 0.001 * 5e-3
+    assert list((run_folder / "tensorboard").rglob("events.out.tfevents.*"))
+    draw_loss_curve(metrics, best["step"], run_folder / "loss_curve.png")
+    assert (run_folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_budget_ends_the_run_and_says_so(tiny_model, run_folder):
+    from birbal_ray.training.finetune import fine_tune
+
+    begun = time.monotonic()
+    outcome = fine_tune(settings(budget="8s", epochs=10_000), tiny_model, run_folder)
+    assert outcome.ended_by == "budget"
+    assert time.monotonic() - begun < 12
+    last = [line for line in read_metrics(run_folder / "metrics.jsonl") if "loss" in line][-1]
+    assert last["learning_rate"] < 0.001 * 5e-3
+    assert json.loads((run_folder / "best.json").read_text())["step"] > 0
+    status = json.loads((run_folder / "status.json").read_text())
+    assert status["forecast"]["by_budget"]
+
+
+FULL_DISK = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (@@, @@))
+"""
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny_model, run_folder):
+    """A limit on file sizes stands for the full disk: both make a write fail half-way."""
+    config = settings(max_steps=6, checkpoint__keep=5)
+    finish(start(config, tiny_model, run_folder))
+    whole = [p.name for p in all_checkpoints(run_folder / "checkpoints")]
+    state = {f.name: f.read_bytes() for f in (run_folder / "checkpoints" / whole[-1]).iterdir()}
+    more = settings(max_steps=12, checkpoint__keep=5)
+    script = FULL_DISK.replace("@@", "20000") + KILLED
+    process = subprocess.run(
+        [sys.executable, "-c", script, more.model_dump_json(), str(tiny_model), str(run_folder)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert process.returncode != 0
+    assert re.search(r"File too large|No space", process.stderr)
+    assert [p.name for p in all_checkpoints(run_folder / "checkpoints")] == whole
+    assert {f.name: f.read_bytes() for f in (run_folder / "checkpoints" / whole[-1]).iterdir()} == state
+
+
+def test_errors_that_would_come_again_are_told_from_those_a_restart_mends(tmp_path):
+    import errno
+
+    from birbal_ray.training.worker import lasting_reason
+
+    full = lasting_reason(OSError(errno.ENOSPC, "No space left on device"), tmp_path)
+    assert "no space left on the disk; the last checkpoint is whole" in full
+    assert "no space left" in lasting_reason(
+        RuntimeError("SafetensorError: No space left on device (os error 28)"), tmp_path
+    )
+
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    assert "lower batch.micro" in lasting_reason(OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), tmp_path)
+    assert lasting_reason(RuntimeError("NCCL went away"), tmp_path) is None
