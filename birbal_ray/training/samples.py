@@ -104,8 +104,10 @@ def _pack_split(
     long_samples: str,
     progress: Callable[[str], None],
 ) -> Packing:
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
     from trl import pack_dataset
+
+    disable_progress_bars()
 
     ids: list[list[int]] = []
     labels: list[list[int]] = []
