@@ -72,22 +72,17 @@ def run_birbal(mix: Path, folder: Path, model: str, steps: int) -> dict[str, Any
     }
     result = train(load_config(TrainConfig, flags=flags))
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
-    # From the end of one step's log to the next one's: whatever happens between steps counts; checkpoints apart.
-    checkpoint_every = flags["checkpoint.every_steps"]
-    gaps = [
-        (after["tokens"], after["elapsed_seconds"] - before["elapsed_seconds"], before["step"] % checkpoint_every == 0)
-        for before, after in itertools.pairwise(lines)
-        if before["step"] >= WARM_UP
-    ]
-    plain = [(tokens, seconds) for tokens, seconds, saved in gaps if not saved]
-    with_save = [seconds for _, seconds, saved in gaps if saved]
-    tokens, seconds = sum(t for t, _ in plain), sum(s for _, s in plain)
-    mean = seconds / len(plain)
+    # From one step's log to the next one's: whatever happens in between counts, but for checkpoints and the end.
+    saves = {step for step in range(steps) if step % flags["checkpoint.every_steps"] == 0}
+    pairs = [(a, b) for a, b in itertools.pairwise(lines) if a["step"] >= WARM_UP and a["step"] not in saves]
+    tokens = sum(after["tokens"] for _, after in pairs)
+    seconds = sum(after["elapsed_seconds"] - before["elapsed_seconds"] for before, after in pairs)
+    status = json.loads((folder / "status.json").read_text())
     return {
         "tokens": tokens,
         "seconds": seconds,
         "packing_efficiency": result.manifest["packing"]["train"]["packing_efficiency_fraction"],
-        "checkpoint_seconds": sum(with_save) / len(with_save) - mean if with_save else None,
+        "checkpoint_seconds": status["save_seconds"],
     }
 
 

@@ -31,6 +31,7 @@ def draw_loss_curve(metrics: list[dict[str, Any]], best_step: int | None, file: 
     """PNG of train and eval loss over steps, the best adapter's evaluation marked."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     train = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
     evaluations = [(line["step"], line["eval_loss"]) for line in metrics if "eval_loss" in line]
@@ -46,6 +47,7 @@ def draw_loss_curve(metrics: list[dict[str, Any]], best_step: int | None, file: 
         if step == best_step:
             axes.plot(step, loss, marker="*", markersize=15, color="#2e8b3d", linestyle="none", label="best adapter")
             axes.annotate(f"{loss:.4f}", (step, loss), textcoords="offset points", xytext=(0, 10), ha="center")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per token (nats)")
     axes.grid(alpha=0.3)

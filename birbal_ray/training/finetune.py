@@ -28,6 +28,7 @@ from birbal_ray.training.samples import IGNORED, PACKED_FOLDER
 
 CHECKPOINTS_FOLDER, BEST_FOLDER, TENSORBOARD_FOLDER = "checkpoints", "best", "tensorboard"
 METRICS_FILE, BEST_FILE, STATUS_FILE, STOP_FILE = "metrics.jsonl", "best.json", "status.json", "stop"
+TELL_SECONDS = 1.0  # between two writes of status.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +199,7 @@ class Watch(TrainerCallback):
         self._step_begun: float | None = None
         self._step_seconds = 0.0
         self._tokens_before = 0
+        self._told = -math.inf
         self.ended_by: str | None = None
         best = self._folder / BEST_FILE
         self._best = json.loads(best.read_text())["eval_loss"] if best.exists() else math.inf
@@ -255,7 +257,9 @@ class Watch(TrainerCallback):
         line["elapsed_seconds"] = clock.elapsed_seconds
         with (self._folder / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self._tell(state)
+        if self.ended_by or "eval_loss" in line or time.monotonic() - self._told > TELL_SECONDS:
+            self._told = time.monotonic()
+            self._tell(state)
         self._report(line)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
@@ -272,6 +276,7 @@ class Watch(TrainerCallback):
         forecast = deadline.forecast(state.global_step, steps_per_epoch, every)
         status = {"step": state.global_step, "max_steps": state.max_steps, "epoch": state.epoch or 0.0}
         status |= {"elapsed_seconds": deadline.clock.elapsed_seconds, "step_seconds": deadline.step_seconds}
+        status |= {"eval_seconds": deadline.eval_seconds, "save_seconds": deadline.save_seconds}
         status["forecast"] = asdict(forecast) if forecast else None
         write_json(self._folder / STATUS_FILE, status)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +19,7 @@ from birbal_ray.run import RunError, write_json
 
 RESULT_FILE = "session.json"  # of the worker's last session: an outcome, or why it can't go on
 RAY_FOLDER = "ray"
+REPORT_SECONDS = 5.0
 # accelerate would wrap the model in DDP for a world of one.
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -119,8 +123,14 @@ def _fine_tune(config: TrainConfig, fingerprint: str, folder: Path) -> dict[str,
         torch.set_num_threads(config.resources.num_threads or len(os.sched_getaffinity(0)))
     from birbal_ray.training.finetune import fine_tune
 
+    reported = -math.inf
+
     def report(line: dict[str, Any]) -> None:
-        ray.train.report({name: value for name, value in line.items() if value is not None})
+        # Ray takes one every two seconds; a second one would hold the training up until then.
+        nonlocal reported
+        if time.monotonic() - reported > REPORT_SECONDS:
+            ray.train.report({name: value for name, value in line.items() if value is not None})
+            reported = time.monotonic()
 
     return asdict(fine_tune(config, model.path, folder, report))
 
@@ -139,8 +149,6 @@ def lasting_reason(error: BaseException, folder: Path) -> str | None:
 
 
 def _result(folder: Path) -> dict[str, Any]:
-    import json
-
     file = folder / RESULT_FILE
     if not file.exists():
         raise RunError(f"{folder}: the worker ended without a word (log: {folder / 'logs' / 'worker.log'})")
