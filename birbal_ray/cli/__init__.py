@@ -9,6 +9,7 @@ from birbal_ray.cli.common import Commands
 from birbal_ray.cli.demo import demo
 from birbal_ray.cli.doctor import doctor
 from birbal_ray.cli.export import export_predictions
+from birbal_ray.cli.leaderboard import leaderboard
 from birbal_ray.cli.merge import merge
 from birbal_ray.cli.mix import mix
 from birbal_ray.cli.models import models
@@ -34,5 +35,5 @@ def main() -> None:
     """
 
 
-for command in (demo, tasks, models, score, mix, train, merge, export_predictions, doctor):
+for command in (demo, tasks, models, score, mix, train, merge, leaderboard, export_predictions, doctor):
     main.add_command(command)

@@ -9,9 +9,10 @@ import pytest
 from birbal_ray.config import ConfigError, load_config
 from birbal_ray.config.mix import MixConfig
 from birbal_ray.config.score import ScoreConfig
+from birbal_ray.config.train import TrainConfig
 from tests.conftest import REPOSITORY
 
-SCHEMAS = {"score": ScoreConfig, "mix": MixConfig}
+SCHEMAS = {"score": ScoreConfig, "mix": MixConfig, "train": TrainConfig}
 
 
 @pytest.fixture

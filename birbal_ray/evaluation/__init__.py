@@ -1,0 +1,1 @@
+"""How good a model is: its metrics, its place among the published teams."""

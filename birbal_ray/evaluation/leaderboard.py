@@ -1,0 +1,200 @@
+"""From raw metrics to win rates, scores, ranks: the maths of the LLM Efficiency Challenge."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+Metrics = Mapping[str, float | None]  # metric name → value in [0, 1]; None, or no entry: missing
+Teams = Mapping[str, Metrics]
+
+SMALLEST = math.ulp(0.0)  # 4.9e-324: what a win rate of zero counts as in a geometric mean
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A raw metric: its name as published, the scenario whose win rate it is part of, its direction."""
+
+    name: str
+    scenario: str
+    lower_is_better: bool
+
+
+def _metrics() -> Iterable[Metric]:
+    exact, thrice = ("EM",), ("EM", "EM (Robustness)", "EM (Fairness)")
+    biases = tuple(f"{kind} ({group})" for kind in ("Stereotypes", "Representation") for group in ("race", "gender"))
+    ethics = tuple(f"ethics_{part}" for part in ("justice", "commonsense", "virtue", "deontology", "utilitarianism"))
+    for scenario, subsets, measures in (
+        ("MMLU", ("MMLU",), thrice),
+        ("TruthfulQA", ("TruthfulQA",), thrice),
+        ("BIG-bench", ("BIG-bench",), exact),
+        ("GSM8K", ("GSM8K",), exact),
+        ("BBQ", ("BBQ",), exact),
+        ("sam_sum", ("sam_sum",), ("ROUGE-2", *biases)),
+        ("corr2cause", ("corr2cause",), exact),
+        ("MATH", ("MATH (chain-of-thoughts)",), ("Equivalent (chain of thought)",)),
+        ("ethics", ethics, thrice),
+    ):
+        for subset in subsets:
+            for measure in measures:
+                yield Metric(f"{subset} - {measure}", scenario, lower_is_better=measure in biases)
+
+
+METRICS = {metric.name: metric for metric in _metrics()}  # 31, in published order
+SCENARIOS = tuple(dict.fromkeys(metric.scenario for metric in METRICS.values()))  # nine
+OPEN, HIDDEN = SCENARIOS[:5], SCENARIOS[5:]
+SCORES = {"Score_open": OPEN, "Score_hidden": HIDDEN}
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A team's place. `win_rates`: scenario → [0, 1). Teams with the same Score_full share a rank."""
+
+    rank: int
+    team: str
+    win_rates: Mapping[str, float]
+    score_open: float
+    score_hidden: float
+    score_full: float
+    added: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroedScore:
+    """A score that is next to zero because the team beats nobody in these scenarios."""
+
+    team: str
+    score: str
+    scenarios: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """A team's place in the whole table, then with one other left out: its name → (rank among the rest, Score_full)."""
+
+    rank: int
+    team: str
+    score_full: float
+    without: Mapping[str, tuple[int, float]]
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """(best, worst) rank over the tables with one team left out."""
+        ranks = [rank for rank, _ in self.without.values()]
+        return min(ranks), max(ranks)
+
+    @property
+    def scores(self) -> tuple[float, float]:
+        """(lowest, highest) Score_full over the tables with one team left out."""
+        scores = [score for _, score in self.without.values()]
+        return min(scores), max(scores)
+
+
+def standings(teams: Teams, added: Collection[str] = ()) -> list[Standing]:
+    """All teams by falling Score_full, then name; those in `added` are marked. The order of `teams` changes nothing.
+
+    Only the names in METRICS are read; values must be finite.
+    """
+    rates = metric_win_rates(teams)
+    scored = []
+    for team in teams:
+        scenarios = {name: _scenario_win_rate(rates[team], name) for name in SCENARIOS}
+        opened, hidden = (geometric_mean([scenarios[name] for name in names]) for names in SCORES.values())
+        scored.append((opened / 3 + 2 * hidden / 3, team, scenarios, opened, hidden))
+    scored.sort(key=lambda entry: (-entry[0], entry[1]))
+    ascending = [entry[0] for entry in reversed(scored)]
+    return [
+        Standing(
+            rank=1 + len(scored) - bisect_right(ascending, full),
+            team=team,
+            win_rates=scenarios,
+            score_open=opened,
+            score_hidden=hidden,
+            score_full=full,
+            added=team in added,
+        )
+        for full, team, scenarios, opened, hidden in scored
+    ]
+
+
+def placed(teams: Teams, added: Teams) -> list[Standing]:
+    """Standings of `teams` with the models in `added` among them; all of them count in every win rate.
+
+    Raises ValueError when a name is in both.
+    """
+    if both := sorted(teams.keys() & added.keys()):
+        raise ValueError(f"team {both[0]!r} is there already")
+    return standings({**teams, **added}, added)
+
+
+def leave_one_out(teams: Teams) -> list[Sensitivity]:
+    """How far each team's place rests on who else takes part, in the order of the standings. Needs two teams."""
+    if len(teams) < 2:
+        raise ValueError(f"leaving one team out needs at least 2 teams, found {len(teams)}")
+    reduced = {
+        absent: {place.team: place for place in standings({team: teams[team] for team in teams if team != absent})}
+        for absent in teams
+    }
+    return [
+        Sensitivity(
+            rank=place.rank,
+            team=place.team,
+            score_full=place.score_full,
+            without={
+                absent: (table[place.team].rank, table[place.team].score_full)
+                for absent, table in reduced.items()
+                if absent != place.team
+            },
+        )
+        for place in standings(teams)
+    ]
+
+
+def metric_win_rates(teams: Teams) -> dict[str, dict[str, float]]:
+    """team → metric → (teams strictly worse + 1/k when k > 1 teams share the value) / all teams.
+
+    A missing value is worse than any; teams that lack it share it. Values are shared when equal to
+    the last bit, as in the published table (docs/decisions/0030).
+    """
+    rates: dict[str, dict[str, float]] = {team: {} for team in teams}
+    for metric in METRICS.values():
+        goodness = {team: _goodness(values.get(metric.name), metric) for team, values in teams.items()}
+        ascending = sorted(goodness.values())
+        for team, value in goodness.items():
+            worse = bisect_left(ascending, value)
+            sharing = bisect_right(ascending, value) - worse
+            rates[team][metric.name] = (worse + (1 / sharing if sharing > 1 else 0)) / len(teams)
+    return rates
+
+
+def zeroed_scores(places: Sequence[Standing]) -> list[ZeroedScore]:
+    """The scores that a win rate of zero brings down, whatever the team's other win rates are."""
+    found = []
+    for place in places:
+        for score, scenarios in SCORES.items():
+            if zero := tuple(name for name in scenarios if place.win_rates[name] == 0):
+                found.append(ZeroedScore(place.team, score, zero))
+    return found
+
+
+def missing_metrics(values: Metrics) -> list[str]:
+    """Names of the metrics that have no value, in published order."""
+    return [name for name in METRICS if values.get(name) is None]
+
+
+def geometric_mean(rates: Sequence[float]) -> float:
+    """Geometric mean; a zero counts as the smallest positive double. By logarithms: the product would underflow."""
+    return math.exp(math.fsum(math.log(max(rate, SMALLEST)) for rate in rates) / len(rates))
+
+
+def _scenario_win_rate(rates: Mapping[str, float], scenario: str) -> float:
+    parts = [rates[metric.name] for metric in METRICS.values() if metric.scenario == scenario]
+    return math.fsum(parts) / len(parts)
+
+
+def _goodness(value: float | None, metric: Metric) -> float:
+    if value is None:
+        return -math.inf
+    return -value if metric.lower_is_better else value
