@@ -285,20 +285,20 @@ def _run(
             raise RunError(missing)
         progress.update(f"starting the worker; logs in {folder / LOG_FOLDER}")
         result: dict[str, Any] = {}
-        worker = threading.Thread(target=_collect, args=(result, config, model, folder), name="train", daemon=True)
-        worker.start()
+        ended = threading.Event()  # not Thread.join: interrupted, it takes a living thread for a dead one (gh-90882)
+        threading.Thread(
+            target=_collect, args=(result, ended, config, model, folder), name="train", daemon=True
+        ).start()
         line = _Line(folder, config, steps_per_epoch)
         try:
-            while worker.is_alive():
-                worker.join(POLL_SECONDS)
+            while not ended.wait(POLL_SECONDS):
                 line.show(progress)
         except KeyboardInterrupt:
             (folder / STOP_FILE).touch()
             progress.message(
                 f"stopping: the worker saves a checkpoint first (at most {config.resources.stop_grace:.0f} s)"
             )
-            worker.join(config.resources.stop_grace)
-            if worker.is_alive() or "outcome" not in result:
+            if not ended.wait(config.resources.stop_grace) or "outcome" not in result:
                 raise
         finally:
             progress.close()
@@ -311,11 +311,15 @@ def _run(
     return result["outcome"]
 
 
-def _collect(result: dict[str, Any], config: TrainConfig, model: Model, folder: Path) -> None:
+def _collect(
+    result: dict[str, Any], ended: threading.Event, config: TrainConfig, model: Model, folder: Path
+) -> None:
     try:
         result["outcome"] = run_worker(config, model.fingerprint, folder)
     except BaseException as error:  # raised in the main thread
         result["error"] = error
+    finally:
+        ended.set()
 
 
 class _Line:
