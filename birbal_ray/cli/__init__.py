@@ -6,13 +6,16 @@ import click
 
 from birbal_ray import __version__
 from birbal_ray.cli.common import Commands
-from birbal_ray.cli.demo import demo
 from birbal_ray.cli.doctor import doctor
+from birbal_ray.cli.evaluate import evaluate
 from birbal_ray.cli.export import export_predictions
+from birbal_ray.cli.harness import harness
 from birbal_ray.cli.leaderboard import leaderboard
 from birbal_ray.cli.merge import merge
 from birbal_ray.cli.mix import mix
 from birbal_ray.cli.models import models
+from birbal_ray.cli.pipeline import demo, pipeline
+from birbal_ray.cli.report import report
 from birbal_ray.cli.score import score
 from birbal_ray.cli.tasks import tasks
 from birbal_ray.cli.train import train
@@ -31,9 +34,26 @@ def main() -> None:
       birbal score --tasks natural-instructions/ --model mistralai/Mistral-7B-v0.1 --output runs/score
       birbal mix --scores runs/score --output runs/mix
       birbal train --mix runs/mix --output runs/train --config configs/train/mistral-7b-qlora.yaml
+      birbal evaluate --tasks natural-instructions/ --adapter runs/train --output runs/evaluate
+      birbal report runs
       birbal merge --run runs/train --output models/merged
     """
 
 
-for command in (demo, tasks, models, score, mix, train, merge, leaderboard, export_predictions, doctor):
+for command in (
+    demo,
+    pipeline,
+    tasks,
+    models,
+    score,
+    mix,
+    train,
+    merge,
+    evaluate,
+    report,
+    harness,
+    leaderboard,
+    export_predictions,
+    doctor,
+):
     main.add_command(command)

@@ -20,6 +20,7 @@ from birbal_ray.config.score import EngineSettings, ResourceSettings
 from birbal_ray.ni.prompt import STOP
 
 CPU_MAX_NUM_SEQS, GPU_MAX_NUM_SEQS = 32, 256
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's choice
 CPU_BLOCK_TOKENS = 32  # the smallest its attention kernel takes
 
 
@@ -34,6 +35,16 @@ class Request:
     prompt: str
     token_ids: Sequence[int]
     max_tokens: int
+    adapter: str = ""  # name of one that the engine was made with; none: the base model
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter that an engine serves beside its model."""
+
+    name: str
+    path: str
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +82,9 @@ class VllmEngine:
 
     caches_prefixes = True
 
-    def __init__(self, model: Path, engine: EngineSettings, resources: ResourceSettings) -> None:
+    def __init__(
+        self, model: Path, engine: EngineSettings, resources: ResourceSettings, adapters: Sequence[Adapter] = ()
+    ) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         cpu = engine.device == "cpu"
@@ -79,6 +92,7 @@ class VllmEngine:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(resources.kv_cache_gib)))
         from vllm import LLM, SamplingParams
         from vllm.inputs import TokensPrompt
+        from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind
 
         if cpu and resources.threads_per_replica:
@@ -88,6 +102,8 @@ class VllmEngine:
         self._tokens_prompt = TokensPrompt
         self._sampling = SamplingParams
         self._final_only = RequestOutputKind.FINAL_ONLY
+        self._adapters = {one.name: LoRARequest(one.name, n, one.path) for n, one in enumerate(adapters, 1)}
+        lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank(adapters)} if adapters else {}
         self._engine = LLM(
             model=str(model),
             # Without AVX-512 bf16 ran at 0.78 against float32's 4.75 requests/s.
@@ -104,6 +120,7 @@ class VllmEngine:
             trust_remote_code=False,
             disable_log_stats=True,
             seed=0,
+            **lora,
         ).llm_engine
         # Ready means that it has answered: a broken engine shows here, and the first real prompt is not the slow one.
         self.add("warm-up", Request("", [0], 2))
@@ -115,7 +132,9 @@ class VllmEngine:
         params = self._sampling(
             temperature=0.0, max_tokens=request.max_tokens, stop=[STOP], output_kind=self._final_only
         )
-        self._engine.add_request(key, self._tokens_prompt(prompt_token_ids=list(request.token_ids)), params)
+        prompt = self._tokens_prompt(prompt_token_ids=list(request.token_ids))
+        lora = self._adapters[request.adapter] if request.adapter else None
+        self._engine.add_request(key, prompt, params, lora_request=lora)
 
     def step(self) -> list[tuple[str, Completion]]:
         """One scheduler step: a chunk of prefill, one token for every running sequence."""
@@ -159,7 +178,8 @@ class SimulatedEngine:
             raise RuntimeError("simulated engine death")
         if self._row_seconds:
             time.sleep(self._row_seconds)
-        pick = int.from_bytes(hashlib.blake2b(request.prompt.encode(), digest_size=4).digest())
+        seen = f"{request.adapter}{request.prompt}".encode()
+        pick = int.from_bytes(hashlib.blake2b(seen, digest_size=4).digest())
         text = self.WORDS[pick % len(self.WORDS)]
         return [(key, Completion(text, None, len(text.split()), "stop"))]
 
@@ -168,11 +188,14 @@ class SimulatedEngine:
         return bool(self._queue)
 
 
+_Prefix = tuple[str, tuple[int, ...]]  # adapter, token ids: what is cached under one isn't for another
+
+
 @dataclass(frozen=True, slots=True)
 class _Group:
     """Requests that begin with the same tokens, and where their completions go."""
 
-    prefix: tuple[int, ...]
+    prefix: _Prefix
     requests: Sequence[Request]
     futures: list[Future[Completion]]
 
@@ -194,7 +217,7 @@ class EngineLoop:
         self._engine: Engine
         self._inbox: queue.SimpleQueue[_Group] = queue.SimpleQueue()
         self._running: dict[str, Callable[[Completion], None]] = {}
-        self._waiting: dict[tuple[int, ...], list[_Group]] = {}  # groups behind a prefix being computed
+        self._waiting: dict[_Prefix, list[_Group]] = {}  # groups behind a prefix being computed
         self._keys = itertools.count()
         self._open: set[Future[Completion]] = set()
         self._death: str | None = None
@@ -207,9 +230,10 @@ class EngineLoop:
         """Futures of the completions, in the requests' order.
 
         `prefix` holds the token ids that all requests begin with (at least nearly: only whole cache
-        blocks that agree are used). Raises EngineDeadError when the engine died before.
+        blocks that agree are used); then they all name the same adapter. Raises EngineDeadError when
+        the engine died before.
         """
-        group = _Group(tuple(prefix), requests, [Future() for _ in requests])
+        group = _Group((requests[0].adapter if requests else "", tuple(prefix)), requests, [Future() for _ in requests])
         with self._lock:
             if self._death is not None:
                 raise EngineDeadError(self._death)
@@ -242,16 +266,17 @@ class EngineLoop:
             except queue.Empty:
                 return
             block = False
-            if not group.prefix or not self._engine.caches_prefixes:
+            if not group.prefix[1] or not self._engine.caches_prefixes:
                 self._start(group, 0)
             elif group.prefix in self._waiting:
                 self._waiting[group.prefix].append(group)
             else:
                 self._waiting[group.prefix] = [group]
-                self._add(Request("", group.prefix, 1), partial(self._prefix_ready, group.prefix))
+                adapter, token_ids = group.prefix
+                self._add(Request("", token_ids, 1, adapter), partial(self._prefix_ready, group.prefix))
 
-    def _prefix_ready(self, prefix: tuple[int, ...], completion: Completion) -> None:
-        computed = 0 if completion.error else len(prefix) - (completion.num_cached_tokens or 0)
+    def _prefix_ready(self, prefix: _Prefix, completion: Completion) -> None:
+        computed = 0 if completion.error else len(prefix[1]) - (completion.num_cached_tokens or 0)
         for group in self._waiting.pop(prefix):
             self._start(group, computed)
             computed = 0
@@ -278,11 +303,19 @@ class EngineLoop:
             self._running[key] = done
 
 
-def load_engine(model: Path, engine: EngineSettings, resources: ResourceSettings) -> Engine:
+def load_engine(
+    model: Path, engine: EngineSettings, resources: ResourceSettings, adapters: Sequence[Adapter] = ()
+) -> Engine:
     """The engine that the settings name; `engine.device` must be resolved (cpu or gpu)."""
     if engine.backend == "simulated":
         return SimulatedEngine(resources.simulated_row_seconds)
-    return VllmEngine(model, engine, resources)
+    return VllmEngine(model, engine, resources, adapters)
+
+
+def _lora_rank(adapters: Sequence[Adapter]) -> int:
+    """The smallest rank that vLLM provides for and that holds all adapters."""
+    wanted = max(one.rank for one in adapters)
+    return next((rank for rank in LORA_RANKS if rank >= wanted), wanted)
 
 
 def _one_line(error: Exception) -> str:

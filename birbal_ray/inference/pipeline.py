@@ -7,13 +7,14 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from birbal_ray.config.score import ScoreConfig
 from birbal_ray.inference.board import ProgressBoard, Snapshot
+from birbal_ray.inference.engine import Adapter
 from birbal_ray.inference.plan import Shard
 from birbal_ray.inference.stages import Generate, Prepare, WriteScored
 from birbal_ray.run import RunError, RunFailedError
@@ -89,9 +90,12 @@ def run_shards(
     rows_folder: Path,
     log_folder: Path,
     on_poll: Callable[[Snapshot], None],
+    adapters: Sequence[Adapter] = (),
+    excluded: Collection[str] = frozenset(),
 ) -> Iterator[ShardDone]:
     """Score the shards on the connected cluster; yields each one whose file is written.
 
+    `adapters`: what the shards' variants name. `excluded`: instances that no shard counts.
     Calls `on_poll` about once a second in between. `config.model` must name the model as
     workers find it, `model_fingerprint` what they must find. Raises RunFailedError when engines died more often
     than `resources.max_engine_restarts`, or nothing moved for `resources.no_progress_minutes`.
@@ -105,7 +109,8 @@ def run_shards(
 
     def consume() -> None:
         try:
-            for row in _dataset(shards, config, model_fingerprint, board, rows_folder, log_folder).iter_rows():
+            engine_arguments = (config, model_fingerprint, tuple(adapters), board, str(log_folder))
+            for row in _dataset(shards, config, engine_arguments, rows_folder, excluded).iter_rows():
                 events.put(ShardDone(row["file"], row["rows"], row["errors"]))
             events.put(None)
         except BaseException as error:  # handed to the main thread, which raises it
@@ -143,10 +148,9 @@ def run_shards(
 def _dataset(
     shards: Sequence[Shard],
     config: ScoreConfig,
-    model_fingerprint: str,
-    board: Any,
+    engine_arguments: tuple[Any, ...],
     rows_folder: Path,
-    log_folder: Path,
+    excluded: Collection[str],
 ) -> Any:
     import ray
     from ray.data import ActorPoolStrategy
@@ -158,13 +162,13 @@ def _dataset(
         ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
         .map(
             Prepare,
-            fn_constructor_args=(config,),
+            fn_constructor_args=(config, excluded),
             compute=ActorPoolStrategy(size=resources.num_prepare_workers),
             num_cpus=1,
         )
         .map(
             Generate,
-            fn_constructor_args=(config, model_fingerprint, board, str(log_folder), per_node),
+            fn_constructor_args=(*engine_arguments, per_node),
             compute=ActorPoolStrategy(
                 size=resources.num_replicas,
                 max_concurrent_calls_per_actor=resources.shards_in_flight,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -18,12 +18,31 @@ from birbal_ray.ni.metrics import EXACT_MATCH
 from birbal_ray.ni.schema import Instance, Task, TaskError, take_first
 from birbal_ray.run import write_atomic
 
+INPUT_HEAD = "### Input:\n"
+
 
 class Tokenizer(Protocol):
     """The part of a transformers tokenizer that is used here."""
 
     def __call__(self, text: list[str], *, add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
         """`{"input_ids": …}`, one list of token ids per text."""
+
+
+FEW_SHOT, ZERO_SHOT = "few_shot", "zero_shot"
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to ask a task's instances. `contender` is empty in a score run; `adapter`: of the engine, or none."""
+
+    contender: str = ""
+    prompt_format: str = FEW_SHOT  # zero_shot: the training text
+    adapter: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Where its shards go, below the rows folder."""
+        return f"{self.contender}/{self.prompt_format}/" if self.contender else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +64,7 @@ class PlannedTask:
     sources: tuple[str, ...]
     domains: tuple[str, ...]
     licenses: tuple[str, ...]
+    num_excluded: int = 0  # instances that the run may not take
     num_shared_tokens: int | None = None  # the prefix, once
     num_own_tokens: int | None = None  # what follows it, over all instances
     num_too_long: int | None = None
@@ -62,11 +82,17 @@ class Shard:
     num_chunks: int
     num_rows: int
     max_completion_tokens: int
+    variant: Variant = Variant()
 
     @property
     def file_name(self) -> str:
-        """The shard's Parquet file."""
-        return f"{self.task}-{self.chunk:05d}-of-{self.num_chunks:05d}.parquet"
+        """The shard's Parquet file, below the rows folder."""
+        return f"{self.variant.folder}{self.task}-{self.chunk:05d}-of-{self.num_chunks:05d}.parquet"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Shard:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**{**values, "variant": Variant(**values["variant"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +109,10 @@ class Plan:
         """Rows that the run will hold."""
         return sum(task.num_instances for task in self.tasks)
 
-    def shards(self, shard_rows: int) -> list[Shard]:
-        """All shards, those of one task adjacent."""
+    def shards(self, shard_rows: int, variants: Sequence[Variant] = (Variant(),)) -> list[Shard]:
+        """All shards, those of one task and variant adjacent."""
         result = []
-        for task in self.tasks:
+        for variant, task in itertools.product(variants, self.tasks):
             count = math.ceil(task.num_instances / shard_rows)
             for chunk in range(count):
                 rows = min(shard_rows, task.num_instances - chunk * shard_rows)
@@ -100,6 +126,7 @@ class Plan:
                         count,
                         rows,
                         task.max_completion_tokens,
+                        variant,
                     )
                 )
         return result
@@ -133,10 +160,13 @@ def make_plan(
     config: ScoreConfig,
     tokenizer: Tokenizer,
     *,
+    excluded: Collection[str] = frozenset(),
     count_tokens: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """Read every chosen task file once and decide what the run does with it; writes nothing.
+
+    `excluded`: row ids and text keys (ni.schema) of instances that the run may not take.
 
     Files that can't be used are quarantined, or raise TaskError when `config.tasks.strict`.
     """
@@ -153,7 +183,7 @@ def make_plan(
     if config.tasks.label_overrides:
         overrides |= labels.read_overrides(Path(config.tasks.label_overrides))
 
-    planned, quarantined, excluded = [], [], []
+    planned, quarantined, left_out = [], [], []
     files = [file for file in files if file.name in chosen]
     for done, (file, task) in enumerate(reader.read_tasks(files), 1):
         progress(f"reading tasks {done}/{len(files)}: {file.name}")
@@ -166,14 +196,18 @@ def make_plan(
             prompt.shared_prefix(task, config.prompt.num_shots, strict=True)
         reason = catalog.excluded_by(task, config.tasks.exclude_families)
         if reason:
-            excluded.append((task.name, reason))
+            left_out.append((task.name, reason))
+            continue
+        allowed = take_first(task, None, config.seed, excluded)
+        if task.instances and not allowed:
+            left_out.append((task.name, f"none of its {len(task.instances):,} instances is held out"))
             continue
         label = labels.label_task(task, overrides)
-        planned.append(_plan_task(task, file, label, config, tokenizer, count_tokens))
+        planned.append(_plan_task(task, allowed, file, label, config, tokenizer, count_tokens))
     if not planned:
-        reasons = "; ".join(reason for _, reason in (quarantined + excluded)[:3])
+        reasons = "; ".join(reason for _, reason in (quarantined + left_out)[:3])
         raise TaskError(f"{root}: no usable task ({reasons})")
-    return Plan(tuple(sorted(planned, key=lambda task: task.name)), tuple(quarantined), tuple(excluded), tuple(absent))
+    return Plan(tuple(sorted(planned, key=lambda task: task.name)), tuple(quarantined), tuple(left_out), tuple(absent))
 
 
 def unpacked(plan: Plan, folder: Path) -> Plan:
@@ -205,8 +239,8 @@ def completion_tokens(label: str, lengths: Sequence[int], settings: CompletionSe
 
 
 def prefix_token_ids(task: Task, num_shots: int, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of what all prompts of a task begin with."""
-    return tokenizer([prompt.shared_prefix(task, num_shots) + "### Input:\n"])["input_ids"][0]
+    """Token ids of what all few-shot prompts of a task begin with."""
+    return tokenizer([prompt.shared_prefix(task, num_shots) + INPUT_HEAD])["input_ids"][0]
 
 
 def too_long_reason(num_prompt_tokens: int, max_completion_tokens: int, max_model_len: int) -> str | None:
@@ -222,13 +256,14 @@ def too_long_reason(num_prompt_tokens: int, max_completion_tokens: int, max_mode
 
 def _plan_task(
     task: Task,
+    allowed: Sequence[Instance],
     file: reader.TaskFile,
     label: labels.Label,
     config: ScoreConfig,
     tokenizer: Tokenizer,
     count_tokens: bool,
 ) -> PlannedTask:
-    taken = take_first(task, config.tasks.instances_per_task, config.seed)
+    taken = allowed[: config.tasks.instances_per_task]
     references = sorted({reference for instance in taken for reference in instance.references})
     lengths = [len(ids) for ids in tokenizer(references, add_special_tokens=False)["input_ids"]] if references else []
     max_tokens = completion_tokens(label.value, lengths, config.completion)
@@ -251,6 +286,7 @@ def _plan_task(
         sources=task.sources,
         domains=task.domains,
         licenses=task.licenses,
+        num_excluded=len(task.instances) - len(allowed),
         num_shared_tokens=shared,
         num_own_tokens=own,
         num_too_long=too_long,
@@ -261,9 +297,7 @@ def _count_tokens(
     task: Task, taken: Sequence[Instance], max_tokens: int, config: ScoreConfig, tokenizer: Tokenizer
 ) -> tuple[int, int, int]:
     shared = len(prefix_token_ids(task, config.prompt.num_shots, tokenizer))
-    usable = [
-        prompt.own_part(instance.input).removeprefix("### Input:\n") for instance in taken if instance.error is None
-    ]
+    usable = [prompt.own_part(instance.input).removeprefix(INPUT_HEAD) for instance in taken if instance.error is None]
     lengths = [len(ids) for ids in tokenizer(usable, add_special_tokens=False)["input_ids"]] if usable else []
     too_long = [n for n in lengths if too_long_reason(shared + n, max_tokens, config.engine.max_model_len)]
     return shared, sum(lengths) - sum(too_long), len(too_long)

@@ -11,8 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 
-from birbal_ray.inference.plan import PlannedTask
+from birbal_ray.inference.plan import PlannedTask, Shard
 from birbal_ray.ni.metrics import mean_interval
 from birbal_ray.run import RunError
 
@@ -26,6 +27,21 @@ class Results:
     task_scores: list[dict[str, Any]]
     rows: dict[str, Any]
     tokens: dict[str, Any]
+
+
+def unfinished(rows_folder: Path, shards: Sequence[Shard]) -> list[Shard]:
+    """The shards without a whole file under their name."""
+    return [shard for shard in shards if not _is_whole(rows_folder / shard.file_name, shard.num_rows)]
+
+
+def read_scores(files: Sequence[Path]) -> dict[str, dict[str, float]]:
+    """Task → row id → score, of the rows that have one."""
+    scores: dict[str, dict[str, float]] = {}
+    rows = pads.dataset([str(file) for file in files], format="parquet").to_table(columns=["task", "row_id", "score"])
+    for task, row_id, score in zip(*(rows[name].to_pylist() for name in rows.column_names), strict=True):
+        if score is not None:
+            scores.setdefault(task, {})[row_id] = score
+    return scores
 
 
 def summarise(files: Sequence[Path], tasks: Sequence[PlannedTask]) -> Results:
@@ -73,6 +89,13 @@ def _task_score(task: PlannedTask, rows: pa.Table) -> dict[str, Any]:
         "task_score_low": low,
         "task_score_high": high,
     }
+
+
+def _is_whole(file: Path, num_rows: int) -> bool:
+    try:
+        return file.exists() and pq.read_metadata(file).num_rows == num_rows
+    except (pa.ArrowInvalid, OSError):  # damaged: pyarrow raises either
+        return False
 
 
 def _sum(rows: pa.Table, column: str) -> int:

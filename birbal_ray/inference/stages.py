@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from birbal_ray.config.score import ResourceSettings, ScoreConfig
 from birbal_ray.contracts import SCORE_ROWS
 from birbal_ray.inference import plan
 from birbal_ray.inference.board import ProgressBoard
-from birbal_ray.inference.engine import Completion, EngineDeadError, EngineLoop, Request, load_engine
+from birbal_ray.inference.engine import Adapter, Completion, EngineDeadError, EngineLoop, Request, load_engine
 from birbal_ray.ni import prompt, reader
 from birbal_ray.ni.metrics import METRIC_OF_LABEL, score_answer
 from birbal_ray.ni.schema import Instance, Task, TaskError, take_first
@@ -54,18 +54,26 @@ class Prepare:
     never reach the engine.
     """
 
-    def __init__(self, config: ScoreConfig) -> None:
-        self._config = config
+    def __init__(self, config: ScoreConfig, excluded: Collection[str] = frozenset()) -> None:
+        self._config, self._excluded = config, excluded
         self._tokenizer = load_tokenizer(config)
+        # A task's shards are adjacent: without this each would parse its file again.
+        self._ordered_instances = functools.lru_cache(maxsize=4)(self._read)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        shard = plan.Shard(**row)
+        shard = plan.Shard.from_dict(row)
         config = self._config
-        task, instances = _instances_of(shard, config)
-        prefix = prompt.shared_prefix(task, config.prompt.num_shots)
+        task, ordered = self._ordered_instances(shard.path, shard.sha256)
+        first = shard.chunk * config.shard_rows
+        instances = ordered[first : first + config.shard_rows]
+        trained = shard.variant.prompt_format == plan.ZERO_SHOT
+        prefix = (
+            prompt.training_prefix(task.definition) if trained else prompt.shared_prefix(task, config.prompt.num_shots)
+        )
+        tokens_of = self._as_trained if trained else self._as_is
         prompts = [prefix + prompt.own_part(instance.input) for instance in instances]
         usable = [text for text, instance in zip(prompts, instances, strict=True) if instance.error is None]
-        token_ids = iter(self._tokenizer(usable)["input_ids"] if usable else [])
+        token_ids = iter(tokens_of(usable))
         rows = []
         for instance, text in zip(instances, prompts, strict=True):
             ids = next(token_ids) if instance.error is None else []
@@ -84,16 +92,38 @@ class Prepare:
                     "num_prompt_tokens": None if instance.error else len(ids),
                 }
             )
-        shared = plan.prefix_token_ids(task, config.prompt.num_shots, self._tokenizer)
+        (shared,) = tokens_of([prefix + plan.INPUT_HEAD])
         table = pa.Table.from_pylist(rows, schema=PREPARED_ROWS)
         return {"shard": asdict(shard), "prefix_token_ids": shared, "prepared": _to_bytes(table)}
+
+    def _as_is(self, texts: list[str]) -> list[list[int]]:
+        """With the special tokens that the tokenizer adds by itself."""
+        return self._tokenizer(texts)["input_ids"] if texts else []
+
+    def _as_trained(self, texts: list[str]) -> list[list[int]]:
+        """BOS, where the tokenizer has one, then the text: as the training samples begin."""
+        bos = getattr(self._tokenizer, "bos_token_id", None)
+        ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        return [one if bos is None else [bos, *one] for one in ids]
+
+    def _read(self, path: str, sha256: str) -> tuple[Task, list[Instance]]:
+        task = reader.read_task(Path(path))
+        if task.sha256 != sha256:
+            raise TaskError(f"{path}: the file changed while the run was going on; start anew with --overwrite")
+        return task, take_first(task, self._config.tasks.instances_per_task, self._config.seed, self._excluded)
 
 
 class Generate:
     """One engine; gets the completions of the shards given to it by several threads at once."""
 
     def __init__(
-        self, config: ScoreConfig, model_fingerprint: str, board: ProgressBoard, log_folder: str, replicas_per_node: int
+        self,
+        config: ScoreConfig,
+        model_fingerprint: str,
+        adapters: Sequence[Adapter],
+        board: ProgressBoard,
+        log_folder: str,
+        replicas_per_node: int,
     ) -> None:
         import ray
 
@@ -105,15 +135,15 @@ class Generate:
         ray.get(board.started.remote(self._replica, context.get_node_id()))  # type: ignore[attr-defined]
         path = _model_folder(config, model_fingerprint) if config.engine.backend == "vllm" else Path()
         resources = _with_threads(config.resources, replicas_per_node)
-        self._loop = EngineLoop(lambda: load_engine(path, config.engine, resources))
+        self._loop = EngineLoop(lambda: load_engine(path, config.engine, resources, adapters))
         board.ready.remote(self._replica)  # type: ignore[attr-defined]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         table = _from_bytes(row["prepared"])
         token_ids, prompts = table["token_ids"].to_pylist(), table["few_shot_prompt"].to_pylist()
         wanted = [index for index, error in enumerate(table["error"].to_pylist()) if error is None]
-        max_tokens = row["shard"]["max_completion_tokens"]
-        requests = [Request(prompts[index], token_ids[index], max_tokens) for index in wanted]
+        max_tokens, adapter = row["shard"]["max_completion_tokens"], row["shard"]["variant"]["adapter"]
+        requests = [Request(prompts[index], token_ids[index], max_tokens, adapter) for index in wanted]
         try:
             futures = self._loop.submit(requests, row["prefix_token_ids"])
             completions = dict(zip(wanted, self._collect(futures, token_ids, wanted), strict=True))
@@ -154,7 +184,7 @@ class WriteScored:
         self._folder = Path(rows_folder)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        shard = plan.Shard(**row["shard"])
+        shard = plan.Shard.from_dict(row["shard"])
         table = scored_table(shard.task, shard.label, _from_bytes(row["completed"]).to_pylist())
         if table.num_rows != shard.num_rows:
             raise RuntimeError(f"{shard.file_name}: {table.num_rows} rows, the plan says {shard.num_rows}")
@@ -210,20 +240,6 @@ def _with_threads(resources: ResourceSettings, replicas_per_node: int) -> Resour
     threads = resources.threads_per_replica or max(1, len(os.sched_getaffinity(0)) // replicas_per_node)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     return resources.model_copy(update={"threads_per_replica": threads})
-
-
-def _instances_of(shard: plan.Shard, config: ScoreConfig) -> tuple[Task, list[Instance]]:
-    task, ordered = _ordered_instances(shard.path, shard.sha256, config.tasks.instances_per_task, config.seed)
-    first = shard.chunk * config.shard_rows
-    return task, ordered[first : first + config.shard_rows]
-
-
-@functools.lru_cache(maxsize=4)  # a task's shards are adjacent: without this each would parse its file again
-def _ordered_instances(path: str, sha256: str, count: int | None, seed: int) -> tuple[Task, list[Instance]]:
-    task = reader.read_task(Path(path))
-    if task.sha256 != sha256:
-        raise TaskError(f"{path}: the file changed while the run was going on; start anew with --overwrite")
-    return task, take_first(task, count, seed)
 
 
 def _with_completions(table: pa.Table, completions: dict[int, Completion]) -> pa.Table:

@@ -6,6 +6,8 @@ from enum import IntEnum
 
 import pyarrow as pa
 
+from birbal_ray.ni.prompt import own_part, training_prefix
+
 NATURAL_INSTRUCTIONS = "natural_instructions"  # `source` of every scored row
 
 # One row of training data.
@@ -152,8 +154,7 @@ BUCKET_OF = {name: number for number, name in enumerate(BUCKETS)}
 
 def question_of(instruction: str, text: str) -> str:
     """Training text without loss; the instruction part is left out when it is blank."""
-    head = f"### Instruction:\n{instruction}\n\n" if instruction.strip() else ""
-    return f"{head}### Input:\n{text}\n\n### Response:\n"
+    return training_prefix(instruction) + own_part(text)
 
 
 def num_words(text: str) -> int:

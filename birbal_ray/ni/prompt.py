@@ -34,6 +34,11 @@ def own_part(text: str) -> str:
     return f"### Input:\n{text}\n\n### Response:\n"
 
 
+def training_prefix(instruction: str) -> str:
+    """What all prompts of a task begin with in the training format; empty for a blank instruction."""
+    return f"### Instruction:\n{instruction}\n\n" if instruction.strip() else ""
+
+
 def few_shot_prompt(task: Task, text: str, num_shots: int = DEFAULT_NUM_SHOTS) -> str:
     """The whole prompt for one input of a task."""
     return shared_prefix(task, num_shots) + own_part(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 
 
@@ -57,7 +58,21 @@ def hash_order(row_id: str, seed: int) -> bytes:
     return hashlib.blake2b(f"{seed}\x1f{row_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
-def take_first(task: Task, count: int | None, seed: int) -> list[Instance]:
-    """The first `count` instances in hash order, all of them when `count` is None."""
-    ordered = sorted(task.instances, key=lambda instance: (hash_order(instance.row_id, seed), instance.row_id))
+def text_key(instruction: str, text: str) -> str:
+    """`text:` and a hash of what is asked: instances that ask the same have the same key."""
+    digest = hashlib.blake2b(f"{instruction}\x1f{text}".encode("utf-8", "surrogatepass"), digest_size=16)
+    return f"text:{digest.hexdigest()}"
+
+
+def take_first(task: Task, count: int | None, seed: int, excluded: Collection[str] = frozenset()) -> list[Instance]:
+    """The first `count` instances in hash order, all of them when `count` is None.
+
+    `excluded` holds row ids and text keys that are passed over.
+    """
+    instances = [instance for instance in task.instances if not _is_excluded(task, instance, excluded)]
+    ordered = sorted(instances, key=lambda instance: (hash_order(instance.row_id, seed), instance.row_id))
     return ordered if count is None else ordered[:count]
+
+
+def _is_excluded(task: Task, instance: Instance, excluded: Collection[str]) -> bool:
+    return bool(excluded) and (instance.row_id in excluded or text_key(task.definition, instance.input) in excluded)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from birbal_ray.contracts import QUARANTINE_FILE, ROWS_FOLDER, TASK_SCORES, TASK
 from birbal_ray.inference import throughput
 from birbal_ray.inference.pipeline import check_cluster, logical_cpus, run_shards
 from birbal_ray.inference.plan import Plan, Shard, make_plan, unpacked
-from birbal_ray.inference.results import summarise
+from birbal_ray.inference.results import summarise, unfinished
 from birbal_ray.inference.stages import load_tokenizer
 from birbal_ray.progress import ProgressLine
 from birbal_ray.rates import remember
@@ -67,19 +67,19 @@ def score(config: ScoreConfig, *, overwrite: bool = False, progress: ProgressLin
     config, model_revision, fingerprint = _pinned_model(config)
     plan = planned(config, progress)
     with locked(folder), stoppable():
-        resumed = start_run(folder, STEP, _identity(config, plan, fingerprint), overwrite=overwrite)
+        resumed = start_run(folder, STEP, identity_of(config, plan, fingerprint), overwrite=overwrite)
         if resumed and (folder / MANIFEST_FILE).exists():
             progress.message(f"{folder} is up to date: {plan.num_rows} rows of {len(plan.tasks)} tasks; nothing to do")
             return ScoreResult(
                 folder, read_json(folder / MANIFEST_FILE), pq.read_table(folder / TASK_SCORES_FILE).to_pylist()
             )
         plan = unpacked(plan, folder / INPUTS_FOLDER)
-        for leftover in (folder / ROWS_FOLDER).glob(".tmp-*"):  # of a writer that was killed
+        for leftover in (folder / ROWS_FOLDER).rglob(".tmp-*"):  # of a writer that was killed
             leftover.unlink(missing_ok=True)
-        _write_plan(folder, plan)
+        write_plan(folder, plan)
         tell_plan(plan, config, progress)
         shards = plan.shards(config.shard_rows)
-        todo = _unfinished(folder / ROWS_FOLDER, shards)
+        todo = unfinished(folder / ROWS_FOLDER, shards)
         num_kept = len(shards) - len(todo)
         if num_kept:
             kept = plan.num_rows - sum(shard.num_rows for shard in todo)
@@ -111,9 +111,16 @@ def resolved(config: ScoreConfig) -> ScoreConfig:
     return config.model_copy(update={"engine": config.engine.model_copy(update={"device": device})})
 
 
-def planned(config: ScoreConfig, progress: ProgressLine, *, count_tokens: bool = False) -> Plan:
+def planned(
+    config: ScoreConfig,
+    progress: ProgressLine,
+    *,
+    excluded: Collection[str] = frozenset(),
+    count_tokens: bool = False,
+) -> Plan:
     """The plan of a run; reads every chosen task file once and writes nothing."""
-    return make_plan(config, load_tokenizer(config), count_tokens=count_tokens, progress=progress.update)
+    tokenizer = load_tokenizer(config)
+    return make_plan(config, tokenizer, excluded=excluded, count_tokens=count_tokens, progress=progress.update)
 
 
 def _pinned_model(config: ScoreConfig) -> tuple[ScoreConfig, str | None, str]:
@@ -125,7 +132,7 @@ def _pinned_model(config: ScoreConfig) -> tuple[ScoreConfig, str | None, str]:
     return config.model_copy(update={"model": settings}), model.revision, model.fingerprint
 
 
-def _identity(config: ScoreConfig, plan: Plan, model_fingerprint: str) -> dict[str, Any]:
+def identity_of(config: ScoreConfig, plan: Plan, model_fingerprint: str) -> dict[str, Any]:
     """Everything that decides the rows. `resources`, paths and the like may change between sessions."""
     settings = config.model_dump(exclude={"resources", "output", "model"})
     for key in ("path", "strict", "label_overrides"):
@@ -141,7 +148,8 @@ def _identity(config: ScoreConfig, plan: Plan, model_fingerprint: str) -> dict[s
     }
 
 
-def _write_plan(folder: Path, plan: Plan) -> None:
+def write_plan(folder: Path, plan: Plan) -> None:
+    """What the run takes (TASKS) and which files it could not use."""
     lines = [json.dumps({"file": file, "reason": reason}, ensure_ascii=False) for file, reason in plan.quarantined]
     write_atomic(folder / QUARANTINE_FILE, "".join(f"{line}\n" for line in lines).encode())
     write_parquet(folder / TASKS_FILE, plan.table())
@@ -166,21 +174,6 @@ def tell_plan(plan: Plan, config: ScoreConfig, progress: ProgressLine) -> None:
             f"{len(fewer)} tasks have fewer than {config.prompt.num_shots} positive examples and use what they have "
             f"(first: {fewer[0].name}, {fewer[0].num_shots})"
         )
-
-
-def _unfinished(rows_folder: Path, shards: Sequence[Shard]) -> list[Shard]:
-    """The shards without a whole file under their name."""
-    present = {file.name: file for file in rows_folder.glob("[!.]*.parquet")} if rows_folder.is_dir() else {}
-    return [shard for shard in shards if not _is_whole(present.get(shard.file_name), shard.num_rows)]
-
-
-def _is_whole(file: Path | None, num_rows: int) -> bool:
-    if file is None:
-        return False
-    try:
-        return pq.read_metadata(file).num_rows == num_rows
-    except (pa.ArrowInvalid, OSError):  # damaged: pyarrow raises either
-        return False
 
 
 def _score_shards(

@@ -311,9 +311,7 @@ def _run(
     return result["outcome"]
 
 
-def _collect(
-    result: dict[str, Any], ended: threading.Event, config: TrainConfig, model: Model, folder: Path
-) -> None:
+def _collect(result: dict[str, Any], ended: threading.Event, config: TrainConfig, model: Model, folder: Path) -> None:
     try:
         result["outcome"] = run_worker(config, model.fingerprint, folder)
     except BaseException as error:  # raised in the main thread

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from birbal_ray.config import ConfigError, load_config
+from birbal_ray.config.evaluate import EvaluateConfig
 from birbal_ray.config.mix import MixConfig
 from birbal_ray.config.score import ScoreConfig
 from birbal_ray.config.train import TrainConfig
 from tests.conftest import REPOSITORY
 
-SCHEMAS = {"score": ScoreConfig, "mix": MixConfig, "train": TrainConfig}
+SCHEMAS = {"score": ScoreConfig, "mix": MixConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
 
 
 @pytest.fixture

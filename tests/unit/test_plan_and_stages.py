@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -44,12 +45,12 @@ def test_prepare_rows_of_all_shards_are_the_first_k_in_hash_order(write_task):
     prepare = stages.Prepare(settings)
     ids = []
     for shard in plan.shards(4):
-        row = prepare({field: getattr(shard, field) for field in shard.__dataclass_fields__})
+        row = prepare(asdict(shard))
         ids += stages._from_bytes(row["prepared"])["row_id"].to_pylist()
     assert len(ids) == len(set(ids)) == 9
     fewer = config(folder, **{"tasks.instances_per_task": 5, "shard_rows": 100})
     (shard,) = planning.make_plan(fewer, stages.load_tokenizer(fewer)).shards(100)
-    row = stages.Prepare(fewer)({field: getattr(shard, field) for field in shard.__dataclass_fields__})
+    row = stages.Prepare(fewer)(asdict(shard))
     assert stages._from_bytes(row["prepared"])["row_id"].to_pylist() == ids[:5]
 
 
@@ -97,7 +98,7 @@ def test_a_task_file_that_changes_during_the_run_stops_it(write_task):
     (shard,) = planning.make_plan(settings, stages.load_tokenizer(settings)).shards(10)
     write_task("task_a", 6)
     with pytest.raises(TaskError, match="changed while the run was going on"):
-        stages.Prepare(settings)({field: getattr(shard, field) for field in shard.__dataclass_fields__})
+        stages.Prepare(settings)(asdict(shard))
 
 
 def test_too_long_prompts_and_bad_instances_are_error_rows_before_the_engine(write_task):
@@ -109,7 +110,7 @@ def test_too_long_prompts_and_bad_instances_are_error_rows_before_the_engine(wri
     folder = write_task("task_a", Instances=entries)
     settings = config(folder)
     (shard,) = planning.make_plan(settings, stages.load_tokenizer(settings)).shards(10)
-    row = stages.Prepare(settings)({field: getattr(shard, field) for field in shard.__dataclass_fields__})
+    row = stages.Prepare(settings)(asdict(shard))
     rows = {row["instance_id"]: row for row in stages._from_bytes(row["prepared"]).to_pylist()}
     assert rows["ok"]["error"] is None
     assert rows["ok"]["token_ids"]

@@ -1,0 +1,42 @@
+"""`birbal report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from birbal_ray.cli.common import note
+
+
+@click.command(short_help="One page on what a run's steps did.")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="The page; default: RUN/report.html.")
+@click.option(
+    "--add",
+    "added",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A model's results, placed on the leaderboard; see `birbal leaderboard`. Repeatable.",
+)
+def report(run: Path, output: Path | None, added: tuple[Path, ...]) -> None:
+    """Write one HTML page on the score, mix, train and evaluate steps in RUN, with plots as PNG and SVG beside it.
+
+    RUN is a folder that holds the steps' output folders, or one of these. Steps that are not there
+    are named as not run. The page needs nothing but itself: it can be mailed, printed, archived.
+
+    \b
+    Examples:
+      birbal report runs/demo
+      birbal report runs/demo --output demo.html --add results.json
+    """
+    from birbal_ray.steps.report import report as write_report
+
+    result = write_report(run, output, added)
+    for verdict in result.verdicts:
+        note(verdict.title)
+    for step, state in result.missing.items():
+        note(f"{step}: {state}")
+    note(f"plots: {result.plots}")
+    click.echo(result.file)

@@ -1,0 +1,1 @@
+"""From a run folder's files to one HTML page with plots."""

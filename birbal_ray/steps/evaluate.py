@@ -1,0 +1,263 @@
+"""Evaluate: base model, adapters, merged models on instances that were never sampled, compared in pairs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from birbal_ray.config import ConfigError, canonical_hash
+from birbal_ray.config.evaluate import EvaluateConfig
+from birbal_ray.config.score import ScoreConfig
+from birbal_ray.contracts import COMPARISONS, COMPARISONS_FILE, EVALUATION, EVALUATION_FILE, ROWS_FOLDER
+from birbal_ray.evaluation.compare import compare, pair_tasks, scopes
+from birbal_ray.evaluation.contenders import ADAPTER, BASE, Contender, contenders
+from birbal_ray.evaluation.heldout import HeldOut, held_out
+from birbal_ray.inference import throughput
+from birbal_ray.inference.board import Snapshot
+from birbal_ray.inference.engine import Adapter
+from birbal_ray.inference.pipeline import check_cluster, logical_cpus, run_shards
+from birbal_ray.inference.plan import Plan, Variant, unpacked
+from birbal_ray.inference.results import read_scores, summarise, unfinished
+from birbal_ray.models import Model, pinned, resolve
+from birbal_ray.progress import ProgressLine
+from birbal_ray.ray_session import ray_session
+from birbal_ray.run import (
+    LOG_FOLDER,
+    MANIFEST_FILE,
+    finish_run,
+    locked,
+    read_json,
+    start_run,
+    stoppable,
+    write_parquet,
+)
+from birbal_ray.steps.score import INPUTS_FOLDER, identity_of, planned, resolved, tell_plan, write_plan
+
+STEP = "evaluate"
+SIMULATED = Model("simulated", Path("simulated"), None, "simulated")
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateResult:
+    """What a run left: its folder, its manifest, EVALUATION and COMPARISONS rows."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    evaluation: list[dict[str, Any]]
+    comparisons: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What is decided before a task is read."""
+
+    config: EvaluateConfig
+    scoring: ScoreConfig  # of the base model
+    contenders: list[Contender]  # the base model first
+    mix: str | None
+    held_out: HeldOut | None  # None: no mix is known
+    model: Model
+
+    @property
+    def excluded(self) -> frozenset[str]:
+        """Row ids and text keys that are left out."""
+        return self.held_out.keys if self.held_out else frozenset()
+
+    def kind(self, task: str) -> str:
+        """How a task is held out."""
+        return self.held_out.kind(task) if self.held_out else "unknown"
+
+    def adapters_of(self, base: Contender) -> list[Adapter]:
+        """The adapters that are served on top of a base or merged model."""
+        if base.kind != BASE:
+            return []
+        return [Adapter(one.name, one.path, one.rank or 0) for one in self.contenders if one.kind == ADAPTER]
+
+    def variants(self, base: Contender) -> list[Variant]:
+        """What one engine answers: a model's own prompts, then its adapters'."""
+        names = [base.name, *(adapter.name for adapter in self.adapters_of(base))]
+        formats = self.config.prompt_formats
+        return [Variant(name, how, "" if name == base.name else name) for name in names for how in formats]
+
+    def scoring_of(self, base: Contender) -> ScoreConfig:
+        """The settings of the engine that serves a base or merged model."""
+        if base.kind == BASE:
+            return self.scoring
+        model = self.scoring.model.model_copy(update={"name": base.path, "revision": None})
+        return self.scoring.model_copy(update={"model": model})
+
+
+def evaluate(
+    config: EvaluateConfig, *, overwrite: bool = False, progress: ProgressLine | None = None
+) -> EvaluateResult:
+    """Run or continue an evaluation in `config.output`.
+
+    Raises ConfigError (settings, adapters, another run's folder), TaskError, ModelError, RunError (the
+    run broke off; finished shards are kept and the same command continues).
+    """
+    progress = progress or ProgressLine()
+    setup = prepared(config)
+    folder = Path(setup.config.output or "").resolve()
+    started = time.monotonic()
+    plan = planned(setup.scoring, progress, excluded=setup.excluded)
+    with locked(folder), stoppable():
+        resumed = start_run(folder, STEP, _identity(setup, plan), overwrite=overwrite)
+        if resumed and (folder / MANIFEST_FILE).exists():
+            progress.message(f"{folder} is up to date; nothing to do")
+            return _read(folder)
+        plan = unpacked(plan, folder / INPUTS_FOLDER)
+        write_plan(folder, plan)
+        tell(setup, plan, progress)
+        meters = _score(setup, plan, folder, progress)
+        return _finish(setup, plan, folder, meters, round(time.monotonic() - started, 3))
+
+
+def prepared(config: EvaluateConfig) -> Setup:
+    """Everything decided that can be without reading a task. Raises ConfigError, ModelError, RunError."""
+    scoring = resolved(config.scoring())
+    model = resolve(config.model.name, config.model.revision) if scoring.engine.backend == "vllm" else SIMULATED
+    found = contenders(model, config.adapters, config.merged)
+    mixes = sorted({one.mix for one in found if one.mix})
+    mix = config.mix
+    if mix is None and mixes:
+        gone = [path for path in mixes if not Path(path).is_dir()]
+        if len(mixes) > 1 or gone:
+            raise ConfigError(
+                f"the adapters were trained on {' and '.join(mixes)}{' (not there any more)' if gone else ''}; "
+                "give the mix whose rows are to be left out: --mix DIR"
+            )
+        mix = mixes[0]
+    if scoring.engine.backend == "vllm":
+        scoring = scoring.model_copy(update={"model": scoring.model.model_copy(update=pinned(model))})
+    return Setup(config, scoring, found, mix, held_out(Path(mix)) if mix else None, model)
+
+
+def tell(setup: Setup, plan: Plan, progress: ProgressLine) -> None:
+    """Say on stderr who is compared on what."""
+    tell_plan(plan, setup.scoring, progress)
+    if setup.held_out is None:
+        progress.message("no mix is known (--mix DIR): nothing is left out, an adapter may have seen these instances")
+    else:
+        left_out = sum(task.num_excluded for task in plan.tasks)
+        unsampled = sum(setup.held_out.kind(task.name) == "task" for task in plan.tasks)
+        progress.message(
+            f"{left_out:,} instances were in the hands of {setup.mix} and are left out; "
+            f"{unsampled} of {len(plan.tasks)} tasks were never sampled"
+        )
+    names = ", ".join(f"{one.name} ({one.kind})" if one.kind != BASE else one.name for one in setup.contenders)
+    progress.message(f"{names}: {' and '.join(setup.config.prompt_formats)}")
+
+
+def _identity(setup: Setup, plan: Plan) -> dict[str, Any]:
+    identity = identity_of(setup.scoring, plan, setup.model.fingerprint)
+    identity["prompt_formats"] = sorted(setup.config.prompt_formats)
+    identity["contenders"] = {one.name: f"{one.kind} {one.fingerprint}" for one in setup.contenders}
+    identity["excluded"] = canonical_hash(sorted(setup.excluded))
+    identity["bootstrap"] = setup.config.bootstrap.model_dump()
+    return identity
+
+
+def _score(setup: Setup, plan: Plan, folder: Path, progress: ProgressLine) -> list[throughput.Meter]:
+    """Score what is missing, one engine after the other. Finished files stay whatever happens."""
+    rows_folder, logs = folder / ROWS_FOLDER, folder / LOG_FOLDER
+    todo = []
+    for base in (one for one in setup.contenders if one.kind != ADAPTER):
+        shards = plan.shards(setup.scoring.shard_rows, setup.variants(base))
+        missing = unfinished(rows_folder, shards)
+        if len(missing) < len(shards):
+            done = sum(shard.num_rows for shard in shards) - sum(shard.num_rows for shard in missing)
+            progress.message(f"continuing {base.name}: {done} rows are done and skipped")
+        if missing:
+            todo.append((base, missing))
+    meters = []
+    if todo:
+        with ray_session(logical_cpus(setup.scoring), logs / "ray.log"):
+            lacking = check_cluster(setup.scoring)
+            if lacking:
+                progress.message(f"waiting, {lacking}")
+            for base, shards in todo:
+                num_rows = sum(shard.num_rows for shard in shards)
+                meters.append(meter := throughput.Meter(0, num_rows))
+                config = setup.scoring_of(base)
+                progress.update(f"{base.name}: starting {config.resources.num_replicas} engine(s); logs in {logs}")
+                show = partial(_show, progress, base.name, meter)
+                work = run_shards(
+                    shards, config, base.fingerprint, rows_folder, logs, show, setup.adapters_of(base), setup.excluded
+                )
+                try:
+                    for shard in work:
+                        meter.written(shard.rows, shard.errors)
+                finally:
+                    progress.close()
+    return meters
+
+
+def _show(progress: ProgressLine, name: str, meter: throughput.Meter, seen: Snapshot) -> None:
+    progress.update(f"{name}: {meter.line(seen)}")
+
+
+def _finish(
+    setup: Setup, plan: Plan, folder: Path, meters: Sequence[throughput.Meter], wall_seconds: float
+) -> EvaluateResult:
+    evaluation, scores, rows = [], {}, {"planned": 0, "scored": 0, "errors": 0}
+    cached = prompt = 0
+    for one in setup.contenders:
+        base = one if one.kind != ADAPTER else setup.contenders[0]
+        for variant in (v for v in setup.variants(base) if v.contender == one.name):
+            files = [
+                folder / ROWS_FOLDER / shard.file_name for shard in plan.shards(setup.scoring.shard_rows, [variant])
+            ]
+            results = summarise(files, plan.tasks)
+            for row in results.task_scores:
+                where = {"held_out": setup.kind(row["task"]), "contender": one.name, "kind": one.kind}
+                evaluation.append({**row, **where, "prompt_format": variant.prompt_format})
+            scores[one.name, variant.prompt_format] = read_scores(files)
+            rows["planned"] += results.rows["planned"]
+            rows["scored"] += results.rows["scored"]
+            prompt, cached = prompt + results.tokens["prompt"], cached + results.tokens["cached"]
+    rows["errors"] = rows["planned"] - rows["scored"]
+    comparisons = compared(setup, plan, scores)
+    write_parquet(folder / EVALUATION_FILE, pa.Table.from_pylist(evaluation, schema=EVALUATION))
+    write_parquet(folder / COMPARISONS_FILE, pa.Table.from_pylist(comparisons, schema=COMPARISONS))
+    finish_run(
+        folder,
+        {
+            "settings": setup.config.model_dump(),
+            "seed": setup.config.seed,
+            "model": {"name": setup.config.model.name, "revision": setup.model.revision},
+            "contenders": [one.described() for one in setup.contenders],
+            "mix": str(setup.mix) if setup.mix else None,
+            "rows": {**rows, "left_out": sum(task.num_excluded for task in plan.tasks)},
+            "tokens": {"prompt": prompt, "cached": cached, "cached_fraction": cached / prompt if prompt else None},
+            "sessions": [meter.session() for meter in meters],
+            "wall_seconds": wall_seconds,
+        },
+    )
+    return _read(folder)
+
+
+def compared(
+    setup: Setup, plan: Plan, scores: Mapping[tuple[str, str], Mapping[str, Mapping[str, float]]]
+) -> list[dict[str, Any]]:
+    """COMPARISONS rows. `scores`: (contender, prompt format) → task → row id → score."""
+    rows = []
+    about = {task.name: (task.label.value, setup.kind(task.name)) for task in plan.tasks}
+    for one in setup.contenders[1:]:
+        for prompt_format in setup.config.prompt_formats:
+            pairs = pair_tasks(scores[BASE, prompt_format], scores[one.name, prompt_format], about)
+            for scope, members in scopes(pairs).items():
+                figures = compare(members, setup.config.bootstrap.num_resamples, setup.config.seed)
+                rows.append({"contender": one.name, "prompt_format": prompt_format, "scope": scope, **figures})
+    return rows
+
+
+def _read(folder: Path) -> EvaluateResult:
+    tables = [pq.read_table(folder / file).to_pylist() for file in (EVALUATION_FILE, COMPARISONS_FILE)]
+    return EvaluateResult(folder, read_json(folder / MANIFEST_FILE), *tables)

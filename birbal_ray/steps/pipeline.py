@@ -1,0 +1,126 @@
+"""The whole recipe: score, mix, train, evaluate, report, each in a folder of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from birbal_ray.config import load_config
+from birbal_ray.config.evaluate import EvaluateConfig
+from birbal_ray.config.mix import MixConfig
+from birbal_ray.config.score import ScoreConfig
+from birbal_ray.config.train import TrainConfig
+from birbal_ray.ni.catalog import sample_tasks_folder
+from birbal_ray.steps.evaluate import evaluate
+from birbal_ray.steps.mix import mix
+from birbal_ray.steps.report import report
+from birbal_ray.steps.score import score
+from birbal_ray.steps.train import train
+
+STEPS = ("score", "mix", "train", "evaluate")
+ABOUT = {
+    "score": "what does the model get wrong?",
+    "mix": "a training set, more from the tasks that went wrong",
+    "train": "QLoRA on it, 4-bit weights and a LoRA adapter",
+    "evaluate": "base model against adapter on what was never sampled",
+    "report": "everything on one page",
+}
+# The demo: the sample tasks, minutes on two CPU cores. One task of each label is kept out of training.
+DEMO_HELD_OUT_TASKS = ("sample004_short_reading_question", "sample008_one_sentence_summary")
+DEMO: dict[str, dict[str, Any]] = {
+    "score": {
+        "tasks.instances_per_task": 24,
+        "completion.max_completion_tokens": 48,
+        "engine.max_model_len": 1024,
+        "shard_rows": 12,
+    },
+    "mix": {
+        "task_score.exact_match_budget": 48,
+        "task_score.generation_budget": 48,
+        "task_score.allow_shortfall": True,
+        "eval_fraction": 0.1,
+    },
+    # configs/train/tiny.yaml, smaller still: on a CPU a step takes seconds however few tokens it has.
+    "train": {
+        "epochs": 1,
+        "lora.r": 16,
+        "lora.alpha": 32,
+        "batch.sequence_length": 1024,
+        "batch.micro": 1,
+        "batch.accumulation": 1,
+        "optimizer.learning_rate": 4e-4,
+        "evaluation.every_steps": 3,
+        "checkpoint.every_steps": 3,
+        "checkpoint.keep": 2,
+    },
+    "evaluate": {
+        "tasks.instances_per_task": 16,
+        "completion.max_completion_tokens": 48,
+        "engine.max_model_len": 1024,
+        "shard_rows": 16,
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The settings of every step, their folders filled in."""
+
+    output: Path
+    score: ScoreConfig
+    mix: MixConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+
+
+def demo_recipe(output: Path) -> Recipe:
+    """The demo's."""
+    return make_recipe(output, str(sample_tasks_folder()), None, {}, DEMO, DEMO_HELD_OUT_TASKS)
+
+
+def make_recipe(
+    output: Path,
+    tasks: str | None,
+    model: str | None,
+    files: Mapping[str, str | None],
+    settings: Mapping[str, Mapping[str, Any]],
+    held_out_tasks: tuple[str, ...] = (),
+) -> Recipe:
+    """Settings from one file a step, `settings` over them; the steps' folders are joined up.
+
+    `held_out_tasks` are evaluated, never scored or trained on. Raises ConfigError.
+    """
+    shared = {"tasks.path": tasks, "model.name": model}
+    joined: dict[str, dict[str, Any]] = {
+        "score": {**shared, "tasks.exclude": list(held_out_tasks) or None},
+        "mix": {"scores": str(output / "score")},
+        "train": {"mix": str(output / "mix"), "model.name": model},
+        "evaluate": {**shared, "adapters": [f"adapter={output / 'train'}"], "mix": str(output / "mix")},
+    }
+    schemas = {"score": ScoreConfig, "mix": MixConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
+    configs: dict[str, Any] = {}
+    for step in STEPS:
+        flags = {**joined[step], **settings.get(step, {}), "output": str(output / step)}
+        configs[step] = load_config(schemas[step], files.get(step), flags=flags)
+    return Recipe(output, **configs)
+
+
+def run_pipeline(
+    recipe: Recipe,
+    *,
+    overwrite: bool,
+    announce: Callable[[str], None],
+    show: Mapping[str, Callable[[Any], None]],
+) -> Path:
+    """Run every step, those that are up to date excepted; the report's file. Raises as the steps do.
+
+    `show` gets each step's result under its name.
+    """
+    work = (("score", score), ("mix", mix), ("train", train), ("evaluate", evaluate))
+    for number, (step, run) in enumerate(work, 1):
+        announce(f"{number}/{len(work) + 1} {step}: {ABOUT[step]}")
+        show[step](run(getattr(recipe, step), overwrite=overwrite))
+    announce(f"{len(work) + 1}/{len(work) + 1} report: {ABOUT['report']}")
+    return report(recipe.output).file
