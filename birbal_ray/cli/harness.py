@@ -37,7 +37,7 @@ from birbal_ray.cli.common import format_option, note, print_table
     type=click.Choice(["hf", "vllm"]),
     default="hf",
     show_default=True,
-    help="What computes: transformers, or vLLM.",
+    help="What computes: transformers, or vLLM (on GPUs).",
 )
 @click.option("--team", metavar="NAME", help="The model's name in results.json; default: the model's and adapter's.")
 @click.option("--overwrite", is_flag=True, help="Start anew where the folder holds another run.")
@@ -60,6 +60,7 @@ def harness(list_only: bool, dry_run: bool, overwrite: bool, output_format: str,
         _print_benchmarks(output_format)
         return
     from birbal_ray.evaluation.harness_results import COMPARABLE_NOTE
+    from birbal_ray.evaluation.leaderboard import METRICS
     from birbal_ray.steps import harness as step
 
     request = step.Request(**settings)
@@ -68,8 +69,9 @@ def harness(list_only: bool, dry_run: bool, overwrite: bool, output_format: str,
         return
     result = step.run(request, overwrite=overwrite)
     print_table(result.rows, output_format)
-    note(f"not comparable: {COMPARABLE_NOTE}")
-    note(f"birbal leaderboard --add {result.folder / step.RESULTS_FILE}")
+    if any(row["metric"] in METRICS for row in result.rows):
+        note(f"not comparable: {COMPARABLE_NOTE}")
+        note(f"place it: birbal leaderboard --add {result.folder / step.RESULTS_FILE}")
 
 
 def _print_benchmarks(output_format: str) -> None:

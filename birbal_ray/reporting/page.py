@@ -14,7 +14,8 @@ from birbal_ray.evaluation.leaderboard import Standing
 from birbal_ray.progress import duration
 from birbal_ray.reporting import facts, tables
 from birbal_ray.reporting.folders import RunFolder
-from birbal_ray.reporting.numbers import Evaluated, Mixed, Origin, Scored, Trained
+from birbal_ray.reporting.numbers import Evaluated, Mixed, Scored, Trained
+from birbal_ray.reporting.origins import Origin
 from birbal_ray.reporting.plots import Plot, tasks_name
 from birbal_ray.reporting.verdict import Verdict, signed, words
 

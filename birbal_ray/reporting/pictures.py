@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 INK = "#22272e"  # of every text; becomes currentColor on the page
 MID = "#8b929a"  # grid and axes: reads on white and on black
+# One meaning each, in every figure; told apart with every common colour blindness (after Okabe and Ito).
+LABEL_COLOURS = {"exact_match": "#2b83ba", "generation": "#e07b1a"}
+BASE_COLOUR, ADAPTER_COLOUR, EVAL_COLOUR = MID, "#1b9e77", "#b5559c"
 WIDTH_INCHES = 4.4  # narrow, so that text keeps its size on a phone
 _STYLE = {
     "font.size": 9,

@@ -115,7 +115,7 @@ def evaluations(trained: Trained) -> Table:
 def comparisons(evaluated: Evaluated) -> Table:
     """COMPARISONS."""
     columns = (
-        *([Column("contender", "contender")] if len(evaluated.contenders) > 1 else []),
+        *([Column("contender", "contender", long=True)] if len(evaluated.contenders) > 1 else []),
         Column("prompt_format", "prompts"),
         Column("scope", "tasks"),
         Column("difference", "difference", signed=True),
@@ -128,7 +128,7 @@ def comparisons(evaluated: Evaluated) -> Table:
         Column("num_ties", "same"),
         Column("num_tasks", "number of tasks"),
     )
-    caption = "Means over tasks against the base model; low and high bound the 95 % interval of the difference"
+    caption = "Means over tasks; low and high: 95 % interval of the difference, too narrow where tasks are few"
     return Table("comparisons", caption, columns, evaluated.comparisons)
 
 

@@ -139,6 +139,7 @@ def run(request: Request, *, overwrite: bool = False, progress: ProgressLine | N
 def checked(request: Request) -> Request:
     """The request with an absolute --include-path. Raises ConfigError for what is missing or out of range."""
     harness.version()
+    harness.check_backend(request.backend)
     for flag, value in (("--model", request.model), ("--output", request.output)):
         if value is None:
             raise ConfigError(f"{flag} is required")

@@ -13,6 +13,7 @@ from birbal_ray.evaluation import teams as team_files
 from birbal_ray.evaluation.leaderboard import METRICS, Standing, missing_metrics, placed, zeroed_scores
 from birbal_ray.reporting import numbers
 from birbal_ray.reporting.folders import RunFolder, find_steps, mismatches
+from birbal_ray.reporting.origins import origins_of
 from birbal_ray.reporting.page import Report, render
 from birbal_ray.reporting.plots import NAMES, Plot, draw
 from birbal_ray.reporting.verdict import Verdict, verdicts
@@ -60,7 +61,7 @@ def report(run: Path, output: Path | None = None, added: Sequence[Path] = ()) ->
         mixed=mixed,
         trained=trained,
         evaluated=evaluated,
-        origins=numbers.origins_of(found),
+        origins=origins_of(found),
         board=board,
         board_notes=notes,
     )

@@ -135,6 +135,8 @@ def test_without_the_harness_the_extra_is_named(tmp_path, monkeypatch):
         raise harness.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr("birbal_ray.evaluation.harness.importlib.metadata.version", absent)
+    with pytest.raises(ConfigError, match="--backend vllm: needs the package vllm"):
+        harness.check_backend("vllm")
     done = CliRunner().invoke(main, ["harness", "--model", "m", "--output", str(tmp_path / "out")])
     assert done.exit_code == 2
     assert done.stderr.strip() == (
