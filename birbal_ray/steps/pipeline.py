@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.config import load_config
+from birbal_ray.config import Settings, load_config
 from birbal_ray.config.evaluate import EvaluateConfig
 from birbal_ray.config.mix import MixConfig
 from birbal_ray.config.score import ScoreConfig
@@ -19,7 +19,6 @@ from birbal_ray.steps.report import report
 from birbal_ray.steps.score import score
 from birbal_ray.steps.train import train
 
-STEPS = ("score", "mix", "train", "evaluate")
 ABOUT = {
     "score": "what does the model get wrong?",
     "mix": "a training set, more from the tasks that went wrong",
@@ -99,12 +98,18 @@ def make_recipe(
         "train": {"mix": str(output / "mix"), "model.name": model},
         "evaluate": {**shared, "adapters": [f"adapter={output / 'train'}"], "mix": str(output / "mix")},
     }
-    schemas = {"score": ScoreConfig, "mix": MixConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
-    configs: dict[str, Any] = {}
-    for step in STEPS:
+
+    def config(step: str, schema: type[Settings]) -> Any:
         flags = {**joined[step], **settings.get(step, {}), "output": str(output / step)}
-        configs[step] = load_config(schemas[step], files.get(step), flags=flags)
-    return Recipe(output, **configs)
+        return load_config(schema, files.get(step), flags=flags)
+
+    return Recipe(
+        output,
+        score=config("score", ScoreConfig),
+        mix=config("mix", MixConfig),
+        train=config("train", TrainConfig),
+        evaluate=config("evaluate", EvaluateConfig),
+    )
 
 
 def run_pipeline(
@@ -118,7 +123,10 @@ def run_pipeline(
 
     `show` gets each step's result under its name.
     """
-    work = (("score", score), ("mix", mix), ("train", train), ("evaluate", evaluate))
+    work: tuple[tuple[str, Callable[..., Any]], ...] = (
+        *(("score", score), ("mix", mix), ("train", train)),
+        ("evaluate", evaluate),
+    )
     for number, (step, run) in enumerate(work, 1):
         announce(f"{number}/{len(work) + 1} {step}: {ABOUT[step]}")
         show[step](run(getattr(recipe, step), overwrite=overwrite))

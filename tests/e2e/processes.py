@@ -1,0 +1,48 @@
+"""`birbal` as a process, and how to end one for good."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pyarrow.dataset as pads
+
+
+def birbal(*arguments: object) -> subprocess.Popen[str]:
+    """Start the command, on a Ray of its own."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "birbal_ray", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Its stdout and stderr; it must succeed."""
+    output, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    return output, errors
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 400) -> None:
+    """Until it is true; the process must live until then."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"nothing for {seconds} s"
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+
+
+def kill_whole(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the command and everything it started."""
+    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        victim.kill()
+    process.communicate()
+
+
+def rows_of(run: Path) -> list[dict]:
+    """All rows of a score run, by row id."""
+    return pads.dataset(run / "rows", format="parquet").to_table().sort_by("row_id").to_pylist()

@@ -1,0 +1,60 @@
+"""Real tasks, real vLLM, killed on the way, against plain transformers."""
+
+from __future__ import annotations
+
+import os
+
+import pyarrow.parquet as pq
+import pytest
+
+from birbal_ray.ni.schema import hash_order
+from birbal_ray.run import read_manifest
+from tests.e2e.processes import birbal, finish, kill_whole, rows_of, wait_for
+
+pytestmark = pytest.mark.vllm
+FULL = os.environ.get("BIRBAL_E2E_FULL") == "1"  # all 720 real rows, 100 compared: five minutes more
+NUM_PER_TASK, NUM_COMPARED = (60, 100) if FULL else (10, 30)
+
+
+def test_real_tasks_killed_and_run_again_agree_with_transformers(shared_data, tmp_path):
+    run = tmp_path / "ni-tiny"
+    tasks = shared_data / "ni-tiny" / "tasks"
+    command = ["score", "--tasks", tasks, "--output", run, "--device", "cpu", "--instances-per-task", NUM_PER_TASK]
+    process = birbal(*command)
+    wait_for(lambda: len(list((run / "rows").glob("[!.]*.parquet"))) >= 3, process)
+    kill_whole(process)
+    kept = {file.name: file.stat().st_mtime_ns for file in (run / "rows").glob("[!.]*.parquet")}
+    _, errors = finish(birbal(*command))
+    assert f"continuing: {len(kept)} of " in errors
+    assert {name: (run / "rows" / name).stat().st_mtime_ns for name in kept} == kept, "what stood is not scored again"
+    rows = rows_of(run)
+    assert len({row["row_id"] for row in rows}) == len(rows)
+    assert len(rows) == 12 * NUM_PER_TASK
+    assert not [row for row in rows if row["error"]]
+    assert read_manifest(run, "score")["tokens"]["cached_fraction"] >= 0.75
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
+
+    from birbal_ray.models import resolve
+
+    path = resolve("smollm2-135m").path
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    limits = {row["task"]: row["max_completion_tokens"] for row in pq.read_table(run / "tasks.parquet").to_pylist()}
+    sample = sorted(rows, key=lambda row: hash_order(row["row_id"], 1))[:NUM_COMPARED]
+    differing = []
+    for row in sample:
+        ids = tokenizer(row["few_shot_prompt"], return_tensors="pt").input_ids
+        # Not stop_strings: it goes through the whole vocabulary at every call, for seconds.
+        blank_line = StoppingCriteriaList(
+            [lambda made, _, start=ids.shape[1]: torch.tensor(["\n\n" in tokenizer.decode(made[0, start:])])]
+        )
+        made = model.generate(ids, max_new_tokens=limits[row["task"]], do_sample=False, stopping_criteria=blank_line)[
+            0, ids.shape[1] :
+        ]
+        text = tokenizer.decode(made, skip_special_tokens=True).split("\n\n", 1)[0]
+        if text.strip() != row["extracted"]:
+            differing.append((row["row_id"], row["extracted"], text))
+    print(f"{NUM_COMPARED - len(differing)} of {NUM_COMPARED} answers agree with transformers; differing: {differing}")
+    assert len(differing) <= 0.02 * NUM_COMPARED, differing
