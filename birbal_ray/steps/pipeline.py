@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ from birbal_ray.config.evaluate import EvaluateConfig
 from birbal_ray.config.mix import MixConfig
 from birbal_ray.config.score import ScoreConfig
 from birbal_ray.config.train import TrainConfig
+from birbal_ray.inference.pipeline import logical_cpus
 from birbal_ray.ni.catalog import sample_tasks_folder
+from birbal_ray.ray_session import ray_session
+from birbal_ray.run import LOG_FOLDER, MANIFEST_FILE, stoppable
 from birbal_ray.steps.evaluate import evaluate
 from birbal_ray.steps.mix import mix
 from birbal_ray.steps.report import report
 from birbal_ray.steps.score import score
+from birbal_ray.steps.train import logical_cpus as train_logical_cpus
 from birbal_ray.steps.train import train
 
 ABOUT = {
@@ -121,14 +126,22 @@ def run_pipeline(
 ) -> Path:
     """Run every step, those that are up to date excepted; the report's file. Raises as the steps do.
 
-    `show` gets each step's result under its name.
+    `show` gets each step's result under its name. The steps share one Ray.
     """
     work: tuple[tuple[str, Callable[..., Any]], ...] = (
         *(("score", score), ("mix", mix), ("train", train)),
         ("evaluate", evaluate),
     )
-    for number, (step, run) in enumerate(work, 1):
-        announce(f"{number}/{len(work) + 1} {step}: {ABOUT[step]}")
-        show[step](run(getattr(recipe, step), overwrite=overwrite))
+    with ExitStack() as stack:
+        if overwrite or not all((recipe.output / step / MANIFEST_FILE).exists() for step, _ in work):
+            stack.enter_context(stoppable())
+            stack.enter_context(ray_session(_logical_cpus(recipe), recipe.output / LOG_FOLDER / "ray.log"))
+        for number, (step, run) in enumerate(work, 1):
+            announce(f"{number}/{len(work) + 1} {step}: {ABOUT[step]}")
+            show[step](run(getattr(recipe, step), overwrite=overwrite))
     announce(f"{len(work) + 1}/{len(work) + 1} report: {ABOUT['report']}")
     return report(recipe.output).file
+
+
+def _logical_cpus(recipe: Recipe) -> float:
+    return max(logical_cpus(recipe.score), logical_cpus(recipe.evaluate.scoring()), train_logical_cpus(recipe.train))

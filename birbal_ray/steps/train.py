@@ -140,6 +140,11 @@ def dry_run(config: TrainConfig, *, calibrate: bool = False, progress: ProgressL
     return found
 
 
+def logical_cpus(config: TrainConfig) -> float:
+    """Logical CPUs that a run needs at once."""
+    return max(MIN_LOGICAL_CPUS, config.resources.num_cpus + 2)
+
+
 def resolved(config: TrainConfig) -> tuple[TrainConfig, Model]:
     """(configuration with `auto` decided and paths absolute, its model). Raises ConfigError, ModelError."""
     mix = Path(_required(config.mix, "--mix")).resolve()
@@ -276,8 +281,7 @@ def _run(
     config: TrainConfig, model: Model, folder: Path, progress: ProgressLine, steps_per_epoch: float
 ) -> dict[str, Any]:
     """Run the worker and show its progress; its outcome. SIGTERM and Ctrl-C let it save first."""
-    logical = max(MIN_LOGICAL_CPUS, config.resources.num_cpus + 2)
-    with ray_session(logical, folder / LOG_FOLDER / "ray.log"):
+    with ray_session(logical_cpus(config), folder / LOG_FOLDER / "ray.log"):
         import ray
 
         missing = missing_resources(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])

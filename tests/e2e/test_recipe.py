@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from birbal_ray.ni.catalog import sample_tasks_folder
 from birbal_ray.run import read_json
@@ -146,19 +148,25 @@ def test_export_has_the_published_layout(recipe, tmp_path):
     assert {tuple(record) for record in records} == {("orig_input", "few_shot_prompt", "answer", "prediction")}
 
 
+def amplified(train: Path, target: Path) -> Path:
+    """The training run with its adapter's effect times forty: a few steps change hardly an answer."""
+    shutil.copytree(train, target, ignore=shutil.ignore_patterns("checkpoints", "packed", "best"))
+    file = target / "adapter" / "adapter_model.safetensors"
+    weights = {name: value * 40 if ".lora_B." in name else value for name, value in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    return target
+
+
 def test_the_merged_model_answers_as_the_adapter_does(recipe, tmp_path):
     """Merged into float32 by one command; the adapter on top of the base model's weights by vLLM's LoRA layers."""
-    run = recipe[0]
-    out, _ = finish(
-        birbal(
-            "merge", "--run", run / "train", "--output", tmp_path / "merged", "--dtype", "float32", "--format", "json"
-        )
-    )
+    train = amplified(recipe[0] / "train", tmp_path / "train")
+    merge = ["merge", "--run", train, "--output", tmp_path / "merged", "--dtype", "float32", "--prompts", "4"]
+    out, _ = finish(birbal(*merge, "--format", "json"))
     (row,) = json.loads(out)
-    assert row["same tokens"] == 1.0, row
+    assert row["same_tokens_fraction"] == 1.0, row
     select = tmp_path / "names.txt"
     select.write_text("sample001_review_sentiment\nsample005_news_headline\n")
-    contenders = ["--adapter", f"adapter={run / 'train'}", "--merged", f"merged={tmp_path / 'merged'}"]
+    contenders = ["--adapter", f"adapter={train}", "--merged", f"merged={tmp_path / 'merged'}"]
     settings = ["--set", "prompt_formats=[zero_shot]", "--set", "serve_adapters=lora", "--device", "cpu"]
     settings += ["--set", "completion.max_completion_tokens=16", "--instances-per-task", "10"]
     place = ["--tasks", sample_tasks_folder(), "--select", select, "--output", tmp_path / "evaluate"]
@@ -171,8 +179,9 @@ def test_the_merged_model_answers_as_the_adapter_does(recipe, tmp_path):
         for name in ("base", "adapter", "merged")
     }
     assert len(answers["adapter"]) == 20
-    assert answers["adapter"].keys() == answers["merged"].keys()
+    assert answers["adapter"].keys() == answers["merged"].keys() == answers["base"].keys()
     agreeing = sum(answers["adapter"][row_id] == answers["merged"][row_id] for row_id in answers["adapter"])
-    print(f"{agreeing} of 20 answers of adapter and merged model are the same")
+    changed = sum(answers["adapter"][row_id] != answers["base"][row_id] for row_id in answers["adapter"])
+    print(f"{agreeing} of 20 answers of adapter and merged model are the same; {changed} are not the base model's")
     assert agreeing >= 19  # a near-tie between two tokens may fall the other way
-    assert answers["adapter"] != answers["base"]
+    assert changed >= 5
