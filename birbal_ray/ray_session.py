@@ -38,8 +38,10 @@ QUIET_ENVIRONMENT = {
 
 
 @contextlib.contextmanager
-def ray_session(logical_cpus: float, log_file: Path | None = None) -> Iterator[None]:
+def ray_session(logical_cpus: float, log_file: Path | None = None, *, dashboard: bool = False) -> Iterator[str | None]:
     """Ray for the block: one that is already initialised, else RAY_ADDRESS's, else a local one.
+
+    Gives the dashboard's host:port where there is one; a local cluster has it, on 127.0.0.1, if asked for.
 
     A local cluster gets `logical_cpus`, never fewer than 4 (logical CPUs may exceed real ones: they
     are tickets, not cores), keeps its files in a short folder under the temporary directory and
@@ -50,42 +52,46 @@ def ray_session(logical_cpus: float, log_file: Path | None = None) -> Iterator[N
     import ray
 
     if ray.is_initialized():
-        yield
+        yield None
         return
     with _quiet(log_file):
         if os.environ.get("RAY_ADDRESS"):
             _check_answers(os.environ["RAY_ADDRESS"])
-            _init(log_to_driver=False, logging_level=logging.ERROR)
+            url = _init(log_to_driver=False, logging_level=logging.ERROR)
             try:
-                yield
+                yield url
             finally:
                 ray.shutdown()
             return
         remove_stale_folders()
         folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-"))
         try:
-            _init(
+            url = _init(
                 address="local",
                 num_cpus=max(MIN_LOGICAL_CPUS, math.ceil(logical_cpus)),
-                include_dashboard=False,
+                include_dashboard=dashboard,
+                dashboard_host="127.0.0.1",
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 object_store_memory=OBJECT_STORE_BYTES,
                 _temp_dir=str(folder),
             )
-            yield
+            yield url if dashboard else None
         finally:
             ray.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _init(**options: Any) -> None:
-    """ray.init, which replaces the SIGTERM handler by one that exits with 15: put the caller's back."""
+def _init(**options: Any) -> str | None:
+    """ray.init, which replaces the SIGTERM handler by one that exits with 15: put the caller's back.
+
+    Gives the dashboard's host:port.
+    """
     import ray
 
     previous = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**options)
+        context = ray.init(**options)
     except Exception as error:  # Ray raises a bare Exception here
         if "timed out during startup" not in str(error):
             raise
@@ -93,6 +99,7 @@ def _init(**options: Any) -> None:
         raise RunError("Ray did not start within its 30 s, the machine is very busy; run the command again") from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, previous)
+    return context.dashboard_url or None
 
 
 def _check_answers(address: str) -> None:

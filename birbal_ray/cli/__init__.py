@@ -19,6 +19,7 @@ from birbal_ray.cli.report import report
 from birbal_ray.cli.score import score
 from birbal_ray.cli.tasks import tasks
 from birbal_ray.cli.train import train
+from birbal_ray.cli.tune import tune
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -33,6 +34,7 @@ def main() -> None:
       birbal tasks list --tasks natural-instructions/
       birbal score --tasks natural-instructions/ --model mistralai/Mistral-7B-v0.1 --output runs/score
       birbal mix --scores runs/score --output runs/mix
+      birbal tune --scores runs/score --output runs/tune --config configs/tune/birbal.yaml
       birbal train --mix runs/mix --output runs/train --config configs/train/mistral-7b-qlora.yaml
       birbal evaluate --tasks natural-instructions/ --adapter runs/train --output runs/evaluate
       birbal report runs
@@ -47,6 +49,7 @@ for command in (
     models,
     score,
     mix,
+    tune,
     train,
     merge,
     evaluate,

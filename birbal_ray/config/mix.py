@@ -16,7 +16,11 @@ class TaskScoreSettings(Settings):
 
     exact_match_budget: int = Field(50_000, ge=0, description="rows from exact-match tasks")
     generation_budget: int = Field(50_000, ge=0, description="rows from generation tasks")
+    weights: Literal["score", "size"] = Field(
+        "score", description="size: tasks give in proportion to their usable rows, gamma and scores don't matter"
+    )
     gamma: float = Field(1.0, ge=0, le=16, description="0 spreads evenly; larger leans towards badly answered tasks")
+    failed_first: bool = Field(True, description="inside a task, rows the model failed are drawn before others")
     failed_below: float = Field(0.2, ge=0, le=1, description="generation rows under this ROUGE-L count as failed")
     allow_shortfall: bool = Field(False, description="take what is there when the candidates don't fill a budget")
 
@@ -116,6 +120,9 @@ class MixConfig(Settings):
     sources: list[SourceSettings] = Field([])
     include_llm_written: bool = Field(False, description="the challenge's rule leaves LLM-written rows out")
     eval_fraction: float = Field(0.02, ge=0, lt=1)
+    validation_rows_per_task: int = Field(
+        0, ge=0, description="rows of each task and source kept out, for judging mixes: the same whatever is chosen"
+    )
     resources: MixResources = MixResources()
 
     @model_validator(mode="after")

@@ -23,11 +23,15 @@ LADDER_MAX_INPUT_WORDS = 1100  # generation only, the input alone; more are left
 
 @dataclass(frozen=True, slots=True)
 class TaskDemand:
-    """One task that asks for a part of the budget; `task_score` in [0, 1] (1: the model solves it)."""
+    """One task that asks for a part of the budget; `task_score` in [0, 1] (1: the model solves it).
+
+    `weight` is what allocate's formula makes of the score, unless it is given.
+    """
 
     name: str
     num_candidates: int
     task_score: float
+    weight: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,7 @@ class Allocation:
 
 
 def allocate(budget: int, demands: Sequence[TaskDemand], gamma: float = 1.0) -> Allocation:
-    """Spread `budget` rows over tasks by weight (1 − task_score)^gamma, no task above its candidates.
+    """Spread `budget` rows over tasks by weight, (1 − task_score)^gamma or given, no task above its candidates.
 
     The real-valued shares min(candidates, λ·weight) sum to the budget exactly (water-filling);
     whole counts come from them by largest remainder, ties by task name. All in exact fractions of
@@ -64,7 +68,7 @@ def allocate(budget: int, demands: Sequence[TaskDemand], gamma: float = 1.0) -> 
     """
     _check(budget, demands)
     ordered = sorted(demands, key=lambda demand: demand.name)
-    weights = {demand.name: Fraction((1.0 - demand.task_score) ** gamma) for demand in ordered}
+    weights = {d.name: Fraction((1.0 - d.task_score) ** gamma if d.weight is None else d.weight) for d in ordered}
     limits = {d.name: d.num_candidates if weights[d.name] else 0 for d in ordered}
     available = sum(limits.values())
     if available <= budget:

@@ -53,6 +53,7 @@ FILES = f"""- `train.parquet`, `eval.parquet`: {", ".join(f"`{name}`" for name i
 - `alpaca/train.json`, `alpaca/eval.json`: `instruction`, `input`, `output`, for axolotl (`type: alpaca`)
   and LLaMA-Factory (`dataset_dir` is the `alpaca` folder)
 - `audit.parquet`: every candidate, kept or dropped, with one reason; `tasks.parquet`: counts per task
+- with `validation_rows_per_task`: `validation.*`, rows kept out to judge mixes by
 """
 
 

@@ -39,7 +39,8 @@ class Draft:
 
     def places(self) -> Places:
         """For the second reading."""
-        return Places(self.gathered.offsets, self.decisions.rank.astype(np.int32), self.decisions.num_kept)
+        decided = self.decisions
+        return Places(self.gathered.offsets, decided.rank.astype(np.int32), decided.num_kept + decided.num_validation)
 
     def outcomes(self) -> Outcomes:
         """Completes what the second reading brings."""

@@ -16,9 +16,9 @@ from birbal_ray.mix.rows import AUDIT, BUCKETS, NATURAL_INSTRUCTIONS, OUTSIDE_RO
 from birbal_ray.mix.select import NO_TWIN, Candidates, Decisions, Group
 
 SCORE_COLUMNS = ["orig_input", "answer", "row_id"]
-SPLITS = ("train", "eval")
+SPLITS = ("train", "eval", "validation")
 
-# What a worker reads for each candidate. Texts are null for dropped rows, and what follows from a
+# What a worker reads for each candidate. Texts are null for rows of no split, and what follows from a
 # scored row's task is left to the driver, so that little has to be sorted.
 TEXTS = pa.schema(
     [
@@ -32,7 +32,7 @@ TEXTS = pa.schema(
     ]
 )
 
-# The audit's columns, the row's place in it, and the text of kept rows.
+# The audit's columns, the row's place in it, and the text of rows of a split.
 OUTCOMES = pa.schema(
     [
         pa.field("rank", pa.int64(), nullable=False),
@@ -51,7 +51,7 @@ class Places:
 
     offsets: NDArray[np.int64]
     rank: NDArray[np.int32]
-    num_kept: int
+    num_texts: int  # the first so many ranks need their texts
 
 
 def texts(chunk: Chunk, places: Places) -> Iterator[pa.Table]:
@@ -60,7 +60,7 @@ def texts(chunk: Chunk, places: Places) -> Iterator[pa.Table]:
     scored = chunk.source is None
     for _, batch in read_batches(chunk, SCORE_COLUMNS if scored else OUTSIDE_ROWS.names):
         rank = places.rank[start : start + len(batch)]
-        kept = pa.array(rank < places.num_kept)
+        kept = pa.array(rank < places.num_texts)
         nothing = pa.nulls(len(batch), pa.string())
         columns = {
             "rank": pa.array(rank),
@@ -102,7 +102,9 @@ class Outcomes:
         number = pa.array(self.rows.group[row])
         reason, score, twin = decided.reason[row], self.rows.score[row], decided.twin[row]
         kept = reason == Reason.KEPT
-        is_kept = pa.array(kept)
+        split = np.where(kept, (rank >= self.num_train).astype(np.int8), SPLITS.index("validation"))
+        in_split = kept | (reason == Reason.VALIDATION)
+        has_text = pa.array(in_split)
         return pa.table(
             {
                 "rank": rank.astype(np.int64),
@@ -114,14 +116,14 @@ class Outcomes:
                 "kept": kept,
                 "reason": _named([reason.word for reason in Reason], reason),
                 "bucket": _named(BUCKETS, decided.bucket[row]),
-                "split": _named(SPLITS, (rank >= self.num_train).astype(np.int8), ~kept),
+                "split": _named(SPLITS, split, ~in_split),
                 "contamination": self._contamination(row),
                 "row_hash": self.rows.row_hash[row],
                 "twin_hash": pa.array(self.rows.row_hash[np.maximum(twin, 0)], mask=twin == NO_TWIN),
-                "instruction": pc.coalesce(table["instruction"], _where(is_kept, self.definitions.take(number))),
+                "instruction": pc.coalesce(table["instruction"], _where(has_text, self.definitions.take(number))),
                 "input": table["input"],
                 "output": table["output"],
-                "license": pc.coalesce(table["license"], _where(is_kept, self.licenses.take(number))),
+                "license": pc.coalesce(table["license"], _where(has_text, self.licenses.take(number))),
             }
         ).cast(OUTCOMES)
 

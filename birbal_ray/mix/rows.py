@@ -95,6 +95,7 @@ class Reason(IntEnum):
     NEAR_DUPLICATE = 15
     OVER_ALLOCATION = 16
     OVER_SOURCE_LIMIT = 17
+    VALIDATION = 18
 
     @property
     def word(self) -> str:
@@ -121,6 +122,7 @@ DESCRIPTIONS = {
     Reason.NEAR_DUPLICATE: "nearly repeats another row's input under the same instruction",
     Reason.OVER_ALLOCATION: "beyond what its task was allocated",
     Reason.OVER_SOURCE_LIMIT: "beyond its source's max_rows",
+    Reason.VALIDATION: "kept out to judge mixes by (validation_rows_per_task)",
 }
 
 

@@ -53,8 +53,8 @@ class Candidates:
 class Decisions:
     """One decision a candidate, in the candidates' order.
 
-    `rank` is the row's place in the audit: kept rows first, in the mix's order. `usable` and
-    `allocated` count per group.
+    `rank` is the row's place in the audit: kept rows first, in the mix's order, then validation rows.
+    `usable` and `allocated` count per group.
     """
 
     reason: NDArray[np.uint8]
@@ -62,6 +62,7 @@ class Decisions:
     twin: NDArray[np.int64]
     rank: NDArray[np.int64]
     num_kept: int
+    num_validation: int
     usable: NDArray[np.int64]
     allocated: NDArray[np.int64]
     allocations: dict[str, Allocation]
@@ -79,11 +80,13 @@ def decide(
     table.drop_unusable()
     if config.policy == allocation.TASK_SCORE:
         table.drop_texts()
+        table.keep_out_validation()
         table.drop_repeats(near)
         allocations = table.take_by_task_score()
         table.limit_sources()
     else:
         allocations = {}
+        table.keep_out_validation()
         table.take_by_ladder()
         table.limit_sources()
         table.drop_texts()
@@ -125,6 +128,26 @@ class _Table:
         if not self.config.compat:  # the published filter asks for fewer than 1 word, which no text has
             self._drop_bit(Bits.EMPTY_OUTPUT, Reason.EMPTY_OUTPUT)
 
+    def keep_out_validation(self) -> None:
+        """The first rows of each group by text hash that no other candidate repeats.
+
+        Whatever the seed, the policy or its ratios: the same rows.
+        """
+        per_group = self.config.validation_rows_per_task
+        if not per_group:
+            return
+        texts = Bits.TOO_LONG | Bits.SHORT_INPUT | Bits.EMPTY_OUTPUT
+        unique = np.ones(len(self.rows), bool)
+        order = np.argsort(self.rows.key, kind="stable")
+        same = self.rows.key[order[1:]] == self.rows.key[order[:-1]]
+        unique[order[1:][same]] = unique[order[:-1][same]] = False
+        alive = self._alive()
+        usable = alive[unique[alive] & ((self.rows.bits[alive] & texts) == 0)]
+        order = np.lexsort((self.rows.key[usable], self.rows.group[usable]))
+        group = self.rows.group[usable][order]
+        place = np.arange(len(order)) - np.searchsorted(group, group, side="left")
+        self._drop(usable[order[place < per_group]], Reason.VALIDATION)
+
     def drop_repeats(self, near: NearDuplicates | None) -> None:
         """All but the first row, in the mix's order, of each key."""
         alive = self._alive()
@@ -157,7 +180,8 @@ class _Table:
         score = rows.score[alive]
         failed = np.where(self.is_label[EXACT_MATCH][rows.group[alive]], score == 0, score < settings.failed_below)
         self.bucket[alive] = np.where(failed, BUCKET_OF["failed"], BUCKET_OF["rest"])
-        self._drop(self._beyond(alive, rows.group[alive], self.allocated, ~failed), Reason.OVER_ALLOCATION)
+        later = ~failed if settings.failed_first else None
+        self._drop(self._beyond(alive, rows.group[alive], self.allocated, later), Reason.OVER_ALLOCATION)
         return allocations
 
     def take_by_ladder(self) -> None:
@@ -184,12 +208,21 @@ class _Table:
     def close(self, allocations: dict[str, Allocation]) -> Decisions:
         """Everything still undecided is kept."""
         self.reason[self.reason == UNDECIDED] = Reason.KEPT
-        kept = self.reason == Reason.KEPT
-        order = np.lexsort((self.rows.row_hash, self.rows.shuffle_hash, ~kept))
+        kept, validation = self.reason == Reason.KEPT, self.reason == Reason.VALIDATION
+        place = np.where(validation, self.rows.key, self.rows.shuffle_hash)  # whatever the seed, the same order
+        order = np.lexsort((self.rows.row_hash, place, ~validation, ~kept))
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order))
         return Decisions(
-            self.reason, self.bucket, self.twin, rank, int(kept.sum()), self.usable, self.allocated, allocations
+            self.reason,
+            self.bucket,
+            self.twin,
+            rank,
+            int(kept.sum()),
+            int(validation.sum()),
+            self.usable,
+            self.allocated,
+            allocations,
         )
 
     def _ladder_exact_match(self) -> None:
@@ -236,7 +269,12 @@ class _Table:
     def _allocate(self, label: str, budget: int, members: NDArray[np.int64]) -> Allocation:
         settings = self.config.task_score
         demands = [
-            TaskDemand(self.groups[number].name, int(self.usable[number]), self.groups[number].task_score or 0.0)
+            TaskDemand(
+                self.groups[number].name,
+                int(self.usable[number]),
+                self.groups[number].task_score or 0.0,
+                int(self.usable[number]) if settings.weights == "size" else None,
+            )
             for number in members
             if self.usable[number]
         ]

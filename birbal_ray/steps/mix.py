@@ -23,7 +23,7 @@ from birbal_ray.mix.draft import Draft, draft_mix
 from birbal_ray.mix.rows import MIX_TASKS
 from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.mix.sources import Origin, origin_of
-from birbal_ray.mix.write import TASKS_FILE, WORK_FOLDER, MixWriter, mix_files
+from birbal_ray.mix.write import TASKS_FILE, WORK_FOLDER, MixWriter, mix_files, splits_of
 from birbal_ray.progress import ProgressLine
 from birbal_ray.ray_session import ray_session
 from birbal_ray.run import (
@@ -82,7 +82,9 @@ def mix(config: MixConfig, *, overwrite: bool = False, progress: ProgressLine | 
         manifest = _manifest(config, draft, writer, scores, origins)
         write_parquet(folder / TASKS_FILE, pa.Table.from_pylist(draft.task_table(), schema=MIX_TASKS))
         write_atomic(folder / CARD_FILE, dataset_card(manifest, identity["settings"]).encode())
-        manifest["files"] = {name: _sha256(folder / name) for name in [*mix_files(), TASKS_FILE, CARD_FILE]}
+        manifest["files"] = {
+            name: _sha256(folder / name) for name in [*mix_files(writer.splits), TASKS_FILE, CARD_FILE]
+        }
         manifest["wall_seconds"] = round(time.monotonic() - started, 3)
         finish_run(folder, manifest)
         return MixResult(folder, manifest["composition"], read_json(folder / MANIFEST_FILE))
@@ -154,7 +156,7 @@ def _identity(config: MixConfig, scores: ScoreFolder, origins: Sequence[Origin])
 
 def _write(draft: Draft, folder: Path, config: MixConfig, progress: ProgressLine) -> MixWriter:
     total = len(draft.gathered.candidates)
-    writer = MixWriter(folder, config.policy)
+    writer = MixWriter(folder, config.policy, splits_of(config))
     with writer.writing():
         outcomes = draft.outcomes()
         for table in read_texts(draft.chunks, draft.places(), in_process=draft.in_process):

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -296,12 +296,17 @@ def save_best(model: Any, folder: Path, step: int, eval_loss: float) -> None:
 
 
 def fine_tune(
-    config: TrainConfig, model_path: Path, folder: Path, report: Callable[[dict[str, Any]], None] = lambda line: None
+    config: TrainConfig,
+    model_path: Path,
+    folder: Path,
+    report: Callable[[dict[str, Any]], None] = lambda line: None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Outcome:
     """Train, or go on from the latest checkpoint in `folder`, until the data, the steps or the budget end.
 
     `folder` holds `packed/` (see `samples.prepare`). Leaves checkpoints/, best/, metrics.jsonl,
-    tensorboard/. `report` gets each line of metrics.jsonl. On a CPU, without a budget and with the
+    tensorboard/. `report` gets each line of metrics.jsonl; `callbacks` are transformers', asked after
+    the run's own. On a CPU, without a budget and with the
     same number of threads, the losses repeat exactly, interrupted or not.
     """
     clock = Clock(folder / CLOCK_FILE)
@@ -331,7 +336,8 @@ def fine_tune(
         ),
     )
     watch = Watch(trainer, report)
-    trainer.add_callback(watch)
+    for callback in (watch, *callbacks):
+        trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     clock.beat(force=True)
     state = trainer.state

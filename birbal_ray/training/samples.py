@@ -71,11 +71,12 @@ def prepare(
     long_samples: str,
     num_eval_rows: int,
     progress: Callable[[str], None] = lambda text: None,
+    eval_split: str = "eval",
 ) -> dict[str, Packing]:
     """Packed `train` and `eval` of a mix in `folder` (datasets' Arrow layout); figures by split.
 
-    What stands there from an earlier session is used again. Raises ConfigError when nothing fits the
-    sequence length or a split is empty.
+    `eval` is made of the mix's `eval_split`. What stands there from an earlier session is used again.
+    Raises ConfigError when nothing fits the sequence length or a split is empty.
     """
     figures_file = folder / FIGURES_FILE
     if figures_file.exists():
@@ -83,9 +84,10 @@ def prepare(
     shutil.rmtree(folder, ignore_errors=True)
     figures = {}
     for split, limit in (("train", None), ("eval", num_eval_rows)):
-        table = pq.read_table(mix / f"{split}.parquet", columns=["question", "answer"])
+        file = mix / f"{eval_split if split == 'eval' else split}.parquet"
+        table = pq.read_table(file, columns=["question", "answer"])
         if table.num_rows == 0:
-            raise ConfigError(f"{mix / f'{split}.parquet'}: no rows" + _EMPTY_EVAL * (split == "eval"))
+            raise ConfigError(f"{file}: no rows" + _EMPTY_EVAL * (split == "eval"))
         table = table.slice(0, limit) if limit else table
         figures[split] = _pack_split(split, table, folder, tokenizer, sequence_length, long_samples, progress)
     write_json(figures_file, {split: asdict(one) for split, one in figures.items()})

@@ -11,9 +11,10 @@ from birbal_ray.config.evaluate import EvaluateConfig
 from birbal_ray.config.mix import MixConfig
 from birbal_ray.config.score import ScoreConfig
 from birbal_ray.config.train import TrainConfig
+from birbal_ray.config.tune import TuneConfig
 from tests.conftest import REPOSITORY
 
-SCHEMAS = {"score": ScoreConfig, "mix": MixConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
+SCHEMAS = {"score": ScoreConfig, "mix": MixConfig, "train": TrainConfig, "evaluate": EvaluateConfig, "tune": TuneConfig}
 
 
 @pytest.fixture

@@ -1,0 +1,367 @@
+"""Tune: the sampling ratios that a short proxy fine-tune learns most from, and whether they beat hand-made ones."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from birbal_ray.config import ConfigError
+from birbal_ray.config.mix import MixConfig
+from birbal_ray.config.train import TrainResources
+from birbal_ray.config.tune import TuneConfig
+from birbal_ray.mix.scores import ScoreFolder, open_scores
+from birbal_ray.models import Model, pinned, resolve
+from birbal_ray.progress import ProgressLine
+from birbal_ray.ray_session import MIN_LOGICAL_CPUS, log_to, ray_session
+from birbal_ray.run import (
+    LOG_FOLDER,
+    MANIFEST_FILE,
+    RunError,
+    RunFailedError,
+    finish_run,
+    locked,
+    read_json,
+    start_run,
+    stoppable,
+    write_atomic,
+    write_parquet,
+)
+from birbal_ray.steps.mix import mix
+from birbal_ray.tuning.pictures import draw_search, draw_verdict
+from birbal_ray.tuning.plan import BASE, BASE_MODEL, FAILED, FINISHED, STOPPED, Job, Plan, Record
+from birbal_ray.tuning.records import (
+    TRIALS_FOLDER,
+    mix_yaml,
+    read_records,
+    remember_job,
+    table_of,
+    trial_folder,
+)
+from birbal_ray.tuning.space import TaskCounts, num_rows
+from birbal_ray.tuning.verdict import Verdict, by_name, verdict, winner
+
+STEP = "tune"
+TRIALS_FILE, BEST_FILE = "trials.parquet", "best_mix.yaml"
+SEARCH_PICTURE, VERDICT_PICTURE = "search.png", "verdict.png"
+READ_IN_PROCESS_MIB = 1 << 20  # a trial reads the scores by itself, without further Ray tasks
+BEST_ROWS = 8  # validation rows that the fine-tune's own evaluation is made on; trials are judged on all
+
+
+@dataclass(frozen=True, slots=True)
+class TuneResult:
+    """What a search left. `summary`: one row a mix that was run again or is a baseline, best first."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+
+def tune(config: TuneConfig, *, overwrite: bool = False, progress: ProgressLine | None = None) -> TuneResult:
+    """Search, or go on with a search, in `config.output`.
+
+    Raises ConfigError (settings, scores, another run's folder), ModelError, RunError (the search broke
+    off or every trial failed; trials that ended are kept and the same command goes on).
+    """
+    progress = progress or ProgressLine()
+    config, scores, model = resolved(config)
+    folder = Path(_required(config.output, "--output")).resolve()
+    with locked(folder), stoppable():
+        resumed = start_run(folder, STEP, _identity(config, scores, model), overwrite=overwrite)
+        if resumed and (folder / MANIFEST_FILE).exists():
+            progress.message(f"{folder} is up to date; nothing to do")
+            return TuneResult(folder, read_json(folder / MANIFEST_FILE))
+        plan = _plan(config, scores, folder)
+        if plan.records or plan.running:
+            progress.message(f"continuing: {len(plan.records)} trials have ended and are kept")
+        options = {"settings": config.model_dump(mode="json"), "fingerprint": model.fingerprint}
+        search(config, plan, folder, run_trial, options, progress)
+        return _finish(config, scores, plan, folder, progress)
+
+
+def dry_run(config: TuneConfig) -> list[dict[str, Any]]:
+    """What would be run: one row per kind of trial. Reads the scores, writes nothing."""
+    config, scores, _ = resolved(config)
+    plan = Plan(config, task_counts(scores))
+    repeats = config.repeats.seeds if config.repeats.top else 0
+    return [
+        {"trials": "base model, not trained", "number": 1, "tokens each": 0},
+        {"trials": f"baselines: {', '.join(config.baselines)}", "number": len(config.baselines)}
+        | {"tokens each": config.proxy.tokens},
+        {"trials": "search", "number": config.num_trials, "tokens each": config.proxy.tokens},
+        {"trials": "surrogate's best", "number": int(config.surrogate), "tokens each": config.proxy.tokens},
+        {
+            "trials": f"fresh seeds of baselines and the best {config.repeats.top}",
+            "number": repeats * (len(config.baselines) + config.repeats.top),
+            "tokens each": config.proxy.tokens,
+        },
+        {"trials": "in all", "number": plan.num_trials, "tokens each": None},
+    ]
+
+
+def resolved(config: TuneConfig) -> tuple[TuneConfig, ScoreFolder, Model]:
+    """(configuration with paths absolute and the device decided, its scores, its model)."""
+    path = Path(_required(config.scores, "--scores")).resolve()
+    scores = open_scores(path, config.mix.model)
+    model = resolve(config.train.model.name, config.train.model.revision)
+    resources = config.resources
+    threads = resources.num_threads or max(1, (os.cpu_count() or 1) // resources.max_concurrent)
+    train_resources = TrainResources(
+        device="gpu" if resources.num_gpus else "cpu",
+        accelerator_type=resources.accelerator_type,
+        num_cpus=resources.num_cpus,
+        num_threads=threads,
+    )
+    settings = config.train.model.model_copy(update=pinned(model))
+    train = config.train.model_copy(update={"resources": train_resources, "model": settings})
+    return config.model_copy(update={"scores": str(path), "train": train}), scores, model
+
+
+def task_counts(scores: ScoreFolder) -> TaskCounts:
+    """Tasks and rows of each label."""
+    tasks: Counter[str] = Counter()
+    rows: Counter[str] = Counter()
+    for task in scores.tasks:
+        tasks[task.label] += 1
+        rows[task.label] += task.num_instances - task.num_errors
+    return TaskCounts(tasks, rows)
+
+
+def _required(value: str | None, flag: str) -> str:
+    if not value:
+        raise ConfigError(f"{flag} is required (or set it in the --config file)")
+    return value
+
+
+def _identity(config: TuneConfig, scores: ScoreFolder, model: Model) -> dict[str, Any]:
+    """Everything that decides the trials; paths and resources don't."""
+    settings = config.model_dump(mode="json", exclude={"scores", "output", "resources"})
+    settings["train"].pop("resources")
+    settings["mix"].pop("resources")
+    settings["train"]["model"].pop("name")
+    return {
+        "settings": settings,
+        "scores": {"run": scores.identity_hash, "files": scores.content_hash},
+        "model_fingerprint": model.fingerprint,
+    }
+
+
+def _plan(config: TuneConfig, scores: ScoreFolder, folder: Path) -> Plan:
+    records, begun = read_records(folder)
+    return Plan(
+        config,
+        task_counts(scores),
+        records,
+        begun,
+        remember=lambda job: remember_job(folder, job, str(scores.path)),
+    )
+
+
+def search(
+    config: TuneConfig,
+    plan: Plan,
+    folder: Path,
+    trainable: Callable[[dict[str, Any]], None],
+    options: dict[str, Any],
+    progress: ProgressLine,
+) -> None:
+    """Run what is left of the plan on the connected cluster, or on a local one made for it."""
+    logical = max(MIN_LOGICAL_CPUS, config.resources.num_cpus * config.resources.max_concurrent + 1)
+    with ray_session(logical, folder / LOG_FOLDER / "ray.log", dashboard=True) as dashboard:
+        import ray
+
+        from birbal_ray.training.worker import missing_resources
+        from birbal_ray.tuning.runner import RAY_FOLDER, run_plan
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        missing = missing_resources(config.train, nodes)
+        if missing:
+            raise RunError(missing)
+        progress.message(f"trials: tensorboard --logdir {folder / RAY_FOLDER}")
+        if dashboard:
+            progress.message(f"Ray dashboard: http://{dashboard}")
+        run_plan(plan, config, folder, trainable, options, progress)
+
+
+def run_trial(config: dict[str, Any]) -> None:
+    """One trial, in a worker process: its mix, its proxy fine-tune, its objective."""
+    from birbal_ray.tuning.runner import Looks
+
+    job, run = Job.from_dict(config["job"]), Path(config["run"])
+    settings = TuneConfig.model_validate(config["settings"])
+    folder = trial_folder(run, job)
+    log_to(folder / LOG_FOLDER / "trial.log")
+    model = resolve(settings.train.model.name, settings.train.model.revision)
+    if model.fingerprint != config["fingerprint"]:
+        raise RunError(f"{model.path}: not the model that the search was started with, on this node")
+    # An earlier process may have died half-way: what it left is not trusted.
+    for name in ("mix", "train"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    made = make_mix(job, settings, folder / "mix")
+    num_looks = 1 if job.kind == BASE else settings.validation.looks
+    try:
+        _judge(job, settings, model, folder, made, Looks(run, job, num_looks))
+    finally:
+        shutil.rmtree(folder / "mix", ignore_errors=True)
+        for name in ("packed", "checkpoints", "best"):
+            shutil.rmtree(folder / "train" / name, ignore_errors=True)
+        gc.collect()
+
+
+def make_mix(job: Job, config: TuneConfig, folder: Path) -> dict[str, Any]:
+    """Make a trial's mix, as `birbal mix` does from the trial's mix.yaml; its manifest.
+
+    The base model, which trains on none, gets the mix of the settings, for its validation rows.
+    """
+    default = config.mix.model_dump(mode="json") | {
+        "validation_rows_per_task": config.validation.rows_per_task,
+        "task_score": config.mix.task_score.model_dump() | {"allow_shortfall": True},
+    }
+    values = {**(job.mix or default), "scores": config.scores, "output": str(folder)}
+    values["resources"] = {"in_process_mib": READ_IN_PROCESS_MIB}
+    return mix(MixConfig.model_validate(values)).manifest
+
+
+def _judge(job: Job, config: TuneConfig, model: Model, folder: Path, made: dict[str, Any], looks: Any) -> None:
+    """Train on the mix in `folder`, and tell the objective at every look."""
+    import torch
+
+    from birbal_ray.steps.train import load_tokenizer
+    from birbal_ray.training.finetune import fine_tune, load_base
+    from birbal_ray.training.samples import PACKED_FOLDER, prepare
+    from birbal_ray.training.task_loss import AtSteps, mean_over_tasks, read_samples, task_losses
+
+    train = config.train
+    if not torch.cuda.is_available():
+        torch.set_num_threads(train.resources.num_threads or 1)
+    tokenizer = load_tokenizer(model)
+    samples = read_samples(folder / "mix" / "validation.parquet", tokenizer, train.batch.sequence_length)
+    if not samples:
+        raise ConfigError(
+            f"validation.rows_per_task={config.validation.rows_per_task}: no row of any task fits "
+            f"train.batch.sequence_length={train.batch.sequence_length}, or none is left over"
+        )
+    figures = {
+        "num_rows": made["rows"]["train"],
+        "mix_sha256": made["files"]["train.parquet"],
+        "validation_sha256": made["files"]["validation.parquet"],
+    }
+    if job.kind == BASE:
+        base = load_base(model.path, train)
+        figures |= {"num_rows": 0, "mix_sha256": ""}
+        looks.look(0, mean_over_tasks(task_losses(base, samples)), **figures)
+        return
+    packing = prepare(
+        folder / "mix",
+        folder / "train" / PACKED_FOLDER,
+        tokenizer,
+        train.batch.sequence_length,
+        train.batch.long_samples,
+        BEST_ROWS,
+        eval_split="validation",
+    )["train"]
+    per_step = train.batch.micro * train.batch.accumulation * packing.num_tokens / packing.num_packs
+    num_steps = max(config.validation.looks, round(config.proxy.tokens / per_step))
+    epochs = math.ceil(num_steps * train.batch.micro * train.batch.accumulation / packing.num_packs) + 1
+    never = num_steps + 1
+    short = train.model_copy(
+        update={
+            "seed": job.seed,
+            "max_steps": num_steps,
+            "epochs": float(epochs),
+            "evaluation": train.evaluation.model_copy(update={"every_steps": never}),
+            "checkpoint": train.checkpoint.model_copy(update={"every_steps": never, "every_minutes": math.inf}),
+        }
+    )
+    at = {round(num_steps * (k + 1) / config.validation.looks) for k in range(config.validation.looks)}
+
+    def look(step: int, trained: Any) -> None:
+        tokens = round(num_steps * per_step)
+        looks.look(step, mean_over_tasks(task_losses(trained, samples)), num_tokens=tokens, **figures)
+
+    fine_tune(short, model.path, folder / "train", callbacks=[AtSteps(at, look)])
+
+
+def _finish(config: TuneConfig, scores: ScoreFolder, plan: Plan, folder: Path, progress: ProgressLine) -> TuneResult:
+    records = [plan.records[key] for key in sorted(plan.records)]
+    failed = [record for record in records if record.status == FAILED]
+    for record in failed:
+        log = folder / TRIALS_FOLDER / record.job.key / LOG_FOLDER / "trial.log"
+        progress.message(f"trial {record.job.key} failed: {record.error} (log: {log})")
+    good = [r for r in records if r.status == FINISHED and r.job.kind != BASE]
+    if not good:
+        raise RunFailedError(f"{folder}: no trial came to its end; mend what the logs name and run the command again")
+    suites = {record.validation_sha256 for record in records if record.validation_sha256}
+    if len(suites) > 1:
+        raise RunError(f"{folder}: trials were judged on {len(suites)} different validation suites; use --overwrite")
+    objectives = by_name(records)
+    chosen = (
+        winner(plan.finalists(), config.baselines, objectives)
+        or min(good, key=lambda record: (record.objective or math.inf, record.job.key)).job.name
+    )
+    verdicts = [v for b in config.baselines if b != chosen and (v := verdict(chosen, b, objectives))]
+    job = next(r.job for r in good if r.job.name == chosen and r.job.seed == config.seed)
+    about = [_about(job, config, folder), *[v.sentence() for v in verdicts]]
+    write_atomic(folder / BEST_FILE, mix_yaml(job.mix, str(scores.path), about).encode())
+    write_parquet(folder / TRIALS_FILE, table_of(records))
+    write_atomic(folder / SEARCH_PICTURE, draw_search(records, config.baselines))
+    if objectives:
+        write_atomic(folder / VERDICT_PICTURE, draw_verdict(objectives, config.baselines, chosen))
+    base = plan.records.get(BASE_MODEL)
+    manifest = {
+        "seed": config.seed,
+        "model": {"name": config.train.model.name},
+        "scores": {"path": str(scores.path)},
+        "best": {"mix": chosen, "is_baseline": chosen in config.baselines, "ratios": job.values},
+        "verdicts": [_plain(v) for v in verdicts],
+        "base_objective": base.objective if base else None,
+        "summary": summary(records, config),
+        "trials": dict(Counter(record.status for record in records)),
+        "rows": {"per_mix": num_rows(config.mix)},
+    }
+    finish_run(folder, manifest)
+    return TuneResult(folder, read_json(folder / MANIFEST_FILE))
+
+
+def _about(job: Job, config: TuneConfig, folder: Path) -> str:
+    of = f"of {config.num_trials} searched, {len(config.baselines)} baselines"
+    return f"Mix {job.name!r}, the lowest mean held-out loss over fresh seeds, {of} ({folder.name})."
+
+
+def _plain(found: Verdict) -> dict[str, Any]:
+    return {
+        "mix": found.name,
+        "baseline": found.baseline,
+        "outcome": found.outcome,
+        "difference": found.difference,
+        "margin": found.margin if math.isfinite(found.margin) else None,
+        "num_seeds": found.num_seeds,
+        "sentence": found.sentence(),
+    }
+
+
+def summary(records: list[Record], config: TuneConfig) -> list[dict[str, Any]]:
+    """One row per mix at the search's seed, baselines first, then by objective; fresh seeds beside."""
+    again = by_name(records)
+    rows = []
+    for record in records:
+        if record.job.kind not in (BASE,) and record.job.seed == config.seed and record.status in (FINISHED, STOPPED):
+            fresh = list(again.get(record.job.name, {}).values())
+            rows.append(
+                {
+                    "mix": record.job.name,
+                    "kind": record.job.kind,
+                    "status": record.status,
+                    "loss": record.objective,
+                    "fresh seeds": len(fresh) or None,
+                    "mean loss": sum(fresh) / len(fresh) if fresh else None,
+                    **{name: record.job.values.get(name) for name in ("gamma", "exact_match_fraction", "failed_first")},
+                }
+            )
+    order = {name: place for place, name in enumerate(config.baselines)}
+    return sorted(rows, key=lambda row: (order.get(row["mix"], len(order)), row["status"], row["loss"]))

@@ -1,0 +1,88 @@
+"""Trials on Ray: side by side, on a node that vanishes, under a driver that is killed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from birbal_ray.tuning.plan import FINISHED
+from birbal_ray.tuning.records import RESULT_FILE, TRIALS_FOLDER
+from tests.e2e.processes import kill_whole, wait_for
+from tests.ray.synthetic_search import starts_of, synthetic_search
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def ended(run: Path) -> dict[str, int]:
+    """Trials that ended, with the time of their result."""
+    files = (run / TRIALS_FOLDER).glob(f"*/{RESULT_FILE}")
+    return {file.parent.name: file.stat().st_mtime_ns for file in files}
+
+
+@pytest.fixture
+def two_nodes(monkeypatch):
+    """A head without CPUs and two nodes with one each, all on this machine."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield cluster, nodes
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_a_node_lost_in_the_middle_costs_its_trial_a_retry(two_nodes, tmp_path):
+    cluster, nodes = two_nodes
+    lost = []
+
+    def take_a_node_away():
+        while len(starts_of(tmp_path)) < 5:
+            time.sleep(0.1)
+        running = {start["node"]: start["key"] for start in starts_of(tmp_path)}
+        lost.append((nodes[0].node_id, running[nodes[0].node_id]))
+        cluster.remove_node(nodes[0])
+        cluster.add_node(num_cpus=1)
+
+    killer = threading.Thread(target=take_a_node_away)
+    killer.start()
+    plan = synthetic_search(tmp_path, seconds=1.0)
+    killer.join()
+    ((node, key),) = lost
+    assert len(plan.records) == plan.num_trials == 1 + 2 + 6 + 3 * 2
+    assert {record.status for record in plan.records.values()} == {FINISHED}
+    starts = Counter(start["key"] for start in starts_of(tmp_path))
+    assert {name for name, count in starts.items() if count > 1} <= {key}, "others were not touched"
+    assert sum(starts.values()) <= plan.num_trials + 1
+    where = [start["node"] for start in starts_of(tmp_path)]
+    assert len(set(where[:5])) == 2, "both nodes worked at the same time"
+    assert plan.records[key].node != node or starts[key] == 1
+
+
+def test_killed_and_called_again_repeats_no_finished_trial(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "tests.ray.synthetic_search", str(tmp_path), "0.5"]
+    process = subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path.cwd()
+    )
+    wait_for(lambda: len(ended(tmp_path)) >= 5, process, 120)
+    kill_whole(process)
+    before = ended(tmp_path)
+    again = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=200, cwd=Path.cwd())
+    assert again.returncode == 0, again.stderr
+    after = ended(tmp_path)
+    assert len(after) == 15
+    assert {name: after[name] for name in before} == before
+    starts = Counter(start["key"] for start in starts_of(tmp_path))
+    assert {starts[name] for name in before} == {1}
+    assert set(starts) == set(after)
+    assert max(starts.values()) <= 2, "a trial that was running is run once more"
