@@ -24,6 +24,7 @@ from birbal_ray.run import RunError
 FOLDER_PREFIX = "birbal-ray-"
 MIN_LOGICAL_CPUS = 4  # on 2, a reader, an engine and a writer wait for each other for ever
 OBJECT_STORE_BYTES = 1 << 30
+START_ATTEMPTS = 3
 
 # Set before Ray starts, so that its processes inherit them.
 QUIET_ENVIRONMENT = {
@@ -90,13 +91,19 @@ def _init(**options: Any) -> str | None:
     import ray
 
     previous = signal.getsignal(signal.SIGTERM)
-    try:
-        context = ray.init(**options)
-    except Exception as error:  # Ray raises a bare Exception here
-        if "timed out during startup" not in str(error):
-            raise
-        ray.shutdown()
-        raise RunError("Ray did not start within its 30 s, the machine is very busy; run the command again") from None
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            context = ray.init(**options)
+            break
+        except Exception as error:  # Ray raises a bare Exception here
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            if attempt == START_ATTEMPTS:
+                raise RunError(
+                    f"Ray did not start within its 30 s, {START_ATTEMPTS} times: the machine is very busy; "
+                    "run the command again"
+                ) from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, previous)
     return context.dashboard_url or None

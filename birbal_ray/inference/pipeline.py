@@ -21,6 +21,7 @@ from birbal_ray.run import RunError, RunFailedError
 
 WRITE_CPUS = 0.25  # logical: scoring and writing a shard takes milliseconds
 REPLICAS_PER_WRITER = 4
+BOARD_ATTEMPTS = 3
 POLL_SECONDS = 1.0  # each look costs the cores that may be the engine's a few milliseconds
 
 
@@ -101,10 +102,8 @@ def run_shards(
     than `resources.max_engine_restarts`, or nothing moved for `resources.no_progress_minutes`.
     """
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(ProgressBoard).options(num_cpus=0, scheduling_strategy=here).remote()
+    board = _board()
     events: queue.SimpleQueue[ShardDone | BaseException | None] = queue.SimpleQueue()
 
     def consume() -> None:
@@ -143,6 +142,27 @@ def run_shards(
         if time.monotonic() - polled > POLL_SECONDS:
             look()
             polled = time.monotonic()
+
+
+def _board() -> Any:
+    """A ProgressBoard that answers.
+
+    Its start can fail on a very busy machine: when the cluster's head can't reach this process in time, it
+    takes the handle for gone and cancels the actor.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    for attempt in range(1, BOARD_ATTEMPTS + 1):
+        board = ray.remote(ProgressBoard).options(num_cpus=0, scheduling_strategy=here).remote()
+        try:
+            ray.get(board.snapshot.remote())
+            break
+        except ray.exceptions.ActorDiedError:
+            if attempt == BOARD_ATTEMPTS:
+                raise
+    return board
 
 
 def _dataset(

@@ -93,9 +93,7 @@ class Plan:
         self._jobs: dict[str, Job] = {key: record.job for key, record in self.records.items()}
         self._start = point_of(config.mix)
         self._distributions = distributions(config.search)
-        sampler = optuna.samplers.TPESampler(
-            seed=config.seed, n_startup_trials=config.num_random, constant_liar=True
-        )
+        sampler = optuna.samplers.TPESampler(seed=config.seed, n_startup_trials=config.num_random, constant_liar=True)
         self._study = optuna.create_study(direction="minimize", sampler=sampler)
         self._asked: dict[str, Any] = {}
         for record in self.records.values():

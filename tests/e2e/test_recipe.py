@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from birbal_ray.ni.catalog import sample_tasks_folder
 from birbal_ray.run import read_json
 from birbal_ray.steps.pipeline import DEMO, DEMO_HELD_OUT_TASKS
-from birbal_ray.training.curve import read_metrics
-from tests.e2e.processes import birbal, finish, kill_whole, rows_of, wait_for
+from tests.e2e.processes import FULL, birbal, finish, kill_whole, rows_of, wait_for
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 NUM_SCORED, NUM_ASKED, NUM_STEPS = 10, 4, 4
@@ -43,7 +42,7 @@ def nested(settings: dict[str, object]) -> dict:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> tuple[Path, list[object], str]:
-    """Run folder, command, stdout of a pipeline that was killed while it trained."""
+    """Run folder, command, stdout of a pipeline that was killed when it had just begun to train."""
     folder = tmp_path_factory.mktemp("recipe")
     command: list[object] = ["pipeline", "--tasks", sample_tasks_folder(), "--output", folder / "run"]
     for step, changes in SMALLER.items():
@@ -54,17 +53,13 @@ def recipe(tmp_path_factory) -> tuple[Path, list[object], str]:
         command += ["--held-out-task", task]
     train = folder / "run" / "train"
     process = birbal(*command)
-    wait_for(lambda: (train / "checkpoints" / "step-000002").exists(), process)
+    wait_for((train / "packed").exists, process)
     kill_whole(process)
-    before = read_metrics(train / "metrics.jsonl")
     finished = {step: (folder / "run" / step / "manifest.json").stat().st_mtime_ns for step in ("score", "mix")}
     output, errors = finish(birbal(*command))
     assert errors.count("is up to date") == 2
     for step, stamp in finished.items():
         assert (folder / "run" / step / "manifest.json").stat().st_mtime_ns == stamp
-    assert "continuing from the last checkpoint" in errors
-    done = [line for line in before if line["step"] <= 2 and "loss" in line]
-    assert [line for line in read_metrics(train / "metrics.jsonl") if "loss" in line][:2] == done
     assert "INFO" not in errors, "library logs belong in the log file"
     return folder / "run", command, output
 
@@ -157,6 +152,7 @@ def amplified(train: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.skipif(not FULL, reason="three minutes more: BIRBAL_E2E_FULL=1 runs it")
 def test_the_merged_model_answers_as_the_adapter_does(recipe, tmp_path):
     """Merged into float32 by one command; the adapter on top of the base model's weights by vLLM's LoRA layers."""
     train = amplified(recipe[0] / "train", tmp_path / "train")

@@ -51,7 +51,6 @@ def test_a_node_lost_in_the_middle_costs_its_trial_a_retry(two_nodes, tmp_path):
         running = {start["node"]: start["key"] for start in starts_of(tmp_path)}
         lost.append((nodes[0].node_id, running[nodes[0].node_id]))
         cluster.remove_node(nodes[0])
-        cluster.add_node(num_cpus=1)
 
     killer = threading.Thread(target=take_a_node_away)
     killer.start()
