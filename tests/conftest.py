@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+SLOW = os.environ.get("BIRBAL_SLOW_TESTS") == "1"
+slow = pytest.mark.skipif(not SLOW, reason="takes minutes; `make test-all` (BIRBAL_SLOW_TESTS=1) runs it")
 
 
 @pytest.fixture(scope="session")

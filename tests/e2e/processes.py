@@ -12,8 +12,6 @@ from pathlib import Path
 import psutil
 import pyarrow.dataset as pads
 
-FULL = os.environ.get("BIRBAL_E2E_FULL") == "1"
-
 
 def birbal(*arguments: object) -> subprocess.Popen[str]:
     """Start the command, on a Ray of its own."""

@@ -7,11 +7,12 @@ import pytest
 
 from birbal_ray.ni.schema import hash_order
 from birbal_ray.run import read_manifest
-from tests.e2e.processes import FULL, birbal, finish, kill_whole, rows_of, wait_for
+from tests.conftest import SLOW
+from tests.e2e.processes import birbal, finish, kill_whole, rows_of, wait_for
 
 pytestmark = pytest.mark.vllm
-# With BIRBAL_E2E_FULL=1 all 720 real rows, 100 compared: ten minutes more.
-NUM_PER_TASK, NUM_COMPARED = (60, 100) if FULL else (10, 30)
+# Slow: all 720 real rows, 100 compared, ten minutes more.
+NUM_PER_TASK, NUM_COMPARED = (60, 100) if SLOW else (10, 30)
 
 
 def test_real_tasks_killed_and_run_again_agree_with_transformers(shared_data, tmp_path):

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from birbal_ray.ni.catalog import sample_tasks_folder
 from birbal_ray.run import read_json
 from birbal_ray.steps.pipeline import DEMO, DEMO_HELD_OUT_TASKS
-from tests.e2e.processes import FULL, birbal, finish, kill_whole, rows_of, wait_for
+from tests.conftest import slow
+from tests.e2e.processes import birbal, finish, kill_whole, rows_of, wait_for
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 NUM_SCORED, NUM_ASKED, NUM_STEPS = 10, 4, 4
@@ -152,7 +153,7 @@ def amplified(train: Path, target: Path) -> Path:
     return target
 
 
-@pytest.mark.skipif(not FULL, reason="three minutes more: BIRBAL_E2E_FULL=1 runs it")
+@slow
 def test_the_merged_model_answers_as_the_adapter_does(recipe, tmp_path):
     """Merged into float32 by one command; the adapter on top of the base model's weights by vLLM's LoRA layers."""
     train = amplified(recipe[0] / "train", tmp_path / "train")

@@ -13,6 +13,7 @@ from birbal_ray.config import load_config
 from birbal_ray.config.train import TrainConfig
 from birbal_ray.training.checkpoints import all_checkpoints
 from birbal_ray.training.curve import read_metrics
+from tests.conftest import slow
 
 NUM_STEPS = 120
 SETTINGS = {
@@ -84,6 +85,7 @@ fine_tune(config, model, folder)
 
 
 @pytest.mark.timeout(900)
+@slow
 def test_killed_worker_is_replaced_sigterm_saves_and_the_same_command_goes_on(
     undisturbed, tiny_model, tiny_mix, tmp_path
 ):
