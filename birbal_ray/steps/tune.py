@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray.config import ConfigError
-from birbal_ray.config.mix import MixConfig
 from birbal_ray.config.train import TrainResources
 from birbal_ray.config.tune import TuneConfig
 from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.models import Model, pinned, resolve
 from birbal_ray.progress import ProgressLine
-from birbal_ray.ray_session import MIN_LOGICAL_CPUS, log_to, ray_session
+from birbal_ray.ray_session import MIN_LOGICAL_CPUS, ray_session
 from birbal_ray.run import (
     LOG_FOLDER,
     MANIFEST_FILE,
@@ -33,7 +30,7 @@ from birbal_ray.run import (
     write_atomic,
     write_parquet,
 )
-from birbal_ray.steps.mix import mix
+from birbal_ray.steps.tune_trial import run_trial
 from birbal_ray.tuning.pictures import draw_search, draw_verdict
 from birbal_ray.tuning.plan import BASE, BASE_MODEL, FAILED, FINISHED, STOPPED, Job, Plan, Record
 from birbal_ray.tuning.records import (
@@ -42,7 +39,6 @@ from birbal_ray.tuning.records import (
     read_records,
     remember_job,
     table_of,
-    trial_folder,
 )
 from birbal_ray.tuning.space import TaskCounts, num_rows
 from birbal_ray.tuning.verdict import Verdict, by_name, verdict, winner
@@ -50,8 +46,6 @@ from birbal_ray.tuning.verdict import Verdict, by_name, verdict, winner
 STEP = "tune"
 TRIALS_FILE, BEST_FILE = "trials.parquet", "best_mix.yaml"
 SEARCH_PICTURE, VERDICT_PICTURE = "search.png", "verdict.png"
-READ_IN_PROCESS_MIB = 1 << 20  # a trial reads the scores by itself, without further Ray tasks
-BEST_ROWS = 8  # validation rows that the fine-tune's own evaluation is made on; trials are judged on all
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,105 +182,6 @@ def search(
         run_plan(plan, config, folder, trainable, options, progress)
 
 
-def run_trial(config: dict[str, Any]) -> None:
-    """One trial, in a worker process: its mix, its proxy fine-tune, its objective."""
-    from birbal_ray.tuning.runner import Looks
-
-    job, run = Job.from_dict(config["job"]), Path(config["run"])
-    settings = TuneConfig.model_validate(config["settings"])
-    folder = trial_folder(run, job)
-    log_to(folder / LOG_FOLDER / "trial.log")
-    model = resolve(settings.train.model.name, settings.train.model.revision)
-    if model.fingerprint != config["fingerprint"]:
-        raise RunError(f"{model.path}: not the model that the search was started with, on this node")
-    # An earlier process may have died half-way: what it left is not trusted.
-    for name in ("mix", "train"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    made = make_mix(job, settings, folder / "mix")
-    num_looks = 1 if job.kind == BASE else settings.validation.looks
-    try:
-        _judge(job, settings, model, folder, made, Looks(run, job, num_looks))
-    finally:
-        shutil.rmtree(folder / "mix", ignore_errors=True)
-        for name in ("packed", "checkpoints", "best"):
-            shutil.rmtree(folder / "train" / name, ignore_errors=True)
-        gc.collect()
-
-
-def make_mix(job: Job, config: TuneConfig, folder: Path) -> dict[str, Any]:
-    """Make a trial's mix, as `birbal mix` does from the trial's mix.yaml; its manifest.
-
-    The base model, which trains on none, gets the mix of the settings, for its validation rows.
-    """
-    default = config.mix.model_dump(mode="json") | {
-        "validation_rows_per_task": config.validation.rows_per_task,
-        "task_score": config.mix.task_score.model_dump() | {"allow_shortfall": True},
-    }
-    values = {**(job.mix or default), "scores": config.scores, "output": str(folder)}
-    values["resources"] = {"in_process_mib": READ_IN_PROCESS_MIB}
-    return mix(MixConfig.model_validate(values)).manifest
-
-
-def _judge(job: Job, config: TuneConfig, model: Model, folder: Path, made: dict[str, Any], looks: Any) -> None:
-    """Train on the mix in `folder`, and tell the objective at every look."""
-    import torch
-
-    from birbal_ray.steps.train import load_tokenizer
-    from birbal_ray.training.finetune import fine_tune, load_base
-    from birbal_ray.training.samples import PACKED_FOLDER, prepare
-    from birbal_ray.training.task_loss import AtSteps, mean_over_tasks, read_samples, task_losses
-
-    train = config.train
-    if not torch.cuda.is_available():
-        torch.set_num_threads(train.resources.num_threads or 1)
-    tokenizer = load_tokenizer(model)
-    samples = read_samples(folder / "mix" / "validation.parquet", tokenizer, train.batch.sequence_length)
-    if not samples:
-        raise ConfigError(
-            f"validation.rows_per_task={config.validation.rows_per_task}: no row of any task fits "
-            f"train.batch.sequence_length={train.batch.sequence_length}, or none is left over"
-        )
-    figures = {
-        "num_rows": made["rows"]["train"],
-        "mix_sha256": made["files"]["train.parquet"],
-        "validation_sha256": made["files"]["validation.parquet"],
-    }
-    if job.kind == BASE:
-        base = load_base(model.path, train)
-        figures |= {"num_rows": 0, "mix_sha256": ""}
-        looks.look(0, mean_over_tasks(task_losses(base, samples)), **figures)
-        return
-    packing = prepare(
-        folder / "mix",
-        folder / "train" / PACKED_FOLDER,
-        tokenizer,
-        train.batch.sequence_length,
-        train.batch.long_samples,
-        BEST_ROWS,
-        eval_split="validation",
-    )["train"]
-    per_step = train.batch.micro * train.batch.accumulation * packing.num_tokens / packing.num_packs
-    num_steps = max(config.validation.looks, round(config.proxy.tokens / per_step))
-    epochs = math.ceil(num_steps * train.batch.micro * train.batch.accumulation / packing.num_packs) + 1
-    never = num_steps + 1
-    short = train.model_copy(
-        update={
-            "seed": job.seed,
-            "max_steps": num_steps,
-            "epochs": float(epochs),
-            "evaluation": train.evaluation.model_copy(update={"every_steps": never}),
-            "checkpoint": train.checkpoint.model_copy(update={"every_steps": never, "every_minutes": math.inf}),
-        }
-    )
-    at = {round(num_steps * (k + 1) / config.validation.looks) for k in range(config.validation.looks)}
-
-    def look(step: int, trained: Any) -> None:
-        tokens = round(num_steps * per_step)
-        looks.look(step, mean_over_tasks(task_losses(trained, samples)), num_tokens=tokens, **figures)
-
-    fine_tune(short, model.path, folder / "train", callbacks=[AtSteps(at, look)])
-
-
 def _finish(config: TuneConfig, scores: ScoreFolder, plan: Plan, folder: Path, progress: ProgressLine) -> TuneResult:
     records = [plan.records[key] for key in sorted(plan.records)]
     failed = [record for record in records if record.status == FAILED]
@@ -304,7 +199,9 @@ def _finish(config: TuneConfig, scores: ScoreFolder, plan: Plan, folder: Path, p
         winner(plan.finalists(), config.baselines, objectives)
         or min(good, key=lambda record: (record.objective or math.inf, record.job.key)).job.name
     )
-    verdicts = [v for b in config.baselines if b != chosen and (v := verdict(chosen, b, objectives))]
+    # What was found is compared with every baseline, also where one of these is the best of all.
+    searched = winner(plan.finalists(), [], objectives)
+    verdicts = [v for b in config.baselines if searched and (v := verdict(searched, b, objectives))]
     job = next(r.job for r in good if r.job.name == chosen and r.job.seed == config.seed)
     about = [_about(job, config, folder), *[v.sentence() for v in verdicts]]
     write_atomic(folder / BEST_FILE, mix_yaml(job.mix, str(scores.path), about).encode())

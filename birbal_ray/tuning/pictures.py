@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SEARCHED, STOPPED_COLOUR, BEST, LINE = "#1f5fa8", "#b8c4d0", "#2e8b3d", "#d0661b"
+LINES = ("#d0661b", "#8a5fa8", "#a83232", "#7a6a1b")  # of the baselines, in their order
 LOSS = "held-out loss, mean over tasks (nats a token)"
 
 
 def draw_search(records: Sequence[Record], baselines: Sequence[str]) -> bytes:
     """PNG: objective against each ratio, then the best so far over trials; baselines as dashed lines."""
+    from matplotlib.ticker import MaxNLocator
+
     found = [r for r in records if r.job.kind in (SEARCH, SURROGATE) and r.objective is not None]
     names = sorted({name for record in found for name in record.job.values})
     names = [name for name in names if len({record.job.values[name] for record in found}) > 1]
@@ -38,14 +41,17 @@ def draw_search(records: Sequence[Record], baselines: Sequence[str]) -> bytes:
             axes.set_xlim(-0.5, 1.5)
         _baselines(axes, lines, baselines)
         axes.set_xlabel(name)
-        axes.set_ylabel(LOSS if place == 1 else "")
-        axes.legend(fontsize=7)
+        axes.set_ylabel("held-out loss")
+        if place == 1:
+            axes.legend(handles=list(axes.collections), fontsize=7)
     axes = figure.add_subplot(rows, columns, len(names) + 1)
     searched = [r for r in found if r.job.kind == SEARCH]
     axes.step(range(1, len(searched) + 1), best_so_far(searched), where="post", color=SEARCHED, marker="o")
     _baselines(axes, lines, baselines)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("trials of the search")
-    axes.set_ylabel("best so far")
+    axes.set_ylabel("best held-out loss so far")
+    axes.legend(fontsize=7)
     return _png(figure)
 
 
@@ -68,9 +74,9 @@ def draw_verdict(objectives: Mapping[str, Mapping[int, float]], baselines: Seque
 
 
 def _baselines(axes: object, lines: Mapping[str, float], baselines: Sequence[str]) -> None:
-    for style, name in zip(("--", ":", "-.", (0, (5, 1))), baselines, strict=False):
+    for colour, name in zip(LINES, baselines, strict=False):
         if name in lines:
-            axes.axhline(lines[name], color=LINE, linewidth=1, linestyle=style, label=name)  # type: ignore[attr-defined]
+            axes.axhline(lines[name], color=colour, linewidth=1.2, linestyle="--", label=name)  # type: ignore[attr-defined]
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -72,6 +72,8 @@ class PlanSearcher(Searcher):
         """Finished by itself, stopped early, or failed for good."""
         import json
 
+        if result and LOOK in result:  # the one that it was stopped at comes here only
+            self.on_trial_result(trial_id, result)
         job = self._jobs.pop(trial_id)
         looks = [look for _, look in sorted(self._looks.pop(trial_id, {}).items())]
         file = trial_folder(self._run, job) / RESULT_FILE

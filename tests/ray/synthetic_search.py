@@ -45,7 +45,7 @@ def synthetic_search(run: Path, seconds: float, num_trials: int = 6, max_failure
         baselines=["uniform", "task_score"],
         surrogate=False,
         validation={"looks": LOOKS},
-        stopping={"enabled": False},
+        stopping={"reduction_factor": 2},
         repeats={"top": 1, "seeds": 2},
         resources={"num_cpus": 1, "max_concurrent": 2, "max_failures": max_failures},
     )

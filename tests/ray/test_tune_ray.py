@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from birbal_ray.tuning.plan import FINISHED
-from birbal_ray.tuning.records import RESULT_FILE, TRIALS_FOLDER
+from birbal_ray.config.tune import TuneConfig
+from birbal_ray.tuning.plan import FAILED, STOPPED, Plan
+from birbal_ray.tuning.records import RESULT_FILE, TRIALS_FOLDER, read_records, remember_job
 from tests.e2e.processes import kill_whole, wait_for
-from tests.ray.synthetic_search import starts_of, synthetic_search
+from tests.ray.synthetic_search import COUNTS, starts_of, synthetic_search
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -58,7 +59,7 @@ def test_a_node_lost_in_the_middle_costs_its_trial_a_retry(two_nodes, tmp_path):
     killer.join()
     ((node, key),) = lost
     assert len(plan.records) == plan.num_trials == 1 + 2 + 6 + 3 * 2
-    assert {record.status for record in plan.records.values()} == {FINISHED}
+    assert FAILED not in {record.status for record in plan.records.values()}
     starts = Counter(start["key"] for start in starts_of(tmp_path))
     assert {name for name, count in starts.items() if count > 1} <= {key}, "others were not touched"
     assert sum(starts.values()) <= plan.num_trials + 1
@@ -85,3 +86,21 @@ def test_killed_and_called_again_repeats_no_finished_trial(tmp_path):
     assert {starts[name] for name in before} == {1}
     assert set(starts) == set(after)
     assert max(starts.values()) <= 2, "a trial that was running is run once more"
+
+
+def test_a_trial_stopped_at_its_first_look_is_kept_as_stopped(tmp_path):
+    from birbal_ray.tuning.runner import PlanSearcher
+
+    plan = Plan(TuneConfig(num_trials=1), COUNTS, remember=lambda job: remember_job(tmp_path, job, "nowhere"))
+    searcher = PlanSearcher(plan, tmp_path, {})
+    for trial in "abcdef":
+        searcher.suggest(trial)
+    # Tune tells of the result at which its scheduler stopped a trial only here.
+    searcher.on_trial_complete("f", {"look": 1, "step": 5, "objective": 2.5})
+    (record,) = plan.records.values()
+    assert (record.job.key, record.status, record.objective, record.looks) == ("search-000", STOPPED, 2.5, [[5, 2.5]])
+    searcher.on_trial_complete("e", error=True)
+    assert plan.records["birbal_2023"].status == FAILED
+    (kept,), begun = read_records(tmp_path)
+    assert kept == record, "what failed may work the next time"
+    assert len(begun) == 5

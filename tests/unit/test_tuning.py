@@ -14,7 +14,8 @@ from birbal_ray.mix.scores import open_scores
 from birbal_ray.mix.synthetic import made_up_rows, write_score_folder
 from birbal_ray.run import RUN_FILE
 from birbal_ray.steps.mix import mix
-from birbal_ray.steps.tune import make_mix, task_counts
+from birbal_ray.steps.tune import task_counts
+from birbal_ray.steps.tune_trial import make_mix
 from birbal_ray.tuning.plan import (
     BASE,
     BASELINE,
