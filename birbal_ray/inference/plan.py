@@ -158,7 +158,7 @@ class Plan:
 
 def make_plan(
     config: ScoreConfig,
-    tokenizer: Tokenizer,
+    load_tokenizer: Callable[[], Tokenizer],
     *,
     excluded: Collection[str] = frozenset(),
     count_tokens: bool = False,
@@ -166,6 +166,7 @@ def make_plan(
 ) -> Plan:
     """Read every chosen task file once and decide what the run does with it; writes nothing.
 
+    The tokenizer is loaded when the choice of tasks is known to be right: that may take a download.
     `excluded`: row ids and text keys (ni.schema) of instances that the run may not take.
 
     Files that can't be used are quarantined, or raise TaskError when `config.tasks.strict`.
@@ -183,6 +184,7 @@ def make_plan(
     if config.tasks.label_overrides:
         overrides |= labels.read_overrides(Path(config.tasks.label_overrides))
 
+    tokenizer = load_tokenizer()
     planned, quarantined, left_out = [], [], []
     files = [file for file in files if file.name in chosen]
     for done, (file, task) in enumerate(reader.read_tasks(files), 1):

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,8 @@ def score(config: ScoreConfig, *, overwrite: bool = False, progress: ProgressLin
     config = resolved(config)
     started = time.monotonic()
     folder = Path(config.output or "").resolve()
-    config, model_revision, fingerprint = _pinned_model(config)
     plan = planned(config, progress)
+    config, model_revision, fingerprint = _pinned_model(config)
     with locked(folder), stoppable():
         resumed = start_run(folder, STEP, identity_of(config, plan, fingerprint), overwrite=overwrite)
         if resumed and (folder / MANIFEST_FILE).exists():
@@ -119,8 +120,9 @@ def planned(
     count_tokens: bool = False,
 ) -> Plan:
     """The plan of a run; reads every chosen task file once and writes nothing."""
-    tokenizer = load_tokenizer(config)
-    return make_plan(config, tokenizer, excluded=excluded, count_tokens=count_tokens, progress=progress.update)
+    return make_plan(
+        config, partial(load_tokenizer, config), excluded=excluded, count_tokens=count_tokens, progress=progress.update
+    )
 
 
 def _pinned_model(config: ScoreConfig) -> tuple[ScoreConfig, str | None, str]:

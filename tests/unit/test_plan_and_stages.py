@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 
@@ -22,7 +23,7 @@ def config(folder, **flags):
 
 def make(folder, **flags):
     settings = config(folder, **flags)
-    return planning.make_plan(settings, stages.load_tokenizer(settings), count_tokens=True)
+    return planning.make_plan(settings, partial(stages.load_tokenizer, settings), count_tokens=True)
 
 
 def test_shards_cover_every_instance_once_and_tasks_stay_adjacent(write_task):
@@ -41,7 +42,7 @@ def test_shards_cover_every_instance_once_and_tasks_stay_adjacent(write_task):
 def test_prepare_rows_of_all_shards_are_the_first_k_in_hash_order(write_task):
     folder = write_task("task_a", 30)
     settings = config(folder, **{"tasks.instances_per_task": 9, "shard_rows": 4})
-    plan = planning.make_plan(settings, stages.load_tokenizer(settings))
+    plan = planning.make_plan(settings, partial(stages.load_tokenizer, settings))
     prepare = stages.Prepare(settings)
     ids = []
     for shard in plan.shards(4):
@@ -49,7 +50,7 @@ def test_prepare_rows_of_all_shards_are_the_first_k_in_hash_order(write_task):
         ids += stages._from_bytes(row["prepared"])["row_id"].to_pylist()
     assert len(ids) == len(set(ids)) == 9
     fewer = config(folder, **{"tasks.instances_per_task": 5, "shard_rows": 100})
-    (shard,) = planning.make_plan(fewer, stages.load_tokenizer(fewer)).shards(100)
+    (shard,) = planning.make_plan(fewer, partial(stages.load_tokenizer, fewer)).shards(100)
     row = stages.Prepare(fewer)(asdict(shard))
     assert stages._from_bytes(row["prepared"])["row_id"].to_pylist() == ids[:5]
 
@@ -95,7 +96,7 @@ def test_archive_is_unpacked_before_workers_read_it(write_task, tmp_path):
 def test_a_task_file_that_changes_during_the_run_stops_it(write_task):
     folder = write_task("task_a", 5)
     settings = config(folder)
-    (shard,) = planning.make_plan(settings, stages.load_tokenizer(settings)).shards(10)
+    (shard,) = planning.make_plan(settings, partial(stages.load_tokenizer, settings)).shards(10)
     write_task("task_a", 6)
     with pytest.raises(TaskError, match="changed while the run was going on"):
         stages.Prepare(settings)(asdict(shard))
@@ -109,7 +110,7 @@ def test_too_long_prompts_and_bad_instances_are_error_rows_before_the_engine(wri
     ]
     folder = write_task("task_a", Instances=entries)
     settings = config(folder)
-    (shard,) = planning.make_plan(settings, stages.load_tokenizer(settings)).shards(10)
+    (shard,) = planning.make_plan(settings, partial(stages.load_tokenizer, settings)).shards(10)
     row = stages.Prepare(settings)(asdict(shard))
     rows = {row["instance_id"]: row for row in stages._from_bytes(row["prepared"]).to_pylist()}
     assert rows["ok"]["error"] is None
