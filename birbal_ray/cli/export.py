@@ -10,9 +10,9 @@ from birbal_ray.cli.common import note
 
 
 @click.command("export-predictions", short_help="A score run as the published JSON.")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for one JSON file per task.")
-def export_predictions(run: Path, output: Path) -> None:
+def export_predictions(run: str, output: Path) -> None:
     """Write a finished score run as JSON, one file per task: the layout of the published recipe.
 
     Each file is a list of {orig_input, few_shot_prompt, answer, prediction}, ordered by row id.
@@ -22,6 +22,7 @@ def export_predictions(run: Path, output: Path) -> None:
       birbal export-predictions runs/score --output predictions/
     """
     from birbal_ray.steps.export import export_published_json
+    from birbal_ray.storage import local_copy
 
-    files, rows = export_published_json(run, output)
+    files, rows = export_published_json(local_copy(run), output)
     note(f"{rows} rows in {files} files: {output}")

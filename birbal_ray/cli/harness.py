@@ -15,7 +15,7 @@ from birbal_ray.cli.common import format_option, note, print_table
 @click.option(
     "--adapter", metavar="DIR", help="LoRA adapter on the model: a PEFT folder, or the output of `birbal train`."
 )
-@click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="The run's folder.")
+@click.option("--output", metavar="DIR", help="The run's folder.")
 @click.option(
     "--benchmark", "benchmarks", multiple=True, metavar="NAME", help="One of --list; repeatable. Default: all of them."
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from birbal_ray.cli.common import format_option, print_table
@@ -15,12 +13,9 @@ from birbal_ray.cli.common import format_option, print_table
     "run",
     metavar="DIR",
     required=True,
-    type=click.Path(path_type=Path),
     help="Output folder of `birbal train`.",
 )
-@click.option(
-    "--output", metavar="DIR", required=True, type=click.Path(path_type=Path), help="The merged model's folder."
-)
+@click.option("--output", metavar="DIR", required=True, help="The merged model's folder.")
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float32"]),
@@ -31,7 +26,7 @@ from birbal_ray.cli.common import format_option, print_table
 @click.option("--prompts", type=click.IntRange(min=1), default=8, show_default=True, help="Eval rows to compare on.")
 @click.option("--overwrite", is_flag=True, help="Start anew where the folder holds another merge.")
 @format_option
-def merge(run: Path, output: Path, dtype: str, prompts: int, overwrite: bool, output_format: str) -> None:
+def merge(run: str, output: str, dtype: str, prompts: int, overwrite: bool, output_format: str) -> None:
     """Merge the adapter of a training run into unquantised base weights, and compare before with after.
 
     The output is a model folder (safetensors) that `birbal score --model DIR`, vLLM and transformers load.

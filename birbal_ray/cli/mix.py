@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -74,8 +73,9 @@ def explain_row(row_id: str, mix_folder: str, output_format: str) -> None:
       birbal mix explain sample001_review_sentiment:sample001-7 --mix runs/mix
     """
     from birbal_ray.mix.inspect import explain
+    from birbal_ray.storage import local_copy
 
-    answer = explain(Path(mix_folder), row_id)
+    answer = explain(local_copy(mix_folder), row_id)
     if output_format == "text":
         print_table([{"": name, " ": _shown(value)} for name, value in answer.items()], output_format)
     else:
@@ -96,8 +96,9 @@ def diff_mixes(first: str, second: str, output_format: str) -> None:
     import json
 
     from birbal_ray.mix.inspect import diff
+    from birbal_ray.storage import local_copy
 
-    result = diff(Path(first), Path(second))
+    result = diff(local_copy(first), local_copy(second))
     if output_format == "json":
         click.echo(json.dumps(result, indent=1, ensure_ascii=False))
         return

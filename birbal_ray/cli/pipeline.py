@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -14,12 +13,10 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="The whole recipe, small, on this machine.")
-@click.option(
-    "--output", default="runs/demo", show_default=True, type=click.Path(path_type=Path), help="Where the runs go."
-)
+@click.option("--output", default="runs/demo", show_default=True, help="Where the runs go.")
 @click.option("--resume", is_flag=True, help="Continue (what happens anyway; for scripts that say so).")
 @click.option("--overwrite", is_flag=True, help="Start anew instead of continuing.")
-def demo(output: Path, resume: bool, overwrite: bool) -> None:
+def demo(output: str, resume: bool, overwrite: bool) -> None:
     """Run the recipe small, for real: vLLM, SmolLM2-135M and QLoRA on the sample tasks that come with us.
 
     About ten minutes on two CPU cores. Called again it continues, or says that it is up to date.
@@ -40,7 +37,7 @@ def demo(output: Path, resume: bool, overwrite: bool) -> None:
 @click.command(short_help="The whole recipe on your tasks and model.")
 @click.option("--tasks", metavar="PATH", required=True, help="Folder of task files, or a .tar.gz archive.")
 @click.option("--model", metavar="NAME", help="The base model: smollm2-135m, a local folder, or a Hub id.")
-@click.option("--output", metavar="DIR", required=True, type=click.Path(path_type=Path), help="One folder a step.")
+@click.option("--output", metavar="DIR", required=True, help="One folder a step, or a URL.")
 @click.option("--held-out-task", "held_out", metavar="NAME", multiple=True, help="Evaluate it, never train on it.")
 @click.option("--score-config", metavar="FILE", help="As `birbal score --config`.")
 @click.option("--mix-config", metavar="FILE", help="As `birbal mix --config`.")
@@ -52,7 +49,7 @@ def demo(output: Path, resume: bool, overwrite: bool) -> None:
 def pipeline(
     tasks: str,
     model: str | None,
-    output: Path,
+    output: str,
     held_out: tuple[str, ...],
     score_config: str | None,
     mix_config: str | None,

@@ -10,7 +10,7 @@ from birbal_ray.cli.common import note
 
 
 @click.command(short_help="One page on what a run's steps did.")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run")
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="The page; default: RUN/report.html.")
 @click.option(
     "--add",
@@ -20,7 +20,7 @@ from birbal_ray.cli.common import note
     metavar="FILE",
     help="A model's results, placed on the leaderboard; see `birbal leaderboard`. Repeatable.",
 )
-def report(run: Path, output: Path | None, added: tuple[Path, ...]) -> None:
+def report(run: str, output: Path | None, added: tuple[Path, ...]) -> None:
     """Write one HTML page on the score, mix, train and evaluate steps in RUN, with plots as PNG and SVG beside it.
 
     RUN is a folder that holds the steps' output folders, or one of these. Steps that are not there
@@ -31,9 +31,12 @@ def report(run: Path, output: Path | None, added: tuple[Path, ...]) -> None:
       birbal report runs/demo
       birbal report runs/demo --output demo.html --add results.json
     """
+    from birbal_ray.steps.report import NOT_REPORTED
     from birbal_ray.steps.report import report as write_report
+    from birbal_ray.storage import added_to
 
-    result = write_report(run, output, added)
+    with added_to(run, NOT_REPORTED) as folder:
+        result = write_report(folder, output, added)
     for verdict in result.verdicts:
         note(verdict.title)
     for step, state in result.missing.items():

@@ -59,6 +59,9 @@ class ResourceSettings(Settings):
     cpus_per_replica: float = Field(1.0, gt=0, description="logical CPUs that Ray sets aside for a replica")
     threads_per_replica: int | None = Field(None, ge=1, description="CPU engine threads; null shares the cores out")
     accelerator_type: str | None = Field(None, description="Ray's name of the card, e.g. GeForce-RTX-4090")
+    avoid_accelerator_types: list[str] = Field(
+        [], description="cards that replicas keep off, e.g. the one that trains: [GeForce-RTX-4090]"
+    )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     kv_cache_gib: float = Field(2.0, gt=0, description="CPU engine: memory for the KV cache")
     max_num_seqs: int | None = Field(None, ge=1, description="sequences decoded together; null: 32 on CPU, 256 on GPU")

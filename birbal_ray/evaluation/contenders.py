@@ -12,15 +12,20 @@ from typing import Any
 from birbal_ray.config import ConfigError
 from birbal_ray.models import Model, resolve
 from birbal_ray.run import MANIFEST_FILE, read_json
+from birbal_ray.storage import absolute, child, is_url, local_copy
 
 BASE, ADAPTER, MERGED = "base", "adapter", "merged"
 ADAPTER_FOLDER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
+NOT_NEEDED = ("checkpoints", "best", "packed", "tensorboard")  # of a training run, to use its adapter
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A model to evaluate. `path`: the adapter's or model's folder; `fingerprint`: what its weights are."""
+    """A model to evaluate. `path`: the adapter's or model's folder; `fingerprint`: what its weights are.
+
+    `origin`: what names it on any node: its URL, where it has one, else `path`.
+    """
 
     name: str
     kind: str
@@ -28,6 +33,7 @@ class Contender:
     fingerprint: str
     rank: int | None = None  # of an adapter
     mix: str | None = None  # that an adapter was trained on, where its run says so
+    origin: str = ""
 
     def described(self) -> dict[str, Any]:
         """For the manifest."""
@@ -41,12 +47,13 @@ def contenders(model: Model, adapters: Sequence[str], merged: Sequence[str]) -> 
     folder does. Raises ConfigError for a folder that holds no LoRA adapter, one trained on another
     base model, or a name given twice; ModelError for a merged model that can't be had.
     """
-    found = [Contender(BASE, BASE, str(model.path), model.fingerprint)]
+    found = [Contender(BASE, BASE, str(model.path), model.fingerprint, origin=str(model.path))]
     found += [_adapter(*_named(given), model) for given in adapters]
     for given in merged:
         name, path = _named(given)
         other = resolve(path)
-        found.append(Contender(name or Path(path).name, MERGED, str(other.path), other.fingerprint))
+        origin = absolute(path) if is_url(path) else str(other.path)
+        found.append(Contender(name or Path(path).name, MERGED, str(other.path), other.fingerprint, origin=origin))
     names = [one.name for one in found]
     for name in names:
         if names.count(name) > 1:
@@ -62,11 +69,13 @@ def _named(given: str) -> tuple[str | None, str]:
 
 
 def _adapter(name: str | None, path: str, model: Model) -> Contender:
-    folder = Path(path)
+    folder = local_copy(path, NOT_NEEDED)
     if not folder.is_dir():
         raise ConfigError(f"--adapter {path}: no such folder")
+    origin = absolute(path) if is_url(path) else ""
     if not (folder / ADAPTER_CONFIG).exists() and (folder / ADAPTER_FOLDER).is_dir():
         folder = folder / ADAPTER_FOLDER
+        origin = origin and child(origin, ADAPTER_FOLDER)
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / file).exists():
             raise ConfigError(
@@ -93,4 +102,5 @@ def _adapter(name: str | None, path: str, model: Model) -> Contender:
         digest.hexdigest(),
         settings["r"],
         trained.get("mix", {}).get("path"),
+        origin or str(folder),
     )

@@ -40,7 +40,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA adapter that an engine serves beside its model."""
+    """A LoRA adapter that an engine serves beside its model. `path`: a PEFT folder."""
 
     name: str
     path: str

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.config.score import ScoreConfig
+from birbal_ray.config.score import ResourceSettings, ScoreConfig
 from birbal_ray.inference.board import ProgressBoard, Snapshot
 from birbal_ray.inference.engine import Adapter
 from birbal_ray.inference.plan import Shard
@@ -22,6 +22,7 @@ from birbal_ray.run import RunError, RunFailedError
 WRITE_CPUS = 0.25  # logical: scoring and writing a shard takes milliseconds
 REPLICAS_PER_WRITER = 4
 BOARD_ATTEMPTS = 3
+ACCELERATOR_LABEL = "ray.io/accelerator-type"  # of a node, set by Ray
 POLL_SECONDS = 1.0  # each look costs the cores that may be the engine's a few milliseconds
 
 
@@ -59,7 +60,8 @@ def missing_resources(config: ScoreConfig, nodes: Sequence[Mapping[str, float]])
         fits = int(node.get("CPU", 0.0) // resources.cpus_per_replica)
         if config.engine.device == "gpu":
             fits = min(fits, int(node.get("GPU", 0.0) // resources.gpus_per_replica))
-            if resources.accelerator_type and card not in node:
+            avoided = any(f"accelerator_type:{name}" in node for name in resources.avoid_accelerator_types)
+            if avoided or (resources.accelerator_type and card not in node):
                 fits = 0
         places += fits
     total_cpus = sum(node.get("CPU", 0.0) for node in nodes)
@@ -93,23 +95,26 @@ def run_shards(
     on_poll: Callable[[Snapshot], None],
     adapters: Sequence[Adapter] = (),
     excluded: Collection[str] = frozenset(),
+    files_here: bool = False,
 ) -> Iterator[ShardDone]:
     """Score the shards on the connected cluster; yields each one whose file is written.
 
     `adapters`: what the shards' variants name. `excluded`: instances that no shard counts.
+    `files_here`: only this node sees the task files and the rows folder, so reading and writing stay on it.
     Calls `on_poll` about once a second in between. `config.model` must name the model as
     workers find it, `model_fingerprint` what they must find. Raises RunFailedError when engines died more often
     than `resources.max_engine_restarts`, or nothing moved for `resources.no_progress_minutes`.
     """
     import ray
 
+    here = _this_node() if files_here else None
     board = _board()
     events: queue.SimpleQueue[ShardDone | BaseException | None] = queue.SimpleQueue()
 
     def consume() -> None:
         try:
             engine_arguments = (config, model_fingerprint, tuple(adapters), board, str(log_folder))
-            for row in _dataset(shards, config, engine_arguments, rows_folder, excluded).iter_rows():
+            for row in _dataset(shards, config, engine_arguments, rows_folder, excluded, here).iter_rows():
                 events.put(ShardDone(row["file"], row["rows"], row["errors"]))
             events.put(None)
         except BaseException as error:  # handed to the main thread, which raises it
@@ -151,11 +156,9 @@ def _board() -> Any:
     takes the handle for gone and cancels the actor.
     """
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     for attempt in range(1, BOARD_ATTEMPTS + 1):
-        board = ray.remote(ProgressBoard).options(num_cpus=0, scheduling_strategy=here).remote()
+        board = ray.remote(ProgressBoard).options(num_cpus=0, scheduling_strategy=_this_node()).remote()
         try:
             ray.get(board.snapshot.remote())
             break
@@ -165,18 +168,28 @@ def _board() -> Any:
     return board
 
 
+def _this_node() -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 def _dataset(
     shards: Sequence[Shard],
     config: ScoreConfig,
     engine_arguments: tuple[Any, ...],
     rows_folder: Path,
     excluded: Collection[str],
+    here: Any,
 ) -> Any:
     import ray
     from ray.data import ActorPoolStrategy
 
     resources = config.resources
     gpu = config.engine.device == "gpu"
+    # A cluster's head often offers no CPUs: what must run beside the driver asks for none.
+    placed = {"scheduling_strategy": here} if here else {}
     per_node = math.ceil(resources.num_replicas / max(1, sum(node["Alive"] for node in ray.nodes())))
     return (
         ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
@@ -184,7 +197,8 @@ def _dataset(
             Prepare,
             fn_constructor_args=(config, excluded),
             compute=ActorPoolStrategy(size=resources.num_prepare_workers),
-            num_cpus=1,
+            num_cpus=0 if here else 1,
+            **placed,
         )
         .map(
             Generate,
@@ -197,7 +211,7 @@ def _dataset(
             ),
             num_cpus=resources.cpus_per_replica,
             num_gpus=resources.gpus_per_replica if gpu else 0,
-            **({"accelerator_type": resources.accelerator_type} if gpu and resources.accelerator_type else {}),
+            **_card(resources, gpu),
         )
         .map(
             WriteScored,
@@ -205,9 +219,21 @@ def _dataset(
             # Actors, not tasks: they start beside the engines. A task's process starts when the first shard
             # is there, and until it stands (12 s on a busy machine) nothing would be written.
             compute=ActorPoolStrategy(size=num_writers(config)),
-            num_cpus=WRITE_CPUS,
+            num_cpus=0 if here else WRITE_CPUS,
+            **placed,
         )
     )
+
+
+def _card(resources: ResourceSettings, gpu: bool) -> dict[str, Any]:
+    """Ray's options that tie a replica to a card or keep it off others."""
+    if not gpu:
+        return {}
+    if resources.accelerator_type:
+        return {"accelerator_type": resources.accelerator_type}
+    if resources.avoid_accelerator_types:
+        return {"label_selector": {ACCELERATOR_LABEL: f"!in({','.join(resources.avoid_accelerator_types)})"}}
+    return {}
 
 
 class _Watch:

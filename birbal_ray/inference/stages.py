@@ -11,7 +11,7 @@ import functools
 import os
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from birbal_ray.ni.metrics import METRIC_OF_LABEL, score_answer
 from birbal_ray.ni.schema import Instance, Task, TaskError, take_first
 from birbal_ray.ray_session import log_to
 from birbal_ray.run import write_parquet
+from birbal_ray.storage import local_copy
 
 # What prepare hands to generate: the rows so far, with the prompts' token ids.
 PREPARED_ROWS = pa.schema(
@@ -135,7 +136,8 @@ class Generate:
         ray.get(board.started.remote(self._replica, context.get_node_id()))  # type: ignore[attr-defined]
         path = _model_folder(config, model_fingerprint) if config.engine.backend == "vllm" else Path()
         resources = _with_threads(config.resources, replicas_per_node)
-        self._loop = EngineLoop(lambda: load_engine(path, config.engine, resources, adapters))
+        here = [replace(one, path=str(local_copy(one.path))) for one in adapters]
+        self._loop = EngineLoop(lambda: load_engine(path, config.engine, resources, here))
         board.ready.remote(self._replica)  # type: ignore[attr-defined]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -34,13 +34,13 @@ from birbal_ray.run import (
     LOG_FOLDER,
     MANIFEST_FILE,
     finish_run,
-    locked,
     read_json,
     start_run,
     stoppable,
     write_parquet,
 )
 from birbal_ray.steps.score import INPUTS_FOLDER, identity_of, planned, resolved, tell_plan, write_plan
+from birbal_ray.storage import is_url, local_copy, run_folder
 from birbal_ray.training.folding import fold, load_with_adapter
 
 STEP = "evaluate"
@@ -112,10 +112,9 @@ def evaluate(
     """
     progress = progress or ProgressLine()
     setup = prepared(config)
-    folder = Path(setup.config.output or "").resolve()
     started = time.monotonic()
     plan = planned(setup.scoring, progress, excluded=setup.excluded)
-    with locked(folder), stoppable():
+    with run_folder(setup.config.output or "") as folder, stoppable():
         resumed = start_run(folder, STEP, _identity(setup, plan), overwrite=overwrite)
         if resumed and (folder / MANIFEST_FILE).exists():
             progress.message(f"{folder} is up to date; nothing to do")
@@ -135,7 +134,7 @@ def prepared(config: EvaluateConfig) -> Setup:
     mixes = sorted({one.mix for one in found if one.mix})
     mix = config.mix
     if mix is None and mixes:
-        gone = [path for path in mixes if not Path(path).is_dir()]
+        gone = [path for path in mixes if not local_copy(path).is_dir()]
         if len(mixes) > 1 or gone:
             raise ConfigError(
                 f"the adapters were trained on {' and '.join(mixes)}{' (not there any more)' if gone else ''}; "
@@ -144,7 +143,7 @@ def prepared(config: EvaluateConfig) -> Setup:
         mix = mixes[0]
     if scoring.engine.backend == "vllm":
         scoring = scoring.model_copy(update={"model": scoring.model.model_copy(update=pinned(model))})
-    return Setup(config, scoring, found, mix, held_out(Path(mix)) if mix else None, model)
+    return Setup(config, scoring, found, mix, held_out(local_copy(mix)) if mix else None, model)
 
 
 def tell(setup: Setup, plan: Plan, progress: ProgressLine) -> None:
@@ -200,9 +199,12 @@ def _score(setup: Setup, plan: Plan, folder: Path, progress: ProgressLine) -> li
             meters.append(meter := throughput.Meter(0, sum(shard.num_rows for shard in shards)))
             with _model_of(setup, served, folder, progress) as (config, fingerprint):
                 progress.update(f"{names}: starting {config.resources.num_replicas} engine(s); logs in {logs}")
-                adapters = [Adapter(one.name, one.path, one.rank or 0) for one in served[1:]]
+                adapters = [Adapter(one.name, one.origin, one.rank or 0) for one in served[1:]]
                 show = partial(_show, progress, names, meter)
-                work = run_shards(shards, config, fingerprint, rows_folder, logs, show, adapters, setup.excluded)
+                here = is_url(setup.config.output or "")
+                work = run_shards(
+                    shards, config, fingerprint, rows_folder, logs, show, adapters, setup.excluded, files_here=here
+                )
                 try:
                     for shard in work:
                         meter.written(shard.rows, shard.errors)
@@ -221,7 +223,7 @@ def _model_of(
         yield setup.scoring, first.fingerprint
         return
     if first.kind != ADAPTER:
-        yield setup.scoring_of(first.path), first.fingerprint
+        yield setup.scoring_of(first.origin), first.fingerprint
         return
     dtype = setup.scoring.engine.dtype
     if dtype == "auto":

@@ -22,12 +22,12 @@ from birbal_ray.run import (
     MANIFEST_FILE,
     RunFailedError,
     finish_run,
-    locked,
     read_json,
     start_run,
     stoppable,
     write_json,
 )
+from birbal_ray.storage import is_url, run_folder
 
 STEP = "harness"
 RESULTS_FILE = "results.json"
@@ -40,7 +40,7 @@ class Request:
     """What is asked for. Empty `benchmarks` and `tasks`: every benchmark whose data can be had."""
 
     model: str | None
-    output: Path | None
+    output: str | None
     adapter: str | None = None
     benchmarks: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
@@ -63,9 +63,8 @@ class Unit:
     num_fewshot: int | None
     benchmark: Benchmark | None = None
 
-    def row(self, folder: Path | None) -> dict[str, Any]:
+    def row(self, done: bool) -> dict[str, Any]:
         """For --dry-run."""
-        done = folder is not None and (folder / self.file).exists()
         return {
             "benchmark": self.name,
             "metric": self.benchmark.metric if self.benchmark else None,
@@ -89,7 +88,7 @@ def dry_run(request: Request) -> list[dict[str, Any]]:
     request = checked(request)
     units = selected(request)
     _index(request, units)
-    return [unit.row(request.output) for unit in units]
+    return [unit.row(_stands(request.output or "", unit)) for unit in units]
 
 
 def run(request: Request, *, overwrite: bool = False, progress: ProgressLine | None = None) -> HarnessResult:
@@ -100,14 +99,14 @@ def run(request: Request, *, overwrite: bool = False, progress: ProgressLine | N
     """
     progress = progress or ProgressLine()
     request = checked(request)
-    folder = (request.output or Path()).resolve()
+    output = request.output or ""
     units = selected(request)
     model = resolve(request.model or "")
     adapter = contenders(model, [request.adapter], [])[1] if request.adapter else None
     identity, team = _identity(request, model, adapter), _team(request, model, adapter)
-    index = _index(request, [unit for unit in units if overwrite or not (folder / unit.file).exists()])
+    index = _index(request, [unit for unit in units if overwrite or not _stands(output, unit)])
     started = time.monotonic()
-    with locked(folder), stoppable():
+    with run_folder(output) as folder, stoppable():
         resumed = start_run(folder, STEP, identity, overwrite=overwrite)
         pending = [unit for unit in units if not (folder / unit.file).exists()]
         if resumed and not pending and (folder / MANIFEST_FILE).exists():
@@ -134,6 +133,10 @@ def run(request: Request, *, overwrite: bool = False, progress: ProgressLine | N
             },
         )
         return _read(folder)
+
+
+def _stands(output: str, unit: Unit) -> bool:
+    return not is_url(output) and (Path(output) / unit.file).exists()
 
 
 def checked(request: Request) -> Request:

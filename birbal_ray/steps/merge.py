@@ -10,17 +10,18 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from birbal_ray.config import ConfigError
+from birbal_ray.evaluation.contenders import NOT_NEEDED
 from birbal_ray.models import resolve
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import (
     MANIFEST_FILE,
     finish_run,
-    locked,
     read_json,
     read_manifest,
     start_run,
     stoppable,
 )
+from birbal_ray.storage import local_copy, run_folder
 from birbal_ray.training.folding import fold, load_with_adapter
 
 STEP = "merge"
@@ -36,8 +37,8 @@ class MergeResult:
 
 
 def merge(
-    run: Path,
-    output: Path,
+    run: str,
+    output: str,
     *,
     dtype: str = "bfloat16",
     num_prompts: int = 8,
@@ -51,8 +52,8 @@ def merge(
     run there), ConfigError (another run's folder).
     """
     progress = progress or ProgressLine()
-    trained = read_manifest(run, "train")
-    folder = output.resolve()
+    here = local_copy(run, NOT_NEEDED)
+    trained = read_manifest(here, "train")
     model = resolve(trained["model"]["name"], trained["model"]["revision"] if "/" in trained["model"]["name"] else None)
     identity = {
         "train": trained["identity_hash"],
@@ -60,14 +61,14 @@ def merge(
         "dtype": dtype,
         "model_fingerprint": model.fingerprint,
     }
-    with locked(folder), stoppable():
+    with run_folder(output) as folder, stoppable():
         resumed = start_run(folder, STEP, identity, overwrite=overwrite)
         if resumed and (folder / MANIFEST_FILE).exists():
             progress.message(f"{folder} is up to date; nothing to do")
             return MergeResult(folder, read_json(folder / MANIFEST_FILE))
         started = time.monotonic()
-        questions = _questions(Path(trained["settings"]["mix"]), num_prompts)
-        comparison = _merge(model.path, run / "adapter", folder, dtype, questions, progress)
+        questions = _questions(local_copy(trained["settings"]["mix"]), num_prompts)
+        comparison = _merge(model.path, here / "adapter", folder, dtype, questions, progress)
         finish_run(
             folder,
             {

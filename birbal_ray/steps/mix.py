@@ -32,16 +32,17 @@ from birbal_ray.run import (
     RUN_FILE,
     RunError,
     finish_run,
-    locked,
     read_json,
     start_run,
     stoppable,
     write_atomic,
     write_parquet,
 )
+from birbal_ray.storage import absolute, is_url, local_copy, run_folder
 
 STEP = "mix"
 CARD_FILE = "README.md"
+ANY_SIZE_MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +61,9 @@ def mix(config: MixConfig, *, overwrite: bool = False, progress: ProgressLine | 
     budgets, another run's folder) and RunError (damaged or unfinished scores).
     """
     progress = progress or ProgressLine()
+    config = _here(config)
     scores, origins = _inputs(config, progress)
-    folder = Path(_required(config.output, "--output")).resolve()
-    with locked(folder), stoppable():
+    with run_folder(_required(config.output, "--output")) as folder, stoppable():
         identity = _identity(config, scores, origins)
         resumed = start_run(folder, STEP, identity, overwrite=overwrite or _is_unfinished(folder))
         if resumed and (folder / MANIFEST_FILE).exists():
@@ -93,6 +94,7 @@ def mix(config: MixConfig, *, overwrite: bool = False, progress: ProgressLine | 
 def dry_run(config: MixConfig, progress: ProgressLine | None = None) -> MixResult:
     """Decide everything and write nothing."""
     progress = progress or ProgressLine()
+    config = _here(config)
     scores, origins = _inputs(config, progress)
     with tempfile.TemporaryDirectory(prefix="birbal-mix-") as name:
         work = Path(name)
@@ -102,8 +104,16 @@ def dry_run(config: MixConfig, progress: ProgressLine | None = None) -> MixResul
     return MixResult(None, draft.composition(), _manifest(config, draft, None, scores, origins))
 
 
+def _here(config: MixConfig) -> MixConfig:
+    """Scores fetched from a URL are on this node only: no other one can read them."""
+    if not is_url(config.scores or ""):
+        return config
+    resources = config.resources.model_copy(update={"in_process_mib": ANY_SIZE_MIB})
+    return config.model_copy(update={"resources": resources})
+
+
 def _inputs(config: MixConfig, progress: ProgressLine) -> tuple[ScoreFolder, list[Origin]]:
-    scores = open_scores(Path(_required(config.scores, "--scores")), config.model)
+    scores = open_scores(local_copy(_required(config.scores, "--scores")), config.model)
     model = scores.model or "an unnamed model"
     progress.message(f"{scores.num_rows:,} scored rows of {len(scores.tasks)} tasks by {model}")
     return scores, [origin_of(source) for source in config.sources]
@@ -181,7 +191,7 @@ def _manifest(
     kept = draft.decisions.num_kept
     return {
         "seed": config.seed,
-        "scores": {"path": str(scores.path), "model": scores.model, "rows": scores.num_rows},
+        "scores": {"path": absolute(config.scores or ""), "model": scores.model, "rows": scores.num_rows},
         "sources": [origin.record() for origin in origins],
         "rows": {
             "candidates": len(draft.gathered.candidates),

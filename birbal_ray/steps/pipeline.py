@@ -19,10 +19,11 @@ from birbal_ray.ray_session import ray_session
 from birbal_ray.run import LOG_FOLDER, MANIFEST_FILE, stoppable
 from birbal_ray.steps.evaluate import evaluate
 from birbal_ray.steps.mix import mix
-from birbal_ray.steps.report import report
+from birbal_ray.steps.report import NOT_REPORTED, report
 from birbal_ray.steps.score import score
 from birbal_ray.steps.train import logical_cpus as train_logical_cpus
 from birbal_ray.steps.train import train
+from birbal_ray.storage import added_to, child, is_url, working_copy
 
 ABOUT = {
     "score": "what does the model get wrong?",
@@ -72,20 +73,20 @@ DEMO: dict[str, dict[str, Any]] = {
 class Recipe:
     """The settings of every step, their folders filled in."""
 
-    output: Path
+    output: str
     score: ScoreConfig
     mix: MixConfig
     train: TrainConfig
     evaluate: EvaluateConfig
 
 
-def demo_recipe(output: Path) -> Recipe:
+def demo_recipe(output: str) -> Recipe:
     """The demo's."""
     return make_recipe(output, str(sample_tasks_folder()), None, {}, DEMO, DEMO_HELD_OUT_TASKS)
 
 
 def make_recipe(
-    output: Path,
+    output: str,
     tasks: str | None,
     model: str | None,
     files: Mapping[str, str | None],
@@ -99,13 +100,13 @@ def make_recipe(
     shared = {"tasks.path": tasks, "model.name": model}
     joined: dict[str, dict[str, Any]] = {
         "score": {**shared, "tasks.exclude": list(held_out_tasks) or None},
-        "mix": {"scores": str(output / "score")},
-        "train": {"mix": str(output / "mix"), "model.name": model},
-        "evaluate": {**shared, "adapters": [f"adapter={output / 'train'}"], "mix": str(output / "mix")},
+        "mix": {"scores": child(output, "score")},
+        "train": {"mix": child(output, "mix"), "model.name": model},
+        "evaluate": {**shared, "adapters": [f"adapter={child(output, 'train')}"], "mix": child(output, "mix")},
     }
 
     def config(step: str, schema: type[Settings]) -> Any:
-        flags = {**joined[step], **settings.get(step, {}), "output": str(output / step)}
+        flags = {**joined[step], **settings.get(step, {}), "output": child(output, step)}
         return load_config(schema, files.get(step), flags=flags)
 
     return Recipe(
@@ -133,14 +134,16 @@ def run_pipeline(
         ("evaluate", evaluate),
     )
     with ExitStack() as stack:
-        if overwrite or not all((recipe.output / step / MANIFEST_FILE).exists() for step, _ in work):
+        here = working_copy(recipe.output) if is_url(recipe.output) else Path(recipe.output)
+        if overwrite or not all((here / step / MANIFEST_FILE).exists() for step, _ in work):
             stack.enter_context(stoppable())
-            stack.enter_context(ray_session(_logical_cpus(recipe), recipe.output / LOG_FOLDER / "ray.log"))
+            stack.enter_context(ray_session(_logical_cpus(recipe), here / LOG_FOLDER / "ray.log"))
         for number, (step, run) in enumerate(work, 1):
             announce(f"{number}/{len(work) + 1} {step}: {ABOUT[step]}")
             show[step](run(getattr(recipe, step), overwrite=overwrite))
     announce(f"{len(work) + 1}/{len(work) + 1} report: {ABOUT['report']}")
-    return report(recipe.output).file
+    with added_to(recipe.output, NOT_REPORTED) as folder:
+        return report(folder).file
 
 
 def _logical_cpus(recipe: Recipe) -> float:

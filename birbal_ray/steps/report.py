@@ -19,6 +19,7 @@ from birbal_ray.reporting.plots import NAMES, Plot, draw
 from birbal_ray.reporting.verdict import Verdict, verdicts
 from birbal_ray.run import read_json, write_atomic
 
+NOT_REPORTED = ("checkpoints", "best", "packed", "tensorboard", "inputs")  # of a run at a URL: not fetched
 REPORT_FILE, PLOTS_FOLDER = "report.html", "report"
 
 

@@ -19,6 +19,7 @@ from birbal_ray.config import ConfigError
 from birbal_ray.config.score import ScoreConfig
 from birbal_ray.contracts import QUARANTINE_FILE, ROWS_FOLDER, TASK_SCORES, TASK_SCORES_FILE, TASKS_FILE
 from birbal_ray.inference import throughput
+from birbal_ray.inference.board import Snapshot
 from birbal_ray.inference.pipeline import check_cluster, logical_cpus, run_shards
 from birbal_ray.inference.plan import Plan, Shard, make_plan, unpacked
 from birbal_ray.inference.results import summarise, unfinished
@@ -30,7 +31,6 @@ from birbal_ray.run import (
     LOG_FOLDER,
     MANIFEST_FILE,
     finish_run,
-    locked,
     package_versions,
     read_json,
     start_run,
@@ -38,6 +38,7 @@ from birbal_ray.run import (
     write_atomic,
     write_parquet,
 )
+from birbal_ray.storage import is_url, local_copy, run_folder
 
 INPUTS_FOLDER = "inputs"  # task files unpacked from an archive
 SESSIONS_FILE = "sessions.jsonl"
@@ -64,10 +65,9 @@ def score(config: ScoreConfig, *, overwrite: bool = False, progress: ProgressLin
     progress = progress or ProgressLine()
     config = resolved(config)
     started = time.monotonic()
-    folder = Path(config.output or "").resolve()
     plan = planned(config, progress)
     config, model_revision, fingerprint = _pinned_model(config)
-    with locked(folder), stoppable():
+    with run_folder(config.output or "") as folder, stoppable():
         resumed = start_run(folder, STEP, identity_of(config, plan, fingerprint), overwrite=overwrite)
         if resumed and (folder / MANIFEST_FILE).exists():
             progress.message(f"{folder} is up to date: {plan.num_rows} rows of {len(plan.tasks)} tasks; nothing to do")
@@ -102,6 +102,9 @@ def resolved(config: ScoreConfig) -> ScoreConfig:
             raise ConfigError(f"{key} is required (or set it in the --config file)")
     if Path(config.output or "").is_file():
         raise ConfigError(f"--output {config.output}: is a file, expected a folder")
+    if is_url(config.tasks.path or ""):
+        path = str(local_copy(config.tasks.path or ""))
+        config = config.model_copy(update={"tasks": config.tasks.model_copy(update={"path": path})})
     if config.engine.device != "auto":
         return config
     if os.environ.get("RAY_ADDRESS"):
@@ -193,10 +196,14 @@ def _score_shards(
         if missing:
             progress.message(f"waiting, {missing}; gives up after {config.resources.no_progress_minutes:g} minutes")
         progress.update(f"starting {config.resources.num_replicas} engine(s); logs in {logs}")
-        for shard in run_shards(
-            todo, config, fingerprint, rows_folder, logs, lambda seen: progress.update(meter.line(seen))
-        ):
+        show = partial(_show, progress, meter)
+        here = is_url(config.output or "")
+        for shard in run_shards(todo, config, fingerprint, rows_folder, logs, show, files_here=here):
             meter.written(shard.rows, shard.errors)
+
+
+def _show(progress: ProgressLine, meter: throughput.Meter, seen: Snapshot) -> None:
+    progress.update(meter.line(seen))
 
 
 def _record_session(folder: Path, session: dict[str, Any]) -> None:

@@ -27,7 +27,6 @@ from birbal_ray.run import (
     RunError,
     RunFailedError,
     finish_run,
-    locked,
     package_versions,
     read_json,
     read_manifest,
@@ -35,6 +34,7 @@ from birbal_ray.run import (
     stoppable,
     write_atomic,
 )
+from birbal_ray.storage import absolute, is_url, local_copy, refresh, run_folder
 from birbal_ray.training import preflight
 from birbal_ray.training.card import adapter_card
 from birbal_ray.training.curve import draw_loss_curve, read_metrics
@@ -81,10 +81,9 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: ProgressLin
     """
     progress = progress or ProgressLine()
     config, model = resolved(config)
-    mix = Path(config.mix or "")
+    mix = local_copy(config.mix or "")
     mix_manifest = read_mix(mix)
-    folder = Path(_required(config.output, "--output")).resolve()
-    with locked(folder), stoppable():
+    with run_folder(_required(config.output, "--output"), follow=True) as folder, stoppable():
         resumed = start_run(folder, STEP, _identity(config, model, mix_manifest), overwrite=overwrite)
         if resumed and (folder / MANIFEST_FILE).exists():
             progress.message(f"{folder} is up to date; nothing to do")
@@ -116,7 +115,7 @@ def dry_run(config: TrainConfig, *, calibrate: bool = False, progress: ProgressL
     """Tokens, memory, and what will fit in the budget; trains nothing but, to calibrate, a few steps."""
     progress = progress or ProgressLine()
     config, model = resolved(config)
-    mix = Path(config.mix or "")
+    mix = local_copy(config.mix or "")
     read_mix(mix)
     with tempfile.TemporaryDirectory(prefix="birbal-train-") as name:
         folder = Path(name)
@@ -147,7 +146,7 @@ def logical_cpus(config: TrainConfig) -> float:
 
 def resolved(config: TrainConfig) -> tuple[TrainConfig, Model]:
     """(configuration with `auto` decided and paths absolute, its model). Raises ConfigError, ModelError."""
-    mix = Path(_required(config.mix, "--mix")).resolve()
+    mix = absolute(_required(config.mix, "--mix"))
     device = config.resources.device
     if device == "auto":
         if os.environ.get("RAY_ADDRESS") and not config.resources.accelerator_type:
@@ -166,7 +165,7 @@ def resolved(config: TrainConfig) -> tuple[TrainConfig, Model]:
     model = resolve(config.model.name, config.model.revision)
     resources = config.resources.model_copy(update={"device": device})
     model_settings = config.model.model_copy(update=pinned(model))
-    return config.model_copy(update={"mix": str(mix), "resources": resources, "model": model_settings}), model
+    return config.model_copy(update={"mix": mix, "resources": resources, "model": model_settings}), model
 
 
 def read_mix(mix: Path) -> dict[str, Any]:
@@ -288,6 +287,7 @@ def _run(
         if missing:
             raise RunError(missing)
         progress.update(f"starting the worker; logs in {folder / LOG_FOLDER}")
+        refresh(folder)  # a worker on another node begins with what is at the run's URL
         result: dict[str, Any] = {}
         ended = threading.Event()  # not Thread.join: interrupted, it takes a living thread for a dead one (gh-90882)
         threading.Thread(
@@ -317,7 +317,8 @@ def _run(
 
 def _collect(result: dict[str, Any], ended: threading.Event, config: TrainConfig, model: Model, folder: Path) -> None:
     try:
-        result["outcome"] = run_worker(config, model.fingerprint, folder)
+        url = absolute(config.output) if config.output and is_url(config.output) else None
+        result["outcome"] = run_worker(config, model.fingerprint, folder, url)
     except BaseException as error:  # raised in the main thread
         result["error"] = error
     finally:

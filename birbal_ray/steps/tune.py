@@ -23,7 +23,6 @@ from birbal_ray.run import (
     RunError,
     RunFailedError,
     finish_run,
-    locked,
     read_json,
     start_run,
     stoppable,
@@ -31,6 +30,7 @@ from birbal_ray.run import (
     write_parquet,
 )
 from birbal_ray.steps.tune_trial import run_trial
+from birbal_ray.storage import absolute, is_url, local_copy, refresh, run_folder
 from birbal_ray.tuning.pictures import draw_search, draw_verdict
 from birbal_ray.tuning.plan import BASE, BASE_MODEL, FAILED, FINISHED, STOPPED, Job, Plan, Record
 from birbal_ray.tuning.records import (
@@ -64,8 +64,8 @@ def tune(config: TuneConfig, *, overwrite: bool = False, progress: ProgressLine 
     """
     progress = progress or ProgressLine()
     config, scores, model = resolved(config)
-    folder = Path(_required(config.output, "--output")).resolve()
-    with locked(folder), stoppable():
+    output = _required(config.output, "--output")
+    with run_folder(output, follow=True) as folder, stoppable():
         resumed = start_run(folder, STEP, _identity(config, scores, model), overwrite=overwrite)
         if resumed and (folder / MANIFEST_FILE).exists():
             progress.message(f"{folder} is up to date; nothing to do")
@@ -73,7 +73,9 @@ def tune(config: TuneConfig, *, overwrite: bool = False, progress: ProgressLine 
         plan = _plan(config, scores, folder)
         if plan.records or plan.running:
             progress.message(f"continuing: {len(plan.records)} trials have ended and are kept")
-        options = {"settings": config.model_dump(mode="json"), "fingerprint": model.fingerprint}
+        url = absolute(output) if is_url(output) else None
+        options: dict[str, Any] = {"settings": config.model_dump(mode="json"), "fingerprint": model.fingerprint}
+        options["url"] = url
         search(config, plan, folder, run_trial, options, progress)
         return _finish(config, scores, plan, folder, progress)
 
@@ -100,8 +102,8 @@ def dry_run(config: TuneConfig) -> list[dict[str, Any]]:
 
 def resolved(config: TuneConfig) -> tuple[TuneConfig, ScoreFolder, Model]:
     """(configuration with paths absolute and the device decided, its scores, its model)."""
-    path = Path(_required(config.scores, "--scores")).resolve()
-    scores = open_scores(path, config.mix.model)
+    path = absolute(_required(config.scores, "--scores"))
+    scores = open_scores(local_copy(path), config.mix.model)
     model = resolve(config.train.model.name, config.train.model.revision)
     resources = config.resources
     threads = resources.num_threads or max(1, (os.cpu_count() or 1) // resources.max_concurrent)
@@ -113,7 +115,7 @@ def resolved(config: TuneConfig) -> tuple[TuneConfig, ScoreFolder, Model]:
     )
     settings = config.train.model.model_copy(update=pinned(model))
     train = config.train.model_copy(update={"resources": train_resources, "model": settings})
-    return config.model_copy(update={"scores": str(path), "train": train}), scores, model
+    return config.model_copy(update={"scores": path, "train": train}), scores, model
 
 
 def task_counts(scores: ScoreFolder) -> TaskCounts:
@@ -147,13 +149,12 @@ def _identity(config: TuneConfig, scores: ScoreFolder, model: Model) -> dict[str
 
 def _plan(config: TuneConfig, scores: ScoreFolder, folder: Path) -> Plan:
     records, begun = read_records(folder)
-    return Plan(
-        config,
-        task_counts(scores),
-        records,
-        begun,
-        remember=lambda job: remember_job(folder, job, str(scores.path)),
-    )
+
+    def remember(job: Job) -> None:
+        remember_job(folder, job, config.scores or "")
+        refresh(folder)
+
+    return Plan(config, task_counts(scores), records, begun, remember=remember)
 
 
 def search(
@@ -179,6 +180,7 @@ def search(
         progress.message(f"trials: tensorboard --logdir {folder / RAY_FOLDER}")
         if dashboard:
             progress.message(f"Ray dashboard: http://{dashboard}")
+        options = {"url": None, **options, "node": ray.get_runtime_context().get_node_id()}
         run_plan(plan, config, folder, trainable, options, progress)
 
 
@@ -204,7 +206,7 @@ def _finish(config: TuneConfig, scores: ScoreFolder, plan: Plan, folder: Path, p
     verdicts = [v for b in config.baselines if searched and (v := verdict(searched, b, objectives))]
     job = next(r.job for r in good if r.job.name == chosen and r.job.seed == config.seed)
     about = [_about(job, config, folder), *[v.sentence() for v in verdicts]]
-    write_atomic(folder / BEST_FILE, mix_yaml(job.mix, str(scores.path), about).encode())
+    write_atomic(folder / BEST_FILE, mix_yaml(job.mix, config.scores or "", about).encode())
     write_parquet(folder / TRIALS_FILE, table_of(records))
     write_atomic(folder / SEARCH_PICTURE, draw_search(records, config.baselines))
     if objectives:
@@ -213,7 +215,7 @@ def _finish(config: TuneConfig, scores: ScoreFolder, plan: Plan, folder: Path, p
     manifest = {
         "seed": config.seed,
         "model": {"name": config.train.model.name},
-        "scores": {"path": str(scores.path)},
+        "scores": {"path": config.scores},
         "best": {"mix": chosen, "is_baseline": chosen in config.baselines, "ratios": job.values},
         "verdicts": [_plain(v) for v in verdicts],
         "base_objective": base.objective if base else None,

@@ -14,24 +14,31 @@ from birbal_ray.config.tune import TuneConfig
 from birbal_ray.models import Model, resolve
 from birbal_ray.ray_session import log_to
 from birbal_ray.run import LOG_FOLDER, RunError
-from birbal_ray.steps.mix import mix
+from birbal_ray.steps.mix import ANY_SIZE_MIB, mix
+from birbal_ray.storage import elsewhere
 from birbal_ray.tuning.plan import BASE, Job
-from birbal_ray.tuning.records import trial_folder
+from birbal_ray.tuning.records import TRIALS_FOLDER, trial_folder
 
-READ_IN_PROCESS_MIB = 1 << 20  # a trial reads the scores by itself, without further Ray tasks
 NUM_EVAL_ROWS = 8  # validation rows that the fine-tune's own evaluation is made on; trials are judged on all
 
 
 def run_trial(config: dict[str, Any]) -> None:
     """One trial, in a worker process: its mix, its proxy fine-tune, its objective."""
+    import ray
+
+    job, settings = Job.from_dict(config["job"]), TuneConfig.model_validate(config["settings"])
+    part, here = f"{TRIALS_FOLDER}/{job.key}", ray.get_runtime_context().get_node_id()
+    with elsewhere(config["url"], Path(config["run"]), part, config["node"], here) as run:
+        _run_trial(job, settings, config["fingerprint"], run)
+
+
+def _run_trial(job: Job, settings: TuneConfig, fingerprint: str, run: Path) -> None:
     from birbal_ray.tuning.runner import Looks
 
-    job, run = Job.from_dict(config["job"]), Path(config["run"])
-    settings = TuneConfig.model_validate(config["settings"])
     folder = trial_folder(run, job)
     log_to(folder / LOG_FOLDER / "trial.log")
     model = resolve(settings.train.model.name, settings.train.model.revision)
-    if model.fingerprint != config["fingerprint"]:
+    if model.fingerprint != fingerprint:
         raise RunError(f"{model.path}: not the model that the search was started with, on this node")
     # An earlier process may have died half-way: what it left is not trusted.
     for name in ("mix", "train"):
@@ -57,7 +64,7 @@ def make_mix(job: Job, config: TuneConfig, folder: Path) -> dict[str, Any]:
         "task_score": config.mix.task_score.model_dump() | {"allow_shortfall": True},
     }
     values = {**(job.mix or default), "scores": config.scores, "output": str(folder)}
-    values["resources"] = {"in_process_mib": READ_IN_PROCESS_MIB}
+    values["resources"] = {"in_process_mib": ANY_SIZE_MIB}  # by itself, without further Ray tasks
     return mix(MixConfig.model_validate(values)).manifest
 
 

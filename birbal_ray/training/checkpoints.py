@@ -1,12 +1,18 @@
-"""Checkpoints in a run folder: `step-000064`, written whole or absent."""
+"""Checkpoints in a run folder: `step-000064`, written whole or absent.
+
+On a disk the directory's name says that it is whole (it was renamed). Object storage has no directories: there,
+the list of its files says so.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from pathlib import Path
 
+FILES_FILE = "files.json"  # {name: size in bytes} of all others in the checkpoint
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -17,17 +23,20 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
-    """By step."""
+    """Those that are whole, by step."""
     if not folder.is_dir():
         return []
-    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
+    found = (p for p in folder.iterdir() if _NAME.fullmatch(p.name) and _is_whole(p))
+    return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 def finish_checkpoint(written: Path, folder: Path) -> Path:
     """Give a checkpoint that was written elsewhere on the same disk its name, once its bytes are on the disk."""
-    for file in written.rglob("*"):
-        if file.is_file():
-            _sync(file)
+    files = [file for file in sorted(written.rglob("*")) if file.is_file()]
+    sizes = {file.relative_to(written).as_posix(): file.stat().st_size for file in files}
+    (written / FILES_FILE).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+    for file in (*files, written / FILES_FILE):
+        _sync(file)
     _sync(written)
     target = folder / f"step-{int(written.name.rpartition('-')[2]):06d}"
     shutil.rmtree(target, ignore_errors=True)  # of the same step, before a restart
@@ -42,6 +51,14 @@ def remove_old(folder: Path, keep: int) -> None:
         doomed = old.with_name(f".old-{old.name}")
         old.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        sizes = json.loads((checkpoint / FILES_FILE).read_text(encoding="utf-8"))
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
 
 
 def _sync(path: Path) -> None:

@@ -16,6 +16,7 @@ from birbal_ray.config.train import TrainConfig
 from birbal_ray.models import ModelError, resolve
 from birbal_ray.ray_session import log_to
 from birbal_ray.run import RunError, write_json
+from birbal_ray.storage import child, elsewhere, filesystem_of, refresh
 
 RESULT_FILE = "session.json"  # of the worker's last session: an outcome, or why it can't go on
 RAY_FOLDER = "ray"
@@ -43,25 +44,36 @@ def missing_resources(config: TrainConfig, nodes: Sequence[dict[str, Any]]) -> s
     )
 
 
-def run_worker(config: TrainConfig, model_fingerprint: str, folder: Path) -> dict[str, Any]:
+def run_worker(config: TrainConfig, model_fingerprint: str, folder: Path, url: str | None = None) -> dict[str, Any]:
     """Train on one worker of the connected cluster; its outcome as a dict.
+
+    `url`: what `folder` is a working copy of, where other nodes don't see it.
 
     A worker that dies is replaced and goes on from the latest checkpoint, `resources.max_failures`
     times. Errors that would only come again end the run at once. Raises RunError for either.
     """
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     gpu = config.resources.device == "gpu"
     (folder / RESULT_FILE).unlink(missing_ok=True)
+    refresh(folder)
+    # Ray keeps its own record of sessions here; checkpoints are ours (docs/decisions/0021).
+    storage: dict[str, Any] = {"storage_path": str(folder / RAY_FOLDER)}
+    if url:
+        system, path = filesystem_of(child(url, RAY_FOLDER))
+        storage = {"storage_path": path, "storage_filesystem": system}
     trainer = TorchTrainer(
         train_on_worker,
         train_loop_config={
             "config": config.model_dump(mode="json"),
             "fingerprint": model_fingerprint,
             "folder": str(folder),
+            "url": url,
+            "node": ray.get_runtime_context().get_node_id(),
         },
         torch_config=TorchConfig(backend="gloo"),  # one worker has nobody to talk to
         scaling_config=ScalingConfig(
@@ -71,9 +83,8 @@ def run_worker(config: TrainConfig, model_fingerprint: str, folder: Path) -> dic
             resources_per_worker={"CPU": config.resources.num_cpus, **({"GPU": 1} if gpu else {})},
         ),
         run_config=RunConfig(
-            # Ray keeps its own record of sessions here; checkpoints are ours (docs/decisions/0021).
             name=f"session-{os.getpid()}-{os.urandom(3).hex()}",
-            storage_path=str(folder / RAY_FOLDER),
+            **storage,
             failure_config=FailureConfig(max_failures=config.resources.max_failures),
         ),
     )
@@ -83,22 +94,28 @@ def run_worker(config: TrainConfig, model_fingerprint: str, folder: Path) -> dic
         raise RunError(
             f"the training worker failed {config.resources.max_failures + 1} times; {_last_line(error)}"
         ) from error
+    refresh(folder)
     return _result(folder)
 
 
 def train_on_worker(options: dict[str, Any]) -> None:
     """What the worker does: `fine_tune`, with its log in the run folder."""
-    import ray.train
+    import ray
 
-    folder = Path(options["folder"])
     config = TrainConfig.model_validate(options["config"])
+    here = ray.get_runtime_context().get_node_id()
+    with elsewhere(options["url"], Path(options["folder"]), "", options["node"], here) as folder:
+        _train(config, options["fingerprint"], folder, here)
+
+
+def _train(config: TrainConfig, fingerprint: str, folder: Path, node: str) -> None:
     log_to(folder / "logs" / "worker.log")
     os.write(1, f"worker pid {os.getpid()}\n".encode())
-    write_json(folder / "worker.json", {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()})
+    write_json(folder / "worker.json", {"pid": os.getpid(), "node": node})
     for name in _WORLD:
         os.environ.pop(name, None)
     try:
-        outcome = _fine_tune(config, options["fingerprint"], folder)
+        outcome = _fine_tune(config, fingerprint, folder)
     except (ModelError, RunError) as error:
         write_json(folder / RESULT_FILE, {"error": str(error)})
     except Exception as error:

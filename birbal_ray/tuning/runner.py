@@ -14,6 +14,7 @@ from ray.tune.search import Searcher
 
 from birbal_ray.config.tune import TuneConfig
 from birbal_ray.progress import ProgressLine
+from birbal_ray.storage import child, filesystem_of, refresh
 from birbal_ray.tuning.plan import FAILED, FINISHED, SEARCH, STOPPED, Job, Plan, Record
 from birbal_ray.tuning.records import RESULT_FILE, one_line, trial_folder, write_record
 
@@ -44,6 +45,7 @@ class Looks:
             seconds, node = time.monotonic() - self._begun, ray.get_runtime_context().get_node_id()
             record = Record(self._job, FINISHED, objective, self._looks, seconds=seconds, node=node, **figures)
             write_record(self._run, record)
+            refresh(self._run)
         tune.report({OBJECTIVE: objective, LOOK: len(self._looks), "step": step})
 
 
@@ -76,6 +78,7 @@ class PlanSearcher(Searcher):
             self.on_trial_result(trial_id, result)
         job = self._jobs.pop(trial_id)
         looks = [look for _, look in sorted(self._looks.pop(trial_id, {}).items())]
+        refresh(self._run)  # a trial on another node writes its result to the run's URL
         file = trial_folder(self._run, job) / RESULT_FILE
         if file.exists():
             record = Record.from_dict(json.loads(file.read_text(encoding="utf-8")))
@@ -147,6 +150,10 @@ def run_plan(
     are on disk before anything else happens.
     """
     os.environ.update(ENVIRONMENT)
+    storage: dict[str, Any] = {"storage_path": str(run / RAY_FOLDER)}
+    if options["url"]:
+        system, path = filesystem_of(child(options["url"], RAY_FOLDER))
+        storage = {"storage_path": path, "storage_filesystem": system}
     resources = config.resources
     wanted = {"cpu": resources.num_cpus, "gpu": resources.num_gpus}
     if resources.accelerator_type:
@@ -174,7 +181,7 @@ def run_plan(
         ),
         run_config=tune.RunConfig(
             name=f"session-{int(time.time())}",
-            storage_path=str(run / RAY_FOLDER),
+            **storage,
             failure_config=tune.FailureConfig(max_failures=resources.max_failures),
             callbacks=[Told(plan, progress)],
             verbose=0,
