@@ -13,7 +13,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,16 @@ QUIET_ENVIRONMENT = {
 
 
 @contextlib.contextmanager
-def ray_session(logical_cpus: float, log_file: Path | None = None, *, dashboard: bool = False) -> Iterator[str | None]:
+def ray_session(
+    logical_cpus: float,
+    log_file: Path | None = None,
+    *,
+    dashboard: bool = False,
+    about: Mapping[str, str] | None = None,
+) -> Iterator[str | None]:
     """Ray for the block: one that is already initialised, else RAY_ADDRESS's, else a local one.
+
+    `about` becomes the metadata of the Ray job (dashboard, `ray list jobs`): which step, which output.
 
     Gives the dashboard's host:port where there is one; a local cluster has it, on 127.0.0.1, if asked for.
 
@@ -58,7 +66,8 @@ def ray_session(logical_cpus: float, log_file: Path | None = None, *, dashboard:
     with _quiet(log_file):
         if os.environ.get("RAY_ADDRESS"):
             _check_answers(os.environ["RAY_ADDRESS"])
-            url = _init(log_to_driver=False, logging_level=logging.ERROR)
+            job = importlib.import_module("ray.job_config").JobConfig(metadata=dict(about or {}))
+            url = _init(log_to_driver=False, logging_level=logging.ERROR, job_config=job)
             try:
                 yield url
             finally:
@@ -81,6 +90,11 @@ def ray_session(logical_cpus: float, log_file: Path | None = None, *, dashboard:
         finally:
             ray.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def told(step: str, output: object) -> dict[str, str]:
+    """Metadata of a step's Ray job."""
+    return {"birbal_step": step, "birbal_output": str(output or "")}
 
 
 def _init(**options: Any) -> str | None:

@@ -82,7 +82,9 @@ def filesystem_of(url: str) -> tuple[fs.FileSystem, str]:
     if region is None and endpoint is None:
         with _named(url):
             region = fs.resolve_s3_region(path.partition("/")[0])
-    options: dict[str, Any] = {"endpoint_override": endpoint} if endpoint else {}
+    options: dict[str, Any] = {"allow_delayed_open": True}  # small files in one request, not three
+    if endpoint:
+        options["endpoint_override"] = endpoint
     return fs.S3FileSystem(region=region, connect_timeout=10, request_timeout=60, **options), path
 
 
@@ -273,8 +275,15 @@ class Mirror:
     def _upload(self, name: str, stamp: Stamp) -> None:
         target = f"{self._base}/{name}"
         with contextlib.suppress(FileNotFoundError):
-            with (self.folder / name).open("rb") as source, self._system.open_output_stream(target) as sink:
-                shutil.copyfileobj(source, sink, CHUNK_BYTES)
+            try:
+                with (self.folder / name).open("rb") as source, self._system.open_output_stream(target) as sink:
+                    shutil.copyfileobj(source, sink, CHUNK_BYTES)
+            except FileNotFoundError:
+                raise
+            except OSError:  # closing the stream made a whole object of what had been read
+                with contextlib.suppress(OSError):
+                    self._system.delete_file(target)
+                raise
             self._known[name] = (stamp, _stamp_of(self._system.get_file_info(target)))
 
     def _take(self, there: dict[str, Stamp], names: Collection[str]) -> None:

@@ -17,6 +17,7 @@ from birbal_ray.cli.models import models
 from birbal_ray.cli.pipeline import demo, pipeline
 from birbal_ray.cli.report import report
 from birbal_ray.cli.score import score
+from birbal_ray.cli.status import status
 from birbal_ray.cli.tasks import tasks
 from birbal_ray.cli.train import train
 from birbal_ray.cli.tune import tune
@@ -38,6 +39,7 @@ def main() -> None:
       birbal train --mix runs/mix --output runs/train --config configs/train/mistral-7b-qlora.yaml
       birbal evaluate --tasks natural-instructions/ --adapter runs/train --output runs/evaluate
       birbal report runs
+      birbal status runs
       birbal merge --run runs/train --output models/merged
     """
 
@@ -54,6 +56,7 @@ for command in (
     merge,
     evaluate,
     report,
+    status,
     harness,
     leaderboard,
     export_predictions,

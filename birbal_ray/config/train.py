@@ -100,6 +100,10 @@ class TrainResources(Settings):
     num_threads: int | None = Field(None, ge=1, description="CPU threads; null takes all cores")
     max_failures: int = Field(3, ge=0, description="dead workers replaced before the run fails")
     stop_grace: Duration = Field(300.0, gt=0, description="on SIGTERM or Ctrl-C: time to save a checkpoint")
+    wait: Duration = Field(
+        600.0, ge=0, description="on a cluster: time to wait for a node that can take the worker, before it starts"
+    )
+    simulated_card: bool = Field(False, description="for tests only: Ray's card is made up, torch computes on a CPU")
     memory_gib: float | None = Field(None, gt=0, description="memory to plan for; null asks the device")
 
 

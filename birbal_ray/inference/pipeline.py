@@ -21,7 +21,7 @@ from birbal_ray.run import RunError, RunFailedError
 
 WRITE_CPUS = 0.25  # logical: scoring and writing a shard takes milliseconds
 REPLICAS_PER_WRITER = 4
-BOARD_ATTEMPTS = 3
+BOARD_ATTEMPTS, BOARD_PAUSE_SECONDS = 8, 2.0
 ACCELERATOR_LABEL = "ray.io/accelerator-type"  # of a node, set by Ray
 POLL_SECONDS = 1.0  # each look costs the cores that may be the engine's a few milliseconds
 
@@ -165,6 +165,7 @@ def _board() -> Any:
         except ray.exceptions.ActorDiedError:
             if attempt == BOARD_ATTEMPTS:
                 raise
+            time.sleep(BOARD_PAUSE_SECONDS)
     return board
 
 
@@ -265,6 +266,8 @@ class _Watch:
 
 def _root_reason(error: BaseException) -> str:
     """The last telling line of the deepest cause: Ray wraps the reason in a page of traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith("For further information visit")]  # pydantic's last line
+    first, *_ = str(error).partition("The above exception was the direct cause of")
+    lines = [line.strip() for line in first.splitlines() if line.strip()]
+    # Advice that pydantic and Ray Data end with.
+    lines = [line for line in lines if not line.startswith(("For further information visit", "To change retry"))]
     return lines[-1] if lines else type(error).__name__

@@ -46,6 +46,7 @@ COMPLETED_ROWS = pa.schema(
     + [SCORE_ROWS.field(name) for name in ("prediction", "num_cached_tokens", "num_completion_tokens", "finish_reason")]
 )
 REPORT_INTERVAL_SECONDS = 1.0
+COUNTED = ("rows", "errors", "prompt_tokens", "cached_tokens", "completion_tokens")
 
 
 class Prepare:
@@ -136,6 +137,7 @@ class Generate:
         ray.get(board.started.remote(self._replica, context.get_node_id()))  # type: ignore[attr-defined]
         path = _model_folder(config, model_fingerprint) if config.engine.backend == "vllm" else Path()
         resources = _with_threads(config.resources, replicas_per_node)
+        self._meters = _meters(self._replica)
         here = [replace(one, path=str(local_copy(one.path))) for one in adapters]
         self._loop = EngineLoop(lambda: load_engine(path, config.engine, resources, here))
         board.ready.remote(self._replica)  # type: ignore[attr-defined]
@@ -156,7 +158,7 @@ class Generate:
 
     def _collect(self, futures: Sequence[Any], token_ids: list[list[int]], wanted: list[int]) -> list[Completion]:
         completions: list[Completion] = []
-        counts = {"rows": 0, "errors": 0, "prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0}
+        counts = dict.fromkeys(COUNTED, 0)
         reported = time.monotonic()
         for index, future in zip(wanted, futures, strict=True):
             done = future.result()
@@ -168,6 +170,9 @@ class Generate:
             counts["completion_tokens"] += done.num_completion_tokens
             if time.monotonic() - reported > REPORT_INTERVAL_SECONDS or len(completions) == len(futures):
                 self._board.add.remote(self._replica, dict(counts))  # type: ignore[attr-defined]
+                for name, count in counts.items():
+                    if count:  # a Counter refuses 0
+                        self._meters[name].inc(count)
                 counts, reported = dict.fromkeys(counts, 0), time.monotonic()
         return completions
 
@@ -177,6 +182,17 @@ class Generate:
 
         ray.get(self._board.died.remote(self._replica, reason))  # type: ignore[attr-defined]
         os._exit(1)
+
+
+def _meters(replica: str) -> dict[str, Any]:
+    """Counters for Ray's metrics (Prometheus); a rate of them is rows/s, tokens/s, and so on."""
+    from ray.util.metrics import Counter
+
+    meters = {}
+    for name in COUNTED:
+        meters[name] = Counter(f"birbal_{name}", f"{name.replace('_', ' ')} of a scoring replica", ("replica",))
+        meters[name].set_default_tags({"replica": replica[:12]})
+    return meters
 
 
 class WriteScored:

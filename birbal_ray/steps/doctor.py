@@ -8,10 +8,14 @@ import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from birbal_ray import models
+from birbal_ray.config import ConfigError
+from birbal_ray.ray_session import ray_session
+from birbal_ray.run import RunError
 
 OK, PROBLEM = "ok", "problem"
 MIN_DISK_BYTES = 10 << 30
@@ -31,6 +35,33 @@ class Check:
 def examine(model: str, output: str) -> list[Check]:
     """All checks, in the order in which they are shown. Starts no Ray and loads no model."""
     return [_python(), *_packages(), _cpus(), _memory(), *_gpus(), _disk(Path(output)), _model(model)]
+
+
+def cluster_nodes(address: str | None = None) -> list[dict[str, Any]]:
+    """`ray.nodes()` of the cluster at `address`, else RAY_ADDRESS's, else the one that runs on this machine.
+
+    Starts none. Raises RunError when none answers, ConfigError for an address that would start one.
+    """
+    from ray.exceptions import RayError
+
+    before = os.environ.get("RAY_ADDRESS")
+    address = address or before or "auto"
+    if address == "local":
+        raise ConfigError("--cluster local would start a Ray; give host:port, or auto for the one of this machine")
+    os.environ["RAY_ADDRESS"] = address  # what ray_session goes by
+    try:
+        with ray_session(0):
+            import ray
+
+            return ray.nodes()
+    except RunError:
+        raise
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        raise RunError(f"no Ray cluster at {address}: {' '.join(str(error).split())}") from None
+    finally:
+        os.environ.pop("RAY_ADDRESS")
+        if before is not None:
+            os.environ["RAY_ADDRESS"] = before
 
 
 def _python() -> Check:

@@ -13,6 +13,8 @@ from tests.e2e.processes import birbal, finish, kill_whole, rows_of, wait_for
 pytestmark = pytest.mark.vllm
 # Slow: all 720 real rows, 100 compared, ten minutes more.
 NUM_PER_TASK, NUM_COMPARED = (60, 100) if SLOW else (10, 30)
+# 0.75 of the prompt tokens at 60 rows a task. Each task's prefix is computed once: fewer rows share it.
+MIN_CACHED_FRACTION = 0.75 * (1 - 1 / NUM_PER_TASK) / (1 - 1 / 60)
 
 
 def test_real_tasks_killed_and_run_again_agree_with_transformers(shared_data, tmp_path):
@@ -33,7 +35,7 @@ def test_real_tasks_killed_and_run_again_agree_with_transformers(shared_data, tm
 
     undisturbed = tmp_path / "undisturbed"
     finish(birbal(*[undisturbed if part == run else part for part in command]))
-    assert read_manifest(undisturbed, "score")["tokens"]["cached_fraction"] >= 0.75
+    assert read_manifest(undisturbed, "score")["tokens"]["cached_fraction"] >= MIN_CACHED_FRACTION
     expected = rows_of(undisturbed)
     assert [row["row_id"] for row in rows] == [row["row_id"] for row in expected]
     # Prompts meet other neighbours in the batch, so near-ties between tokens may fall the other way.

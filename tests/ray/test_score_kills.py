@@ -47,7 +47,7 @@ def arguments(folder):
         "resources.max_engine_restarts": NUM_ENGINE_KILLS,
     }
     sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    return lambda run: ["score", "--tasks", folder, *sets, "--output", run]
+    return lambda run, *more: ["score", "--tasks", folder, *sets, *more, "--output", run]
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_engine_process_killed_is_replaced_by_itself(birbal: Start, arguments, u
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_says_how_to_continue(birbal: Start, arguments, undisturbed, tmp_path, number):
     run = tmp_path / f"stopped-{number.name}"
-    process = birbal(*arguments(run))
+    process = birbal(*arguments(run, "--set", "resources.simulated_row_seconds=0.2"))  # 40 s: not over by itself
     assert wait_for(lambda: len(finished_files(run)) >= 5, process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)

@@ -1,0 +1,70 @@
+"""`birbal status`."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from birbal_ray.cli.common import format_option, print_table
+
+if TYPE_CHECKING:
+    from birbal_ray.steps.status import Row
+
+
+@click.command(short_help="What is done, running and next in a run folder.")
+@click.argument("run", type=click.Path(path_type=Path))
+@format_option
+def status(run: Path, output_format: str) -> None:
+    """Say what the steps in RUN have done, which of them is at work, and how to go on.
+
+    RUN is a folder that holds the steps' output folders, or one of these. It is only read: a run that
+    works there is not disturbed. Whether one on another machine still lives is judged by its files.
+
+    \b
+    Examples:
+      birbal status runs
+      birbal status runs/score --format json
+    """
+    from birbal_ray.steps.status import status as status_of
+
+    rows = status_of(run)
+    if output_format != "text":
+        print_table([_record(row) for row in rows], output_format)
+        return
+    print_table([_cells(row, time.time()) for row in rows], output_format)
+    todo = [row for row in rows if row.next]
+    for row in todo:
+        click.echo(f"next: {row.next}" if len(todo) == 1 else f"next ({row.folder.name}): {row.next}")
+
+
+def _record(row: Row) -> dict[str, Any]:
+    """For other programs: figures apart, the time as ISO 8601."""
+    return {
+        "step": row.step,
+        "folder": str(row.folder),
+        "state": row.state,
+        "detail": row.detail,
+        "done": row.done,
+        "planned": row.planned,
+        "progress": row.progress,
+        "touched": datetime.fromtimestamp(row.touched, UTC).isoformat(timespec="seconds") if row.touched else None,
+        "wall_seconds": row.wall_seconds,
+        "next": row.next,
+    }
+
+
+def _cells(row: Row, now: float) -> dict[str, Any]:
+    from birbal_ray.progress import duration
+
+    return {
+        "step": row.step,
+        "folder": str(row.folder),
+        "state": row.detail or row.state,
+        "progress": row.progress or "-",
+        "last touched": f"{duration(max(0.0, now - row.touched))} ago" if row.touched else "-",
+        "wall time": duration(row.wall_seconds) if row.wall_seconds else "-",
+    }

@@ -1,0 +1,150 @@
+"""Nodes that vanish in the middle of a run: replicas move, the fine-tune goes on, nothing is lost or doubled."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from birbal_ray.run import read_json
+from tests.conftest import task_values
+from tests.ray.conftest import scored_rows
+from tests.ray.test_score_kills import finished_files, wait_for
+from tests.ray.test_train_ray import losses, start, wait_for_step
+
+pytestmark = pytest.mark.timeout(600)
+CARD = "GeForce-RTX-4090"
+NUM_TASKS, NUM_INSTANCES, SHARD_ROWS, IN_FLIGHT = 4, 60, 5, 2
+NUM_ROWS = NUM_TASKS * NUM_INSTANCES
+SETTINGS = {
+    "engine.backend": "simulated",
+    "engine.device": "cpu",
+    "shard_rows": SHARD_ROWS,
+    "resources.simulated_row_seconds": 0.15,
+    "resources.shards_in_flight": IN_FLIGHT,
+    "resources.num_replicas": 2,
+    "resources.cpus_per_replica": 2,
+    "resources.max_engine_restarts": 0,  # a lost node is no engine death
+}
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A head that takes no work; nodes are added by the tests."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    yield made
+    made.shutdown()
+
+
+def sets(settings: dict[str, Any]) -> list[str]:
+    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+
+
+def test_nodes_lost_while_scoring(birbal, cluster, tmp_path):
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    for number in range(NUM_TASKS):
+        values = task_values(NUM_INSTANCES, Definition=[f"Definition {number}."])
+        (tasks / f"task{number}.json").write_text(json.dumps(values))
+    quick = sets(SETTINGS | {"resources.simulated_row_seconds": 0.0, "resources.num_replicas": 1})
+    process = birbal("score", "--tasks", tasks, *quick, "--output", tmp_path / "undisturbed", local=True)
+    assert process.wait(timeout=200) == 0, process.communicate()[1]
+
+    chance, run = random.Random(7), tmp_path / "run"
+    nodes = [cluster.add_node(num_cpus=4) for _ in range(2)]
+    process = birbal("score", "--tasks", tasks, *sets(SETTINGS), "--output", run, env={"RAY_ADDRESS": cluster.address})
+    kills = 0
+    for _ in range(2):
+        target = len(finished_files(run)) + chance.randint(3, 8)
+        if not wait_for(lambda target=target: len(finished_files(run)) >= target, process):
+            break
+        cluster.remove_node(nodes.pop(0), allow_graceful=False)
+        nodes.append(cluster.add_node(num_cpus=4))  # as a spot provider does, sooner or later
+        kills += 1
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert kills == 2
+    assert scored_rows(run) == scored_rows(tmp_path / "undisturbed"), "no row lost, none doubled, none different"
+    session = read_json(run / "manifest.json")["last_session"]
+    redone = session["rows_computed"] / NUM_ROWS - 1
+    print(f"{kills} nodes lost, 0 of {NUM_ROWS} rows lost or doubled, {redone:.1%} of the work done again")
+    assert session["engine_restarts"] >= 1, "a replica came back on another node"
+    assert redone <= kills * (IN_FLIGHT + 2) * SHARD_ROWS / NUM_ROWS, "no more than the shards in flight"
+
+
+def test_the_card_is_lost_while_training(cluster, tiny_model, tiny_mix, tmp_path):
+    """On the pinned card only; restarted from a checkpoint on the next such card; a message while there is none."""
+
+    def add_card() -> Any:
+        return cluster.add_node(num_cpus=2, num_gpus=1, resources={f"accelerator_type:{CARD}": 1})
+
+    card, folder = {"resources.accelerator_type": CARD, "resources.simulated_card": True}, tmp_path / "run"
+    cluster.add_node(num_cpus=2, num_gpus=1, resources={"accelerator_type:A10G": 1})  # must not take it
+    steps = {"max_steps": 60}
+    process = start(tiny_model, tiny_mix, folder, device="gpu", address=cluster.address, **card, **steps)
+    said = follow(process)
+    wait_until(lambda: f"no node has a {CARD}" in said(), 120)
+    assert "cards: A10G" in said()
+    first = add_card()
+    wait_for_step(folder, 15, process)
+    assert read_json(folder / "worker.json")["node"] == first.node_id
+
+    cluster.remove_node(first, allow_graceful=False)
+    wait_until(lambda: said().count(f"waiting: no node has a {CARD}") > 0, 120)
+    second = add_card()
+    assert process.wait(timeout=400) == 0, said()[-3000:]
+    assert read_json(folder / "worker.json")["node"] == second.node_id
+    manifest = read_json(folder / "manifest.json")
+    assert [step for step, _ in losses(folder)] == list(range(1, 61)), "every step once"
+    assert manifest["result"]["num_steps"] == 60
+
+    undisturbed = tmp_path / "undisturbed"
+    alone = start(tiny_model, tiny_mix, undisturbed, device="gpu", address=cluster.address, **card, **steps)
+    assert alone.wait(timeout=300) == 0, alone.communicate()[1][-3000:]
+    assert losses(folder) == losses(undisturbed), "the same losses as if nothing had happened"
+
+
+def test_scoring_keeps_off_the_training_card(birbal, cluster, write_task, tmp_path):
+    """Two replicas and three GPUs, one of them in the card that trains."""
+    label = "ray.io/accelerator-type"
+    training = cluster.add_node(num_cpus=4, num_gpus=1, resources={f"accelerator_type:{CARD}": 1}, labels={label: CARD})
+    for _ in range(2):
+        cluster.add_node(num_cpus=4, num_gpus=1, resources={"accelerator_type:A10G": 1}, labels={label: "A10G"})
+    settings = SETTINGS | {
+        "engine.device": "gpu",
+        "resources.simulated_row_seconds": 0.0,
+        "resources.avoid_accelerator_types": f"[{CARD}]",
+    }
+    run = tmp_path / "run"
+    address = {"RAY_ADDRESS": cluster.address}
+    tasks = write_task("task_a", 40)
+    process = birbal("score", "--tasks", tasks, *sets(settings), "--output", run, env=address)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    replicas = [file.read_text().split() for file in (run / "logs").glob("replica-*.log")]
+    nodes = {words[words.index("node") + 1] for words in replicas}
+    assert len(replicas) == 2 == len(nodes)
+    assert training.node_id not in nodes
+
+
+def follow(process: Any) -> Any:
+    """said() → what the process has written to stderr so far."""
+    import threading
+
+    lines: list[str] = []
+    threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True).start()
+    threading.Thread(target=process.stdout.read, daemon=True).start()
+    return lambda: "".join(lines)
+
+
+def wait_until(condition: Any, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"nothing for {seconds} s"
+        time.sleep(0.2)
