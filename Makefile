@@ -61,6 +61,7 @@ lint: setup
 bench: setup
 	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/pipeline_scaling.py
 
 clean:
 	rm -rf $(VENV) runs

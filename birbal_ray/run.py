@@ -172,7 +172,9 @@ def start_run(folder: Path, step: str, identity: Mapping[str, Any], *, overwrite
     """
     identity = json.loads(json.dumps(identity))
     run_file = folder / RUN_FILE
-    for leftover in folder.glob(".tmp-*"):  # of a process that was killed while writing
+    # Of a process that was killed while writing. Where no run was begun, no others can be ours.
+    names = [".tmp-*"] if run_file.exists() else [f".tmp-*-{RUN_FILE}", f".tmp-*-{LOCK_FILE}.json"]
+    for leftover in [file for name in names for file in folder.glob(name)]:
         if leftover.is_dir():
             shutil.rmtree(leftover)
         else:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.option("--model", metavar="NAME", help="The base model: smollm2-135m, a local folder, or a Hub id.")
 @click.option("--adapter", "adapters", metavar="DIR", multiple=True, help="Adapter, or train run; NAME=DIR names it.")
 @click.option("--merged", metavar="DIR", multiple=True, help="Whole model to compare with the base; NAME=DIR names it.")
-@click.option("--mix", metavar="DIR", help="Leave out what this mix had in its hands (an adapter's own by default).")
+@click.option("--mix", metavar="DIR", help="Leave out what this mix had in its hands; adapters' own mixes always are.")
 @click.option("--output", metavar="DIR", help="Run folder; the same command on it continues where it stopped.")
 @click.option("--instances-per-task", type=click.IntRange(min=1), help="Held-out instances of each task, at most (50).")
 @click.option("--select", metavar="WHICH", help="all, selected (the 462 of Birbal), or a file of task names.")

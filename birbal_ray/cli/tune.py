@@ -65,6 +65,8 @@ def print_result(result: TuneResult, output_format: str) -> None:
     print_table(manifest["summary"], output_format)
     if manifest["base_objective"] is not None:
         note(f"held-out loss before any training: {manifest['base_objective']:.4f}")
+    if manifest.get("left_out"):
+        note(manifest["left_out"])
     for found in manifest["verdicts"]:
         note(found["sentence"])
     best = manifest["best"]

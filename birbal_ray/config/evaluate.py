@@ -39,7 +39,7 @@ class EvaluateConfig(Settings):
     model: ModelSettings = ModelSettings()
     adapters: list[str] = Field([], description="adapter folders, or output folders of `birbal train`; NAME=DIR names")
     merged: list[str] = Field([], description="model folders or Hub ids compared with the base model; NAME=… names")
-    mix: str | None = Field(None, description="mix whose candidates are left out; null takes the adapters' own")
+    mix: str | None = Field(None, description="mix whose candidates are left out, besides those of the adapters' own")
     serve_adapters: Literal["auto", "lora", "merged"] = Field(
         "auto",
         description="lora: all in one engine; merged: folded into the weights, an engine each; auto: merged on a CPU",

@@ -34,6 +34,7 @@ class Contender:
     rank: int | None = None  # of an adapter
     mix: str | None = None  # that an adapter was trained on, where its run says so
     origin: str = ""
+    mix_identity: str | None = None  # identity hash of that mix
 
     def described(self) -> dict[str, Any]:
         """For the manifest."""
@@ -94,13 +95,24 @@ def _adapter(name: str | None, path: str, model: Model) -> Contender:
         raise ConfigError(
             f"--adapter {path}: trained on {trained['model']['name']} with other weights than --model {model.name}"
         )
-    digest = hashlib.sha256((folder / ADAPTER_WEIGHTS).read_bytes() + (folder / ADAPTER_CONFIG).read_bytes())
+    mix = trained.get("mix", {})
     return Contender(
         name or (folder.parent.name if folder.name == ADAPTER_FOLDER else folder.name),
         ADAPTER,
         str(folder),
-        digest.hexdigest(),
+        adapter_fingerprint(folder),
         settings["r"],
-        trained.get("mix", {}).get("path"),
+        mix.get("path"),
         origin or str(folder),
+        mix.get("identity_hash"),
     )
+
+
+def adapter_fingerprint(folder: Path) -> str:
+    """SHA-256 of an adapter's weights and settings; the folder holds both."""
+    digest = hashlib.sha256()
+    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+        with (folder / name).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -144,6 +144,7 @@ class Generate:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         table = _from_bytes(row["prepared"])
+        os.write(1, f"begins {plan.Shard.from_dict(row['shard']).file_name}\n".encode())
         token_ids, prompts = table["token_ids"].to_pylist(), table["few_shot_prompt"].to_pylist()
         wanted = [index for index, error in enumerate(table["error"].to_pylist()) if error is None]
         max_tokens, adapter = row["shard"]["max_completion_tokens"], row["shard"]["variant"]["adapter"]

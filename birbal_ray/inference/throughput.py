@@ -60,7 +60,6 @@ class Meter:
         computed = sum(self._last.counts[name] for name in ("prompt_tokens", "completion_tokens"))
         return {
             "rows": self._written,
-            "rows_computed": self._last.counts["rows"],  # more than written: shards that were in flight on a lost node
             "load_seconds": round((self._ready_at or time.monotonic()) - self._begun, 3),
             "steady_seconds": round(steady, 3),
             "rows_per_second": round(self._written / steady, 3) if steady else None,

@@ -59,7 +59,7 @@ def open_scores(folder: Path, model: str | None = None) -> ScoreFolder:
             f"{folder}: scored by {made_by or 'an unnamed model'}, the configuration says model = {model!r}; "
             "point --scores at that model's run, or correct model (null takes any)"
         )
-    files = tuple(sorted(p for p in (folder / ROWS_FOLDER).glob("*.parquet") if not p.name.startswith(".")))
+    files = tuple(sorted(p for p in (folder / ROWS_FOLDER).glob("*.parquet") if not p.name.startswith(".tmp-")))
     if not files:
         raise RunError(f"{folder / ROWS_FOLDER}: no Parquet files; the score run's rows are gone, rerun `birbal score`")
     tasks = _tasks(folder)

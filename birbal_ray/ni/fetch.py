@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
 import hashlib
 import http.client
 import json
@@ -11,6 +13,7 @@ import tarfile
 import urllib.error
 import urllib.parse
 import urllib.request
+import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -124,7 +127,7 @@ def _unpack(archive: Path, output: Path, progress: Callable[[str], None]) -> tup
     working.mkdir()
     num_files = num_bytes = 0
     try:
-        with tarfile.open(archive, "r|gz") as tar:
+        with gzip.open(archive) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
             for member in tar:
                 path = PurePosixPath(member.name)
                 if not member.isreg() or path.suffix != ".json" or path.parent.name != "tasks":
@@ -138,9 +141,18 @@ def _unpack(archive: Path, output: Path, progress: Callable[[str], None]) -> tup
                     shutil.copyfileobj(source, file)
                 num_files += 1
                 progress(f"unpacking {num_files} task files")
-    except (tarfile.TarError, EOFError, OSError) as error:
+            while plain.read(CHUNK_BYTES):  # to gzip's checksum: tarfile takes a damaged header for the archive's end
+                pass
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, FileExistsError) as error:
         archive.unlink()
         raise TaskError(f"the archive can't be unpacked ({error}) and was deleted; fetch it again") from None
+    except OSError as error:  # the disk's fault, not the archive's
+        shutil.rmtree(working, ignore_errors=True)
+        cause = "no space left on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+        raise TaskError(
+            f"{archive}: unpacking broke off after {num_files} files ({cause}); the download is kept, "
+            "the same command unpacks it"
+        ) from None
     if num_files == 0:
         raise TaskError("the archive holds no tasks/*.json")
     return working, num_files

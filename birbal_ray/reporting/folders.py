@@ -8,6 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray.config import ConfigError
+from birbal_ray.evaluation.contenders import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS,
+    adapter_fingerprint,
+)
 from birbal_ray.run import MANIFEST_FILE, RUN_FILE, RunError, read_json
 
 STEPS = ("score", "mix", "train", "evaluate")  # those with a section of their own, in the order they run
@@ -81,7 +88,25 @@ def mismatches(run: RunFolder) -> list[str]:
                 f"{step} was made from another {before} run than the one in this folder (identity hash "
                 f"{str(hash_before)[:12]}…): their numbers don't belong together"
             )
-    return lines
+    return lines + _stale_evaluation(run)
+
+
+def _stale_evaluation(run: RunFolder) -> list[str]:
+    """Adapters were evaluated, and the one that train holds now is not among them."""
+    asked = {
+        one["name"]: one["fingerprint"] for one in _dig(run, "evaluate", "contenders") or [] if one["kind"] == ADAPTER
+    }
+    folder = run.finished["train"].path / ADAPTER_FOLDER if "train" in run.finished else None
+    if not asked or folder is None or not all((folder / name).exists() for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)):
+        return []
+    now = adapter_fingerprint(folder)
+    if now in asked.values():
+        return []
+    names = " and ".join(f"{name} ({fingerprint[:12]}…)" for name, fingerprint in asked.items())
+    return [
+        f"evaluate asked {names}, not the adapter that train holds now (fingerprint {now[:12]}…): their numbers "
+        "don't belong together"
+    ]
 
 
 def _chosen(run: Path, step: str, folders: list[StepFolder]) -> StepFolder:

@@ -14,13 +14,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from birbal_ray.config import ConfigError, canonical_hash
+from birbal_ray.config import canonical_hash
 from birbal_ray.config.evaluate import EvaluateConfig
 from birbal_ray.config.score import ScoreConfig
 from birbal_ray.contracts import COMPARISONS, COMPARISONS_FILE, EVALUATION, EVALUATION_FILE, ROWS_FOLDER
 from birbal_ray.evaluation.compare import compare, pair_tasks, scopes
 from birbal_ray.evaluation.contenders import ADAPTER, BASE, Contender, contenders
-from birbal_ray.evaluation.heldout import HeldOut, held_out
+from birbal_ray.evaluation.heldout import HeldOut, held_out, mixes_of, together
 from birbal_ray.inference import throughput
 from birbal_ray.inference.board import Snapshot
 from birbal_ray.inference.engine import Adapter
@@ -29,7 +29,7 @@ from birbal_ray.inference.plan import Plan, Variant, unpacked
 from birbal_ray.inference.results import read_scores, summarise, unfinished
 from birbal_ray.models import Model, pinned, resolve
 from birbal_ray.progress import ProgressLine
-from birbal_ray.ray_session import ray_session
+from birbal_ray.ray_session import ray_session, told
 from birbal_ray.run import (
     LOG_FOLDER,
     MANIFEST_FILE,
@@ -65,7 +65,7 @@ class Setup:
     config: EvaluateConfig
     scoring: ScoreConfig  # of the base model
     contenders: list[Contender]  # the base model first
-    mix: str | None
+    mixes: list[str]
     held_out: HeldOut | None  # None: no mix is known
     model: Model
 
@@ -131,19 +131,10 @@ def prepared(config: EvaluateConfig) -> Setup:
     scoring = resolved(config.scoring())
     model = resolve(config.model.name, config.model.revision) if scoring.engine.backend == "vllm" else SIMULATED
     found = contenders(model, config.adapters, config.merged)
-    mixes = sorted({one.mix for one in found if one.mix})
-    mix = config.mix
-    if mix is None and mixes:
-        gone = [path for path in mixes if not local_copy(path).is_dir()]
-        if len(mixes) > 1 or gone:
-            raise ConfigError(
-                f"the adapters were trained on {' and '.join(mixes)}{' (not there any more)' if gone else ''}; "
-                "give the mix whose rows are to be left out: --mix DIR"
-            )
-        mix = mixes[0]
+    mixes = mixes_of(found, config.mix)
     if scoring.engine.backend == "vllm":
         scoring = scoring.model_copy(update={"model": scoring.model.model_copy(update=pinned(model))})
-    return Setup(config, scoring, found, mix, held_out(local_copy(mix)) if mix else None, model)
+    return Setup(config, scoring, found, mixes, together([held_out(local_copy(mix)) for mix in mixes]), model)
 
 
 def tell(setup: Setup, plan: Plan, progress: ProgressLine) -> None:
@@ -155,9 +146,14 @@ def tell(setup: Setup, plan: Plan, progress: ProgressLine) -> None:
         left_out = sum(task.num_excluded for task in plan.tasks)
         unsampled = sum(setup.held_out.kind(task.name) == "task" for task in plan.tasks)
         progress.message(
-            f"{left_out:,} instances were in the hands of {setup.mix} and are left out; "
+            f"{left_out:,} instances were in the hands of {' and '.join(setup.mixes)} and are left out; "
             f"{unsampled} of {len(plan.tasks)} tasks were never sampled"
         )
+        for one in setup.contenders[1:]:
+            if one.mix is None:
+                progress.message(
+                    f"{one.name}: its folder names no mix; trained on another, it may have seen these instances"
+                )
     names = ", ".join(f"{one.name} ({one.kind})" if one.kind != BASE else one.name for one in setup.contenders)
     progress.message(f"{names}: {' and '.join(setup.config.prompt_formats)}")
 
@@ -188,7 +184,7 @@ def _score(setup: Setup, plan: Plan, folder: Path, progress: ProgressLine) -> li
     if not todo:
         return []
     meters = []
-    with ray_session(logical_cpus(setup.scoring), logs / "ray.log"):
+    with ray_session(logical_cpus(setup.scoring), logs / "ray.log", about=told(STEP, setup.config.output)):
         lacking = check_cluster(setup.scoring)
         if lacking:
             progress.message(
@@ -271,7 +267,7 @@ def _finish(
             "seed": setup.config.seed,
             "model": {"name": setup.config.model.name, "revision": setup.model.revision},
             "contenders": [one.described() for one in setup.contenders],
-            "mix": str(setup.mix) if setup.mix else None,
+            "mix": " and ".join(setup.mixes) or None,
             "rows": {**rows, "left_out": sum(task.num_excluded for task in plan.tasks)},
             "tokens": {"prompt": prompt, "cached": cached, "cached_fraction": cached / prompt if prompt else None},
             "sessions": [meter.session() for meter in meters],

@@ -22,7 +22,9 @@ def export_published_json(run: Path, output: Path) -> tuple[int, int]:
     error have an empty prediction. Raises RunError when `run` is no finished score run.
     """
     read_manifest(run, "score")
-    rows = pads.dataset(run / ROWS_FOLDER, format="parquet")
+    # Listed by hand: of a folder, pyarrow leaves out files that begin with "_" or ".", as tasks' names may.
+    files = [str(file) for file in sorted((run / ROWS_FOLDER).glob("*.parquet")) if not file.name.startswith(".tmp-")]
+    rows = pads.dataset(files, format="parquet")
     names = pq.read_table(run / TASKS_FILE, columns=["task"])["task"].to_pylist()
     num_rows = 0
     for name in names:

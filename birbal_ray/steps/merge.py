@@ -49,12 +49,17 @@ def merge(
 
     The comparison holds, over eval prompts of the run's mix: the largest absolute difference of the
     next-token logits, and the fraction of greedy tokens that agree. Raises RunError (no finished
-    run there), ConfigError (another run's folder).
+    run there), ConfigError (another run's folder, other base weights than were trained on).
     """
     progress = progress or ProgressLine()
     here = local_copy(run, NOT_NEEDED)
     trained = read_manifest(here, "train")
     model = resolve(trained["model"]["name"], trained["model"]["revision"] if "/" in trained["model"]["name"] else None)
+    if trained["identity"]["model_fingerprint"] != model.fingerprint:
+        raise ConfigError(
+            f"--run {run}: trained on {trained['model']['name']} with other weights than {model.path} holds now; "
+            "an adapter fits no others: put them back there"
+        )
     identity = {
         "train": trained["identity_hash"],
         "best_step": trained["result"]["best_step"],

@@ -25,7 +25,7 @@ from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.mix.sources import Origin, origin_of
 from birbal_ray.mix.write import TASKS_FILE, WORK_FOLDER, MixWriter, mix_files, splits_of
 from birbal_ray.progress import ProgressLine
-from birbal_ray.ray_session import ray_session
+from birbal_ray.ray_session import ray_session, told
 from birbal_ray.run import (
     LOG_FOLDER,
     MANIFEST_FILE,
@@ -147,7 +147,7 @@ def _draft(
         origins,
         work,
         progress.update,
-        lambda: stack.enter_context(ray_session(num_cpus, log_file)),
+        lambda: stack.enter_context(ray_session(num_cpus, log_file, about=told(STEP, config.output))),
     )
 
 

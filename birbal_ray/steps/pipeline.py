@@ -15,7 +15,7 @@ from birbal_ray.config.score import ScoreConfig
 from birbal_ray.config.train import TrainConfig
 from birbal_ray.inference.pipeline import logical_cpus
 from birbal_ray.ni.catalog import sample_tasks_folder
-from birbal_ray.ray_session import ray_session
+from birbal_ray.ray_session import ray_session, told
 from birbal_ray.run import LOG_FOLDER, MANIFEST_FILE, stoppable
 from birbal_ray.steps.evaluate import evaluate
 from birbal_ray.steps.mix import mix
@@ -137,7 +137,9 @@ def run_pipeline(
         here = working_copy(recipe.output) if is_url(recipe.output) else Path(recipe.output)
         if overwrite or not all((here / step / MANIFEST_FILE).exists() for step, _ in work):
             stack.enter_context(stoppable())
-            stack.enter_context(ray_session(_logical_cpus(recipe), here / LOG_FOLDER / "ray.log"))
+            stack.enter_context(
+                ray_session(_logical_cpus(recipe), here / LOG_FOLDER / "ray.log", about=told("pipeline", recipe.output))
+            )
         for number, (step, run) in enumerate(work, 1):
             announce(f"{number}/{len(work) + 1} {step}: {ABOUT[step]}")
             show[step](run(getattr(recipe, step), overwrite=overwrite))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -26,7 +27,7 @@ from birbal_ray.inference.results import summarise, unfinished
 from birbal_ray.inference.stages import load_tokenizer
 from birbal_ray.progress import ProgressLine
 from birbal_ray.rates import remember
-from birbal_ray.ray_session import ray_session
+from birbal_ray.ray_session import ray_session, told
 from birbal_ray.run import (
     LOG_FOLDER,
     MANIFEST_FILE,
@@ -191,7 +192,7 @@ def _score_shards(
 ) -> None:
     """Run the pipeline over the shards. Finished files stay whatever happens."""
     logs, rows_folder = folder / LOG_FOLDER, folder / ROWS_FOLDER
-    with ray_session(logical_cpus(config), logs / "ray.log"):
+    with ray_session(logical_cpus(config), logs / "ray.log", about=told(STEP, config.output)):
         missing = check_cluster(config)
         if missing:
             progress.message(f"waiting, {missing}; gives up after {config.resources.no_progress_minutes:g} minutes")
@@ -207,13 +208,20 @@ def _show(progress: ProgressLine, meter: throughput.Meter, seen: Snapshot) -> No
 
 
 def _record_session(folder: Path, session: dict[str, Any]) -> None:
-    """Append to sessions.jsonl; a session that was killed outright leaves no line."""
-    with (folder / SESSIONS_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(session) + "\n")
+    """Append to sessions.jsonl; a session that was killed outright leaves no line, or half of one."""
+    file = folder / SESSIONS_FILE
+    half = file.exists() and not file.read_bytes().endswith(b"\n")
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write("\n" * half + json.dumps(session) + "\n")
 
 
 def _sessions(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / SESSIONS_FILE).read_text(encoding="utf-8").splitlines()]
+    """The sessions that could say how they went."""
+    sessions = []
+    for line in (folder / SESSIONS_FILE).read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            sessions.append(json.loads(line))
+    return sessions
 
 
 def _finish(

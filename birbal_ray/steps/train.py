@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -20,12 +21,11 @@ from birbal_ray.config.train import TrainConfig
 from birbal_ray.models import Model, pinned, resolve
 from birbal_ray.progress import ProgressLine, duration
 from birbal_ray.rates import recall, remember
-from birbal_ray.ray_session import MIN_LOGICAL_CPUS, ray_session
+from birbal_ray.ray_session import MIN_LOGICAL_CPUS, ray_session, told
 from birbal_ray.run import (
     LOG_FOLDER,
     MANIFEST_FILE,
     RunError,
-    RunFailedError,
     finish_run,
     package_versions,
     read_json,
@@ -39,12 +39,13 @@ from birbal_ray.training import preflight
 from birbal_ray.training.card import adapter_card
 from birbal_ray.training.curve import draw_loss_curve, read_metrics
 from birbal_ray.training.samples import PACKED_FOLDER, Packing, prepare
-from birbal_ray.training.worker import missing_resources, run_worker
+from birbal_ray.training.worker import diverged, missing_resources, run_worker
 
 STEP = "train"
 ADAPTER_FOLDER, CURVE_FILE, STOP_FILE, STATUS_FILE = "adapter", "loss_curve.png", "stop", "status.json"
 METRICS_FILE, BEST_FILE = "metrics.jsonl", "best.json"
 POLL_SECONDS = 1.0
+LOOK_SECONDS = 5.0  # between two looks at the cluster's nodes
 CALIBRATION_STEPS = 4
 TEXT_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
@@ -114,10 +115,11 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: ProgressLin
 def dry_run(config: TrainConfig, *, calibrate: bool = False, progress: ProgressLine | None = None) -> Preflight:
     """Tokens, memory, and what will fit in the budget; trains nothing but, to calibrate, a few steps."""
     progress = progress or ProgressLine()
+    place = _calibration_place(config) if calibrate else None
     config, model = resolved(config)
     mix = local_copy(config.mix or "")
     read_mix(mix)
-    with tempfile.TemporaryDirectory(prefix="birbal-train-") as name:
+    with tempfile.TemporaryDirectory(prefix="birbal-train-", dir=place) as name:
         folder = Path(name)
         packing = prepare(
             mix,
@@ -131,7 +133,7 @@ def dry_run(config: TrainConfig, *, calibrate: bool = False, progress: ProgressL
         found = look(config, model, packing)
         if calibrate and found.fits:
             progress.message(f"calibrating: {CALIBRATION_STEPS} steps")
-            short = config.model_copy(update={"budget": None, "max_steps": CALIBRATION_STEPS})
+            short = config.model_copy(update={"budget": None, "max_steps": CALIBRATION_STEPS, "output": None})
             with stoppable():
                 _run(short, model, folder, progress, found.steps_per_epoch)
             found = look(config, model, packing)
@@ -162,6 +164,9 @@ def resolved(config: TrainConfig) -> tuple[TrainConfig, Model]:
         raise ConfigError(
             f"resources.accelerator_type={config.resources.accelerator_type} with --device cpu; leave one out"
         )
+    for tracker in config.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise ConfigError(f"trackers: {tracker} is not installed; run: pip install {tracker}")
     model = resolve(config.model.name, config.model.revision)
     resources = config.resources.model_copy(update={"device": device})
     model_settings = config.model.model_copy(update=pinned(model))
@@ -256,6 +261,21 @@ def refuse_if_too_large(found: Preflight) -> None:
     raise ConfigError(f"about {need:.1f} GiB are needed, the device has {have:.1f}; {advice}")
 
 
+def _calibration_place(config: TrainConfig) -> Path | None:
+    """Where packs go that a worker on another node reads: beside --output. None without a cluster: anywhere."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return None
+    if not config.output or is_url(config.output):
+        found = f"--output is {config.output}" if config.output else "there is no --output"
+        raise ConfigError(
+            f"--calibrate on a cluster (RAY_ADDRESS) keeps its packs beside --output, for the worker to read: {found}; "
+            "give a folder on storage that all nodes see, or unset RAY_ADDRESS to calibrate on this machine"
+        )
+    place = Path(config.output).resolve().parent
+    place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
 def _required(value: str | None, flag: str) -> str:
     if not value:
         raise ConfigError(f"{flag} is required (or set it in the --config file)")
@@ -280,12 +300,8 @@ def _run(
     config: TrainConfig, model: Model, folder: Path, progress: ProgressLine, steps_per_epoch: float
 ) -> dict[str, Any]:
     """Run the worker and show its progress; its outcome. SIGTERM and Ctrl-C let it save first."""
-    with ray_session(logical_cpus(config), folder / LOG_FOLDER / "ray.log"):
-        import ray
-
-        missing = missing_resources(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-        if missing:
-            raise RunError(missing)
+    with ray_session(logical_cpus(config), folder / LOG_FOLDER / "ray.log", about=told(STEP, config.output)):
+        _wait_for_node(config, progress)
         progress.update(f"starting the worker; logs in {folder / LOG_FOLDER}")
         refresh(folder)  # a worker on another node begins with what is at the run's URL
         result: dict[str, Any] = {}
@@ -294,9 +310,16 @@ def _run(
             target=_collect, args=(result, ended, config, model, folder), name="train", daemon=True
         ).start()
         line = _Line(folder, config, steps_per_epoch)
+        looked = time.monotonic()
+        missing = None
         try:
             while not ended.wait(POLL_SECONDS):
-                line.show(progress)
+                if time.monotonic() - looked > LOOK_SECONDS:
+                    looked, missing = time.monotonic(), _missing(config)
+                if missing:  # its node was taken away; Ray places the worker as soon as another one joins
+                    progress.update(f"waiting: {missing}")
+                else:
+                    line.show(progress)
         except KeyboardInterrupt:
             (folder / STOP_FILE).touch()
             progress.message(
@@ -307,12 +330,26 @@ def _run(
         finally:
             progress.close()
     if "error" in result:
-        error = result["error"]
-        if isinstance(error, RunError):
-            raise RunFailedError(str(error)) from error
-        raise error
+        raise result["error"]
     _remember_rate(config, folder)
     return result["outcome"]
+
+
+def _missing(config: TrainConfig) -> str | None:
+    import ray
+
+    return missing_resources(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+
+def _wait_for_node(config: TrainConfig, progress: ProgressLine) -> None:
+    """Until a node can take the worker; at once an error where none can join (a cluster of our own)."""
+    end = time.monotonic() + (config.resources.wait if os.environ.get("RAY_ADDRESS") else 0.0)
+    while missing := _missing(config):
+        left = end - time.monotonic()
+        if left <= 0:
+            raise RunError(missing)
+        progress.update(f"waiting (at most {duration(left)} more, resources.wait): {missing}")
+        time.sleep(min(POLL_SECONDS, left))
 
 
 def _collect(result: dict[str, Any], ended: threading.Event, config: TrainConfig, model: Model, folder: Path) -> None:
@@ -392,6 +429,9 @@ def _finish(
     progress: ProgressLine,
 ) -> TrainResult:
     metrics = read_metrics(folder / METRICS_FILE)
+    if not (folder / BEST_FILE).exists():
+        reason = next(filter(None, map(diverged, metrics)), "the run made no evaluation")
+        raise RunError(f"{folder}: no adapter was kept; {reason}")
     best = read_json(folder / BEST_FILE)
     base_loss = next(line["eval_loss"] for line in metrics if "eval_loss" in line and line["step"] == 0)
     if best["eval_loss"] >= base_loss:

@@ -6,7 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from birbal_ray.config.tune import TuneConfig
 from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.models import Model, pinned, resolve
 from birbal_ray.progress import ProgressLine
-from birbal_ray.ray_session import MIN_LOGICAL_CPUS, ray_session
+from birbal_ray.ray_session import MIN_LOGICAL_CPUS, ray_session, told
 from birbal_ray.run import (
     LOG_FOLDER,
     MANIFEST_FILE,
@@ -32,7 +32,7 @@ from birbal_ray.run import (
 from birbal_ray.steps.tune_trial import run_trial
 from birbal_ray.storage import absolute, is_url, local_copy, refresh, run_folder
 from birbal_ray.tuning.pictures import draw_search, draw_verdict
-from birbal_ray.tuning.plan import BASE, BASE_MODEL, FAILED, FINISHED, STOPPED, Job, Plan, Record
+from birbal_ray.tuning.plan import BASE, BASE_MODEL, FAILED, FINISHED, REPEAT, STOPPED, Job, Plan, Record
 from birbal_ray.tuning.records import (
     TRIALS_FOLDER,
     mix_yaml,
@@ -167,7 +167,7 @@ def search(
 ) -> None:
     """Run what is left of the plan on the connected cluster, or on a local one made for it."""
     logical = max(MIN_LOGICAL_CPUS, config.resources.num_cpus * config.resources.max_concurrent + 1)
-    with ray_session(logical, folder / LOG_FOLDER / "ray.log", dashboard=True) as dashboard:
+    with ray_session(logical, folder / LOG_FOLDER / "ray.log", dashboard=True, about=told(STEP, folder)) as dashboard:
         import ray
 
         from birbal_ray.training.worker import missing_resources
@@ -204,7 +204,9 @@ def _finish(config: TuneConfig, scores: ScoreFolder, plan: Plan, folder: Path, p
     # What was found is compared with every baseline, also where one of these is the best of all.
     searched = winner(plan.finalists(), [], objectives)
     verdicts = [v for b in config.baselines if searched and (v := verdict(searched, b, objectives))]
-    job = next(r.job for r in good if r.job.name == chosen and r.job.seed == config.seed)
+    # Any of its trials has its ratios; a baseline's first may have failed where its fresh seeds did not.
+    job = next(r.job for r in good if r.job.name == chosen)
+    job = replace(job, seed=config.seed, mix={**job.mix, "seed": config.seed})
     about = [_about(job, config, folder), *[v.sentence() for v in verdicts]]
     write_atomic(folder / BEST_FILE, mix_yaml(job.mix, config.scores or "", about).encode())
     write_parquet(folder / TRIALS_FILE, table_of(records))
@@ -219,6 +221,7 @@ def _finish(config: TuneConfig, scores: ScoreFolder, plan: Plan, folder: Path, p
         "best": {"mix": chosen, "is_baseline": chosen in config.baselines, "ratios": job.values},
         "verdicts": [_plain(v) for v in verdicts],
         "base_objective": base.objective if base else None,
+        "left_out": plan.left_out or None,
         "summary": summary(records, config),
         "trials": dict(Counter(record.status for record in records)),
         "rows": {"per_mix": num_rows(config.mix)},
@@ -245,11 +248,11 @@ def _plain(found: Verdict) -> dict[str, Any]:
 
 
 def summary(records: list[Record], config: TuneConfig) -> list[dict[str, Any]]:
-    """One row per mix at the search's seed, baselines first, then by objective; fresh seeds beside."""
+    """One row per mix at the search's seed, baselines first, then by objective, failed last; fresh seeds beside."""
     again = by_name(records)
     rows = []
     for record in records:
-        if record.job.kind not in (BASE,) and record.job.seed == config.seed and record.status in (FINISHED, STOPPED):
+        if record.job.kind not in (BASE, REPEAT):
             fresh = list(again.get(record.job.name, {}).values())
             rows.append(
                 {
@@ -263,4 +266,7 @@ def summary(records: list[Record], config: TuneConfig) -> list[dict[str, Any]]:
                 }
             )
     order = {name: place for place, name in enumerate(config.baselines)}
-    return sorted(rows, key=lambda row: (order.get(row["mix"], len(order)), row["status"], row["loss"]))
+    statuses = [FINISHED, STOPPED, FAILED]
+    return sorted(
+        rows, key=lambda row: (order.get(row["mix"], len(order)), statuses.index(row["status"]), row["loss"] or 0.0)
+    )

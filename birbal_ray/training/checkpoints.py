@@ -12,6 +12,7 @@ import re
 import shutil
 from pathlib import Path
 
+CHECKPOINTS_FOLDER, WORK_FOLDER = "checkpoints", ".work"  # in a run folder; in it, what is being written
 FILES_FILE = "files.json"  # {name: size in bytes} of all others in the checkpoint
 _NAME = re.compile(r"step-(\d+)")
 

@@ -23,13 +23,17 @@ CLOSING_SECONDS = 1.0  # what ending takes beside evaluating and saving
 class Clock:
     """Seconds that a run's worker has been up, over all sessions; a killed one loses a heartbeat at most.
 
-    `setup_seconds` of them passed before a session's first step. Kept in `file`.
+    `setup_seconds` of them passed before a session's first step. Kept in `file`, with what an evaluation, a
+    checkpoint and a step last took: a session that begins near the deadline has no time to measure them.
     """
 
     def __init__(self, file: Path, now: Callable[[], float] = time.monotonic) -> None:
         self._file, self._now = file, now
         earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         self._before, self._setup_before = earlier.get("elapsed_seconds", 0.0), earlier.get("setup_seconds", 0.0)
+        self.eval_seconds: float = earlier.get("eval_seconds", 0.0)
+        self.save_seconds: float = earlier.get("save_seconds", 0.0)
+        self.step_seconds: float = earlier.get("step_seconds", 0.0)  # the longest of the latest
         self._begun = self._beaten = now()
         self._stepping_since: float | None = None
 
@@ -51,7 +55,9 @@ class Clock:
         """Write the time down, at most every two seconds."""
         if force or self._now() - self._beaten >= HEARTBEAT_SECONDS:
             self._beaten = self._now()
-            write_json(self._file, {"elapsed_seconds": self.elapsed_seconds, "setup_seconds": self.setup_seconds})
+            spent = {"elapsed_seconds": self.elapsed_seconds, "setup_seconds": self.setup_seconds}
+            taken = {name: getattr(self, name) for name in ("eval_seconds", "save_seconds", "step_seconds")}
+            write_json(self._file, spent | taken)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,28 +79,29 @@ class Deadline:
 
     def __init__(self, budget_seconds: float | None, total_steps: int, clock: Clock) -> None:
         self.budget_seconds, self.total_steps, self.clock = budget_seconds, total_steps, clock
-        self.eval_seconds = self.save_seconds = 0.0  # as last measured
         self._steps: deque[float] = deque(maxlen=STEPS_REMEMBERED)
 
     def step_took(self, seconds: float) -> None:
         """Remember a step's time, evaluation and saving left out."""
         self._steps.append(seconds)
-
-    @property
-    def step_seconds(self) -> float:
-        """What the next step may take: the longest of the latest ones."""
-        return max(self._steps, default=0.0)
+        self.clock.step_seconds = max(self._steps)
 
     @property
     def reserve_seconds(self) -> float:
         """Kept for the final evaluation and checkpoint."""
-        return MARGIN * (self.eval_seconds + self.save_seconds) + CLOSING_SECONDS
+        return MARGIN * (self.clock.eval_seconds + self.clock.save_seconds) + CLOSING_SECONDS
 
     def remaining_seconds(self) -> float:
         """Training time left; infinite without a budget."""
         if self.budget_seconds is None:
             return math.inf
         return self.budget_seconds - self.reserve_seconds - self.clock.elapsed_seconds
+
+    def evaluation_fits(self) -> bool:
+        """Whether an evaluation that begins now ends within the budget."""
+        return self.budget_seconds is None or (
+            self.clock.elapsed_seconds + MARGIN * self.clock.eval_seconds <= self.budget_seconds
+        )
 
     def progress(self, steps_done: int, due_seconds: float = 0.0) -> float:
         """How far the run is at the end of its next step, in [0, 1]; 1 says that no other step fits.
@@ -104,17 +111,17 @@ class Deadline:
         by_steps = steps_done / self.total_steps
         if self.budget_seconds is None:
             return min(1.0, by_steps)
-        left = self.remaining_seconds() - due_seconds - self.step_seconds
+        left = self.remaining_seconds() - due_seconds - self.clock.step_seconds
         if left <= 0:
             return 1.0
-        used = self.clock.elapsed_seconds - self.clock.setup_seconds + due_seconds + self.step_seconds
+        used = self.clock.elapsed_seconds - self.clock.setup_seconds + due_seconds + self.clock.step_seconds
         return min(1.0, max(by_steps, used / (used + left)))
 
     def forecast(self, steps_done: int, steps_per_epoch: float, steps_per_eval: int) -> Forecast | None:
         """Steps and epochs that will fit; None before any step was timed."""
         if not self._steps:
             return None
-        mean = sum(self._steps) / len(self._steps) + self.eval_seconds / steps_per_eval
+        mean = sum(self._steps) / len(self._steps) + self.clock.eval_seconds / steps_per_eval
         fitting = steps_done + self.remaining_seconds() / mean if self.budget_seconds is not None else math.inf
         num_steps = int(max(steps_done, min(self.total_steps, fitting)))
         return Forecast(num_steps, num_steps / steps_per_epoch, fitting < self.total_steps)

@@ -21,13 +21,21 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from trl import SFTConfig, SFTTrainer
 
 from birbal_ray.config.train import TrainConfig
-from birbal_ray.run import write_atomic, write_json
-from birbal_ray.training.checkpoints import finish_checkpoint, latest_checkpoint, remove_old
+from birbal_ray.run import read_json, write_atomic, write_json
+from birbal_ray.training.checkpoints import (
+    CHECKPOINTS_FOLDER,
+    WORK_FOLDER,
+    finish_checkpoint,
+    latest_checkpoint,
+    remove_old,
+)
 from birbal_ray.training.deadline import CLOCK_FILE, Clock, Deadline, learning_rate_factor
 from birbal_ray.training.samples import IGNORED, PACKED_FOLDER
 
-CHECKPOINTS_FOLDER, BEST_FOLDER, TENSORBOARD_FOLDER = "checkpoints", "best", "tensorboard"
+BEST_FOLDER, TENSORBOARD_FOLDER = "best", "tensorboard"
 METRICS_FILE, BEST_FILE, STATUS_FILE, STOP_FILE = "metrics.jsonl", "best.json", "status.json", "stop"
+OUTCOME_FILE = "outcome.json"  # in the checkpoint that a run ended with
+ENDS = ("epochs", "max_steps", "budget")
 TELL_SECONDS = 1.0  # between two writes of status.json
 
 
@@ -35,7 +43,7 @@ TELL_SECONDS = 1.0  # between two writes of status.json
 class Outcome:
     """How a session ended."""
 
-    ended_by: str  # epochs | max_steps | budget | stop (asked to; to be continued)
+    ended_by: str  # one of ENDS, or stop (asked to; to be continued)
     num_steps: int
     epochs: float
     peak_memory_bytes: int | None  # of the device; None on a CPU
@@ -91,7 +99,7 @@ def sft_config(config: TrainConfig, folder: Path) -> SFTConfig:
     if optimizer == "auto":
         optimizer = "paged_adamw_32bit" if cuda else "adamw_torch"
     return SFTConfig(
-        output_dir=str(folder / CHECKPOINTS_FOLDER / ".work"),
+        output_dir=str(folder / CHECKPOINTS_FOLDER / WORK_FOLDER),
         packing=True,
         packing_strategy="bfd",
         max_length=config.batch.sequence_length,
@@ -127,6 +135,7 @@ class DeadlineTrainer(SFTTrainer):
         self.settings, self.folder = settings, folder
         self.deadline = Deadline(settings.budget, 1, clock)
         self.run_progress = 0.0  # decided once a step: the schedule and the end must agree
+        self.ended_by: str | None = None  # as in Outcome; None while the run goes on
         self._progress_step = -1
         self._eval_loss_sum, self._eval_tokens = 0.0, 0
         self._saved_at = time.monotonic()
@@ -150,8 +159,29 @@ class DeadlineTrainer(SFTTrainer):
         settings = self.settings.optimizer
         return learning_rate_factor(steps_done, self.run_progress, settings.warmup_steps, settings.floor_fraction)
 
+    def end_after(self, step: int, *, resumed: bool = False) -> None:
+        """Set `ended_by` when no step may follow this one. `resumed`: its checkpoint was just loaded."""
+        if resumed:
+            self.run_progress = self.deadline.progress(step)
+        if step >= self.state.max_steps:
+            self.ended_by = "max_steps" if step == self.settings.max_steps else "epochs"
+        elif self.run_progress >= 1.0:
+            self.ended_by = "budget"
+        elif (self.folder / STOP_FILE).exists():
+            self.ended_by = "stop"
+
+    def outcome(self) -> Outcome:
+        """How the session ended."""
+        return Outcome(
+            ended_by=self.ended_by or "epochs",
+            num_steps=self.state.global_step,
+            epochs=self.state.epoch or 0.0,
+            peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        )
+
     def _due_seconds(self, step: int) -> float:
-        return self.deadline.eval_seconds * self.eval_due(step) + self.deadline.save_seconds * self.save_due(step)
+        clock = self.deadline.clock
+        return clock.eval_seconds * self.eval_due(step) + clock.save_seconds * self.save_due(step)
 
     def eval_due(self, step: int) -> bool:
         """Whether an evaluation follows this step."""
@@ -180,14 +210,21 @@ class DeadlineTrainer(SFTTrainer):
         output.metrics[f"{prefix}_loss"] = self._eval_loss_sum / max(1, self._eval_tokens)
         return output
 
+    def _run_epoch(self, **options: Any) -> None:
+        if not self.control.should_training_stop:  # said when training began: nothing is left to do
+            super()._run_epoch(**options)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         begun = time.monotonic()
         super()._save_checkpoint(model, trial)
         checkpoints = self.folder / CHECKPOINTS_FOLDER
-        finish_checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", checkpoints)
+        written = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.ended_by in ENDS:
+            write_json(written / OUTCOME_FILE, asdict(self.outcome()))
+        finish_checkpoint(written, checkpoints)
         remove_old(checkpoints, self.settings.checkpoint.keep)
         self._saved_at = time.monotonic()
-        self.deadline.save_seconds = self._saved_at - begun
+        self.deadline.clock.save_seconds = self._saved_at - begun
 
 
 class Watch(TrainerCallback):
@@ -200,18 +237,26 @@ class Watch(TrainerCallback):
         self._step_seconds = 0.0
         self._tokens_before = 0
         self._told = -math.inf
-        self.ended_by: str | None = None
         best = self._folder / BEST_FILE
         self._best = json.loads(best.read_text())["eval_loss"] if best.exists() else math.inf
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Forget what a killed session measured after its last checkpoint."""
+        """Forget what a killed session measured after its last checkpoint; go no further where no step fits."""
         file = self._folder / METRICS_FILE
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
         if state.global_step == 0:
             lines = []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
         write_atomic(file, "".join(kept).encode())
+        if state.global_step == 0:
+            return
+        trainer = self._trainer
+        trainer.end_after(state.global_step, resumed=True)
+        control.should_training_stop = trainer.ended_by is not None
+        if trainer.ended_by in ENDS:
+            measured = any("eval_loss" in line and line["step"] == state.global_step for line in map(json.loads, kept))
+            wanted = self._best == math.inf or trainer.deadline.evaluation_fits()
+            args.eval_on_start = not measured and wanted
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the step's clock."""
@@ -229,16 +274,11 @@ class Watch(TrainerCallback):
         self._step_seconds = time.monotonic() - (self._step_begun or time.monotonic())
         trainer.deadline.step_took(self._step_seconds)
         trainer.deadline.clock.beat()
-        if step >= state.max_steps:
-            self.ended_by = "max_steps" if step == trainer.settings.max_steps else "epochs"
-        elif trainer.run_progress >= 1.0:
-            self.ended_by = "budget"
-        elif (self._folder / STOP_FILE).exists():
-            self.ended_by = "stop"
+        trainer.end_after(step)
         control.should_log = True
-        control.should_evaluate = trainer.eval_due(step) or self.ended_by in ("max_steps", "epochs", "budget")
-        control.should_save = trainer.save_due(step) or self.ended_by is not None
-        control.should_training_stop = self.ended_by is not None
+        control.should_evaluate = trainer.eval_due(step) or trainer.ended_by in ENDS
+        control.should_save = trainer.save_due(step) or trainer.ended_by is not None
+        control.should_training_stop = trainer.ended_by is not None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """One line in metrics.jsonl for each step or evaluation."""
@@ -257,14 +297,14 @@ class Watch(TrainerCallback):
         line["elapsed_seconds"] = clock.elapsed_seconds
         with (self._folder / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if self.ended_by or "eval_loss" in line or time.monotonic() - self._told > TELL_SECONDS:
+        if self._trainer.ended_by or "eval_loss" in line or time.monotonic() - self._told > TELL_SECONDS:
             self._told = time.monotonic()
             self._tell(state)
         self._report(line)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
         """Keep the adapter if it is the best so far. Step 0 is the base model and does not count."""
-        self._trainer.deadline.eval_seconds = metrics["eval_runtime"]
+        self._trainer.deadline.clock.eval_seconds = metrics["eval_runtime"]
         if state.global_step > 0 and metrics["eval_loss"] < self._best:
             self._best = metrics["eval_loss"]
             save_best(self._trainer.model, self._folder, state.global_step, self._best)
@@ -275,8 +315,9 @@ class Watch(TrainerCallback):
         every = self._trainer.settings.evaluation.every_steps
         forecast = deadline.forecast(state.global_step, steps_per_epoch, every)
         status = {"step": state.global_step, "max_steps": state.max_steps, "epoch": state.epoch or 0.0}
-        status |= {"elapsed_seconds": deadline.clock.elapsed_seconds, "step_seconds": deadline.step_seconds}
-        status |= {"eval_seconds": deadline.eval_seconds, "save_seconds": deadline.save_seconds}
+        clock = deadline.clock
+        status |= {"elapsed_seconds": clock.elapsed_seconds, "step_seconds": clock.step_seconds}
+        status |= {"eval_seconds": clock.eval_seconds, "save_seconds": clock.save_seconds}
         status["forecast"] = asdict(forecast) if forecast else None
         write_json(self._folder / STATUS_FILE, status)
 
@@ -308,12 +349,16 @@ def fine_tune(
     tensorboard/. `report` gets each line of metrics.jsonl; `callbacks` are transformers', asked after
     the run's own. On a CPU, without a budget and with the
     same number of threads, the losses repeat exactly, interrupted or not.
+
+    Where the folder's run has ended already, its outcome is all that happens.
     """
     clock = Clock(folder / CLOCK_FILE)
     clock.beat(force=True)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / TENSORBOARD_FOLDER)
-    shutil.rmtree(folder / CHECKPOINTS_FOLDER / ".work", ignore_errors=True)
+    shutil.rmtree(folder / CHECKPOINTS_FOLDER / WORK_FOLDER, ignore_errors=True)
     checkpoint = latest_checkpoint(folder / CHECKPOINTS_FOLDER)
+    if checkpoint and (checkpoint / OUTCOME_FILE).exists():
+        return Outcome(**read_json(checkpoint / OUTCOME_FILE))
     tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
     lora = config.lora
     arguments = sft_config(config, folder)
@@ -340,10 +385,4 @@ def fine_tune(
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     clock.beat(force=True)
-    state = trainer.state
-    return Outcome(
-        ended_by=watch.ended_by or "epochs",
-        num_steps=state.global_step,
-        epochs=state.epoch or 0.0,
-        peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-    )
+    return trainer.outcome()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import json
 import math
 import os
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,25 @@ from typing import Any
 from birbal_ray.config.train import TrainConfig
 from birbal_ray.models import ModelError, resolve
 from birbal_ray.ray_session import log_to
-from birbal_ray.run import RunError, write_json
+from birbal_ray.run import RunError, RunFailedError, write_json
 from birbal_ray.storage import child, elsewhere, filesystem_of, refresh
+from birbal_ray.training.checkpoints import CHECKPOINTS_FOLDER, WORK_FOLDER
 
 RESULT_FILE = "session.json"  # of the worker's last session: an outcome, or why it can't go on
 RAY_FOLDER = "ray"
 REPORT_SECONDS = 5.0
-# accelerate would wrap the model in DDP for a world of one.
-_WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+FULL_BYTES = 1 << 20  # a disk with less room than this is full
+# accelerate would wrap the model in DDP for a world of one, and take Ray's word for the device.
+_WORLD = (
+    "ACCELERATE_TORCH_DEVICE",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "NODE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 def missing_resources(config: TrainConfig, nodes: Sequence[dict[str, Any]]) -> str | None:
@@ -50,7 +62,7 @@ def run_worker(config: TrainConfig, model_fingerprint: str, folder: Path, url: s
     `url`: what `folder` is a working copy of, where other nodes don't see it.
 
     A worker that dies is replaced and goes on from the latest checkpoint, `resources.max_failures`
-    times. Errors that would only come again end the run at once. Raises RunError for either.
+    times; then RunFailedError is raised. Errors that would only come again end the run at once, by RunError.
     """
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     import ray
@@ -89,42 +101,55 @@ def run_worker(config: TrainConfig, model_fingerprint: str, folder: Path, url: s
         ),
     )
     try:
-        trainer.fit()
+        result = trainer.fit().return_value
     except TrainingFailedError as error:
-        raise RunError(
+        if reason := lasting_reason(error, folder):  # Ray's own files are on the same disk
+            raise RunError(reason) from error
+        raise RunFailedError(
             f"the training worker failed {config.resources.max_failures + 1} times; {_last_line(error)}"
         ) from error
     refresh(folder)
-    return _result(folder)
+    if result is None:
+        raise RunFailedError(f"{folder}: the worker ended without a word (log: {folder / 'logs' / 'worker.log'})")
+    if "error" in result:
+        raise RunError(result["error"])
+    return result
 
 
-def train_on_worker(options: dict[str, Any]) -> None:
-    """What the worker does: `fine_tune`, with its log in the run folder."""
+def train_on_worker(options: dict[str, Any]) -> dict[str, Any]:
+    """What the worker does: `fine_tune`, with its log in the run folder; its outcome, or `error`: why it can't go on.
+
+    The same is in session.json, unless the disk is full.
+    """
     import ray
 
     config = TrainConfig.model_validate(options["config"])
     here = ray.get_runtime_context().get_node_id()
     with elsewhere(options["url"], Path(options["folder"]), "", options["node"], here) as folder:
-        _train(config, options["fingerprint"], folder, here)
+        return _train(config, options["fingerprint"], folder, here)
 
 
-def _train(config: TrainConfig, fingerprint: str, folder: Path, node: str) -> None:
-    log_to(folder / "logs" / "worker.log")
-    os.write(1, f"worker pid {os.getpid()}\n".encode())
-    write_json(folder / "worker.json", {"pid": os.getpid(), "node": node})
+def _train(config: TrainConfig, fingerprint: str, folder: Path, node: str) -> dict[str, Any]:
     for name in _WORLD:
         os.environ.pop(name, None)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL tells its makers of every training otherwise
     try:
-        outcome = _fine_tune(config, fingerprint, folder)
+        log_to(folder / "logs" / "worker.log")
+        os.write(1, f"worker pid {os.getpid()}\n".encode())
+        write_json(folder / "worker.json", {"pid": os.getpid(), "node": node})
+        result = _fine_tune(config, fingerprint, folder)
     except (ModelError, RunError) as error:
-        write_json(folder / RESULT_FILE, {"error": str(error)})
+        result = {"error": str(error)}
     except Exception as error:
         reason = lasting_reason(error, folder)
         if reason is None:
             raise
-        write_json(folder / RESULT_FILE, {"error": reason})
-    else:
-        write_json(folder / RESULT_FILE, outcome)
+        result = {"error": reason}
+        # A checkpoint that was not finished: on a full disk its room is what the reason is written to.
+        shutil.rmtree(folder / CHECKPOINTS_FOLDER / WORK_FOLDER, ignore_errors=True)
+    with contextlib.suppress(OSError):  # still full: the driver hears of it from Ray
+        write_json(folder / RESULT_FILE, result)
+    return result
 
 
 def _fine_tune(config: TrainConfig, fingerprint: str, folder: Path) -> dict[str, Any]:
@@ -134,7 +159,8 @@ def _fine_tune(config: TrainConfig, fingerprint: str, folder: Path) -> dict[str,
     model = resolve(config.model.name, config.model.revision)
     if model.fingerprint != fingerprint:
         raise ModelError(f"{model.path}: not the model that the run was started with, on this node")
-    if config.resources.device == "gpu" and not torch.cuda.is_available():
+    pinned = config.resources.device == "gpu" and not config.resources.simulated_card
+    if pinned and not torch.cuda.is_available():
         raise RunError("Ray placed the worker on a node with a GPU, but torch sees none there; check its driver")
     if not torch.cuda.is_available():
         torch.set_num_threads(config.resources.num_threads or len(os.sched_getaffinity(0)))
@@ -145,6 +171,8 @@ def _fine_tune(config: TrainConfig, fingerprint: str, folder: Path) -> dict[str,
     def report(line: dict[str, Any]) -> None:
         # Ray takes one every two seconds; a second one would hold the training up until then.
         nonlocal reported
+        if reason := diverged(line):
+            raise RunError(reason)
         if time.monotonic() - reported > REPORT_SECONDS:
             ray.train.report({name: value for name, value in line.items() if value is not None})
             reported = time.monotonic()
@@ -152,10 +180,27 @@ def _fine_tune(config: TrainConfig, fingerprint: str, folder: Path) -> dict[str,
     return asdict(fine_tune(config, model.path, folder, report))
 
 
+def diverged(line: Mapping[str, Any]) -> str | None:
+    """Why a run can't go on after this line of metrics.jsonl, with the way out; None where its losses are numbers."""
+    for name, what in (("eval_loss", "eval loss"), ("loss", "training loss"), ("grad_norm", "gradient's norm")):
+        if math.isfinite(line.get(name, 0.0)):
+            continue
+        if line["step"] == 0:
+            return "the base model's eval loss is not a number; check the model, or set model.dtype=float32"
+        return (
+            f"the {what} is not a number since step {line['step']}: the adapter diverged; "
+            "lower optimizer.learning_rate and start anew with --overwrite"
+        )
+    return None
+
+
 def lasting_reason(error: BaseException, folder: Path) -> str | None:
     """Why trying again would fail again, with the way out; None for what a restart may mend."""
     text = " ".join(str(error).split())
-    if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left" in text:
+    full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left" in text
+    if "inline_container" in text:  # torch.save says where it stopped writing, not why
+        full = shutil.disk_usage(folder).free < FULL_BYTES
+    if full:
         return f"{folder}: no space left on the disk; the last checkpoint is whole. Make room and run the command again"
     if type(error).__name__ == "OutOfMemoryError":
         return (
@@ -163,16 +208,6 @@ def lasting_reason(error: BaseException, folder: Path) -> str | None:
             "or batch.sequence_length, and start anew with --overwrite; `birbal train --dry-run` estimates the need"
         )
     return None
-
-
-def _result(folder: Path) -> dict[str, Any]:
-    file = folder / RESULT_FILE
-    if not file.exists():
-        raise RunError(f"{folder}: the worker ended without a word (log: {folder / 'logs' / 'worker.log'})")
-    result = json.loads(file.read_text(encoding="utf-8"))
-    if "error" in result:
-        raise RunError(result["error"])
-    return result
 
 
 def _last_line(error: BaseException) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from birbal_ray.config.tune import TuneConfig
 from birbal_ray.tuning.space import TaskCounts, baseline_mix, distributions, mix_of, point_from, point_of
-from birbal_ray.tuning.surrogate import predicted_best
+from birbal_ray.tuning.surrogate import num_needed, predicted_best
 
 BASE, BASELINE, SEARCH, SURROGATE, REPEAT = "base", "baseline", "search", "surrogate", "repeat"
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
@@ -68,6 +68,15 @@ class Record:
         return cls(**{**values, "job": Job.from_dict(values["job"])})
 
 
+def settled(record: Record) -> Record:
+    """The record; a FAILED one where the objective is no finite number, which nothing can be ranked by."""
+    if record.objective is None or math.isfinite(record.objective):
+        return record
+    step = int(record.looks[-1][0]) if record.looks else 0
+    error = f"its loss is {record.objective} after optimizer step {step}: it diverged (train.optimizer.learning_rate)"
+    return replace(record, status=FAILED, objective=None, error=error)
+
+
 class Plan:
     """Hands out jobs and takes their records, in any order that the records come in.
 
@@ -89,13 +98,14 @@ class Plan:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.config, self._remember = config, remember
-        self.records: dict[str, Record] = {record.job.key: record for record in earlier}
+        self.records: dict[str, Record] = {record.job.key: settled(record) for record in earlier}
         self._jobs: dict[str, Job] = {key: record.job for key, record in self.records.items()}
         self._start = point_of(config.mix)
         self._distributions = distributions(config.search)
         sampler = optuna.samplers.TPESampler(seed=config.seed, n_startup_trials=config.num_random, constant_liar=True)
         self._study = optuna.create_study(direction="minimize", sampler=sampler)
         self._asked: dict[str, Any] = {}
+        self.left_out = ""  # why there is no surrogate's trial, once that is known
         for record in self.records.values():
             self._learn(record)
         self._again = [job for job in begun if job.key not in self.records]
@@ -109,10 +119,14 @@ class Plan:
 
     @property
     def num_trials(self) -> int:
-        """All that will have been run in the end."""
+        """All that will have been run in the end; an estimate while it hangs on trials that have not ended."""
         config = self.config
+        others = [key for key, job in self._jobs.items() if job.kind != REPEAT]
+        expected = len(self._baselines) + config.num_trials + bool(config.surrogate and not self.left_out)
+        if len(others) == expected and all(key in self.records for key in others):
+            return expected + len(self._repeats())
         repeated = (config.repeats.top + len(config.baselines)) * config.repeats.seeds if config.repeats.top else 0
-        return len(self._baselines) + config.num_trials + config.surrogate + repeated
+        return expected + repeated
 
     @property
     def running(self) -> list[str]:
@@ -131,8 +145,8 @@ class Plan:
 
     def tell(self, record: Record) -> None:
         """Take a record in."""
-        self.records[record.job.key] = record
-        self._learn(record)
+        self.records[record.job.key] = settled(record)
+        self._learn(self.records[record.job.key])
 
     def finalists(self) -> list[str]:
         """Names of the best mixes found, best first: what fresh seeds are spent on."""
@@ -154,10 +168,14 @@ class Plan:
         if any(self._jobs[key].kind != REPEAT for key in self.running):
             return None  # what follows depends on all of them
         if self.config.surrogate and SURROGATE not in self._jobs:
-            values = predicted_best(self._points(), self._distributions, self.config.seed)
-            if values is not None:
-                point = point_from(values, self._start)
+            points, needed = self._points(), num_needed(self._distributions)
+            if len(points) >= needed:
+                point = point_from(predicted_best(points, self._distributions, self.config.seed), self._start)
                 return self._job(SURROGATE, SURROGATE, mix_of(self.config.mix, point), point.values())
+            self.left_out = (
+                f"the surrogate's trial is left out: {len(points)} trials with ratios have a loss, "
+                f"a regression on {len(self._distributions)} ratios needs {needed}; raise num_trials"
+            )
         return next((job for job in self._repeats() if job.key not in self._jobs), None)
 
     def _ask(self, name: str) -> Job:
@@ -188,12 +206,19 @@ class Plan:
         return Job(key, kind, name, seed, {**mix, "seed": seed, "validation_rows_per_task": per_task}, values)
 
     def _points(self) -> list[tuple[dict[str, float], float]]:
-        """Ratios and objective of every finished trial at the search's seed."""
-        return [
-            (record.job.values, record.objective)
-            for record in self.of_kind(SEARCH, BASELINE)
-            if record.status == FINISHED and record.objective is not None and record.job.values
-        ]
+        """Ratios and loss of the trials at the search's seed, at the last look that enough of them had.
+
+        At a look all have seen the same share of their tokens. Losses at different looks don't compare:
+        where stopping leaves too few at the end, all count with what they had at an earlier look.
+        """
+        judged = [r for r in self.of_kind(SEARCH, BASELINE) if r.status in (FINISHED, STOPPED) and r.job.values]
+        points: list[tuple[dict[str, float], float]] = []
+        for place in reversed(range(max((len(record.looks) for record in judged), default=0))):
+            losses = [(r.job.values, r.looks[place][1]) for r in judged if len(r.looks) > place]
+            points = [(values, loss) for values, loss in losses if math.isfinite(loss)]
+            if len(points) >= num_needed(self._distributions):
+                break
+        return points
 
     def _learn(self, record: Record) -> None:
         """Tell Optuna; a stopped trial counts with the objective it was stopped at."""

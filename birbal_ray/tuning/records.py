@@ -11,7 +11,7 @@ import pyarrow as pa
 import yaml
 
 from birbal_ray.run import read_json, write_atomic, write_json
-from birbal_ray.tuning.plan import Job, Record
+from birbal_ray.tuning.plan import Job, Record, settled
 
 TRIALS_FOLDER = "trials"
 JOB_FILE, RESULT_FILE, MIX_FILE = "trial.json", "result.json", "mix.yaml"
@@ -72,8 +72,8 @@ def read_records(run: Path) -> tuple[list[Record], list[Job]]:
 
 
 def write_record(run: Path, record: Record) -> None:
-    """Make a trial finished."""
-    write_json(trial_folder(run, record.job) / RESULT_FILE, record.to_dict())
+    """Make a trial finished, or, where its loss is no number, failed for good."""
+    write_json(trial_folder(run, record.job) / RESULT_FILE, settled(record).to_dict())
 
 
 def table_of(records: Sequence[Record]) -> pa.Table:

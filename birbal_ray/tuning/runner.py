@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -71,7 +72,7 @@ class PlanSearcher(Searcher):
         self._looks.setdefault(trial_id, {})[result[LOOK]] = [result["step"], result[OBJECTIVE]]
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Finished by itself, stopped early, or failed for good."""
+        """Finished by itself, stopped early, diverged (a failure, kept), or failed otherwise (not kept)."""
         import json
 
         if result and LOOK in result:  # the one that it was stopped at comes here only
@@ -182,12 +183,18 @@ def run_plan(
         run_config=tune.RunConfig(
             name=f"session-{int(time.time())}",
             **storage,
+            stop=_diverged,
             failure_config=tune.FailureConfig(max_failures=resources.max_failures),
             callbacks=[Told(plan, progress)],
             verbose=0,
         ),
     ).fit()
     progress.close()
+
+
+def _diverged(trial_id: str, result: dict[str, Any]) -> bool:
+    """Whether the trial's loss is no number any more, at whatever look: training on changes nothing."""
+    return not math.isfinite(result.get(OBJECTIVE, 0.0))
 
 
 def _name(trial: Any) -> str:

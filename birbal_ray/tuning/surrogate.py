@@ -11,10 +11,15 @@ NUM_GUESSES = 8192
 RIDGE = 1e-2  # on standardised features
 
 
+def num_needed(ranges: Mapping[str, Any]) -> int:
+    """Points for a regression on these ratios: one more than a linear one has coefficients."""
+    return len(ranges) + 2
+
+
 def predicted_best(
     points: Sequence[tuple[Mapping[str, float], float]], ranges: Mapping[str, Any], seed: int
-) -> dict[str, float] | None:
-    """The ratios with the lowest predicted objective; None with fewer points than a line has coefficients.
+) -> dict[str, float]:
+    """The ratios with the lowest predicted objective, from at least `num_needed` points.
 
     Quadratic ridge regression (squares and products of the ratios) where there are at least twice as
     many points as coefficients, else a linear one. `ranges`: Optuna distributions by ratio.
@@ -25,8 +30,6 @@ def predicted_best(
     from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
     names = sorted(ranges)
-    if len(points) < len(names) + 2:
-        return None
     x = np.array([[values[name] for name in names] for values, _ in points])
     y = np.array([objective for _, objective in points])
     num_quadratic = (len(names) + 1) * (len(names) + 2) // 2

@@ -31,8 +31,10 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seco
     """Until it is true; the process must live until then."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"nothing for {seconds} s"
         assert process.poll() is None, process.communicate()
+        if time.monotonic() > end:
+            kill_whole(process)
+            raise AssertionError(f"nothing for {seconds} s")
         time.sleep(0.1)
 
 

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.dataset as pads
 import pytest
@@ -19,16 +20,26 @@ from birbal_ray.ray_session import QUIET_ENVIRONMENT
 os.environ.update(QUIET_ENVIRONMENT)
 
 
+def start_cluster(**head: Any) -> Any:
+    """A ray.cluster_utils.Cluster with this head. Ray gives a node 30 s to start; a busy machine may need longer."""
+    from ray.cluster_utils import Cluster
+
+    for _ in range(2):
+        try:
+            return Cluster(initialize_head=True, head_node_args=head)
+        except Exception as error:  # Ray raises a bare Exception here
+            if "timed out during startup" not in str(error):
+                raise
+    return Cluster(initialize_head=True, head_node_args=head)
+
+
 @pytest.fixture(scope="session")
 def cluster_address() -> Iterator[str]:
     """One node with 5 logical CPUs that outlives the drivers the tests kill."""
-    from ray.cluster_utils import Cluster
-
     folder = Path(tempfile.mkdtemp(prefix="bt-"))
     (folder / "ray").mkdir()
     os.environ["RAY_TMPDIR"] = str(folder)
-    node = {"num_cpus": 5, "include_dashboard": False, "object_store_memory": 1 << 29}
-    cluster = Cluster(initialize_head=True, head_node_args=node)
+    cluster = start_cluster(num_cpus=5, include_dashboard=False, object_store_memory=1 << 29)
     try:
         yield cluster.address
     finally:

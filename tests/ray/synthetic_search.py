@@ -1,8 +1,9 @@
-"""A search whose trials cost nothing but time: synthetic, for tests of how trials are run."""
+"""A search whose trials cost nothing but time: synthetic, for tests of how trials are run; one of them diverges."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -19,6 +20,7 @@ from birbal_ray.tuning.space import TaskCounts
 COUNTS = TaskCounts({"exact_match": 6, "generation": 2}, {"exact_match": 300, "generation": 900})
 LOOKS = 2
 STARTS_FILE = "starts.jsonl"
+DIVERGING = "search-001"
 
 
 def synthetic_trial(config: dict[str, Any]) -> None:
@@ -34,7 +36,8 @@ def synthetic_trial(config: dict[str, Any]) -> None:
     looks = Looks(run, job, LOOKS)
     for number in range(1, LOOKS + 1):
         time.sleep(config["seconds"])
-        looks.look(number, 1.0 + job.values.get("gamma", 4.0) + 0.01 * job.seed, mix_sha256=job.key)
+        loss = 1.0 + job.values.get("gamma", 4.0) + 0.01 * job.seed
+        looks.look(number, math.nan if job.key == DIVERGING else loss, mix_sha256=job.key)
 
 
 def synthetic_search(run: Path, seconds: float, num_trials: int = 6, max_failures: int = 2) -> Plan:

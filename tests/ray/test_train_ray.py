@@ -13,9 +13,9 @@ from birbal_ray.config import load_config
 from birbal_ray.config.train import TrainConfig
 from birbal_ray.training.checkpoints import all_checkpoints
 from birbal_ray.training.curve import read_metrics
-from tests.conftest import slow
+from birbal_ray.training.samples import prepare
 
-NUM_STEPS = 120
+NUM_STEPS = 60
 SETTINGS = {
     "batch.sequence_length": 128,
     "batch.micro": 1,
@@ -31,8 +31,9 @@ SETTINGS = {
 }
 
 
-def start(model, mix, folder, *more, device="cpu", **changes):
+def start(model, mix, folder, *more, device="cpu", address=None, **changes):
     environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
+    environment |= {"RAY_ADDRESS": address} if address else {}
     command = [sys.executable, "-m", "birbal_ray", "train", "--model", model, "--mix", mix, "--output", folder]
     flags = [part for name, value in {**SETTINGS, **changes}.items() for part in ("--set", f"{name}={value}")]
     return subprocess.Popen(
@@ -59,44 +60,73 @@ def wait_for_step(folder, step, process, seconds=200):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_model, tiny_mix, tmp_path_factory):
-    """The same fine-tune without Ray, in a process of its own."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    config = load_config(TrainConfig, flags={**SETTINGS, "resources.device": "cpu"})
-    code = """
-import sys
-from pathlib import Path
-from birbal_ray.config.train import TrainConfig
-from birbal_ray.training.finetune import fine_tune
-from birbal_ray.training.samples import prepare
-from transformers import AutoTokenizer
-import torch
+def alone(tiny_model):
+    """alone(folder): what `birbal train` does in the folder, without Ray, in this process."""
+    import torch
 
-torch.set_num_threads(1)
-model, mix, folder = map(Path, sys.argv[2:])
-config = TrainConfig.model_validate_json(sys.argv[1])
-prepare(mix, folder / "packed", AutoTokenizer.from_pretrained(model), 128, "drop", config.evaluation.num_rows)
-fine_tune(config, model, folder)
-"""
-    arguments = [config.model_dump_json(), str(tiny_model), str(tiny_mix), str(folder)]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    from birbal_ray.training.finetune import fine_tune
+
+    config = load_config(TrainConfig, flags={**SETTINGS, "resources.device": "cpu"})
+    before = torch.get_num_threads()
+    torch.set_num_threads(SETTINGS["resources.num_threads"])
+    yield lambda folder: fine_tune(config, tiny_model, folder)
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(alone, tiny_model, tiny_mix, tmp_path_factory):
+    """A run that nothing happened to."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    length = SETTINGS["batch.sequence_length"]
+    prepare(tiny_mix, folder / "packed", AutoTokenizer.from_pretrained(tiny_model), length, "drop", 2000)
+    alone(folder)
     return folder
 
 
-@pytest.mark.timeout(900)
-@slow
-def test_killed_worker_is_replaced_sigterm_saves_and_the_same_command_goes_on(
-    undisturbed, tiny_model, tiny_mix, tmp_path
-):
-    folder = tmp_path / "run"
-    process = start(tiny_model, tiny_mix, folder)
-    wait_for_step(folder, 20, process)
-    first_worker = json.loads((folder / "worker.json").read_text())["pid"]
-    os.kill(first_worker, signal.SIGKILL)
-    wait_for_step(folder, 50, process)
-    assert json.loads((folder / "worker.json").read_text())["pid"] != first_worker
+def best_adapter(folder):
+    best = json.loads((folder / "best.json").read_text())
+    return (folder / best["folder"] / "adapter_model.safetensors").read_bytes()
 
+
+@pytest.mark.timeout(600)
+def test_worker_and_driver_killed_the_same_command_goes_on(
+    undisturbed, cluster_address, tiny_model, tiny_mix, tmp_path
+):
+    """SIGKILL to the worker, which is replaced; SIGKILL to the driver; then to the end, equal to the last bit."""
+    folder = tmp_path / "run"
+
+    def worker():
+        return json.loads((folder / "worker.json").read_text())["pid"]
+
+    process = start(tiny_model, tiny_mix, folder, address=cluster_address)
+    wait_for_step(folder, 5, process)
+    first_worker = worker()
+    os.kill(first_worker, signal.SIGKILL)
+    wait_for_step(folder, 13, process)
+    assert worker() != first_worker
+    process.kill()
+    process.communicate()
+    assert losses(folder)[-1][0] < NUM_STEPS
+
+    again = start(tiny_model, tiny_mix, folder, "--format", "json", address=cluster_address)
+    out, err = again.communicate(timeout=300)
+    assert again.returncode == 0, err[-3000:]
+    assert "continuing from the last checkpoint" in err
+    assert losses(folder) == losses(undisturbed)
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == best_adapter(undisturbed)
+    (row,) = json.loads(out)
+    assert row["ended by"] == "max_steps"
+    assert row["best eval loss"] < row["base eval loss"]
+    check_outputs(folder, tiny_model)
+
+
+@pytest.mark.timeout(600)
+def test_sigterm_saves_what_was_done(undisturbed, alone, cluster_address, tiny_model, tiny_mix, tmp_path):
+    folder = tmp_path / "run"
+    process = start(tiny_model, tiny_mix, folder, address=cluster_address)
+    wait_for_step(folder, 5, process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 1
@@ -105,27 +135,10 @@ def test_killed_worker_is_replaced_sigterm_saves_and_the_same_command_goes_on(
     assert last_step < NUM_STEPS
     assert all_checkpoints(folder / "checkpoints")[-1].name == f"step-{last_step:06d}"
 
-    _, err = (refused := start(tiny_model, tiny_mix, folder, max_steps=100)).communicate(timeout=100)
-    assert refused.returncode == 2
-    assert f"max_steps: {NUM_STEPS} → 100" in err
-
-    again = start(tiny_model, tiny_mix, folder, "--format", "json")
-    out, err = again.communicate(timeout=300)
-    assert again.returncode == 0, err[-3000:]
-    assert "continuing from the last checkpoint" in err
+    (folder / "stop").unlink()  # the same command does that, then this:
+    alone(folder)
     assert losses(folder) == losses(undisturbed)
-    best = json.loads((undisturbed / "best.json").read_text())
-    expected = (undisturbed / best["folder"] / "adapter_model.safetensors").read_bytes()
-    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == expected
-    (row,) = json.loads(out)
-    assert row["ended by"] == "max_steps"
-    assert row["best eval loss"] < row["base eval loss"]
-    check_outputs(folder, tiny_model)
-
-    process = start(tiny_model, tiny_mix, folder)
-    _, err = process.communicate(timeout=100)
-    assert process.returncode == 0
-    assert "is up to date; nothing to do" in err
+    assert best_adapter(folder) == best_adapter(undisturbed)
 
 
 def check_outputs(folder, model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -16,9 +17,10 @@ from birbal_ray.config.tune import TuneConfig
 from birbal_ray.tuning.plan import FAILED, STOPPED, Plan
 from birbal_ray.tuning.records import RESULT_FILE, TRIALS_FOLDER, read_records, remember_job
 from tests.e2e.processes import kill_whole, wait_for
-from tests.ray.synthetic_search import COUNTS, starts_of, synthetic_search
+from tests.ray.conftest import start_cluster
+from tests.ray.synthetic_search import COUNTS, DIVERGING, starts_of, synthetic_search
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 def ended(run: Path) -> dict[str, int]:
@@ -31,10 +33,9 @@ def ended(run: Path) -> dict[str, int]:
 def two_nodes(monkeypatch):
     """A head without CPUs and two nodes with one each, all on this machine."""
     import ray
-    from ray.cluster_utils import Cluster
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster = start_cluster(num_cpus=0, include_dashboard=False)
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield cluster, nodes
@@ -59,7 +60,7 @@ def test_a_node_lost_in_the_middle_costs_its_trial_a_retry(two_nodes, tmp_path):
     killer.join()
     ((node, key),) = lost
     assert len(plan.records) == plan.num_trials == 1 + 2 + 6 + 3 * 2
-    assert FAILED not in {record.status for record in plan.records.values()}
+    assert {name for name, record in plan.records.items() if record.status == FAILED} == {DIVERGING}
     starts = Counter(start["key"] for start in starts_of(tmp_path))
     assert {name for name, count in starts.items() if count > 1} <= {key}, "others were not touched"
     assert sum(starts.values()) <= plan.num_trials + 1
@@ -74,10 +75,10 @@ def test_killed_and_called_again_repeats_no_finished_trial(tmp_path):
     process = subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path.cwd()
     )
-    wait_for(lambda: len(ended(tmp_path)) >= 5, process, 120)
+    wait_for(lambda: len(ended(tmp_path)) >= 5, process, 240)
     kill_whole(process)
     before = ended(tmp_path)
-    again = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=200, cwd=Path.cwd())
+    again = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300, cwd=Path.cwd())
     assert again.returncode == 0, again.stderr
     after = ended(tmp_path)
     assert len(after) == 15
@@ -86,9 +87,13 @@ def test_killed_and_called_again_repeats_no_finished_trial(tmp_path):
     assert {starts[name] for name in before} == {1}
     assert set(starts) == set(after)
     assert max(starts.values()) <= 2, "a trial that was running is run once more"
+    diverged = {record.job.key: record for record in read_records(tmp_path)[0]}[DIVERGING]
+    assert diverged.status == FAILED
+    assert "it diverged" in diverged.error
+    assert len(diverged.looks) == 1, "it ended at the look at which it showed"
 
 
-def test_a_trial_stopped_at_its_first_look_is_kept_as_stopped(tmp_path):
+def test_a_trial_stopped_or_diverged_at_its_first_look_is_kept_as_that(tmp_path):
     from birbal_ray.tuning.runner import PlanSearcher
 
     plan = Plan(TuneConfig(num_trials=1), COUNTS, remember=lambda job: remember_job(tmp_path, job, "nowhere"))
@@ -101,6 +106,9 @@ def test_a_trial_stopped_at_its_first_look_is_kept_as_stopped(tmp_path):
     assert (record.job.key, record.status, record.objective, record.looks) == ("search-000", STOPPED, 2.5, [[5, 2.5]])
     searcher.on_trial_complete("e", error=True)
     assert plan.records["birbal_2023"].status == FAILED
-    (kept,), begun = read_records(tmp_path)
+    searcher.on_trial_complete("d", {"look": 1, "step": 5, "objective": math.nan})
+    assert plan.records["task_score"].status == FAILED
+    (kept, diverged), begun = read_records(tmp_path)
     assert kept == record, "what failed may work the next time"
-    assert len(begun) == 5
+    assert (diverged.job.key, diverged.status, diverged.objective) == ("task_score", FAILED, None), "this can't"
+    assert len(begun) == 4

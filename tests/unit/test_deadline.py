@@ -21,7 +21,7 @@ class Time:
 def run_to_the_end(budget, total_steps, step_seconds, tmp_path, setup_seconds=5.0):
     time = Time()
     deadline = Deadline(budget, total_steps, Clock(tmp_path / "clock.json", time))
-    deadline.eval_seconds, deadline.save_seconds = 4.0, 1.0
+    deadline.clock.eval_seconds, deadline.clock.save_seconds = 4.0, 1.0
     time.now += setup_seconds
     deadline.clock.start_stepping()
     progress, step = [deadline.progress(0)], 0
@@ -78,6 +78,25 @@ def test_time_survives_restarts(tmp_path):
     assert json.loads((tmp_path / "clock.json").read_text())["elapsed_seconds"] == 43
 
 
+def test_what_the_end_takes_is_held_back_after_a_restart_too(tmp_path):
+    time = Time()
+    first = Deadline(100, 1000, Clock(tmp_path / "clock.json", time))
+    first.clock.eval_seconds, first.clock.save_seconds = 20.0, 10.0
+    first.step_took(5.0)
+    time.now += 60
+    assert first.progress(10) < 1.0
+    first.clock.beat(force=True)
+    second = Deadline(100, 1000, Clock(tmp_path / "clock.json", time))
+    assert second.reserve_seconds == first.reserve_seconds == pytest.approx(34)
+    time.now += 1.0
+    assert second.progress(10) == 1.0, "a step of 5 s would end after second 66"
+    assert second.evaluation_fits()
+    time.now += 18.0
+    assert not second.evaluation_fits()
+    second.step_took(1.0)
+    assert second.clock.step_seconds == 1.0, "what this session measures counts"
+
+
 def test_forecast_counts_evaluations_and_stops_at_the_wanted_steps(tmp_path):
     time = Time()
     deadline = Deadline(1000, 500, Clock(tmp_path / "clock.json", time))
@@ -87,7 +106,7 @@ def test_forecast_counts_evaluations_and_stops_at_the_wanted_steps(tmp_path):
     assert forecast.by_budget
     assert forecast.num_steps == 99
     assert forecast.epochs == pytest.approx(0.99)
-    deadline.eval_seconds = 640.0
+    deadline.clock.eval_seconds = 640.0
     assert deadline.forecast(0, 100, 64).num_steps == math.floor((1000 - 1.1 * 640 - 1) / 20)
     unlimited = Deadline(None, 500, Clock(tmp_path / "other.json", time))
     unlimited.step_took(10.0)

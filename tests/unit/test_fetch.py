@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -12,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from birbal_ray.ni.fetch import fetch_archive
+from birbal_ray.ni.reader import find_task_files
 from birbal_ray.ni.schema import TaskError
 from tests.conftest import task_values
 from tests.unit.test_reader import archive
@@ -151,7 +153,47 @@ def test_refused_urls(server, tmp_path, url, message):
         fetch_archive(url, tmp_path / "ni")
 
 
+def test_the_real_archive(shared_data, server, tmp_path):
+    file = shared_data / "natural-instructions-subset.tar.gz"
+    server.data = file.read_bytes()
+    server.cut = len(server.data) // 3
+    with pytest.raises(TaskError, match="the same command continues it"):
+        fetch_archive(server.url, tmp_path / "ni")
+    record = fetch_archive(server.url, tmp_path / "ni")
+    digest = hashlib.sha256(server.data).hexdigest()
+    assert record == {"url": server.url, "sha256": digest, "num_files": 179, "num_bytes": file.stat().st_size}
+    assert server.ranges == [0, len(server.data) // 3]
+    with tarfile.open(file) as tar:
+        sizes = {member.name.rpartition("/")[2]: member.size for member in tar if member.name.endswith(".json")}
+    assert {path.name: path.stat().st_size for path in (tmp_path / "ni" / "tasks").iterdir()} == sizes
+    assert len(find_task_files(tmp_path / "ni" / "tasks")) == 179
+
+
 def test_not_an_archive(server, tmp_path):
     server.data = b"<html>not found</html>"
     with pytest.raises(TaskError, match="can't be unpacked"):
         fetch_archive(server.url, tmp_path / "ni")
+    assert not list((tmp_path / "ni").glob(".download-*"))
+
+
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.7, 0.999])
+def test_a_damaged_archive_is_deleted(server, tmp_path, place):
+    """One byte is another: tarfile alone would end there without a word."""
+    at = int(len(server.data) * place)
+    server.data = server.data[:at] + bytes([server.data[at] ^ 255]) + server.data[at + 1 :]
+    with pytest.raises(TaskError, match=r"can't be unpacked .* and was deleted; fetch it again"):
+        fetch_archive(server.url, tmp_path / "ni")
+    assert not list((tmp_path / "ni").glob(".download-*"))
+
+
+def test_a_disk_that_is_full_while_unpacking_keeps_the_download(server, tmp_path, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("birbal_ray.ni.fetch.shutil.copyfileobj", full)
+        with pytest.raises(TaskError, match=r"no space left on the disk\); the download is kept"):
+            fetch_archive(server.url, tmp_path / "ni")
+    assert [file.suffix for file in (tmp_path / "ni").iterdir()] == [".gz"], "what was unpacked is gone"
+    assert fetch_archive(server.url, tmp_path / "ni")["num_files"] == 4
+    assert server.ranges == [0], "downloaded once"

@@ -1,11 +1,14 @@
 """What a mix leaves for an evaluation, and who may compete."""
 
+import hashlib
 import json
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
 
 from birbal_ray.config import ConfigError
+from birbal_ray.config.evaluate import EvaluateConfig
 from birbal_ray.config.mix import MixConfig
 from birbal_ray.evaluation.contenders import contenders
 from birbal_ray.evaluation.heldout import held_out
@@ -13,7 +16,8 @@ from birbal_ray.mix.synthetic import made_up_rows, write_score_folder
 from birbal_ray.models import Model
 from birbal_ray.ni.reader import read_task
 from birbal_ray.ni.schema import take_first, text_key
-from birbal_ray.run import RunError
+from birbal_ray.run import RunError, read_json, write_json
+from birbal_ray.steps.evaluate import SIMULATED, prepared
 from birbal_ray.steps.mix import mix
 
 
@@ -52,6 +56,60 @@ def test_a_text_that_was_trained_on_is_left_out_under_any_id(made, write_task):
     assert len(take_first(task, None, 0)) == 2
 
 
+@pytest.fixture(scope="module")
+def other_mix(made, tmp_path_factory):
+    """Of the same scores, with rows of generation tasks alone."""
+    folder = tmp_path_factory.mktemp("other") / "mix"
+    budgets = {"exact_match_budget": 0, "generation_budget": 50, "allow_shortfall": True}
+    mix(MixConfig(scores=str(made.parent / "scores"), output=str(folder), task_score=budgets))
+    return folder
+
+
+def trained_on(mix_folder, folder):
+    """A training run's folder whose manifest names the mix as it is now."""
+    run = adapter(folder, SIMULATED.fingerprint)
+    manifest = read_json(run / "manifest.json")
+    identity_hash = read_json(mix_folder / "manifest.json")["identity_hash"]
+    write_json(run / "manifest.json", {**manifest, "mix": {"path": str(mix_folder), "identity_hash": identity_hash}})
+    return run
+
+
+def setup_of(*adapters, mix=None):
+    where = {"tasks": {"path": "not read"}, "output": "not written"}
+    engine = {"backend": "simulated", "device": "cpu"}
+    return prepared(
+        EvaluateConfig(**where, engine=engine, adapters=[str(one) for one in adapters], mix=mix and str(mix))
+    )
+
+
+def test_of_several_mixes_the_union_is_left_out(made, other_mix, tmp_path):
+    one, two = trained_on(made, tmp_path / "one"), trained_on(other_mix, tmp_path / "two")
+    both = held_out(made).keys | held_out(other_mix).keys
+    assert held_out(other_mix).keys - held_out(made).keys
+    assert held_out(made).keys - held_out(other_mix).keys
+    for setup in (setup_of(one, two), setup_of(one, two, mix=made), setup_of(two, mix=made)):
+        assert setup.excluded == both
+        assert set(setup.mixes) == {str(made), str(other_mix)}
+        assert setup.held_out.sampled == held_out(made).sampled | held_out(other_mix).sampled
+    assert setup_of(one).mixes == setup_of(one, mix=made).mixes == [str(made)]
+    assert setup_of(mix=made).excluded == held_out(made).keys
+    assert setup_of().held_out is None
+
+
+def test_an_adapter_whose_mix_is_not_there_any_more(made, other_mix, tmp_path):
+    moved, run = tmp_path / "moved", trained_on(made, tmp_path / "run")
+    shutil.copytree(made, moved)
+    for reason, path in (("no such folder", tmp_path / "gone"), ("holds another one by now", other_mix)):
+        manifest = read_json(run / "manifest.json")
+        manifest["mix"]["path"] = str(path)
+        write_json(run / "manifest.json", manifest)
+        with pytest.raises(ConfigError, match=f"adapter run: what it was trained on.*{reason}.*--mix DIR"):
+            setup_of(run)
+        with pytest.raises(ConfigError, match=f"{reason}.*nor is it --mix {other_mix}"):
+            setup_of(run, mix=other_mix)
+        assert setup_of(run, mix=moved).mixes == [str(moved)], "told by its identity hash"
+
+
 def test_no_mix_there(tmp_path):
     with pytest.raises(RunError, match="expected the output of `birbal mix`"):
         held_out(tmp_path)
@@ -84,6 +142,8 @@ def test_a_training_run_says_its_adapter_and_mix(model, tmp_path):
     assert (base.name, base.kind, base.fingerprint) == ("base", "base", "f0")
     assert (one.name, one.rank, one.mix) == ("run-7", 16, "runs/mix")
     assert (two.name, two.path) == ("mine", one.path)
+    files = [(run / "adapter" / name).read_bytes() for name in ("adapter_model.safetensors", "adapter_config.json")]
+    assert one.fingerprint == hashlib.sha256(b"".join(files)).hexdigest()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from birbal_ray.cli import main
 from birbal_ray.config import ConfigError
 from birbal_ray.contracts import EVALUATION
+from birbal_ray.evaluation.contenders import adapter_fingerprint
 from birbal_ray.evaluation.leaderboard import METRICS
 from birbal_ray.reporting.verdict import verdict
 from birbal_ray.run import MANIFEST_FILE, RunError, read_json, write_json
@@ -252,6 +253,27 @@ def test_steps_of_other_runs_are_pointed_out(copy, without_plots):
     write_json(copy / "train" / MANIFEST_FILE, {**manifest, "mix": {"path": "mix", "identity_hash": "f" * 64}})
     page = Page(report(copy).file.read_text(encoding="utf-8"))
     assert "train was made from another mix run than the one in this folder" in page.text
+
+
+def test_an_evaluation_of_another_adapter_than_train_holds_is_pointed_out(copy, without_plots):
+    folder = copy / "train" / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    manifest = read_json(copy / "evaluate" / MANIFEST_FILE)
+    manifest["contenders"][1]["fingerprint"] = adapter_fingerprint(folder)
+    write_json(copy / "evaluate" / MANIFEST_FILE, manifest)
+    report(copy)
+    assert "their numbers don't belong together" not in Page((copy / "report.html").read_text()).text
+    (folder / "adapter_model.safetensors").write_bytes(b"trained anew")
+    report(copy)
+    text = Page((copy / "report.html").read_text()).text
+    assert "evaluate asked adapter (" in text
+    assert "not the adapter that train holds now" in text
+    manifest["contenders"][1]["kind"] = "merged"
+    write_json(copy / "evaluate" / MANIFEST_FILE, manifest)
+    report(copy)
+    assert "don't belong together" not in Page((copy / "report.html").read_text()).text, "no adapter was asked"
 
 
 def test_an_added_model_is_placed(run, tmp_path):

@@ -66,6 +66,25 @@ def test_a_strangers_folder_is_not_touched(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
+def test_temporary_names_are_nobodys_where_no_run_was_begun(tmp_path):
+    (tmp_path / ".tmp-thesis").mkdir()
+    (tmp_path / ".tmp-thesis" / "chapter.txt").write_text("mine")
+    (tmp_path / ".tmp-notes").write_text("mine")
+    (tmp_path / ".tmp-1-2-.lock.json").write_text("{")
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=r"not a birbal run.*holds \.tmp-notes, \.tmp-thesis\)"):
+            run.start_run(tmp_path, "score", {}, overwrite=overwrite)
+    assert (tmp_path / ".tmp-thesis" / "chapter.txt").read_text() == (tmp_path / ".tmp-notes").read_text() == "mine"
+
+
+def test_temporary_names_in_a_run_folder_are_cleared(tmp_path):
+    run.start_run(tmp_path, "score", {"a": 1})
+    (tmp_path / ".tmp-adapter").mkdir()
+    (tmp_path / ".tmp-1-2-tasks.parquet").write_text("half")
+    assert run.start_run(tmp_path, "score", {"a": 1}) is True
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+
+
 def test_manifest_of_an_unfinished_or_other_run_is_refused(tmp_path):
     with pytest.raises(run.RunError, match="no such folder"):
         run.read_manifest(tmp_path / "absent", "score")

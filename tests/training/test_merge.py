@@ -1,0 +1,83 @@
+"""`birbal merge` on a model of two layers: what was written answers as the adapter did."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from birbal_ray.cli import main
+from birbal_ray.models import resolve
+from birbal_ray.run import MANIFEST_FILE, finish_run, read_json, start_run, write_json
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, tiny_mix, tmp_path_factory):
+    """A training run with an adapter that changes every layer."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("train")
+    start_run(folder, "train", {"model_fingerprint": resolve(str(tiny_model)).fingerprint})
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at first
+            torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    model.save_pretrained(folder / "adapter")
+    finish_run(
+        folder,
+        {
+            "model": {"name": str(tiny_model), "revision": None, "path": str(tiny_model)},
+            "settings": {"mix": str(tiny_mix)},
+            "result": {"best_step": 4},
+        },
+    )
+    return folder
+
+
+def merge(run, output, *arguments):
+    return CliRunner().invoke(main, ["merge", "--run", str(run), "--output", str(output), *map(str, arguments)])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.1), ("float32", 1e-4)])
+def test_the_merged_model_is_base_and_adapter(trained, tiny_model, tmp_path, dtype, tolerance):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    arguments = ("--dtype", dtype, "--prompts", 4)
+    result = merge(trained, tmp_path / "merged", *arguments, "--format", "json")
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)
+    assert row["num_prompts"] == 4
+    assert row["max_logit_difference"] < tolerance
+    assert row["same_tokens_fraction"] > 0.8
+    assert read_json(tmp_path / "merged" / MANIFEST_FILE)["dtype"] == dtype
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert merged.dtype == getattr(torch, dtype)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    ids = AutoTokenizer.from_pretrained(tmp_path / "merged")("he said", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        plain = base(ids).logits
+        expected = PeftModel.from_pretrained(base, trained / "adapter")(ids).logits
+        found = merged(ids).logits.float()
+    assert (found - expected).abs().max() < tolerance
+    assert (expected - plain).abs().max() > 3 * tolerance, "the adapter does something"
+
+    again = merge(trained, tmp_path / "merged", *arguments)
+    assert "up to date; nothing to do" in again.stderr
+
+
+def test_other_base_weights_than_were_trained_on_are_refused(trained, tmp_path):
+    other = tmp_path / "train"
+    other.mkdir()
+    manifest = read_json(trained / MANIFEST_FILE)
+    write_json(other / MANIFEST_FILE, manifest | {"identity": {"model_fingerprint": "0" * 64}})
+    result = merge(other, tmp_path / "merged")
+    assert result.exit_code == 2
+    name = manifest["model"]["name"]
+    assert f"{other}: trained on {name} with other weights than {name} holds now" in result.stderr
+    assert not (tmp_path / "merged").exists()

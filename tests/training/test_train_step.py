@@ -1,0 +1,200 @@
+"""`birbal train` up to where Ray would start: which mixes it refuses, what a dry run says."""
+
+import json
+import shutil
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from birbal_ray import rates
+from birbal_ray.cli import main
+from birbal_ray.config import ConfigError, load_config
+from birbal_ray.config.train import TrainConfig
+from birbal_ray.progress import ProgressLine
+from birbal_ray.run import RunError, RunFailedError, finish_run, start_run
+from birbal_ray.steps import train as step
+
+SMALL = {"batch.sequence_length": 128, "batch.micro": 2, "batch.accumulation": 2, "lora.r": 8, "lora.alpha": 16}
+
+RESULT = ("num_steps", "epochs", "ended_by", "base_eval_loss", "best_eval_loss", "best_step", "elapsed_seconds")
+
+
+@pytest.fixture(autouse=True)
+def this_machine(monkeypatch, tmp_path):
+    """No cluster, and no speed seen before."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("BIRBAL_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def birbal_train(tiny_model):
+    """birbal_train(mix, *arguments) → click's result."""
+
+    def run(mix, *arguments):
+        settings = [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]
+        command = ["train", "--mix", mix, "--model", tiny_model, "--device", "cpu", *settings, *arguments]
+        return CliRunner().invoke(main, [str(argument) for argument in command])
+
+    return run
+
+
+def missing(folder, tiny_mix):
+    return 1, f"{folder}: no such folder; expected the output of `birbal mix`"
+
+
+def empty(folder, tiny_mix):
+    folder.mkdir()
+    return 1, f"{folder}: no manifest.json here; expected the output of `birbal mix`"
+
+
+def unfinished(folder, tiny_mix):
+    folder.mkdir()
+    start_run(folder, "mix", {})
+    return 1, f"{folder}: an unfinished `birbal mix` run (no manifest.json); rerun its command to finish it"
+
+
+def of_another_step(folder, tiny_mix):
+    folder.mkdir()
+    start_run(folder, "score", {})
+    finish_run(folder, {})
+    return 1, f"{folder}: the output of `birbal score`, expected that of `birbal mix`"
+
+
+def without_a_split(folder, tiny_mix):
+    shutil.copytree(tiny_mix, folder)
+    (folder / "eval.parquet").unlink()
+    return 2, f"{folder}/eval.parquet: missing, though {folder}/manifest.json is there; make the mix again"
+
+
+def without_answers(folder, tiny_mix):
+    shutil.copytree(tiny_mix, folder)
+    pq.write_table(pa.table({"question": ["a"]}), folder / "train.parquet")
+    return 2, f"{folder}/train.parquet: no column answer; expected the output of `birbal mix`"
+
+
+def without_rows(folder, tiny_mix):
+    shutil.copytree(tiny_mix, folder)
+    pq.write_table(pq.read_table(folder / "eval.parquet").slice(0, 0), folder / "eval.parquet")
+    return 2, f"{folder}/eval.parquet: no rows; make the mix with eval_fraction above 0"
+
+
+@pytest.mark.parametrize(
+    "make", [missing, empty, unfinished, of_another_step, without_a_split, without_answers, without_rows]
+)
+def test_a_mix_that_cannot_be_trained_on_is_said_in_one_line(birbal_train, tiny_mix, tmp_path, make):
+    code, message = make(tmp_path / "mix", tiny_mix)
+    result = birbal_train(tmp_path / "mix", "--output", tmp_path / "run")
+    assert result.exit_code == code, result.output
+    assert result.stderr.splitlines()[-1].startswith(f"error: {message}")
+    assert sum("error" in line for line in result.stderr.splitlines()) == 1
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_a_dry_run_tells_memory_on_stdout_and_the_forecast_on_stderr(birbal_train, tiny_mix, tiny_model, tmp_path):
+    result = birbal_train(tiny_mix, "--dry-run", "--format", "json")
+    assert result.exit_code == 0, result.output
+    rows = {row["part"]: row for row in json.loads(result.stdout)}
+    assert rows["total"]["GiB"] == pytest.approx(
+        sum(row["GiB"] for part, row in rows.items() if part not in ("total", "the device has"))
+    )
+    assert rows["the device has"]["how"] == "fits"
+    for line in ("train: 60 samples", "eval: 8 samples", "trainable parameters", "optimizer steps an epoch"):
+        assert line in result.stderr
+    assert "speed unknown on this device: add --calibrate, or train once" in result.stderr
+
+    config = load_config(TrainConfig, flags={**SMALL, "model.name": str(tiny_model), "resources.device": "cpu"})
+    rates.remember(step._rate_key(config), 1000.0)
+    result = birbal_train(tiny_mix, "--dry-run", "--budget", "10s")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[0].split() == ["part", "GiB", "how"]
+    assert "at the 1,000 tokens/s last seen here that takes" in result.stderr
+    assert "will fit in the budget; 3 were asked for" in result.stderr
+    assert not list(tmp_path.glob("*/packed"))
+
+
+def test_what_does_not_fit_is_refused_with_the_change_that_does(birbal_train, tiny_mix, tmp_path):
+    def total(*arguments):
+        result = birbal_train(tiny_mix, "--dry-run", "--format", "json", *arguments)
+        return result, {row["part"]: row["GiB"] for row in json.loads(result.stdout)}["total"]
+
+    large, small = total()[1], total("--set", "batch.micro=1", "--set", "batch.accumulation=4")[1]
+    assert large > small
+    limit = ("--set", f"resources.memory_gib={(large + small) / 2}")
+    result, _ = total(*limit)
+    assert result.exit_code == 2
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "GiB are needed, the device has" in error
+    assert error.endswith("it would fit with --set batch.micro=1 --set batch.accumulation=4")
+    advice = error.partition("fit with ")[2].split()
+    assert total(*limit, *advice)[0].exit_code == 0
+
+    result = birbal_train(tiny_mix, "--output", tmp_path / "run", "--set", "resources.memory_gib=1e-6")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].endswith("no smaller setting fits")
+
+
+def test_a_run_is_continued_with_its_own_settings_alone(birbal_train, tiny_mix, monkeypatch, tmp_path):
+    def broken(*arguments):
+        raise RunFailedError("the training worker failed 4 times")
+
+    monkeypatch.setattr(step, "_run", broken)
+    run = tmp_path / "run"
+    result = birbal_train(tiny_mix, "--output", run, "--set", "max_steps=60")
+    assert result.exit_code == 1
+    assert result.stderr.endswith("worker failed 4 times\nwhat is finished is kept; the same command continues\n")
+    result = birbal_train(tiny_mix, "--output", run, "--set", "max_steps=50")
+    assert result.exit_code == 2
+    assert "max_steps: 60 → 50" in result.stderr
+    (run / "manifest.json").write_text(json.dumps({"result": dict.fromkeys(RESULT, 0.0)}))
+    result = birbal_train(tiny_mix, "--output", run, "--set", "max_steps=60")
+    assert result.exit_code == 0, result.output
+    assert "is up to date; nothing to do" in result.stderr
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
+def test_a_tracker_that_is_not_installed_is_said_before_anything_starts(birbal_train, tiny_mix, monkeypatch, tracker):
+    monkeypatch.setitem(sys.modules, tracker, None)  # as if it were not
+    result = birbal_train(tiny_mix, "--dry-run", "--set", f"trackers=[{tracker}]")
+    assert result.exit_code == 2
+    assert result.stderr == f"error: trackers: {tracker} is not installed; run: pip install {tracker}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"), [((), "there is no --output"), (("--output", "s3://b/run"), "--output is s3://b/run")]
+)
+def test_calibrating_on_a_cluster_needs_a_place_that_its_nodes_see(
+    birbal_train, tiny_mix, monkeypatch, arguments, found
+):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    result = birbal_train(tiny_mix, "--dry-run", "--calibrate", *arguments)
+    assert result.exit_code == 2
+    assert f"beside --output, for the worker to read: {found};" in result.stderr
+
+
+def test_calibrating_on_a_cluster_packs_beside_the_output(tiny_mix, tiny_model, monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    places = []
+    monkeypatch.setattr(step, "_run", lambda config, model, folder, *rest: places.append((config.output, folder)))
+    flags = {**SMALL, "mix": str(tiny_mix), "model.name": str(tiny_model), "resources.device": "cpu"}
+    config = load_config(TrainConfig, flags={**flags, "output": str(tmp_path / "shared" / "run")})
+    step.dry_run(config, calibrate=True)
+    ((output, folder),) = places
+    assert output is None, "nothing goes to the run's own folder"
+    assert folder.parent == tmp_path / "shared"
+    assert list((tmp_path / "shared").iterdir()) == []
+
+
+def test_a_run_without_an_adapter_says_why(tmp_path):
+    lines = [{"step": 0, "eval_loss": 5.0}, {"step": 4, "eval_loss": float("nan")}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(RunError, match="the eval loss is not a number since step 4: the adapter diverged"):
+        step._finish(TrainConfig(), None, tmp_path, {}, {}, {}, ProgressLine())
+
+
+def test_a_missing_setting_is_named():
+    with pytest.raises(ConfigError, match="--mix is required"):
+        step.resolved(TrainConfig())
