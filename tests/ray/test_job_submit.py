@@ -22,7 +22,7 @@ from tests.ray.test_score_kills import finished_files
 from tests.ray.test_train_ray import SETTINGS, losses
 
 pytestmark = pytest.mark.timeout(900)
-NUM_TASKS, NUM_INSTANCES, SHARD_ROWS, NUM_STEPS = 3, 40, 4, 40
+NUM_TASKS, NUM_INSTANCES, SHARD_ROWS, NUM_STEPS = 3, 40, 4, 400
 NUM_SHARDS = NUM_TASKS * NUM_INSTANCES // SHARD_ROWS
 
 
@@ -127,7 +127,7 @@ def test_score_goes_on_after_the_head_is_lost(head, tmp_path):
     quick = [part.replace("=0.5", "=0") if isinstance(part, str) else part for part in job]
     said = head.submit("score-2", *quick, wait=True)
     assert f"continuing: {len(kept)} of {NUM_SHARDS} shards" in said
-    assert "SUCCEEDED" in head.ray_job("status", "score-2")
+    assert "Job 'score-2' succeeded" in head.ray_job("status", "score-2")
     rows = scored_rows(run)
     assert len(rows) == len({row["row_id"] for row in rows}) == NUM_TASKS * NUM_INSTANCES
     assert {name: stamp for name, stamp in finished_files(run).items() if name in kept} == kept
@@ -135,7 +135,7 @@ def test_score_goes_on_after_the_head_is_lost(head, tmp_path):
 
 def test_train_stopped_saves_and_goes_on(head, tiny_model, tiny_mix, tmp_path):
     run = tmp_path / "run"
-    changes = SETTINGS | {"max_steps": NUM_STEPS, "epochs": 100, "resources.wait": 0}
+    changes = SETTINGS | {"max_steps": NUM_STEPS, "evaluation.every_steps": 50, "checkpoint.every_steps": 50}
     sets = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
     job = ["jobs/train.py", "--model", tiny_model, "--mix", tiny_mix, "--output", run, "--device", "cpu", *sets]
     head.submit("train-1", *job, wait=False)
@@ -147,7 +147,7 @@ def test_train_stopped_saves_and_goes_on(head, tiny_model, tiny_mix, tmp_path):
 
     said = head.submit("train-2", *job, wait=True)
     assert "continuing from the last checkpoint" in said
-    assert "SUCCEEDED" in head.ray_job("status", "train-2")
+    assert "Job 'train-2' succeeded" in head.ray_job("status", "train-2")
     assert [step for step, _ in losses(run)] == list(range(1, NUM_STEPS + 1)), "every step once"
     assert read_json(run / "manifest.json")["result"]["num_steps"] == NUM_STEPS
     assert (run / "adapter" / "adapter_model.safetensors").exists()

@@ -14,6 +14,7 @@ from birbal_ray.config.train import TrainConfig
 from birbal_ray.training.checkpoints import all_checkpoints
 from birbal_ray.training.curve import read_metrics
 from birbal_ray.training.samples import prepare
+from tests.conftest import slow
 
 NUM_STEPS = 60
 SETTINGS = {
@@ -90,25 +91,75 @@ def best_adapter(folder):
     return (folder / best["folder"] / "adapter_model.safetensors").read_bytes()
 
 
+def worker_of(folder):
+    return json.loads((folder / "worker.json").read_text())["pid"]
+
+
+def kill_worker(folder):
+    pid = worker_of(folder)
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def stop(process, folder):
+    """SIGTERM to the driver: the worker saves what was done."""
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "checkpoint saved; the same command continues" in err
+    last_step = losses(folder)[-1][0]
+    assert last_step < NUM_STEPS
+    assert all_checkpoints(folder / "checkpoints")[-1].name == f"step-{last_step:06d}"
+
+
 @pytest.mark.timeout(600)
-def test_worker_and_driver_killed_the_same_command_goes_on(
-    undisturbed, cluster_address, tiny_model, tiny_mix, tmp_path
+def test_killed_worker_is_replaced_and_a_killed_driver_costs_nothing_either(
+    undisturbed, alone, cluster_address, tiny_model, tiny_mix, tmp_path
 ):
-    """SIGKILL to the worker, which is replaced; SIGKILL to the driver; then to the end, equal to the last bit."""
     folder = tmp_path / "run"
-
-    def worker():
-        return json.loads((folder / "worker.json").read_text())["pid"]
-
     process = start(tiny_model, tiny_mix, folder, address=cluster_address)
     wait_for_step(folder, 5, process)
-    first_worker = worker()
-    os.kill(first_worker, signal.SIGKILL)
+    first_worker = kill_worker(folder)
     wait_for_step(folder, 13, process)
-    assert worker() != first_worker
+    assert worker_of(folder) != first_worker
+
     process.kill()
+    kill_worker(folder)  # which Ray does a moment later
     process.communicate()
     assert losses(folder)[-1][0] < NUM_STEPS
+    assert alone(folder).num_steps == NUM_STEPS
+    assert losses(folder) == losses(undisturbed)
+    assert best_adapter(folder) == best_adapter(undisturbed)
+
+
+@pytest.mark.timeout(600)
+def test_sigterm_saves_what_was_done(undisturbed, alone, cluster_address, tiny_model, tiny_mix, tmp_path):
+    folder = tmp_path / "run"
+    process = start(tiny_model, tiny_mix, folder, address=cluster_address)
+    wait_for_step(folder, 5, process)
+    stop(process, folder)
+    (folder / "stop").unlink()  # the same command does that, then this:
+    assert alone(folder).num_steps == NUM_STEPS
+    assert losses(folder) == losses(undisturbed)
+    assert best_adapter(folder) == best_adapter(undisturbed)
+
+
+@pytest.mark.timeout(900)
+@slow
+def test_the_same_command_goes_on_whatever_ended_it(undisturbed, cluster_address, tiny_model, tiny_mix, tmp_path):
+    """SIGKILL to the worker; SIGKILL to the driver; SIGTERM; then to the end, equal to the last bit."""
+    folder = tmp_path / "run"
+    process = start(tiny_model, tiny_mix, folder, address=cluster_address)
+    wait_for_step(folder, 5, process)
+    kill_worker(folder)
+    wait_for_step(folder, 13, process)
+    process.kill()
+    kill_worker(folder)
+    process.communicate()
+
+    process = start(tiny_model, tiny_mix, folder, address=cluster_address)
+    wait_for_step(folder, losses(folder)[-1][0] + 5, process)
+    stop(process, folder)
 
     again = start(tiny_model, tiny_mix, folder, "--format", "json", address=cluster_address)
     out, err = again.communicate(timeout=300)
@@ -120,25 +171,6 @@ def test_worker_and_driver_killed_the_same_command_goes_on(
     assert row["ended by"] == "max_steps"
     assert row["best eval loss"] < row["base eval loss"]
     check_outputs(folder, tiny_model)
-
-
-@pytest.mark.timeout(600)
-def test_sigterm_saves_what_was_done(undisturbed, alone, cluster_address, tiny_model, tiny_mix, tmp_path):
-    folder = tmp_path / "run"
-    process = start(tiny_model, tiny_mix, folder, address=cluster_address)
-    wait_for_step(folder, 5, process)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=200)
-    assert process.returncode == 1
-    assert "checkpoint saved; the same command continues" in err
-    last_step = losses(folder)[-1][0]
-    assert last_step < NUM_STEPS
-    assert all_checkpoints(folder / "checkpoints")[-1].name == f"step-{last_step:06d}"
-
-    (folder / "stop").unlink()  # the same command does that, then this:
-    alone(folder)
-    assert losses(folder) == losses(undisturbed)
-    assert best_adapter(folder) == best_adapter(undisturbed)
 
 
 def check_outputs(folder, model):
