@@ -6,10 +6,12 @@ instance with an `error` where one instance is unusable, or raises TaskError whe
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import math
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -119,8 +121,9 @@ def parse_task(name: str, data: bytes | OSError) -> Task:
 
 def _members(archive: Path, *, read: bool, only: set[str] | None = None) -> Iterator[tuple[str, bytes]]:
     """(name, bytes) of the archive's task files; bytes are empty unless `read`. Nothing is extracted."""
+    unpacked = open if archive.suffix == ".tar" else gzip.open
     try:
-        with tarfile.open(archive, "r|*") as tar:
+        with unpacked(archive, "rb") as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
             for member in tar:
                 path = Path(member.name)
                 if not member.isreg() or path.suffix != ".json" or path.parent.name != "tasks":
@@ -129,7 +132,9 @@ def _members(archive: Path, *, read: bool, only: set[str] | None = None) -> Iter
                     continue
                 file = tar.extractfile(member) if read else None
                 yield member.name, file.read() if file else b""
-    except (tarfile.TarError, EOFError, OSError) as error:
+            while plain.read(1 << 20):  # to gzip's checksum: tarfile takes a damaged header for the archive's end
+                pass
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise TaskError(f"{archive}: not a readable tar archive ({error})") from None
 
 

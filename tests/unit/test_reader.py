@@ -122,6 +122,19 @@ def archive(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.7, 0.999])
+def test_a_damaged_archive_is_refused_not_shortened(tmp_path, place):
+    """One byte is another: tarfile alone takes a bad header for the archive's end."""
+    tar = archive(
+        tmp_path / "x.tar.gz", {f"tasks/t{n}.json": json.dumps(task_values(n + 1)).encode() for n in range(9)}
+    )
+    data = bytearray(tar.read_bytes())
+    data[int(len(data) * place)] ^= 255
+    tar.write_bytes(data)
+    with pytest.raises(TaskError, match="not a readable tar archive"):
+        find_task_files(tar)
+
+
 def test_archive_and_folder_give_the_same_tasks(tmp_path):
     files = {f"task{n}": json.dumps(task_values(n + 1)).encode() for n in range(3)}
     (tmp_path / "x" / "tasks").mkdir(parents=True)
