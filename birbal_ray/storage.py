@@ -14,6 +14,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -25,7 +26,7 @@ import filelock
 import psutil
 from pyarrow import fs
 
-from birbal_ray.run import LOG_FOLDER, MANIFEST_FILE, RUN_FILE, RunError, locked, read_json, write_json
+from birbal_ray.run import LOCK_FILE, LOG_FOLDER, MANIFEST_FILE, RUN_FILE, RunError, locked, read_json, write_json
 
 SCHEMES = ("s3", "gs")
 NOT_MIRRORED = ("ray", "ray_tune")  # Ray's own records of a run: Ray writes them to the URL itself
@@ -35,6 +36,7 @@ LEASE_SECONDS = 12.0  # a lease that was not renewed for so long belongs to a de
 TRANSFERS = 8  # files on the way at once
 CHUNK_BYTES = 8 << 20
 LEASE_FILE = ".lease.json"
+TASKS_FILE = "tasks.parquet"  # what `birbal status` reads beside JSON
 
 Stamp = tuple[int, int]  # size in bytes, time of change in ns
 
@@ -166,6 +168,39 @@ def added_to(path: str | os.PathLike[str], skip: Collection[str] = ()) -> Iterat
         mirror = Mirror(absolute(str(path)), folder, skip)
         mirror.recall()
         mirror.push()
+
+
+@contextlib.contextmanager
+def outline(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder of runs to look at: the path itself, or for a URL a sketch of it in a temporary folder.
+
+    The sketch holds the records (JSON, tables of tasks) and, of all other files, an empty one of the same
+    name and time. A lease there becomes the lock that it stands for. Raises RunError when nothing is there.
+    """
+    if not is_url(path):
+        yield Path(path)
+        return
+    url = absolute(str(path))
+    system, base = filesystem_of(url)
+    with _named(url):
+        infos = system.get_file_info(fs.FileSelector(base, recursive=True, allow_not_found=True))
+    files = [info for info in infos if info.type == fs.FileType.File]
+    if not files:
+        raise RunError(f"{url}: nothing there")
+    with tempfile.TemporaryDirectory(prefix="birbal-outline-") as name:
+        top = Path(name) / base.rpartition("/")[2]
+        for info in files:
+            file = top / info.path[len(base) :].strip("/")
+            if file.name == LEASE_FILE:
+                file = file.with_name(f"{LOCK_FILE}.json")
+            if file.suffix in (".json", ".jsonl") or file.name == TASKS_FILE:
+                with contextlib.suppress(FileNotFoundError):  # written anew or removed in this moment
+                    _fetch_file(system, info.path, file, _stamp_of(info))
+            else:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.touch()
+                os.utime(file, ns=(info.mtime_ns or 0, info.mtime_ns or 0))
+        yield top
 
 
 class Mirror:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="What is done, running and next in a run folder.")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run")
 @format_option
-def status(run: Path, output_format: str) -> None:
+def status(run: str, output_format: str) -> None:
     """Say what the steps in RUN have done, which of them is at work, and how to go on.
 
     RUN is a folder that holds the steps' output folders, or one of these. It is only read: a run that
@@ -27,44 +27,53 @@ def status(run: Path, output_format: str) -> None:
     \b
     Examples:
       birbal status runs
+      birbal status s3://bucket/runs
       birbal status runs/score --format json
     """
     from birbal_ray.steps.status import status as status_of
+    from birbal_ray.storage import is_url, outline
 
-    rows = status_of(run)
+    with outline(run) as folder:
+        rows = status_of(folder)
+    # Rows about a URL speak of its sketch.
+    here, there = (str(folder), run.rstrip("/")) if is_url(run) else ("", "")
+
+    def said(text: str) -> str:
+        return text.replace(here, there) if here else text
+
     if output_format != "text":
-        print_table([_record(row) for row in rows], output_format)
+        print_table([_record(row, said) for row in rows], output_format)
         return
-    print_table([_cells(row, time.time()) for row in rows], output_format)
+    print_table([_cells(row, time.time(), said) for row in rows], output_format)
     todo = [row for row in rows if row.next]
     for row in todo:
-        click.echo(f"next: {row.next}" if len(todo) == 1 else f"next ({row.folder.name}): {row.next}")
+        click.echo(said(f"next: {row.next}" if len(todo) == 1 else f"next ({row.folder.name}): {row.next}"))
 
 
-def _record(row: Row) -> dict[str, Any]:
+def _record(row: Row, said: Callable[[str], str]) -> dict[str, Any]:
     """For other programs: figures apart, the time as ISO 8601."""
     return {
         "step": row.step,
-        "folder": str(row.folder),
+        "folder": said(str(row.folder)),
         "state": row.state,
         "detail": row.detail,
         "done": row.done,
         "planned": row.planned,
-        "progress": row.progress,
+        "progress": said(row.progress),
         "touched": datetime.fromtimestamp(row.touched, UTC).isoformat(timespec="seconds") if row.touched else None,
         "wall_seconds": row.wall_seconds,
-        "next": row.next,
+        "next": said(row.next),
     }
 
 
-def _cells(row: Row, now: float) -> dict[str, Any]:
+def _cells(row: Row, now: float, said: Callable[[str], str]) -> dict[str, Any]:
     from birbal_ray.progress import duration
 
     return {
         "step": row.step,
-        "folder": str(row.folder),
+        "folder": said(str(row.folder)),
         "state": row.detail or row.state,
-        "progress": row.progress or "-",
+        "progress": said(row.progress) or "-",
         "last touched": f"{duration(max(0.0, now - row.touched))} ago" if row.touched else "-",
         "wall time": duration(row.wall_seconds) if row.wall_seconds else "-",
     }

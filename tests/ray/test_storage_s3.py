@@ -155,12 +155,19 @@ def test_score_killed_and_continued_on_another_machine_then_mix(storage, tmp_pat
     kept = {name for name in objects(url) if name.startswith("rows/")}
     assert 4 <= len(kept) < NUM_SHARDS
     assert "manifest.json" not in objects(url)
+    (row,) = json.loads(finish(birbal("status", url, "--format", "json"))[0])
+    assert (row["state"], row["done"]) == ("stopped", len(kept) * SHARD_ROWS), "its lease's process is gone"
 
     storage("second")
     _, errors = finish(birbal(*score, url))
     assert f"continuing: {len(kept)} of {NUM_SHARDS} shards ({len(kept) * SHARD_ROWS} rows) are done" in errors
     assert f"{url}: up to date" in errors
     assert "manifest.json" in objects(url)
+
+    there, _ = finish(birbal("status", url, "--format", "json"))
+    (row,) = json.loads(there)
+    assert (row["step"], row["state"], row["folder"]) == ("score", "done", url)
+    assert (row["done"], row["planned"]) == (NUM_TASKS * NUM_INSTANCES, NUM_TASKS * NUM_INSTANCES)
 
     storage("third")
     mixed = f"s3://{BUCKET}/runs/mix"

@@ -64,7 +64,8 @@ def make_trainer(config, model, folder, train, evaluation):
     from transformers import AutoTokenizer
 
     from birbal_ray.training.deadline import Clock
-    from birbal_ray.training.finetune import DeadlineTrainer, load_base, sft_config
+    from birbal_ray.training.finetune import load_base, sft_config
+    from birbal_ray.training.trainer import DeadlineTrainer
 
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     return DeadlineTrainer(
