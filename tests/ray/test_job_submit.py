@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from birbal_ray.run import read_json
-from tests.conftest import REPOSITORY, task_values
+from tests.conftest import REPOSITORY, slow, task_values
 from tests.ray.conftest import scored_rows
 from tests.ray.test_score_kills import finished_files
 from tests.ray.test_train_ray import SETTINGS, losses
@@ -133,6 +133,7 @@ def test_score_goes_on_after_the_head_is_lost(head, tmp_path):
     assert {name: stamp for name, stamp in finished_files(run).items() if name in kept} == kept
 
 
+@slow
 def test_train_stopped_saves_and_goes_on(head, tiny_model, tiny_mix, tmp_path):
     run = tmp_path / "run"
     changes = SETTINGS | {"max_steps": NUM_STEPS, "evaluation.every_steps": 50, "checkpoint.every_steps": 50}

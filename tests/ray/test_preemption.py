@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from birbal_ray.run import read_json
-from tests.conftest import task_values
+from tests.conftest import slow, task_values
 from tests.ray.conftest import scored_rows, start_cluster
 from tests.ray.test_score_kills import finished_files, wait_for
 from tests.ray.test_train_ray import losses, start, wait_for_step
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.timeout(600)
 CARD = "GeForce-RTX-4090"
 NUM_TASKS, NUM_INSTANCES, SHARD_ROWS, IN_FLIGHT = 4, 60, 5, 2
 NUM_ROWS = NUM_TASKS * NUM_INSTANCES
+NUM_STEPS = 300
 SETTINGS = {
     "engine.backend": "simulated",
     "engine.device": "cpu",
@@ -77,6 +78,7 @@ def test_nodes_lost_while_scoring(birbal, cluster, tmp_path):
     assert redone <= kills * (IN_FLIGHT + 2) * SHARD_ROWS / NUM_ROWS, "no more than the shards in flight"
 
 
+@slow
 def test_the_card_is_lost_while_training(cluster, tiny_model, tiny_mix, tmp_path):
     """On the pinned card only; restarted from a checkpoint on the next such card; a message while there is none."""
 
@@ -85,7 +87,8 @@ def test_the_card_is_lost_while_training(cluster, tiny_model, tiny_mix, tmp_path
 
     card, folder = {"resources.accelerator_type": CARD, "resources.simulated_card": True}, tmp_path / "run"
     cluster.add_node(num_cpus=2, num_gpus=1, resources={"accelerator_type:A10G": 1})  # must not take it
-    steps = {"max_steps": 60}
+    # Many: when the node is taken away after step 15, a quick machine must not be done.
+    steps = {"max_steps": NUM_STEPS, "evaluation.every_steps": 50, "checkpoint.every_steps": 10}
     process = start(tiny_model, tiny_mix, folder, device="gpu", address=cluster.address, **card, **steps)
     said = follow(process)
     wait_until(lambda: f"no node has a {CARD}" in said(), 120)
@@ -100,8 +103,8 @@ def test_the_card_is_lost_while_training(cluster, tiny_model, tiny_mix, tmp_path
     assert process.wait(timeout=400) == 0, said()[-3000:]
     assert read_json(folder / "worker.json")["node"] == second.node_id
     manifest = read_json(folder / "manifest.json")
-    assert [step for step, _ in losses(folder)] == list(range(1, 61)), "every step once"
-    assert manifest["result"]["num_steps"] == 60
+    assert [step for step, _ in losses(folder)] == list(range(1, NUM_STEPS + 1)), "every step once"
+    assert manifest["result"]["num_steps"] == NUM_STEPS
 
     undisturbed = tmp_path / "undisturbed"
     alone = start(tiny_model, tiny_mix, undisturbed, device="gpu", address=cluster.address, **card, **steps)
