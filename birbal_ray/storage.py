@@ -9,33 +9,27 @@ or not at all, so the rules of a run folder (see `run`) hold at the URL too.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import filelock
-import psutil
 from pyarrow import fs
 
+from birbal_ray.lease import LEASE_FILE, leased
+from birbal_ray.object_store import filesystem_of, named_errors
 from birbal_ray.run import LOCK_FILE, LOG_FOLDER, MANIFEST_FILE, RUN_FILE, RunError, locked, read_json, write_json
 
 SCHEMES = ("s3", "gs")
 NOT_MIRRORED = ("ray", "ray_tune")  # Ray's own records of a run: Ray writes them to the URL itself
 INTERVAL_SECONDS = 2.0
-BEAT_SECONDS = 3.0
-LEASE_SECONDS = 12.0  # a lease that was not renewed for so long belongs to a dead run
 TRANSFERS = 8  # files on the way at once
 CHUNK_BYTES = 8 << 20
-LEASE_FILE = ".lease.json"
 TASKS_FILE = "tasks.parquet"  # what `birbal status` reads beside JSON
 
 Stamp = tuple[int, int]  # size in bytes, time of change in ns
@@ -71,25 +65,6 @@ def working_copy(url: str) -> Path:
     return (cache_folder() / "remote" / scheme).joinpath(*parts)
 
 
-def filesystem_of(url: str) -> tuple[fs.FileSystem, str]:
-    """pyarrow's file system for a URL, and the path in it. Credentials are the environment's.
-
-    S3-compatible servers are named by AWS_ENDPOINT_URL (or AWS_ENDPOINT_URL_S3), as for the AWS tools.
-    """
-    scheme, _, path = url.rstrip("/").partition("://")
-    if scheme == "gs":
-        return fs.GcsFileSystem(), path
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if region is None and endpoint is None:
-        with _named(url):
-            region = fs.resolve_s3_region(path.partition("/")[0])
-    options: dict[str, Any] = {"allow_delayed_open": True}  # small files in one request, not three
-    if endpoint:
-        options["endpoint_override"] = endpoint
-    return fs.S3FileSystem(region=region, connect_timeout=10, request_timeout=60, **options), path
-
-
 @contextlib.contextmanager
 def run_folder(output: str | os.PathLike[str], *, follow: bool = False) -> Iterator[Path]:
     """A run's folder on this machine, held for this process while the block runs.
@@ -105,7 +80,7 @@ def run_folder(output: str | os.PathLike[str], *, follow: bool = False) -> Itera
         return
     url = absolute(str(output))
     folder = working_copy(url)
-    with locked(folder), _leased(url), _mirrored(url, folder, follow=follow, wait=True):
+    with locked(folder), leased(url), _mirrored(url, folder, follow=follow, wait=True):
         yield folder
     print(f"{url}: up to date (working copy: {folder})", file=sys.stderr, flush=True)
 
@@ -147,7 +122,7 @@ def local_copy(path: str | os.PathLike[str], skip: Collection[str] = ()) -> Path
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder.with_name(f".{folder.name}.fetch")):
         system, base = filesystem_of(url)
-        with _named(url):
+        with named_errors(url):
             info = system.get_file_info(base)
         if info.type == fs.FileType.File:
             _fetch_file(system, base, folder, _stamp_of(info))
@@ -182,7 +157,7 @@ def outline(path: str | os.PathLike[str]) -> Iterator[Path]:
         return
     url = absolute(str(path))
     system, base = filesystem_of(url)
-    with _named(url):
+    with named_errors(url):
         infos = system.get_file_info(fs.FileSelector(base, recursive=True, allow_not_found=True))
     files = [info for info in infos if info.type == fs.FileType.File]
     if not files:
@@ -232,7 +207,7 @@ class Mirror:
 
     def push(self, *, logs: bool = False) -> None:
         """Upload what changed here, remove there what is gone here."""
-        with self._lock, _named(self.url):
+        with self._lock, named_errors(self.url):
             here = self._here()
             changed = [name for name, stamp in here.items() if self._known.get(name, (None,))[0] != stamp]
             if not logs:
@@ -255,7 +230,7 @@ class Mirror:
 
     def fetch(self) -> None:
         """Take over what others changed there; what changed here too stays."""
-        with self._lock, _named(self.url):
+        with self._lock, named_errors(self.url):
             there, here = self._there(), self._here()
             news = []
             for name, stamp in there.items():
@@ -297,7 +272,7 @@ class Mirror:
         return found
 
     def _there(self) -> dict[str, Stamp]:
-        with _named(self.url):
+        with named_errors(self.url):
             infos = self._system.get_file_info(fs.FileSelector(self._base, recursive=True, allow_not_found=True))
         found = {}
         for info in infos:
@@ -361,73 +336,6 @@ def _mirrored(url: str, folder: Path, *, follow: bool, wait: bool) -> Iterator[N
         mirror.push(logs=True)
 
 
-@contextlib.contextmanager
-def _leased(url: str) -> Iterator[None]:
-    """Be the only run at a URL: a small object that is written anew every few seconds.
-
-    A lease that stands still for LEASE_SECONDS belongs to a run that died. Two that start in the same second
-    see each other's writing; the one that wrote first gives way.
-    """
-    system, base = filesystem_of(url)
-    path = f"{base}/{LEASE_FILE}"
-    me = {"host": socket.gethostname(), "pid": os.getpid()}
-
-    def read() -> dict[str, Any] | None:
-        try:
-            with system.open_input_stream(path) as stream:
-                return json.loads(stream.read())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
-
-    def write(beat: int) -> None:
-        with system.open_output_stream(path) as stream:
-            stream.write(json.dumps({**me, "beat": beat}).encode())
-
-    with _named(url):
-        if (found := read()) and not _is_dead(found):
-            _wait_until(lambda: read() != found, LEASE_SECONDS)
-            if (now := read()) is not None and now != found:
-                raise _held(url, now)
-        write(0)
-        time.sleep(0.5)
-        if (now := read()) is not None and (now["host"], now["pid"]) != (me["host"], me["pid"]):
-            raise _held(url, now)
-    done = threading.Event()
-
-    def renew() -> None:
-        beat = 0
-        while not done.wait(BEAT_SECONDS):
-            beat += 1
-            with contextlib.suppress(OSError):
-                write(beat)
-
-    keeper = threading.Thread(target=renew, name="lease", daemon=True)
-    keeper.start()
-    try:
-        yield
-    finally:
-        done.set()
-        keeper.join(timeout=60)
-        with contextlib.suppress(OSError):
-            system.delete_file(path)
-
-
-def _is_dead(lease: dict[str, Any]) -> bool:
-    return lease["host"] == socket.gethostname() and not psutil.pid_exists(lease["pid"])
-
-
-def _held(url: str, lease: dict[str, Any]) -> RunError:
-    return RunError(
-        f"{url}: another run is writing there (pid {lease['pid']} on {lease['host']}); wait for it or stop it"
-    )
-
-
-def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and not condition():
-        time.sleep(0.5)
-
-
 def _fetch_file(system: fs.FileSystem, path: str, target: Path, stamp: Stamp) -> None:
     """Download one object, under a temporary name until it is whole; its time of change is the object's."""
     if target.is_file() and _stamp(target) == stamp:
@@ -435,7 +343,7 @@ def _fetch_file(system: fs.FileSystem, path: str, target: Path, stamp: Stamp) ->
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".tmp-{os.getpid()}-{threading.get_ident()}-{target.name}")
     try:
-        with _named(path), system.open_input_stream(path) as source, temporary.open("wb") as sink:
+        with named_errors(path), system.open_input_stream(path) as source, temporary.open("wb") as sink:
             shutil.copyfileobj(source, sink, CHUNK_BYTES)
         os.utime(temporary, ns=(stamp[1], stamp[1]))
         temporary.replace(target)
@@ -451,17 +359,3 @@ def _stamp(file: Path) -> Stamp:
 def _stamp_of(info: fs.FileInfo) -> Stamp:
     # Whole seconds: a listing may tell more of the same object's time than a look at it.
     return info.size, (info.mtime_ns or 0) // 10**9 * 10**9
-
-
-@contextlib.contextmanager
-def _named(place: str) -> Iterator[None]:
-    """Storage errors as one line that names the place and what to look at."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise RunError(
-            f"{place}: {' '.join(str(error).split())[:300]}; check the bucket, AWS_* or Google credentials, and "
-            "AWS_ENDPOINT_URL for a server of your own"
-        ) from None

@@ -15,9 +15,10 @@ from typing import Any
 
 from birbal_ray.config.train import TrainConfig
 from birbal_ray.models import ModelError, resolve
+from birbal_ray.object_store import filesystem_of
 from birbal_ray.ray_session import log_to
 from birbal_ray.run import RunError, RunFailedError, write_json
-from birbal_ray.storage import child, elsewhere, filesystem_of, refresh
+from birbal_ray.storage import child, elsewhere, refresh
 from birbal_ray.training.checkpoints import CHECKPOINTS_FOLDER, WORK_FOLDER
 
 RESULT_FILE = "session.json"  # of the worker's last session: an outcome, or why it can't go on

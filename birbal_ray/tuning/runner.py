@@ -14,8 +14,9 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from birbal_ray.config.tune import TuneConfig
+from birbal_ray.object_store import filesystem_of
 from birbal_ray.progress import ProgressLine
-from birbal_ray.storage import child, filesystem_of, refresh
+from birbal_ray.storage import child, refresh
 from birbal_ray.tuning.plan import FAILED, FINISHED, SEARCH, STOPPED, Job, Plan, Record
 from birbal_ray.tuning.records import RESULT_FILE, one_line, trial_folder, write_record
 

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 import pytest
 from pyarrow import fs
 
+from birbal_ray.object_store import filesystem_of
 from birbal_ray.run import RunError
-from birbal_ray.storage import filesystem_of, local_copy, refresh, run_folder, working_copy
+from birbal_ray.storage import local_copy, refresh, run_folder, working_copy
 from tests.conftest import task_values
 from tests.e2e.processes import birbal, finish, kill_whole, wait_for
 from tests.ray.conftest import scored_rows
