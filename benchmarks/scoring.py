@@ -3,8 +3,9 @@
     python benchmarks/scoring.py --json scoring.json
 
 (a) birbal score              our pipeline: Ray Data, engine actor, prompts, scoring, Parquet
-(b) vLLM, prefix cache        one raw LLM.generate call, same engine settings
-(b') same, vLLM's block size  128 tokens on a CPU instead of our 32
+(b) vLLM, prefix cache        one raw LLM.generate call, same engine settings, tasks by name
+(b') same, longest first      the tasks in the order of (a): long completions first
+(b") vLLM's block size        128 tokens on a CPU instead of our 32
 (c) vLLM, no prefix cache     one raw LLM.generate call
 (d) transformers              generate, one prompt at a time, on a sample
 (e) ray.data.llm              Ray's own vLLM processor over the same prompts
@@ -48,7 +49,15 @@ TASKS = [  # four exact match, four generation; prompts of 200 to 700 tokens
 ]
 NUM_INSTANCES, NUM_SAMPLED = 64, 32
 MAX_MODEL_LEN, THREADS = 2048, len(os.sched_getaffinity(0))
-VARIANTS = ("birbal", "vllm", "vllm-default-block", "vllm-no-cache", "transformers", "ray-data-llm")
+VARIANTS = (
+    "birbal",
+    "vllm",
+    "vllm-longest-first",
+    "vllm-default-block",
+    "vllm-no-cache",
+    "transformers",
+    "ray-data-llm",
+)
 
 
 def settings(folder: Path, output: Path) -> ScoreConfig:
@@ -74,13 +83,16 @@ def make_tasks(folder: Path) -> None:
         (folder / f"{file.name}.json").write_bytes(data)
 
 
-def prompts_of(config: ScoreConfig) -> tuple[list[str], list[int]]:
-    """(prompts, completion tokens allowed), tasks adjacent, as `birbal score` sends them."""
+def prompts_of(config: ScoreConfig, *, longest_first: bool = False) -> tuple[list[str], list[int]]:
+    """(prompts, completion tokens allowed), tasks adjacent, by name or in the order of `birbal score`."""
     from birbal_ray.inference.plan import make_plan
     from birbal_ray.inference.stages import load_tokenizer
 
     texts, limits = [], []
-    for planned in make_plan(config, partial(load_tokenizer, config)).tasks:
+    plan = make_plan(config, partial(load_tokenizer, config))
+    by_name = {planned.name: planned for planned in plan.tasks}
+    ordered = dict.fromkeys(shard.task for shard in plan.shards(NUM_INSTANCES)) if longest_first else by_name
+    for planned in (by_name[name] for name in ordered):
         task = reader.read_task(Path(planned.path))
         for instance in take_first(task, NUM_INSTANCES, config.seed):
             texts.append(prompt.few_shot_prompt(task, instance.input))
@@ -101,12 +113,14 @@ def run_birbal(config: ScoreConfig) -> dict[str, Any]:
     }
 
 
-def run_vllm(config: ScoreConfig, *, prefix_caching: bool, block_size: int | None) -> dict[str, Any]:
+def run_vllm(
+    config: ScoreConfig, *, prefix_caching: bool, block_size: int | None, longest_first: bool
+) -> dict[str, Any]:
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="2", OMP_NUM_THREADS=str(THREADS))
     from birbal_ray.inference.engine import CPU_MAX_NUM_SEQS
     from birbal_ray.models import resolve
 
-    texts, limits = prompts_of(config)
+    texts, limits = prompts_of(config, longest_first=longest_first)
     begun = time.monotonic()
     from vllm import LLM, SamplingParams
 
@@ -233,8 +247,10 @@ def run_variant(name: str, folder: Path, output: Path) -> dict[str, Any]:
         return run_transformers(config)
     if name == "ray-data-llm":
         return run_ray_data_llm(config)
-    block = CPU_BLOCK_TOKENS if name == "vllm" else None
-    return run_vllm(config, prefix_caching=name != "vllm-no-cache", block_size=block)
+    longest_first = name == "vllm-longest-first"
+    block = CPU_BLOCK_TOKENS if name == "vllm" or longest_first else None
+    caching = name != "vllm-no-cache"
+    return run_vllm(config, prefix_caching=caching, block_size=block, longest_first=longest_first)
 
 
 def main() -> None:

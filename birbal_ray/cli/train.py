@@ -9,7 +9,8 @@ import click
 from birbal_ray.cli.common import config_options, format_option, note, print_table
 
 if TYPE_CHECKING:
-    from birbal_ray.steps.train import Preflight, TrainResult
+    from birbal_ray.steps.train import TrainResult
+    from birbal_ray.steps.train_look import Preflight
 
 
 @click.command(short_help="QLoRA on a mix, within a wall-clock budget.")
@@ -53,6 +54,7 @@ def train(
     from birbal_ray.config import load_config
     from birbal_ray.config.train import TrainConfig
     from birbal_ray.steps import train as step
+    from birbal_ray.steps.train_look import refuse_if_too_large
 
     if calibrate and not dry_run:
         raise click.UsageError("--calibrate goes with --dry-run")
@@ -64,14 +66,14 @@ def train(
     if dry_run:
         found = step.dry_run(config, calibrate=calibrate)
         print_preflight(found, config, output_format)
-        step.refuse_if_too_large(found)
+        refuse_if_too_large(found)
         return
     print_result(step.train(config, overwrite=overwrite), output_format)
 
 
 def print_preflight(found: Preflight, config: Any, output_format: str) -> None:
     """Memory by part on stdout, the rest on stderr."""
-    from birbal_ray.steps.train import described
+    from birbal_ray.steps.train_look import described
     from birbal_ray.training.preflight import GIB, total_bytes
 
     rows = [{"part": part.part, "GiB": part.num_bytes / GIB, "how": part.how} for part in found.parts]

@@ -110,9 +110,14 @@ class Plan:
         return sum(task.num_instances for task in self.tasks)
 
     def shards(self, shard_rows: int, variants: Sequence[Variant] = (Variant(),)) -> list[Shard]:
-        """All shards, those of one task and variant adjacent."""
+        """All shards, those of one task and variant adjacent, long completions first.
+
+        A task of long completions that comes last leaves the engines a handful of sequences to the end
+        (docs/decisions/0002): started first, the short ones fill the batch beside it.
+        """
         result = []
-        for variant, task in itertools.product(variants, self.tasks):
+        longest_first = sorted(self.tasks, key=lambda task: (-task.max_completion_tokens, task.name))
+        for variant, task in itertools.product(variants, longest_first):
             count = math.ceil(task.num_instances / shard_rows)
             for chunk in range(count):
                 rows = min(shard_rows, task.num_instances - chunk * shard_rows)

@@ -19,11 +19,11 @@ from birbal_ray.mix.write import TASKS_FILE as MIX_TASKS_FILE
 from birbal_ray.reporting.folders import StepFolder
 from birbal_ray.run import RunError
 from birbal_ray.training.curve import read_metrics
+from birbal_ray.training.files import METRICS_FILE
 
 Row = Mapping[str, Any]
 LABELS = ("exact_match", "generation")
 BASE = "base"
-METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True, slots=True)

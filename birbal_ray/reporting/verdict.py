@@ -45,10 +45,10 @@ def verdict(row: Row) -> Verdict:
     if row["num_tasks"] < 2:
         return Verdict("open", f"{name}: one task can't tell whether it is better than the base model", text)
     if low > 0:
-        amount = f"{row['difference']:.3f} ({low:.3f} to {high:.3f})"
+        amount = f"{row['difference']:.3f} ({_bound(low)} to {high:.3f})"
         return Verdict("better", f"{name} is better than the base model by {amount}", text)
     if high < 0:
-        amount = f"{-row['difference']:.3f} ({-high:.3f} to {-low:.3f})"
+        amount = f"{-row['difference']:.3f} ({_bound(-high)} to {-low:.3f})"
         return Verdict("worse", f"{name} is worse than the base model by {amount}", text)
     return Verdict("open", f"{name}: no difference from the base model found; the interval contains 0", text)
 
@@ -61,6 +61,11 @@ def words(prompt_format: str) -> str:
 def signed(value: float) -> str:
     """Three decimals with a sign, a real minus; 0 has none."""
     return f"{value:+.3f}".replace("-", "\u2212") if value else "0.000"
+
+
+def _bound(value: float) -> str:
+    """The end of an interval that keeps off 0, even where three decimals would not show it."""
+    return f"{value:.3f}" if value >= 0.0005 else "less than 0.001"
 
 
 def _nothing_compared(evaluated: Evaluated | None, trained: Trained | None, scored: Scored | None) -> Verdict:

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from birbal_ray.contracts import ROWS_FOLDER, TASKS_FILE
 from birbal_ray.progress import duration
 from birbal_ray.run import RunError, read_json
-from birbal_ray.steps.train import METRICS_FILE, STATUS_FILE
 from birbal_ray.training.curve import read_metrics
 from birbal_ray.training.deadline import CLOCK_FILE
+from birbal_ray.training.files import METRICS_FILE, STATUS_FILE
 from birbal_ray.training.worker import RESULT_FILE as SESSION_FILE
 from birbal_ray.tuning.records import JOB_FILE, TRIALS_FOLDER
 from birbal_ray.tuning.records import RESULT_FILE as TRIAL_FILE

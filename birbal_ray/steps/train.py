@@ -20,7 +20,7 @@ from birbal_ray.config import ConfigError
 from birbal_ray.config.train import TrainConfig
 from birbal_ray.models import Model, pinned, resolve
 from birbal_ray.progress import ProgressLine, duration
-from birbal_ray.rates import recall, remember
+from birbal_ray.rates import remember
 from birbal_ray.ray_session import MIN_LOGICAL_CPUS, ray_session, told
 from birbal_ray.run import (
     LOG_FOLDER,
@@ -34,16 +34,17 @@ from birbal_ray.run import (
     stoppable,
     write_atomic,
 )
+from birbal_ray.steps.train_line import TrainLine
+from birbal_ray.steps.train_look import Preflight, described, look, rate_key, refuse_if_too_large
 from birbal_ray.storage import absolute, is_url, local_copy, refresh, run_folder
-from birbal_ray.training import preflight
 from birbal_ray.training.card import adapter_card
 from birbal_ray.training.curve import draw_loss_curve, read_metrics
+from birbal_ray.training.files import BEST_FILE, METRICS_FILE, STOP_FILE
 from birbal_ray.training.samples import PACKED_FOLDER, Packing, prepare
 from birbal_ray.training.worker import diverged, missing_resources, run_worker
 
 STEP = "train"
-ADAPTER_FOLDER, CURVE_FILE, STOP_FILE, STATUS_FILE = "adapter", "loss_curve.png", "stop", "status.json"
-METRICS_FILE, BEST_FILE = "metrics.jsonl", "best.json"
+ADAPTER_FOLDER, CURVE_FILE = "adapter", "loss_curve.png"
 POLL_SECONDS = 1.0
 LOOK_SECONDS = 5.0  # between two looks at the cluster's nodes
 CALIBRATION_STEPS = 4
@@ -56,22 +57,6 @@ class TrainResult:
 
     folder: Path
     manifest: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Preflight:
-    """What a dry run found out. Bytes; tokens; `steps` are optimizer steps."""
-
-    parts: list[preflight.Part]
-    memory_bytes: int | None
-    change: str | None  # `key=value …` that would make it fit; None when it fits or nothing helps
-    fits: bool
-    num_trainable: int
-    packing: dict[str, Packing]
-    steps_per_epoch: float
-    tokens_per_second: float | None
-    steps_in_budget: int | None
-    epochs_in_budget: float | None
 
 
 def train(config: TrainConfig, *, overwrite: bool = False, progress: ProgressLine | None = None) -> TrainResult:
@@ -193,74 +178,6 @@ def load_tokenizer(model: Model) -> Any:
     return AutoTokenizer.from_pretrained(model.path, trust_remote_code=False)
 
 
-def look(config: TrainConfig, model: Model, packing: dict[str, Packing]) -> Preflight:
-    """Memory and steps."""
-    gpu = config.resources.device == "gpu"
-    attention = config.model.attention if config.model.attention != "auto" else "sdpa"
-    shapes = preflight.shapes_of(model.path, config.lora.target_modules)
-    parts = preflight.estimate(shapes, config, gpu=gpu, attention=attention)
-    memory = preflight.device_memory_bytes(config)
-    fits = memory is None or preflight.total_bytes(parts) <= memory
-    change = None
-    if memory is not None and not fits:
-        change = preflight.change_that_fits(shapes, config, memory, gpu=gpu, attention=attention)
-    per_step = config.batch.micro * config.batch.accumulation
-    steps_per_epoch = packing["train"].num_packs / per_step
-    rate = recall(_rate_key(config))
-    steps = None
-    if rate and config.budget:
-        tokens_per_step = packing["train"].num_tokens / steps_per_epoch
-        steps = int(config.budget * rate / tokens_per_step)
-    return Preflight(
-        parts=parts,
-        memory_bytes=memory,
-        change=change,
-        fits=fits,
-        num_trainable=preflight.num_trainable(shapes, config.lora.r),
-        packing=packing,
-        steps_per_epoch=steps_per_epoch,
-        tokens_per_second=rate,
-        steps_in_budget=steps,
-        epochs_in_budget=steps / steps_per_epoch if steps is not None else None,
-    )
-
-
-def described(found: Preflight, config: TrainConfig) -> list[str]:
-    """Lines that say what will be trained on what, and how much of it will fit in the budget."""
-    lines = []
-    for split, packing in found.packing.items():
-        lines.append(
-            f"{split}: {packing.num_samples:,} samples, {packing.num_tokens:,} tokens ({packing.num_loss_tokens:,} "
-            f"with loss) in {packing.num_packs:,} sequences of {config.batch.sequence_length:,}, "
-            f"{packing.packing_efficiency_fraction:.1%} full"
-        )
-        if packing.num_long:
-            done = "dropped" if config.batch.long_samples == "drop" else "cut at the end"
-            lines.append(f"{split}: {packing.num_long:,} samples over batch.sequence_length were {done}")
-    need = preflight.total_bytes(found.parts) / preflight.GIB
-    have = f" of {found.memory_bytes / preflight.GIB:.1f}" if found.memory_bytes else ""
-    lines.append(f"{found.num_trainable:,} trainable parameters; about {need:.1f} GiB needed{have}")
-    lines.append(f"{found.steps_per_epoch:,.1f} optimizer steps an epoch, {config.epochs:g} epochs asked for")
-    if found.tokens_per_second:
-        seconds = config.epochs * found.packing["train"].num_tokens / found.tokens_per_second
-        lines.append(f"at the {found.tokens_per_second:,.0f} tokens/s last seen here that takes {duration(seconds)}")
-    if found.epochs_in_budget is not None and found.epochs_in_budget < config.epochs:
-        fit = f"{found.epochs_in_budget:.2g} epochs ({found.steps_in_budget:,} steps)"
-        lines.append(f"{fit} will fit in the budget; {config.epochs:g} were asked for")
-    return lines
-
-
-def refuse_if_too_large(found: Preflight) -> None:
-    """Raise ConfigError with the change that would make it fit."""
-    if found.fits or found.memory_bytes is None:
-        return
-    need, have = preflight.total_bytes(found.parts) / preflight.GIB, found.memory_bytes / preflight.GIB
-    advice = (
-        f"it would fit with --set {found.change.replace(' ', ' --set ')}" if found.change else "no smaller setting fits"
-    )
-    raise ConfigError(f"about {need:.1f} GiB are needed, the device has {have:.1f}; {advice}")
-
-
 def _calibration_place(config: TrainConfig) -> Path | None:
     """Where packs go that a worker on another node reads: beside --output. None without a cluster: anywhere."""
     if not os.environ.get("RAY_ADDRESS"):
@@ -309,7 +226,7 @@ def _run(
         threading.Thread(
             target=_collect, args=(result, ended, config, model, folder), name="train", daemon=True
         ).start()
-        line = _Line(folder, config, steps_per_epoch)
+        line = TrainLine(folder, config, steps_per_epoch)
         looked = time.monotonic()
         missing = None
         try:
@@ -362,61 +279,12 @@ def _collect(result: dict[str, Any], ended: threading.Event, config: TrainConfig
         ended.set()
 
 
-class _Line:
-    """The progress line, from the files that the worker writes."""
-
-    def __init__(self, folder: Path, config: TrainConfig, steps_per_epoch: float) -> None:
-        self._folder, self._config, self._steps_per_epoch = folder, config, steps_per_epoch
-        self._begun = time.monotonic()
-        self._warned = False
-        self._eval_loss: float | None = None
-        self._at: tuple[int, str] = (0, "")
-
-    def show(self, progress: ProgressLine) -> None:
-        """Show the latest state."""
-        status_file = self._folder / STATUS_FILE
-        if not status_file.exists() or status_file.stat().st_mtime < time.time() - (time.monotonic() - self._begun):
-            progress.update(f"loading the model ({duration(time.monotonic() - self._begun)})")
-            return
-        status = read_json(status_file)
-        forecast = status["forecast"]
-        wanted = self._config.epochs
-        if forecast and forecast["by_budget"] and status["step"] >= 3 and not self._warned:
-            self._warned = True
-            progress.message(f"{forecast['epochs']:.2g} epochs will fit in the budget; {wanted:g} were asked for")
-        progress.update(self._text(status))
-
-    def _text(self, status: dict[str, Any]) -> str:
-        metrics = read_metrics(self._folder / METRICS_FILE)
-        train = next((line for line in reversed(metrics) if "loss" in line), None)
-        evaluation = next((line for line in reversed(metrics) if "eval_loss" in line), None)
-        parts = [f"step {status['step']}/{status['max_steps']}", f"epoch {status['epoch']:.2f}"]
-        if train:
-            parts += [f"loss {train['loss']:.4f}", f"lr {train['learning_rate']:.2e}"]
-            if train.get("step_seconds"):
-                parts.append(f"{train['tokens'] / train['step_seconds']:.0f} tokens/s")
-        if evaluation:
-            parts.append(f"eval loss {evaluation['eval_loss']:.4f}")
-        forecast = status["forecast"]
-        if forecast:
-            left = (forecast["num_steps"] - status["step"]) * status["step_seconds"]
-            parts.append(f"ends in {duration(left)}{' (budget)' if forecast['by_budget'] else ''}")
-        return " · ".join(parts)
-
-
-def _rate_key(config: TrainConfig) -> str:
-    settings = config.batch
-    where = config.resources.accelerator_type or config.resources.device
-    shape = f"{settings.sequence_length} {settings.micro} r{config.lora.r} {config.model.quantization}"
-    return f"train {config.model.name} {where} {shape}"
-
-
 def _remember_rate(config: TrainConfig, folder: Path) -> None:
     """Tokens per second of training time, evaluations and checkpoints included."""
     steps = [line for line in read_metrics(folder / METRICS_FILE) if "loss" in line and line.get("step_seconds")]
     seconds = sum(line["step_seconds"] for line in steps[1:])  # the first step warms up
     if seconds:
-        remember(_rate_key(config), sum(line["tokens"] for line in steps[1:]) / seconds)
+        remember(rate_key(config), sum(line["tokens"] for line in steps[1:]) / seconds)
 
 
 def _finish(

@@ -25,16 +25,18 @@ class Clock:
 
     `setup_seconds` of them passed before a session's first step. Kept in `file`, with what an evaluation, a
     checkpoint and a step last took: a session that begins near the deadline has no time to measure them.
+    `begun`: when the session began, by `now`; importing torch and the like may lie before this object.
     """
 
-    def __init__(self, file: Path, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, file: Path, now: Callable[[], float] = time.monotonic, begun: float | None = None) -> None:
         self._file, self._now = file, now
         earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         self._before, self._setup_before = earlier.get("elapsed_seconds", 0.0), earlier.get("setup_seconds", 0.0)
         self.eval_seconds: float = earlier.get("eval_seconds", 0.0)
         self.save_seconds: float = earlier.get("save_seconds", 0.0)
         self.step_seconds: float = earlier.get("step_seconds", 0.0)  # the longest of the latest
-        self._begun = self._beaten = now()
+        self._beaten = now()
+        self._begun = self._beaten if begun is None else begun
         self._stepping_since: float | None = None
 
     @property

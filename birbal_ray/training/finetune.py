@@ -111,17 +111,20 @@ def fine_tune(
     folder: Path,
     report: Callable[[dict[str, Any]], None] = lambda line: None,
     callbacks: Sequence[TrainerCallback] = (),
+    *,
+    begun: float | None = None,
 ) -> Outcome:
     """Train, or go on from the latest checkpoint in `folder`, until the data, the steps or the budget end.
 
     `folder` holds `packed/` (see `samples.prepare`). Leaves checkpoints/, best/, metrics.jsonl,
     tensorboard/. `report` gets each line of metrics.jsonl; `callbacks` are transformers', asked after
-    the run's own. On a CPU, without a budget and with the
-    same number of threads, the losses repeat exactly, interrupted or not.
+    the run's own. `begun` (time.monotonic) is when the session's part of the budget began; None: now.
+    On a CPU, without a budget and with the same number of threads, the losses repeat exactly,
+    interrupted or not.
 
     Where the folder's run has ended already, its outcome is all that happens.
     """
-    clock = Clock(folder / CLOCK_FILE)
+    clock = Clock(folder / CLOCK_FILE, begun=begun)
     clock.beat(force=True)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / TENSORBOARD_FOLDER)
     shutil.rmtree(folder / CHECKPOINTS_FOLDER / WORK_FOLDER, ignore_errors=True)

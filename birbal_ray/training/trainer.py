@@ -15,9 +15,9 @@ from birbal_ray.config.train import TrainConfig
 from birbal_ray.run import write_json
 from birbal_ray.training.checkpoints import CHECKPOINTS_FOLDER, finish_checkpoint, remove_old
 from birbal_ray.training.deadline import Clock, Deadline, learning_rate_factor
+from birbal_ray.training.files import STOP_FILE
 from birbal_ray.training.samples import IGNORED
 
-STOP_FILE = "stop"  # in a run folder: asks the worker to save and end
 OUTCOME_FILE = "outcome.json"  # in the checkpoint that a run ended with
 ENDS = ("epochs", "max_steps", "budget")
 

@@ -15,9 +15,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from birbal_ray.run import write_atomic, write_json
+from birbal_ray.training.files import BEST_FILE, METRICS_FILE, STATUS_FILE
 from birbal_ray.training.trainer import ENDS, DeadlineTrainer
 
-METRICS_FILE, BEST_FILE, STATUS_FILE = "metrics.jsonl", "best.json", "status.json"
 BEST_FOLDER = "best"
 TELL_SECONDS = 1.0  # between two writes of status.json
 

@@ -124,13 +124,14 @@ def train_on_worker(options: dict[str, Any]) -> dict[str, Any]:
     """
     import ray
 
+    begun = time.monotonic()
     config = TrainConfig.model_validate(options["config"])
     here = ray.get_runtime_context().get_node_id()
     with elsewhere(options["url"], Path(options["folder"]), "", options["node"], here) as folder:
-        return _train(config, options["fingerprint"], folder, here)
+        return _train(config, options["fingerprint"], folder, here, begun)
 
 
-def _train(config: TrainConfig, fingerprint: str, folder: Path, node: str) -> dict[str, Any]:
+def _train(config: TrainConfig, fingerprint: str, folder: Path, node: str, begun: float) -> dict[str, Any]:
     for name in _WORLD:
         os.environ.pop(name, None)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL tells its makers of every training otherwise
@@ -138,7 +139,7 @@ def _train(config: TrainConfig, fingerprint: str, folder: Path, node: str) -> di
         log_to(folder / "logs" / "worker.log")
         os.write(1, f"worker pid {os.getpid()}\n".encode())
         write_json(folder / "worker.json", {"pid": os.getpid(), "node": node})
-        result = _fine_tune(config, fingerprint, folder)
+        result = _fine_tune(config, fingerprint, folder, begun)
     except (ModelError, RunError) as error:
         result = {"error": str(error)}
     except Exception as error:
@@ -153,7 +154,7 @@ def _train(config: TrainConfig, fingerprint: str, folder: Path, node: str) -> di
     return result
 
 
-def _fine_tune(config: TrainConfig, fingerprint: str, folder: Path) -> dict[str, Any]:
+def _fine_tune(config: TrainConfig, fingerprint: str, folder: Path, begun: float) -> dict[str, Any]:
     import ray.train
     import torch
 
@@ -178,7 +179,7 @@ def _fine_tune(config: TrainConfig, fingerprint: str, folder: Path) -> dict[str,
             ray.train.report({name: value for name, value in line.items() if value is not None})
             reported = time.monotonic()
 
-    return asdict(fine_tune(config, model.path, folder, report))
+    return asdict(fine_tune(config, model.path, folder, report, begun=begun))
 
 
 def diverged(line: Mapping[str, Any]) -> str | None:

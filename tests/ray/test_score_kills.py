@@ -139,7 +139,7 @@ def engines(run: Path) -> list[psutil.Process]:
 
 def test_engine_process_killed_is_replaced_by_itself(birbal: Start, arguments, undisturbed, tmp_path):
     run, chance = tmp_path / "engine-killed", random.Random(462)
-    process = birbal(*arguments(run))
+    process = birbal(*arguments(run, "--set", "resources.simulated_row_seconds=0.1"))  # 20 s: not over by itself
     for _ in range(NUM_ENGINE_KILLS):
         written = len(finished_files(run))
         # What the dead engine left is still being written: wait for its successor to finish something.

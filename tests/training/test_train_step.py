@@ -16,6 +16,7 @@ from birbal_ray.config.train import TrainConfig
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import RunError, RunFailedError, finish_run, start_run
 from birbal_ray.steps import train as step
+from birbal_ray.steps.train_look import rate_key
 
 SMALL = {"batch.sequence_length": 128, "batch.micro": 2, "batch.accumulation": 2, "lora.r": 8, "lora.alpha": 16}
 
@@ -107,7 +108,7 @@ def test_a_dry_run_tells_memory_on_stdout_and_the_forecast_on_stderr(birbal_trai
     assert "speed unknown on this device: add --calibrate, or train once" in result.stderr
 
     config = load_config(TrainConfig, flags={**SMALL, "model.name": str(tiny_model), "resources.device": "cpu"})
-    rates.remember(step._rate_key(config), 1000.0)
+    rates.remember(rate_key(config), 1000.0)
     result = birbal_train(tiny_mix, "--dry-run", "--budget", "10s")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[0].split() == ["part", "GiB", "how"]

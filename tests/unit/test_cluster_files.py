@@ -24,7 +24,7 @@ from birbal_ray.config.score import ScoreConfig
 from birbal_ray.config.train import TrainConfig
 from birbal_ray.models import EMBEDDED_INSTALL
 from birbal_ray.ray_session import QUIET_ENVIRONMENT
-from birbal_ray.steps.train import STOP_FILE
+from birbal_ray.training.files import STOP_FILE
 from birbal_ray.training.worker import RESULT_FILE
 from tests.conftest import REPOSITORY
 

@@ -33,6 +33,17 @@ def run_to_the_end(budget, total_steps, step_seconds, tmp_path, setup_seconds=5.
     return step, progress, deadline
 
 
+def test_what_was_imported_before_the_clock_was_made_counts(tmp_path):
+    time = Time()
+    clock = Clock(tmp_path / "clock.json", time, begun=time.now - 8.0)
+    time.now += 2.0
+    clock.start_stepping()
+    time.now += 1.0
+    clock.beat(force=True)
+    assert (clock.elapsed_seconds, clock.setup_seconds) == (11.0, 10.0)
+    assert Clock(tmp_path / "clock.json", time).elapsed_seconds == 11.0
+
+
 def test_steps_that_all_fit_follow_the_steps(tmp_path):
     step, progress, _ = run_to_the_end(10_000, 50, 1.0, tmp_path)
     assert step == 50

@@ -4,7 +4,7 @@ import pytest
 
 from birbal_ray.config import ConfigError, load_config
 from birbal_ray.config.train import TrainConfig
-from birbal_ray.steps.train import Preflight, refuse_if_too_large
+from birbal_ray.steps.train_look import Preflight, refuse_if_too_large
 from birbal_ray.training import preflight
 from birbal_ray.training.preflight import GIB, Shapes, change_that_fits, estimate, num_trainable, total_bytes
 

@@ -306,6 +306,7 @@ def test_without_an_added_model_none_is_placed(page):
     [
         (0.01, 0.05, 0.09, 30, "better", "a is better than the base model by 0.050 (0.010 to 0.090)"),
         (-0.09, -0.05, -0.01, 30, "worse", "a is worse than the base model by 0.050 (0.010 to 0.090)"),
+        (1e-4, 0.05, 0.09, 30, "better", "a is better than the base model by 0.050 (less than 0.001 to 0.090)"),
         (-0.01, 0.05, 0.09, 30, "open", "a: no difference from the base model found; the interval contains 0"),
         (0.0, 0.05, 0.09, 30, "open", "a: no difference from the base model found; the interval contains 0"),
         (0.05, 0.05, 0.05, 1, "open", "a: one task can't tell whether it is better than the base model"),
