@@ -76,8 +76,8 @@ class Engine(Protocol):
 class VllmEngine:
     """vLLM without its extra process.
 
-    In-process because it loads in 5-8 s instead of 33-58 s on 2 cores and hands out
-    `num_cached_tokens` per request (docs/decisions/0002).
+    In-process because it is up in a third of the time and hands out `num_cached_tokens` per request
+    (docs/decisions/0002).
     """
 
     caches_prefixes = True
