@@ -393,7 +393,7 @@ def test_a_full_disk_is_said_once_whatever_stays_full(tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "write_json", write)
     full = []
     for _ in range(2):
-        assert "no space left on the disk" in worker._train(settings(), "", tmp_path, "node")["error"]
+        assert "no space left on the disk" in worker._train(settings(), "", tmp_path, "node", 0.0)["error"]
         assert not half.exists()
         full.append("by others too")
     assert "no space left on the disk" in json.loads((tmp_path / "session.json").read_text())["error"]
