@@ -17,11 +17,12 @@ from birbal_ray.inference.board import ProgressBoard, Snapshot
 from birbal_ray.inference.engine import Adapter
 from birbal_ray.inference.plan import Shard
 from birbal_ray.inference.stages import Generate, Prepare, WriteScored
+from birbal_ray.ray_session import AUTH_MODE
 from birbal_ray.run import RunError, RunFailedError
 
 WRITE_CPUS = 0.25  # logical: scoring and writing a shard takes milliseconds
 REPLICAS_PER_WRITER = 4
-BOARD_ATTEMPTS, BOARD_PAUSE_SECONDS = 8, 2.0
+BOARD_ATTEMPTS, BOARD_PAUSE_SECONDS = 3, 2.0
 ACCELERATOR_LABEL = "ray.io/accelerator-type"  # of a node, set by Ray
 POLL_SECONDS = 1.0  # each look costs the cores that may be the engine's a few milliseconds
 
@@ -152,8 +153,9 @@ def run_shards(
 def _board() -> Any:
     """A ProgressBoard that answers.
 
-    Its start can fail on a very busy machine: when the cluster's head can't reach this process in time, it
-    takes the handle for gone and cancels the actor.
+    A head that can't call this process back takes it for gone, and cancels every actor that it asks for
+    (https://github.com/ray-project/ray/issues/53797). A lost call passes; another RAY_AUTH_MODE or a firewall
+    does not.
     """
     import ray
 
@@ -164,7 +166,11 @@ def _board() -> Any:
             break
         except ray.exceptions.ActorDiedError:
             if attempt == BOARD_ATTEMPTS:
-                raise
+                raise RunError(
+                    "the cluster's head can't call this process back, so it cancels whatever is started from here; "
+                    f"RAY_AUTH_MODE must be the same here (now: {os.environ.get(AUTH_MODE, 'not set')}) and on the "
+                    "cluster, and the head must reach this machine's ports"
+                ) from None
             time.sleep(BOARD_PAUSE_SECONDS)
     return board
 

@@ -17,7 +17,7 @@ import pyarrow.dataset as pads
 import pytest
 
 # Before Ray is imported anywhere in this process, so that its daemons inherit it.
-from birbal_ray.ray_session import QUIET_ENVIRONMENT
+from birbal_ray.ray_session import AUTH_MODE, QUIET_ENVIRONMENT
 
 os.environ.update(QUIET_ENVIRONMENT)
 
@@ -55,7 +55,7 @@ def birbal(cluster_address: str) -> Callable[..., subprocess.Popen[str]]:
     """birbal(*arguments, local, env) → the started process; local=True gives it a cluster of its own."""
 
     def start(*arguments: object, local: bool = False, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-        given = {"RAY_ADDRESS": cluster_address} if not local else {}
+        given = {"RAY_ADDRESS": cluster_address, AUTH_MODE: "disabled"} if not local else {}
         environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_TMPDIR")} | given
         environment |= env or {}
         return subprocess.Popen(

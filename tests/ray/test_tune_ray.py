@@ -50,9 +50,9 @@ def test_a_node_lost_in_the_middle_costs_its_trial_a_retry(two_nodes, tmp_path):
     def take_a_node_away():
         while len(starts_of(tmp_path)) < 5:
             time.sleep(0.1)
-        running = {start["node"]: start["key"] for start in starts_of(tmp_path)}
-        lost.append((nodes[0].node_id, running[nodes[0].node_id]))
         cluster.remove_node(nodes[0])
+        latest = {start["node"]: start["key"] for start in starts_of(tmp_path)}  # now that no more can start there
+        lost.append((nodes[0].node_id, latest[nodes[0].node_id]))
 
     killer = threading.Thread(target=take_a_node_away)
     killer.start()

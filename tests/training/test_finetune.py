@@ -379,7 +379,7 @@ def test_a_full_disk_is_said_once_whatever_stays_full(tmp_path, monkeypatch):
 
     half = tmp_path / "checkpoints" / ".work"
 
-    def fill(config, fingerprint, folder):
+    def fill(config, fingerprint, folder, begun):
         (half / "checkpoint-3").mkdir(parents=True)
         raise OSError(errno.ENOSPC, "No space left on device")
 
