@@ -25,9 +25,7 @@ FOLDER_PREFIX = "birbal-ray-"
 MIN_LOGICAL_CPUS = 4  # on 2, a reader, an engine and a writer wait for each other for ever
 OBJECT_STORE_BYTES = 1 << 30
 START_ATTEMPTS = 3
-# A local ray.init sets it to token and leaves it so: child processes would then refuse calls from the head of
-# a cluster that has no token.
-AUTH_MODE = "RAY_AUTH_MODE"
+AUTH_MODE = "RAY_AUTH_MODE"  # a local ray.init sets it to token, for this process and its children, for good
 
 # Set before Ray starts, so that its processes inherit them.
 QUIET_ENVIRONMENT = {
@@ -77,7 +75,6 @@ def ray_session(
                 ray.shutdown()
             return
         remove_stale_folders()
-        auth_mode = os.environ.get(AUTH_MODE)
         folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-"))
         try:
             url = _init(
@@ -94,8 +91,6 @@ def ray_session(
         finally:
             ray.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
-            if auth_mode is None:
-                os.environ.pop(AUTH_MODE, None)
 
 
 def told(step: str, output: object) -> dict[str, str]:

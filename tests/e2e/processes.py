@@ -12,10 +12,12 @@ from pathlib import Path
 import psutil
 import pyarrow.dataset as pads
 
+from birbal_ray.ray_session import AUTH_MODE
+
 
 def birbal(*arguments: object) -> subprocess.Popen[str]:
     """Start the command, on a Ray of its own."""
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", AUTH_MODE)}
     command = [sys.executable, "-m", "birbal_ray", *map(str, arguments)]
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

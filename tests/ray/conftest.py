@@ -19,7 +19,9 @@ import pytest
 # Before Ray is imported anywhere in this process, so that its daemons inherit it.
 from birbal_ray.ray_session import AUTH_MODE, QUIET_ENVIRONMENT
 
-os.environ.update(QUIET_ENVIRONMENT)
+# Without a token, told so: a local ray.init would switch to tokens in the middle, and what is started from here
+# after that would refuse calls from the head of a cluster that was started before.
+os.environ.update(QUIET_ENVIRONMENT | {AUTH_MODE: "disabled"})
 
 
 def start_cluster(**head: Any) -> Any:
@@ -55,8 +57,10 @@ def birbal(cluster_address: str) -> Callable[..., subprocess.Popen[str]]:
     """birbal(*arguments, local, env) → the started process; local=True gives it a cluster of its own."""
 
     def start(*arguments: object, local: bool = False, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-        given = {"RAY_ADDRESS": cluster_address, AUTH_MODE: "disabled"} if not local else {}
+        given = {"RAY_ADDRESS": cluster_address} if not local else {}
         environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_TMPDIR")} | given
+        if local:
+            del environment[AUTH_MODE]  # as a user's
         environment |= env or {}
         return subprocess.Popen(
             [sys.executable, "-m", "birbal_ray", *map(str, arguments)],
