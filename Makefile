@@ -22,12 +22,12 @@ else
 TORCH := torch==$(TORCH_VERSION)
 endif
 
-# Bytecode is compiled once, here: where PYTHONDONTWRITEBYTECODE is set, each of a run's twenty processes
-# would compile Ray or vLLM again (import ray.data: 6 s, not 1; vllm: 18, not 8).
 .PHONY: setup demo test test-all browser unit lint bench clean
 
 setup: $(STAMP)
 
+# Bytecode is compiled once, here: where PYTHONDONTWRITEBYTECODE is set, each of a run's twenty processes
+# would compile Ray or vLLM again (import ray.data: 6 s, not 1; vllm: 18, not 8).
 $(STAMP): pyproject.toml Makefile
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed: $(PYTHON) is not on the PATH (make PYTHON=/path/to/python3.11)"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

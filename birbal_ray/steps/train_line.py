@@ -20,8 +20,6 @@ class TrainLine:
         self._folder, self._config, self._steps_per_epoch = folder, config, steps_per_epoch
         self._begun = time.monotonic()
         self._warned = False
-        self._eval_loss: float | None = None
-        self._at: tuple[int, str] = (0, "")
 
     def show(self, progress: ProgressLine) -> None:
         """Show the latest state."""
