@@ -138,6 +138,7 @@ class Generate:
         path = _model_folder(config, model_fingerprint) if config.engine.backend == "vllm" else Path()
         resources = _with_threads(config.resources, replicas_per_node)
         self._meters = _meters(self._replica)
+        self._at: set[str] = set()  # shards in flight
         here = [replace(one, path=str(local_copy(one.path))) for one in adapters]
         self._loop = EngineLoop(lambda: load_engine(path, config.engine, resources, here))
         board.ready.remote(self._replica)  # type: ignore[attr-defined]
@@ -145,6 +146,8 @@ class Generate:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         table = _from_bytes(row["prepared"])
         os.write(1, f"begins {plan.Shard.from_dict(row['shard']).file_name}\n".encode())
+        name = f"{row['shard']['task']} chunk {row['shard']['chunk']}"
+        self._at.add(name)
         token_ids, prompts = table["token_ids"].to_pylist(), table["few_shot_prompt"].to_pylist()
         wanted = [index for index, error in enumerate(table["error"].to_pylist()) if error is None]
         max_tokens, adapter = row["shard"]["max_completion_tokens"], row["shard"]["variant"]["adapter"]
@@ -153,8 +156,10 @@ class Generate:
             futures = self._loop.submit(requests, row["prefix_token_ids"])
             completions = dict(zip(wanted, self._collect(futures, token_ids, wanted), strict=True))
         except EngineDeadError as error:
-            self._give_up(f"{row['shard']['task']} chunk {row['shard']['chunk']}: {error}")
+            # It can't tell which request was too much for it; every shard it was at is a suspect.
+            self._give_up(f"{', '.join(sorted(self._at))}: {error}")
             raise
+        self._at.discard(name)
         return {"shard": row["shard"], "completed": _to_bytes(_with_completions(table, completions))}
 
     def _collect(self, futures: Sequence[Any], token_ids: list[list[int]], wanted: list[int]) -> list[Completion]:
