@@ -22,7 +22,8 @@ from birbal_ray.config.score import ResourceSettings, ScoreConfig
 from birbal_ray.contracts import SCORE_ROWS
 from birbal_ray.inference import plan
 from birbal_ray.inference.board import ProgressBoard
-from birbal_ray.inference.engine import Adapter, Completion, EngineDeadError, EngineLoop, Request, load_engine
+from birbal_ray.inference.engine import Adapter, Completion, Request, load_engine
+from birbal_ray.inference.engine_loop import EngineDeadError, EngineLoop
 from birbal_ray.ni import prompt, reader
 from birbal_ray.ni.metrics import METRIC_OF_LABEL, score_answer
 from birbal_ray.ni.schema import Instance, Task, TaskError, take_first

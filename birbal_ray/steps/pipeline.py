@@ -21,8 +21,8 @@ from birbal_ray.steps.evaluate import evaluate
 from birbal_ray.steps.mix import mix
 from birbal_ray.steps.report import NOT_REPORTED, report
 from birbal_ray.steps.score import score
-from birbal_ray.steps.train import logical_cpus as train_logical_cpus
 from birbal_ray.steps.train import train
+from birbal_ray.steps.train_run import logical_cpus as train_logical_cpus
 from birbal_ray.storage import added_to, child, is_url, working_copy
 
 ABOUT = {

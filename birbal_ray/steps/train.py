@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import tempfile
-import threading
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,8 @@ import pyarrow.parquet as pq
 from birbal_ray.config import ConfigError
 from birbal_ray.config.train import TrainConfig
 from birbal_ray.models import Model, pinned, resolve
-from birbal_ray.progress import ProgressLine, duration
-from birbal_ray.rates import remember
-from birbal_ray.ray_session import MIN_LOGICAL_CPUS, ray_session, told
+from birbal_ray.progress import ProgressLine
 from birbal_ray.run import (
-    LOG_FOLDER,
     MANIFEST_FILE,
     RunError,
     finish_run,
@@ -34,19 +29,16 @@ from birbal_ray.run import (
     stoppable,
     write_atomic,
 )
-from birbal_ray.steps.train_line import TrainLine
-from birbal_ray.steps.train_look import Preflight, described, look, rate_key, refuse_if_too_large
-from birbal_ray.storage import absolute, is_url, local_copy, refresh, run_folder
+from birbal_ray.steps.train_look import Preflight, described, look, refuse_if_too_large
+from birbal_ray.steps.train_run import STEP, run_and_watch
+from birbal_ray.storage import absolute, is_url, local_copy, run_folder
 from birbal_ray.training.card import adapter_card
 from birbal_ray.training.curve import draw_loss_curve, read_metrics
 from birbal_ray.training.files import BEST_FILE, METRICS_FILE, STOP_FILE
 from birbal_ray.training.samples import PACKED_FOLDER, Packing, prepare
-from birbal_ray.training.worker import diverged, missing_resources, run_worker
+from birbal_ray.training.worker import diverged
 
-STEP = "train"
 ADAPTER_FOLDER, CURVE_FILE = "adapter", "loss_curve.png"
-POLL_SECONDS = 1.0
-LOOK_SECONDS = 5.0  # between two looks at the cluster's nodes
 CALIBRATION_STEPS = 4
 TEXT_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
@@ -90,7 +82,7 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: ProgressLin
         (folder / STOP_FILE).unlink(missing_ok=True)
         if resumed and read_metrics(folder / METRICS_FILE):
             progress.message(f"continuing from the last checkpoint in {folder}")
-        outcome = _run(config, model, folder, progress, found.steps_per_epoch)
+        outcome = run_and_watch(config, model, folder, progress, found.steps_per_epoch)
         if outcome["ended_by"] == "stop":
             progress.message(f"stopped after step {outcome['num_steps']}, checkpoint saved; the same command continues")
             raise KeyboardInterrupt
@@ -120,15 +112,10 @@ def dry_run(config: TrainConfig, *, calibrate: bool = False, progress: ProgressL
             progress.message(f"calibrating: {CALIBRATION_STEPS} steps")
             short = config.model_copy(update={"budget": None, "max_steps": CALIBRATION_STEPS, "output": None})
             with stoppable():
-                _run(short, model, folder, progress, found.steps_per_epoch)
+                run_and_watch(short, model, folder, progress, found.steps_per_epoch)
             found = look(config, model, packing)
     progress.close()
     return found
-
-
-def logical_cpus(config: TrainConfig) -> float:
-    """Logical CPUs that a run needs at once."""
-    return max(MIN_LOGICAL_CPUS, config.resources.num_cpus + 2)
 
 
 def resolved(config: TrainConfig) -> tuple[TrainConfig, Model]:
@@ -211,80 +198,6 @@ def _identity(config: TrainConfig, model: Model, mix_manifest: dict[str, Any]) -
         "mix": {name: mix_manifest["files"][name] for name in ("train.parquet", "eval.parquet")},
         "packages": {name: versions[name] for name in TEXT_PACKAGES if name in versions},
     }
-
-
-def _run(
-    config: TrainConfig, model: Model, folder: Path, progress: ProgressLine, steps_per_epoch: float
-) -> dict[str, Any]:
-    """Run the worker and show its progress; its outcome. SIGTERM and Ctrl-C let it save first."""
-    with ray_session(logical_cpus(config), folder / LOG_FOLDER / "ray.log", about=told(STEP, config.output)):
-        _wait_for_node(config, progress)
-        progress.update(f"starting the worker; logs in {folder / LOG_FOLDER}")
-        refresh(folder)  # a worker on another node begins with what is at the run's URL
-        result: dict[str, Any] = {}
-        ended = threading.Event()  # not Thread.join: interrupted, it takes a living thread for a dead one (gh-90882)
-        threading.Thread(
-            target=_collect, args=(result, ended, config, model, folder), name="train", daemon=True
-        ).start()
-        line = TrainLine(folder, config, steps_per_epoch)
-        looked = time.monotonic()
-        missing = None
-        try:
-            while not ended.wait(POLL_SECONDS):
-                if time.monotonic() - looked > LOOK_SECONDS:
-                    looked, missing = time.monotonic(), _missing(config)
-                if missing:  # its node was taken away; Ray places the worker as soon as another one joins
-                    progress.update(f"waiting: {missing}")
-                else:
-                    line.show(progress)
-        except KeyboardInterrupt:
-            (folder / STOP_FILE).touch()
-            progress.message(
-                f"stopping: the worker saves a checkpoint first (at most {config.resources.stop_grace:.0f} s)"
-            )
-            if not ended.wait(config.resources.stop_grace) or "outcome" not in result:
-                raise
-        finally:
-            progress.close()
-    if "error" in result:
-        raise result["error"]
-    _remember_rate(config, folder)
-    return result["outcome"]
-
-
-def _missing(config: TrainConfig) -> str | None:
-    import ray
-
-    return missing_resources(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-
-
-def _wait_for_node(config: TrainConfig, progress: ProgressLine) -> None:
-    """Until a node can take the worker; at once an error where none can join (a cluster of our own)."""
-    end = time.monotonic() + (config.resources.wait if os.environ.get("RAY_ADDRESS") else 0.0)
-    while missing := _missing(config):
-        left = end - time.monotonic()
-        if left <= 0:
-            raise RunError(missing)
-        progress.update(f"waiting (at most {duration(left)} more, resources.wait): {missing}")
-        time.sleep(min(POLL_SECONDS, left))
-
-
-def _collect(result: dict[str, Any], ended: threading.Event, config: TrainConfig, model: Model, folder: Path) -> None:
-    try:
-        url = absolute(config.output) if config.output and is_url(config.output) else None
-        result["outcome"] = run_worker(config, model.fingerprint, folder, url)
-    except BaseException as error:  # raised in the main thread
-        result["error"] = error
-    finally:
-        ended.set()
-
-
-def _remember_rate(config: TrainConfig, folder: Path) -> None:
-    """Tokens per second of training time, evaluations and checkpoints included."""
-    steps = [line for line in read_metrics(folder / METRICS_FILE) if "loss" in line and line.get("step_seconds")]
-    seconds = sum(line["step_seconds"] for line in steps[1:])  # the first step warms up
-    if seconds:
-        remember(rate_key(config), sum(line["tokens"] for line in steps[1:]) / seconds)
 
 
 def _finish(

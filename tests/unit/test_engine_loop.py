@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from birbal_ray.inference.engine import Completion, EngineDeadError, EngineLoop, Request, SimulatedEngine
+from birbal_ray.inference.engine import Completion, Request, SimulatedEngine
+from birbal_ray.inference.engine_loop import EngineDeadError, EngineLoop
 
 
 class RecordingEngine:
