@@ -142,7 +142,7 @@ def test_a_run_is_continued_with_its_own_settings_alone(birbal_train, tiny_mix, 
     def broken(*arguments):
         raise RunFailedError("the training worker failed 4 times")
 
-    monkeypatch.setattr(step, "_run", broken)
+    monkeypatch.setattr(step, "run_and_watch", broken)
     run = tmp_path / "run"
     result = birbal_train(tiny_mix, "--output", run, "--set", "max_steps=60")
     assert result.exit_code == 1
@@ -179,7 +179,7 @@ def test_calibrating_on_a_cluster_needs_a_place_that_its_nodes_see(
 def test_calibrating_on_a_cluster_packs_beside_the_output(tiny_mix, tiny_model, monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     places = []
-    monkeypatch.setattr(step, "_run", lambda config, model, folder, *rest: places.append((config.output, folder)))
+    monkeypatch.setattr(step, "run_and_watch", lambda config, model, folder, *rest: places.append((config.output, folder)))
     flags = {**SMALL, "mix": str(tiny_mix), "model.name": str(tiny_model), "resources.device": "cpu"}
     config = load_config(TrainConfig, flags={**flags, "output": str(tmp_path / "shared" / "run")})
     step.dry_run(config, calibrate=True)
