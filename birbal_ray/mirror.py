@@ -37,10 +37,10 @@ class Mirror:
         self._lock = threading.Lock()
 
     def open(self) -> None:
-        """Begin with the URL's content, unless nobody wrote there since this machine's copy was made from it."""
-        self.recall()
+        """Begin with the URL's content, unless nobody else wrote there since this machine looked last."""
+        recorded = self.recall()
         there = self._there()
-        if self._known and {name: stamps[1] for name, stamps in self._known.items()} == there:
+        if recorded and self._all_ours(there):
             return  # what is here and not there was finished and not uploaded: it is ahead
         with self._lock:
             self._take(there, [name for name, stamp in there.items() if not self._same(name, stamp)])
@@ -61,16 +61,18 @@ class Mirror:
             rest = [name for name in changed if name not in {*first, *last}]
             nested = [name for name in rest if "/" in name]
             flat = sorted((name for name in rest if "/" not in name), key=lambda name: here[name][1])
-            with ThreadPoolExecutor(TRANSFERS) as pool:
-                for group in (first, nested, *([name] for name in flat), last):
-                    list(pool.map(lambda name: self._upload(name, here[name]), group))
             gone = self._known.keys() - here.keys()
-            for name in gone:
-                with contextlib.suppress(FileNotFoundError):
-                    self._system.delete_file(f"{self._base}/{name}")
-                del self._known[name]
-            if changed or gone:
-                self._remember()
+            try:
+                with ThreadPoolExecutor(TRANSFERS) as pool:
+                    for group in (first, nested, *([name] for name in flat), last):
+                        list(pool.map(lambda name: self._upload(name, here[name]), group))
+                for name in gone:
+                    with contextlib.suppress(FileNotFoundError):
+                        self._system.delete_file(f"{self._base}/{name}")
+                    del self._known[name]
+            finally:  # also of a push that broke off: what it did upload is ours
+                if changed or gone:
+                    self._remember()
 
     def fetch(self) -> None:
         """Take over what others changed there; what changed here too stays."""
@@ -90,12 +92,37 @@ class Mirror:
             if news or gone:
                 self._remember()
 
-    def recall(self) -> None:
-        """What was the same when this machine last looked."""
+    def recall(self) -> bool:
+        """Read what was the same when this machine last looked; False when it never did."""
         if self._record.exists():
             with contextlib.suppress(RunError, ValueError, TypeError):
                 record = read_json(self._record)
                 self._known = {name: (tuple(a), tuple(b)) for name, (a, b) in record.items()}
+                return True
+        return False
+
+    def _all_ours(self, there: dict[str, Stamp]) -> bool:
+        """Whether everything there is from here, and all of ours is there."""
+        if any(name not in there and (self.folder / name).is_file() for name in self._known):
+            return False
+        for name, stamp in there.items():
+            if self._known.get(name, (None, None))[1] != stamp:
+                if not self._is_copy(name, stamp):
+                    return False
+                self._known[name] = (_stamp(self.folder / name), stamp)
+        return True
+
+    def _is_copy(self, name: str, there: Stamp) -> bool:
+        """Whether the object holds what the file does: uploaded, and killed before that was written down."""
+        file = self.folder / name
+        if not file.is_file() or _stamp(file)[0] != there[0]:
+            return False
+        path = f"{self._base}/{name}"
+        with named_errors(self.url), self._system.open_input_stream(path) as source, file.open("rb") as own:
+            while block := own.read(CHUNK_BYTES):
+                if source.read(len(block)) != block:
+                    return False
+        return True
 
     def _remember(self) -> None:
         write_json(self._record, self._known)

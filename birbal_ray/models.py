@@ -168,26 +168,27 @@ def _from_hub(name: str, revision: str | None, *, weights: bool) -> Model:
             f"model {name!r}: the Hub asks for its licence to be accepted; do so there and set HF_TOKEN"
         ) from None
     except RepositoryNotFoundError:
-        raise ModelError(f"model {name!r}: the Hub has no such model (or it is private: set HF_TOKEN)") from None
+        raise ModelError(
+            f"model {name!r}: no such folder, and the Hub has no such model (or it is private: set HF_TOKEN)"
+        ) from None
     except RevisionNotFoundError:
         raise ModelError(f"model {name!r}: the Hub has it, but no revision {revision!r}") from None
     except HFValidationError:
         raise ModelError(f"model {name!r}: not a Hub id (owner/name)") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         raise ModelError(
-            f"model {name!r}: the Hub can't be reached and no copy is in its cache "
+            f"model {name!r}: no such folder; the Hub can't be reached and no copy is in its cache "
             f"({type(error).__name__}); check the network, or give a local folder"
         ) from None
-    if weights and not any(path.glob("*.safetensors")):
-        raise ModelError(f"model {name!r}: no *.safetensors; other weight formats are not read (pickles can run code)")
+    if weights:
+        _check_weights(path, f"model {name!r}: in {path}, which is what the Hub gave or, unreachable, had given before")
     return Model(name, path, path.name, hashlib.sha256(f"{name}@{path.name}".encode()).hexdigest())
 
 
 def _folder_fingerprint(folder: Path) -> str:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json; expected a model folder in the transformers layout")
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder}: no *.safetensors; other weight formats are not read (pickles can run code)")
+    _check_weights(folder, str(folder))
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.suffix == ".safetensors":  # gigabytes: 256 samples tell two trainings apart in milliseconds
@@ -200,6 +201,21 @@ def _folder_fingerprint(folder: Path) -> str:
         elif file.suffix in (".json", ".model"):
             digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
+
+
+def _check_weights(folder: Path, where: str) -> None:
+    """Raise ModelError unless there are safetensors, all that the index names."""
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{where}: no *.safetensors; other weight formats are not read (pickles can run code)")
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ModelError(f"{where}: {index.name} is not a weight index") from None
+    if absent := sorted(name for name in named if not (folder / str(name)).is_file()):
+        raise ModelError(f"{where}: {len(absent)} of {len(named)} weight files are missing (first: {absent[0]})")
 
 
 def _sha256(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from typing import TextIO
@@ -32,7 +33,8 @@ class ProgressLine:
             return
         self._last_time, self._last_text = now, text
         if self._live:
-            self._stream.write(f"\r\x1b[2K{text}")
+            shown = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps can't be taken back
+            self._stream.write(f"\r\x1b[2K{shown}")
             self._open = True
         else:
             self._stream.write(f"{text}\n")

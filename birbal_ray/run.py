@@ -167,8 +167,9 @@ def start_run(folder: Path, step: str, identity: Mapping[str, Any], *, overwrite
 
     `identity` holds everything that decides the rows (settings, input hashes, model fingerprint).
     Call it under `locked(folder)`. Raises RunMismatchError when the folder's run was made from
-    something else, ConfigError when it holds files that are no run's. With `overwrite` an earlier
-    run's files are removed.
+    something else, ConfigError when it holds files that are no run's. With `overwrite` the files of
+    a finished run or of another one are removed; an unfinished one of the same identity goes on, so that
+    a command with `overwrite` can be repeated, too.
     """
     identity = json.loads(json.dumps(identity))
     run_file = folder / RUN_FILE
@@ -180,13 +181,14 @@ def start_run(folder: Path, step: str, identity: Mapping[str, Any], *, overwrite
         else:
             leftover.unlink()
     strangers = [p.name for p in folder.iterdir() if not p.name.startswith(".lock")]
-    if run_file.exists() and overwrite:
-        _clear(folder)
-    elif run_file.exists():
-        earlier = read_json(run_file)
-        if earlier.get("step") == step and earlier.get("identity") == identity:
+    if run_file.exists():
+        earlier = _earlier(run_file, overwrite)
+        same = earlier.get("step") == step and earlier.get("identity") == identity
+        if same and not (overwrite and (folder / MANIFEST_FILE).exists()):
             return True
-        raise RunMismatchError(folder, differences(earlier, {"step": step, "identity": identity}))
+        if not overwrite:
+            raise RunMismatchError(folder, differences(earlier, {"step": step, "identity": identity}))
+        _clear(folder)
     elif strangers and set(strangers) != {LOG_FOLDER}:
         raise ConfigError(
             f"{folder}: not empty and not a birbal run (no {RUN_FILE}; holds {', '.join(sorted(strangers)[:3])}); "
@@ -194,6 +196,15 @@ def start_run(folder: Path, step: str, identity: Mapping[str, Any], *, overwrite
         )
     write_json(run_file, {"step": step, "identity": identity, "identity_hash": canonical_hash(identity)})
     return False
+
+
+def _earlier(run_file: Path, overwrite: bool) -> dict[str, Any]:
+    try:
+        return dict(read_json(run_file))
+    except (RunError, TypeError, ValueError):
+        if overwrite:
+            return {}
+        raise
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

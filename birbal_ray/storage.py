@@ -184,11 +184,17 @@ def _mirrored(url: str, folder: Path, *, follow: bool, wait: bool) -> Iterator[N
     done = threading.Event()
 
     def work() -> None:
+        said = False
         while not done.wait(INTERVAL_SECONDS):
-            with contextlib.suppress(RunError):  # tried again; what never went up is said at the end
+            try:
                 mirror.push()
                 if follow:
                     mirror.fetch()
+                said = False
+            except RunError as error:  # tried again; what never went up is said at the end, too
+                if not said:
+                    print(f"{error}; the work goes on in {folder}, and so do the tries", file=sys.stderr, flush=True)
+                said = True
 
     worker = threading.Thread(target=work, name="mirror", daemon=True)
     worker.start()

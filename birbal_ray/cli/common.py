@@ -24,7 +24,7 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("\nstopped; what is finished is kept, the same command continues", err=True)
             ctx.exit(EXIT_FAILED)
-        except click.ClickException:
+        except (click.ClickException, BrokenPipeError):  # the latter, of `| head`, is click's to end quietly
             raise
         except Exception as error:
             code = _exit_code(error)
@@ -55,6 +55,20 @@ format_option = click.option(
     default="text",
     help="How to print the table.",
 )
+
+
+overwrite_option = click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Start anew where a finished run is, or one of other settings; the same one, unfinished, goes on.",
+)
+
+
+def refuse_url(context: click.Context, option: click.Parameter, value: Any) -> Any:
+    """An option's callback: its value is a folder of this machine."""
+    if ":/" in str(value):  # what pathlib leaves of ://
+        raise click.BadParameter(f"{value}: expected a folder on this machine; upload what is written there")
+    return value
 
 
 def print_table(rows: Sequence[dict[str, Any]], output_format: str, columns: Sequence[str] | None = None) -> None:

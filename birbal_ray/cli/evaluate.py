@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from birbal_ray.cli.common import config_options, format_option, note, print_table
+from birbal_ray.cli.common import config_options, format_option, note, overwrite_option, print_table
 
 if TYPE_CHECKING:
     from birbal_ray.steps.evaluate import EvaluateResult
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--replicas", type=click.IntRange(min=1), help="Engine copies, one GPU each by default.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "gpu"]), help="Where the engines run.")
 @click.option("--per-task", is_flag=True, help="Print every task's scores, not only the comparisons.")
-@click.option("--overwrite", is_flag=True, help="Start anew where the folder holds a run made from other settings.")
+@overwrite_option
 @click.option("--dry-run", is_flag=True, help="Say who would be compared on what. Starts no engine.")
 @config_options
 @format_option

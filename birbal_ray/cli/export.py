@@ -6,12 +6,18 @@ from pathlib import Path
 
 import click
 
-from birbal_ray.cli.common import note
+from birbal_ray.cli.common import note, refuse_url
 
 
 @click.command("export-predictions", short_help="A score run as the published JSON.")
 @click.argument("run")
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for one JSON file per task.")
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    callback=refuse_url,
+    help="Folder for one JSON file per task.",
+)
 def export_predictions(run: str, output: Path) -> None:
     """Write a finished score run as JSON, one file per task: the layout of the published recipe.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from birbal_ray.cli.common import config_options, format_option, note, print_table
+from birbal_ray.cli.common import config_options, format_option, note, overwrite_option, print_table
 
 if TYPE_CHECKING:
     from birbal_ray.steps.mix import MixResult
@@ -20,7 +20,7 @@ COLUMNS = ["source", "label", "tasks", "candidates", "kept", "train", "eval", "s
 @click.option("--model", metavar="NAME", help="Refuse scores made by any other model.")
 @click.option("--policy", type=click.Choice(["task_score", "birbal_2023"]), help="How rows are chosen (task_score).")
 @click.option("--seed", type=click.IntRange(min=0), help="Another draw and another order.")
-@click.option("--overwrite", is_flag=True, help="Start anew where the folder holds a mix made from other settings.")
+@overwrite_option
 @click.option("--dry-run", is_flag=True, help="Decide and print the table; write nothing.")
 @config_options
 @format_option

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from birbal_ray.cli.common import config_options, format_option, note, print_table
+from birbal_ray.cli.common import config_options, format_option, note, overwrite_option, print_table
 
 if TYPE_CHECKING:
     from birbal_ray.config.score import ScoreConfig
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--replicas", type=click.IntRange(min=1), help="Engine copies, one GPU each by default.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "gpu"]), help="Where the engines run.")
 @click.option("--strict", is_flag=True, help="Stop at the first task file that can't be used.")
-@click.option("--overwrite", is_flag=True, help="Start anew where the folder holds a run made from other settings.")
+@overwrite_option
 @click.option("--dry-run", is_flag=True, help="Say what would run: tasks, prompts, tokens, time. Starts no engine.")
 @config_options
 @format_option
@@ -109,7 +109,7 @@ def print_result(result: ScoreResult, output_format: str) -> None:
     session = result.manifest["last_session"]
     if session.get("rows_per_second"):
         note(
-            f"this session: {session['rows']} rows in {session['wall_seconds']:.0f} s, "
+            f"the last session: {session['rows']} rows in {session['wall_seconds']:.0f} s, "
             f"{session['rows_per_second']:.1f} rows/s once the model was loaded ({session['load_seconds']:.0f} s)"
         )
     note(f"scored rows and task scores: {result.folder}")
@@ -141,7 +141,7 @@ def _print_dry_run(config: ScoreConfig, output_format: str, progress: Any) -> No
         for task in plan.tasks
     ]
     print_table(rows, output_format)
-    fitting = [(task, task.num_instances - (task.num_too_long or 0)) for task in plan.tasks]
+    fitting = [(task, task.num_prompts or 0) for task in plan.tasks]
     shared_once = sum(task.num_shared_tokens or 0 for task, _ in fitting)
     shared_all = sum((task.num_shared_tokens or 0) * count for task, count in fitting)
     own = sum(task.num_own_tokens or 0 for task, _ in fitting)

@@ -6,10 +6,21 @@ from pathlib import Path
 
 import click
 
-from birbal_ray.cli.common import EXIT_FAILED, format_option, note, print_table
+from birbal_ray.cli.common import EXIT_FAILED, format_option, note, print_table, refuse_url
+
+
+def _local(context: click.Context, option: click.Parameter, path: str | None) -> Path | None:
+    from birbal_ray.storage import local_copy
+
+    return None if path is None else local_copy(path)
+
 
 tasks_option = click.option(
-    "--tasks", "path", type=click.Path(path_type=Path), help="Folder, .json or archive; default: the sample tasks."
+    "--tasks",
+    "path",
+    metavar="PATH",
+    callback=_local,
+    help="Folder, .json, archive, or a URL of one; default: the sample tasks.",
 )
 
 
@@ -102,13 +113,16 @@ def label_tasks(path: Path | None, compare: Path | None, output_format: str) -> 
     if len(rows) < len(surveyed):
         note(f"{len(surveyed) - len(rows)} files can't be used and have no label; see birbal tasks validate")
     if compare is not None:
+        num_labelled = len(rows)
         agreed, rows = compare_labels(rows, compare)
-        note(f"{agreed} labels agree, {len(rows)} differ" + (" (listed)" if rows else ""))
+        left = num_labelled - agreed - len(rows)
+        uncompared = f"; {left} tasks are not in {compare}" if left else ""
+        note(f"{agreed} labels agree, {len(rows)} differ" + (" (listed)" if rows else "") + uncompared)
     print_table(rows, output_format)
 
 
 @tasks.command()
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to fill.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), callback=refuse_url, help="Folder to fill.")
 @click.option("--url", help="A tar.gz with a tasks/ folder; default: the Natural Instructions archive.")
 @click.option("--sha256", help="Refuse an archive with another checksum.")
 def fetch(output: Path, url: str | None, sha256: str | None) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from birbal_ray.cli.common import config_options, format_option, note, print_table
+from birbal_ray.cli.common import config_options, format_option, note, overwrite_option, print_table
 
 if TYPE_CHECKING:
     from birbal_ray.steps.train import TrainResult
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.option("--budget", metavar="TIME", help="Wall-clock time for the worker: 24h, 90m, 45s. It ends in time.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "gpu"]), help="Where to train (auto).")
 @click.option("--seed", type=click.IntRange(min=0), help="Other initial adapter weights, another order.")
-@click.option("--overwrite", is_flag=True, help="Start anew where the folder holds a run made from other settings.")
+@overwrite_option
 @click.option("--dry-run", is_flag=True, help="Tokens, memory by part, steps in the budget; trains nothing.")
 @click.option("--calibrate", is_flag=True, help="With --dry-run: run 4 steps to learn the speed.")
 @config_options

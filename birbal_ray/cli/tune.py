@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from birbal_ray.cli.common import config_options, format_option, note, print_table
+from birbal_ray.cli.common import config_options, format_option, note, overwrite_option, print_table
 
 if TYPE_CHECKING:
     from birbal_ray.steps.tune import TuneResult
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.option("--model", metavar="NAME", help="The proxy that is fine-tuned (smollm2-135m).")
 @click.option("--num-trials", type=click.IntRange(min=1), help="Mixes that the search tries, besides baselines (24).")
 @click.option("--seed", type=click.IntRange(min=0), help="Another search.")
-@click.option("--overwrite", is_flag=True, help="Start anew where the folder holds a search with other settings.")
+@overwrite_option
 @click.option("--dry-run", is_flag=True, help="Print what would be run; run nothing.")
 @config_options
 @format_option

@@ -24,6 +24,7 @@ WRITE_CPUS = 0.25  # logical: scoring and writing a shard takes milliseconds
 REPLICAS_PER_WRITER = 4
 BOARD_ATTEMPTS, BOARD_PAUSE_SECONDS = 3, 2.0
 ACCELERATOR_LABEL = "ray.io/accelerator-type"  # of a node, set by Ray
+SHARED_SECONDS = 120.0  # a network file system's attribute caches are older than a minute at times
 POLL_SECONDS = 1.0  # each look costs the cores that may be the engine's a few milliseconds
 
 
@@ -144,6 +145,7 @@ def run_shards(
         if isinstance(event, BaseException):
             look()  # it may know the reason behind
             raise RunFailedError(f"{_root_reason(event)} (logs: {log_folder})") from event
+        watch.see(rows_folder / event.file)
         yield event
         if time.monotonic() - polled > POLL_SECONDS:
             look()
@@ -251,6 +253,18 @@ class _Watch:
         self._patience = config.resources.no_progress_minutes * 60
         self._log_folder = log_folder
         self._version, self._moved = -1, time.monotonic()
+        self._seen = False
+        self._first_at: float | None = None
+
+    def see(self, file: Path) -> None:
+        """A writer says that `file` stands; raise RunFailedError if none such ever shows here."""
+        self._seen = self._seen or file.exists()
+        self._first_at = self._first_at or time.monotonic()
+        if not self._seen and time.monotonic() - self._first_at > SHARED_SECONDS:
+            raise RunFailedError(
+                f"{file}: written on another node and not seen here; --output must be on storage that all nodes see, "
+                "or an s3:// or gs:// URL"
+            )
 
     def look(self, snapshot: Snapshot) -> None:
         """Raise RunFailedError if it is time to stop."""

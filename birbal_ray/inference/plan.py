@@ -68,6 +68,7 @@ class PlannedTask:
     num_shared_tokens: int | None = None  # the prefix, once
     num_own_tokens: int | None = None  # what follows it, over all instances
     num_too_long: int | None = None
+    num_prompts: int | None = None  # for the engine: neither too long nor without a reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,7 @@ class Plan:
     quarantined: tuple[tuple[str, str], ...]
     excluded: tuple[tuple[str, str], ...]
     absent: tuple[str, ...]
+    unknown_overrides: tuple[str, ...] = ()  # tasks of tasks.label_overrides that have no file
 
     @property
     def num_rows(self) -> int:
@@ -186,8 +188,11 @@ def make_plan(
     if not chosen:
         raise TaskError(f"{root}: none of its {len(files)} tasks is chosen (tasks.select = {config.tasks.select!r})")
     overrides = labels.default_overrides()
+    unknown: tuple[str, ...] = ()
     if config.tasks.label_overrides:
-        overrides |= labels.read_overrides(Path(config.tasks.label_overrides))
+        own_labels = labels.read_overrides(Path(config.tasks.label_overrides))
+        unknown = tuple(sorted(own_labels.keys() - {file.name for file in files}))
+        overrides |= own_labels
 
     tokenizer = load_tokenizer()
     planned, quarantined, left_out = [], [], []
@@ -214,7 +219,8 @@ def make_plan(
     if not planned:
         reasons = "; ".join(reason for _, reason in (quarantined + left_out)[:3])
         raise TaskError(f"{root}: no usable task ({reasons})")
-    return Plan(tuple(sorted(planned, key=lambda task: task.name)), tuple(quarantined), tuple(left_out), tuple(absent))
+    planned.sort(key=lambda task: task.name)
+    return Plan(tuple(planned), tuple(quarantined), tuple(left_out), tuple(absent), unknown)
 
 
 def unpacked(plan: Plan, folder: Path) -> Plan:
@@ -274,9 +280,9 @@ def _plan_task(
     references = sorted({reference for instance in taken for reference in instance.references})
     lengths = [len(ids) for ids in tokenizer(references, add_special_tokens=False)["input_ids"]] if references else []
     max_tokens = completion_tokens(label.value, lengths, config.completion)
-    shared = own = too_long = None
+    shared = own = too_long = usable = None
     if count_tokens:
-        shared, own, too_long = _count_tokens(task, taken, max_tokens, config, tokenizer)
+        shared, own, too_long, usable = _count_tokens(task, taken, max_tokens, config, tokenizer)
     return PlannedTask(
         name=task.name,
         path=str(file.path.resolve()),
@@ -297,17 +303,18 @@ def _plan_task(
         num_shared_tokens=shared,
         num_own_tokens=own,
         num_too_long=too_long,
+        num_prompts=usable,
     )
 
 
 def _count_tokens(
     task: Task, taken: Sequence[Instance], max_tokens: int, config: ScoreConfig, tokenizer: Tokenizer
-) -> tuple[int, int, int]:
+) -> tuple[int, int, int, int]:
     shared = len(prefix_token_ids(task, config.prompt.num_shots, tokenizer))
     usable = [prompt.own_part(instance.input).removeprefix(INPUT_HEAD) for instance in taken if instance.error is None]
     lengths = [len(ids) for ids in tokenizer(usable, add_special_tokens=False)["input_ids"]] if usable else []
     too_long = [n for n in lengths if too_long_reason(shared + n, max_tokens, config.engine.max_model_len)]
-    return shared, sum(lengths) - sum(too_long), len(too_long)
+    return shared, sum(lengths) - sum(too_long), len(too_long), len(lengths) - len(too_long)
 
 
 def _known(names: Sequence[str], available: Sequence[str], path: Path) -> Sequence[str]:

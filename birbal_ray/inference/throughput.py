@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from birbal_ray.config.score import ScoreConfig
@@ -70,4 +71,6 @@ class Meter:
 
 def rate_key(config: ScoreConfig) -> str:
     """Under which `rates` keeps prompt + completion tokens per second and replica."""
-    return f"{config.model.name} {config.engine.device} {config.engine.backend}"
+    name = config.model.name
+    name = str(Path(name).resolve()) if Path(name).is_dir() else name
+    return f"{name} {config.engine.device} {config.engine.backend}"

@@ -40,9 +40,10 @@ def write_score_folder(
     for task, group in itertools.groupby(rows, key=lambda row: row["task"]):
         members = list(group)
         full = [_score_row(row) for row in members]
-        for number, start in enumerate(range(0, len(full), shard_rows)):
+        starts = range(0, len(full), shard_rows)
+        for number, start in enumerate(starts):
             shard = pa.Table.from_pylist(full[start : start + shard_rows], schema=SCORE_ROWS)
-            write_parquet(folder / ROWS_FOLDER / f"{task}-{number:05d}.parquet", shard)
+            write_parquet(folder / ROWS_FOLDER / f"{task}-{number:05d}-of-{len(starts):05d}.parquet", shard)
         tasks.append(_task_row(task, members[0]["label"], (definitions or {}).get(task, f"Do what {task} asks."), full))
         scores.append(_task_score_row(task, members[0]["label"], full))
     write_parquet(folder / TASKS_FILE, pa.Table.from_pylist(tasks, schema=TASKS))

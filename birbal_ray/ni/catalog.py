@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rapidfuzz import process as fuzzy
 
-from birbal_ray.ni.schema import Task, TaskError
+from birbal_ray.ni.schema import Task, TaskError, read_text
 
 MMLU, TRANSLATION = "mmlu", "translation"
 FAMILIES = (MMLU, TRANSLATION)
@@ -73,5 +73,5 @@ def excluded_by(task: Task, families: Sequence[str]) -> str | None:
 def _names_in(file: Path) -> list[str]:
     if not file.is_file():
         raise TaskError(f"{file}: no such file of task names (or use 'all' or 'selected')")
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = read_text(file).splitlines()
     return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]

@@ -41,9 +41,14 @@ def fetch_archive(
     """
     _check_url(url)
     record_file = output / RECORD_FILE
+    sha256 = sha256.lower() if sha256 else None
     if record_file.exists():
-        record = json.loads(record_file.read_text(encoding="utf-8"))
-        if record["url"] == url and sha256 in (None, record["sha256"]) and (output / "tasks").is_dir():
+        try:
+            record = json.loads(record_file.read_text(encoding="utf-8"))
+            same = record["url"] == url and sha256 in (None, record["sha256"])
+        except (ValueError, KeyError, TypeError):
+            raise TaskError(f"{record_file}: damaged; remove it and {output / 'tasks'}, then fetch again") from None
+        if same and (output / "tasks").is_dir():
             progress(f"{output} is up to date")
             return record
     if (output / "tasks").exists():
@@ -54,7 +59,7 @@ def fetch_archive(
     _download(url, archive, progress)
     with archive.open("rb") as handle:
         found = hashlib.file_digest(handle, "sha256").hexdigest()
-    if sha256 is not None and found != sha256.lower():
+    if sha256 is not None and found != sha256:
         archive.unlink()
         raise TaskError(f"{url}: sha256 is {found}, expected {sha256}; the download was deleted")
     unpacked, num_files = _unpack(archive, output, progress)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from birbal_ray.ni.metrics import EXACT_MATCH, GENERATION
-from birbal_ray.ni.schema import Task, TaskError
+from birbal_ray.ni.schema import Task, TaskError, read_text
 
 MAX_SHORT_WORDS = 5
 OPEN_ENDED_CATEGORIES = frozenset({"Title Generation", "Question Generation", "Wrong Candidate Generation"})
@@ -61,7 +62,7 @@ def read_overrides(file: Path) -> dict[str, Label]:
     """
     if not file.exists():
         raise TaskError(f"{file}: no such file (label overrides)")
-    with file.open(newline="", encoding="utf-8-sig") as handle:
+    with io.StringIO(read_text(file), newline="") as handle:
         reader = csv.DictReader(handle)
         if not {"name", "label"} <= set(reader.fieldnames or []):
             raise TaskError(f"{file}: columns are {reader.fieldnames}, expected name,label,reason")

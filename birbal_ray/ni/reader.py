@@ -217,7 +217,7 @@ def _instances(name: str, value: Any, repairs: Counter[str]) -> tuple[Instance, 
 
 def _instance(name: str, position: int, entry: Any, repairs: Counter[str]) -> Instance:
     if not isinstance(entry, dict):
-        return Instance("", str(position), "", (), f"instance {position} is {_kind(entry)}, expected an object")
+        return Instance("", str(position), "", (), f"not an object: instance {position} is {_kind(entry)}")
     given = entry.get("id")
     instance_id = _clean(str(given), repairs) if given not in (None, "") else str(position)
     text = entry.get("input")
@@ -245,7 +245,8 @@ def _instance(name: str, position: int, entry: Any, repairs: Counter[str]) -> In
 def _reference(value: Any, repairs: Counter[str]) -> str | None:
     if isinstance(value, str):
         return _clean(value, repairs)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if isinstance(value, bool) or not is_number:
         repairs[f"reference dropped (a {_kind(value).removeprefix('a ')}, not a text)"] += 1
         return None
     repairs["number taken as a reference text"] += 1

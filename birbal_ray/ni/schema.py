@@ -5,10 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class TaskError(ValueError):
     """A task file can't be used; the message is one line that names the file and the reason."""
+
+
+def read_text(file: Path) -> str:
+    """A text file's content, without a byte order mark; raises TaskError when it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{file}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
 
 
 @dataclass(frozen=True, slots=True)

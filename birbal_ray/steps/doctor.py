@@ -98,6 +98,8 @@ def _memory() -> Check:
 
 
 def _gpus() -> list[Check]:
+    if _version("torch") is None or _version("ray") is None:
+        return [Check("gpus", PROBLEM, "not looked for", "torch and ray are needed for it: run `make setup`")]
     import torch
     from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager as Nvidia
 

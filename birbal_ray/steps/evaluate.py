@@ -197,7 +197,7 @@ def _score(setup: Setup, plan: Plan, folder: Path, progress: ProgressLine) -> li
                 progress.update(f"{names}: starting {config.resources.num_replicas} engine(s); logs in {logs}")
                 adapters = [Adapter(one.name, one.origin, one.rank or 0) for one in served[1:]]
                 show = partial(_show, progress, names, meter)
-                here = is_url(setup.config.output or "")
+                here = is_url(setup.config.output or "") or is_url(setup.config.tasks.path or "")
                 work = run_shards(
                     shards, config, fingerprint, rows_folder, logs, show, adapters, setup.excluded, files_here=here
                 )

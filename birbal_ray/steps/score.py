@@ -64,12 +64,18 @@ def score(config: ScoreConfig, *, overwrite: bool = False, progress: ProgressLin
     RunError (the run failed; finished shards are kept and a rerun continues).
     """
     progress = progress or ProgressLine()
+    from_url = is_url(config.tasks.path or "")  # fetched to this machine, which alone has it then
     config = resolved(config)
     started = time.monotonic()
     plan = planned(config, progress)
     config, model_revision, fingerprint = _pinned_model(config)
     with run_folder(config.output or "") as folder, stoppable():
         resumed = start_run(folder, STEP, identity_of(config, plan, fingerprint), overwrite=overwrite)
+        shards = plan.shards(config.shard_rows)
+        todo = unfinished(folder / ROWS_FOLDER, shards)
+        if resumed and (folder / MANIFEST_FILE).exists() and todo:
+            progress.message(f"{folder}: {len(todo)} of {len(shards)} files of a finished run are gone or damaged")
+            (folder / MANIFEST_FILE).unlink()
         if resumed and (folder / MANIFEST_FILE).exists():
             progress.message(f"{folder} is up to date: {plan.num_rows} rows of {len(plan.tasks)} tasks; nothing to do")
             return ScoreResult(
@@ -80,8 +86,6 @@ def score(config: ScoreConfig, *, overwrite: bool = False, progress: ProgressLin
             leftover.unlink(missing_ok=True)
         write_plan(folder, plan)
         tell_plan(plan, config, progress)
-        shards = plan.shards(config.shard_rows)
-        todo = unfinished(folder / ROWS_FOLDER, shards)
         num_kept = len(shards) - len(todo)
         if num_kept:
             kept = plan.num_rows - sum(shard.num_rows for shard in todo)
@@ -89,7 +93,7 @@ def score(config: ScoreConfig, *, overwrite: bool = False, progress: ProgressLin
         meter = throughput.Meter(plan.num_rows - sum(shard.num_rows for shard in todo), plan.num_rows)
         try:
             if todo:
-                _score_shards(todo, config, fingerprint, folder, meter, progress)
+                _score_shards(todo, config, fingerprint, folder, meter, progress, from_url)
         finally:
             progress.close()
             _record_session(folder, {**meter.session(), "wall_seconds": round(time.monotonic() - started, 3)})
@@ -170,6 +174,11 @@ def tell_plan(plan: Plan, config: ScoreConfig, progress: ProgressLine) -> None:
         progress.message(f"quarantined {file}: {reason}")
     for name, reason in plan.excluded:
         progress.message(f"left out {name}: {reason}")
+    if plan.unknown_overrides:
+        progress.message(
+            f"{config.tasks.label_overrides}: {len(plan.unknown_overrides)} of its tasks are not in "
+            f"{config.tasks.path} (first: {plan.unknown_overrides[0]})"
+        )
     if plan.absent:
         progress.message(
             f"{len(plan.absent)} of the selected tasks are not in {config.tasks.path} (first: {plan.absent[0]})"
@@ -189,6 +198,7 @@ def _score_shards(
     folder: Path,
     meter: throughput.Meter,
     progress: ProgressLine,
+    tasks_here: bool,
 ) -> None:
     """Run the pipeline over the shards. Finished files stay whatever happens."""
     logs, rows_folder = folder / LOG_FOLDER, folder / ROWS_FOLDER
@@ -198,7 +208,7 @@ def _score_shards(
             progress.message(f"waiting, {missing}; gives up after {config.resources.no_progress_minutes:g} minutes")
         progress.update(f"starting {config.resources.num_replicas} engine(s); logs in {logs}")
         show = partial(_show, progress, meter)
-        here = is_url(config.output or "")
+        here = tasks_here or is_url(config.output or "")
         for shard in run_shards(todo, config, fingerprint, rows_folder, logs, show, files_here=here):
             meter.written(shard.rows, shard.errors)
 

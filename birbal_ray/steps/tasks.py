@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from birbal_ray.ni import catalog, labels, prompt, reader
-from birbal_ray.ni.schema import Task, TaskError
+from birbal_ray.ni.schema import Task, TaskError, read_text
 
 
 def survey(path: Path | None) -> list[dict[str, Any]]:
@@ -88,7 +89,7 @@ def findings(path: Path | None) -> tuple[list[dict[str, Any]], int, int]:
 def compare_labels(rows: list[dict[str, Any]], file: Path) -> tuple[int, list[dict[str, Any]]]:
     """(labels that agree, rows that differ with both labels) over the tasks that both sides have."""
     try:
-        with file.open(newline="", encoding="utf-8-sig") as handle:
+        with io.StringIO(read_text(file), newline="") as handle:
             others = {row["name"]: row["label"] for row in csv.DictReader(handle)}
     except (OSError, KeyError) as error:
         raise TaskError(f"{file}: can't be read as a CSV with the columns name,label ({error!r})") from None

@@ -141,7 +141,10 @@ def test_export_has_the_published_layout(recipe, tmp_path):
     assert len(files) == 6
     records = [record for file in files for record in read_json(file)]
     assert len(records) == 6 * NUM_SCORED
-    assert {tuple(record) for record in records} == {("orig_input", "few_shot_prompt", "answer", "prediction")}
+    published = ["orig_input", "few_shot_prompt", "answer", "prediction"]
+    assert {tuple(record) for record in records} == {tuple(published)}
+    rows = sorted(rows_of(recipe[0] / "score"), key=lambda row: (row["task"], row["row_id"]))
+    assert records == [{name: row[name] for name in published} for row in rows]
 
 
 def amplified(train: Path, target: Path) -> Path:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from pyarrow import fs
 
+from birbal_ray.mirror import Mirror
 from birbal_ray.object_store import filesystem_of
 from birbal_ray.run import RunError
 from birbal_ray.storage import local_copy, refresh, run_folder, working_copy
@@ -100,6 +101,40 @@ def test_a_run_folder_is_the_same_here_and_there(storage):
         working_copy("s3://bucket/../elsewhere")
     with pytest.raises(RunError, match="check the bucket"), run_folder("s3://no-such-bucket/run"):
         pass
+
+
+@pytest.mark.parametrize("uploaded", [("run.json", "c.txt"), ()])
+def test_an_outage_costs_nothing_that_was_finished(storage, monkeypatch, uploaded):
+    """Pushes that break off half-way, or all of them; the next run here brings up the rest."""
+    url, upload = f"s3://{BUCKET}/outage-{len(uploaded)}", Mirror._upload
+
+    def broken(self: Mirror, name: str, stamp: tuple[int, int]) -> None:
+        if name not in uploaded:
+            raise OSError("the network is away")
+        upload(self, name, stamp)
+
+    names = {"run.json", "a.txt", "b.txt", "c.txt"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Mirror, "_upload", broken)
+        with pytest.raises(RunError, match="the network is away"), run_folder(url) as folder:
+            for name in sorted(names, reverse=True):
+                (folder / name).write_text(name)
+    assert objects(url).keys() - {".lease.json"} == set(uploaded)
+    with run_folder(url) as folder:
+        assert {file.name for file in folder.iterdir() if file.name[0] != "."} == names
+    assert objects(url).keys() == names
+
+
+def test_killed_before_an_upload_was_written_down_a_run_goes_on_from_its_own_files(storage, monkeypatch):
+    url = f"s3://{BUCKET}/unrecorded"
+    with monkeypatch.context() as patch, run_folder(url) as folder:
+        refresh(folder)
+        patch.setattr(Mirror, "_remember", lambda self: None)
+        (folder / "a.txt").write_text("a")
+    (folder / "b.txt").write_text("b")
+    with run_folder(url):
+        pass
+    assert objects(url).keys() == {"a.txt", "b.txt"}
 
 
 def test_what_was_finished_and_not_uploaded_is_uploaded_by_the_next_run_here(storage, monkeypatch):

@@ -179,7 +179,9 @@ def test_calibrating_on_a_cluster_needs_a_place_that_its_nodes_see(
 def test_calibrating_on_a_cluster_packs_beside_the_output(tiny_mix, tiny_model, monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     places = []
-    monkeypatch.setattr(step, "run_and_watch", lambda config, model, folder, *rest: places.append((config.output, folder)))
+    monkeypatch.setattr(
+        step, "run_and_watch", lambda config, model, folder, *rest: places.append((config.output, folder))
+    )
     flags = {**SMALL, "mix": str(tiny_mix), "model.name": str(tiny_model), "resources.device": "cpu"}
     config = load_config(TrainConfig, flags={**flags, "output": str(tmp_path / "shared" / "run")})
     step.dry_run(config, calibrate=True)

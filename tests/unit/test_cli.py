@@ -67,11 +67,22 @@ def test_every_command_has_help_with_an_example(path, command):
         (["tasks", "show", "task_aa", "--tasks", "{tasks}"], "no task 'task_aa' (nearest: 'task_a')"),
         (["tasks", "list", "--tasks", "{tasks}/task_a.txt"], "task_a.txt: no such file"),
         (["models", "fetch", "nobody"], "not a Hub id"),
+        (["models", "fetch", "{partial}"], "1 of 2 weight files are missing (first: two.safetensors)"),
+        ([*SCORE, "--select", "{latin}"], "latin.csv: not UTF-8 at byte 16; save it as UTF-8"),
+        ([*SCORE, "--set", "tasks.label_overrides={latin}"], "latin.csv: not UTF-8 at byte 16"),
+        (["tasks", "label", "--tasks", "{tasks}", "--compare", "{latin}"], "latin.csv: not UTF-8 at byte 16"),
     ],
 )
 def test_wrong_usage_is_exit_code_2_with_one_line(write_task, tmp_path, arguments, reason):
-    folder = write_task("task_a")
-    filled = [text.format(tasks=folder, out=tmp_path / "out") for text in arguments]
+    folder, partial, latin = write_task("task_a"), tmp_path / "partial", tmp_path / "latin.csv"
+    latin.write_bytes("name,label\ntask_é,generation\n".encode("latin-1"))
+    partial.mkdir()
+    for name in ("config.json", "one.safetensors"):
+        (partial / name).write_text("{}")
+    weights = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (partial / "model.safetensors.index.json").write_text(json.dumps(weights))
+    places = {"tasks": folder, "out": tmp_path / "out", "partial": partial, "latin": latin}
+    filled = [text.format(**places) for text in arguments]
     result = run(*filled)
     assert result.exit_code == 2, result.output
     assert reason in result.stderr
@@ -85,8 +96,17 @@ def test_an_unreachable_hub_model_says_what_to_do(write_task, tmp_path, monkeypa
     folder = write_task("task_a")
     result = run("score", "--tasks", folder, "--output", tmp_path / "out", "--model", "owner/absent-model")
     assert result.exit_code == 2
-    assert "model 'owner/absent-model': the Hub can't be reached" in result.stderr
+    assert "model 'owner/absent-model': no such folder; the Hub can't be reached" in result.stderr
     assert "give a local folder" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["tasks", "fetch"], ["export-predictions", "run"]])
+def test_a_url_is_not_taken_for_a_local_folder(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*command, "--output", "s3://bucket/there")
+    assert result.exit_code == 2
+    assert "expected a folder on this machine" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_exporting_what_is_no_run_fails_in_one_line(write_task, tmp_path):
@@ -141,16 +161,29 @@ def test_label_csv_can_be_given_back_as_overrides(write_task, tmp_path):
     (tmp_path / "other.csv").write_text("name,label\ntask_a,generation\n")
     result = run("tasks", "label", "--tasks", folder, "--compare", tmp_path / "other.csv")
     assert "0 labels agree, 1 differ" in result.stderr
+    (tmp_path / "other.csv").write_text("name,label\ntask_b,generation\n")
+    result = run("tasks", "label", "--tasks", folder, "--compare", tmp_path / "other.csv")
+    assert "0 labels agree, 0 differ; 1 tasks are not in" in result.stderr
+    settings = ["engine.backend=simulated", f"tasks.label_overrides={tmp_path / 'other.csv'}"]
+    sets = [part for value in settings for part in ("--set", value)]
+    result = run("score", "--tasks", folder, "--output", tmp_path / "out", *sets, "--dry-run")
+    assert "other.csv: 1 of its tasks are not in" in result.stderr
+    assert "(first: task_b)" in result.stderr
 
 
 def test_dry_run_counts_and_starts_nothing(write_task, tmp_path):
-    folder = write_task("task_a", 10)
+    bad = [{"id": f"bad-{n}", "input": "x", "output": []} for n in range(3)]
+    folder = write_task("task_a", Instances=[*task_values(10)["Instances"], *bad])
     arguments = ["score", "--tasks", folder, "--output", tmp_path / "out", "--set", "engine.backend=simulated"]
     result = run(*arguments, "--dry-run", "--format", "json")
     assert result.exit_code == 0, result.output
     (row,) = json.loads(result.stdout)
-    assert (row["instances"], row["shots"], row["too long"]) == (10, 2, 0)
+    assert (row["instances"], row["shots"], row["too long"]) == (13, 2, 0)
     assert "prompts 10 in 1 shards" in result.stderr
+    # Counted at white space: "shade number N" and what follows "### Input:" are each prompt's own.
+    shared, own = row["shared tokens"], row["own tokens"]
+    assert own == 10 * len(["shade", "number", "1", "###", "Response:"])
+    assert f"prompt tokens {10 * shared + own}: {10 * shared} shared" in result.stderr.replace(",", "")
     assert "nothing was started" in result.stderr
     assert not (tmp_path / "out").exists()
 

@@ -66,7 +66,7 @@ def test_output_as_text_number_and_junk():
         ({"id": "1", "input": "a"}, "no reference"),
         ({"id": "1", "input": "a", "output": ["", "  "]}, "every 'output' is empty"),
         ({"id": "1", "input": 5, "output": ["x"]}, "'input' is a int"),
-        ("not an object", "is a text, expected an object"),
+        ("not an object", "not an object: instance 0 is a text"),
         ({"id": "1", "input": "a", "output": [float("nan")]}, "no reference"),
     ],
 )
@@ -172,3 +172,9 @@ def test_hash_order_is_stable_and_other_tasks_do_not_change_it():
     assert [i.row_id for i in take_first(task, 20, seed=0)][:10] == first
     assert [i.row_id for i in take_first(task, 10, seed=1)] != first
     assert hash_order("t1:t-0", 0).hex() == "ce3196785cb1eead"
+
+
+def test_a_number_too_large_for_a_float_is_a_text_like_others():
+    number = 10**400
+    (row,) = instances({"id": "1", "input": "a", "output": [number]})
+    assert (row.error, row.references) == (None, (str(number),))

@@ -46,9 +46,15 @@ def test_changed_identity_is_refused_with_the_difference(tmp_path):
     assert not (tmp_path / "rows").exists()
 
 
-def test_overwrite_starts_anew_also_with_the_same_identity(tmp_path):
+def test_overwrite_starts_a_finished_run_anew_and_an_unfinished_one_goes_on(tmp_path):
     run.start_run(tmp_path, "score", {"a": 1})
     (tmp_path / "old").write_text("x")
+    assert run.start_run(tmp_path, "score", {"a": 1}, overwrite=True) is True
+    assert (tmp_path / "old").exists(), "the same command, stopped and called again, loses nothing"
+    (tmp_path / "manifest.json").write_text("{}")
+    assert run.start_run(tmp_path, "score", {"a": 1}, overwrite=True) is False
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run.json"]
+    (tmp_path / "run.json").write_text("{")
     assert run.start_run(tmp_path, "score", {"a": 1}, overwrite=True) is False
     assert sorted(file.name for file in tmp_path.iterdir()) == ["run.json"]
 

@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
+
 from birbal_ray.mix.scores import open_scores
 from birbal_ray.mix.synthetic import made_up_rows, write_score_folder
+from birbal_ray.run import RunError
 from birbal_ray.steps.export import export_published_json
 from birbal_ray.steps.score import SESSIONS_FILE, _record_session, _sessions
 
@@ -14,6 +17,20 @@ def test_a_half_written_session_is_skipped(tmp_path):
         file.write('{"wall_seconds": 2')  # the disk was full, or the power went
     _record_session(tmp_path, {"wall_seconds": 3.0})
     assert _sessions(tmp_path) == [{"wall_seconds": 1.0}, {"wall_seconds": 3.0}]
+
+
+def test_lost_or_damaged_rows_are_not_exported_as_if_whole(tmp_path):
+    folder = write_score_folder(tmp_path / "scores", made_up_rows(2, 20), shard_rows=10)
+    file = sorted((folder / "rows").iterdir())[1]
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    with pytest.raises(RunError, match="can't be read"):
+        export_published_json(folder, tmp_path / "out")
+    file.unlink()
+    with pytest.raises(RunError, match=r"10 rows of .* are there, 20 were scored"):
+        export_published_json(folder, tmp_path / "out")
+    file.write_bytes(whole)
+    assert export_published_json(folder, tmp_path / "out") == (2, 40)
 
 
 def test_tasks_whose_names_begin_with_an_underscore_or_a_dot_are_read_and_exported(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from birbal_ray.config.score import ScoreConfig
 from birbal_ray.inference import pipeline
 from birbal_ray.inference.board import ProgressBoard
 from birbal_ray.inference.throughput import Meter
+from birbal_ray.progress import ProgressLine
 from birbal_ray.run import RunError
 
 
@@ -66,6 +68,17 @@ def test_a_death_that_every_shard_in_flight_reports_counts_once(clock, tmp_path)
     assert len(board.snapshot().deaths) == 2
 
 
+def test_an_output_that_this_node_does_not_see_is_reported(clock, tmp_path):
+    seen = watch(tmp_path)
+    seen.see(tmp_path / "a.parquet")  # a network file system may show it later
+    clock[0] += 121
+    with pytest.raises(RunError, match=r"b\.parquet: written on another node and not seen here"):
+        seen.see(tmp_path / "b.parquet")
+    (tmp_path / "c.parquet").touch()
+    for name in ("c.parquet", "d.parquet"):
+        seen.see(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("nodes", "settings", "lacks"),
     [
@@ -98,3 +111,14 @@ def test_progress_line_shows_rates_from_the_moment_the_engine_was_ready(clock):
     board.add("r1", counts)
     line = meter.line(board.snapshot())
     assert line == "150/400 rows · 5.0 rows/s · 400 prompt tokens/s · 75% from cache · 1 errors · ETA 50 s"
+
+
+def test_a_live_line_never_wraps(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", "40")
+    terminal = Terminal()
+    ProgressLine(terminal).update("x" * 100)
+    assert terminal.getvalue() == "\r\x1b[2K" + "x" * 39
