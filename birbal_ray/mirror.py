@@ -40,7 +40,8 @@ class Mirror:
         """Begin with the URL's content, unless nobody else wrote there since this machine looked last."""
         recorded = self.recall()
         there = self._there()
-        if recorded and self._all_ours(there):
+        deleted = self._known and not self._here()  # with the cache, say: nothing that the URL should follow
+        if recorded and not deleted and self._all_ours(there):
             return  # what is here and not there was finished and not uploaded: it is ahead
         with self._lock:
             self._take(there, [name for name, stamp in there.items() if not self._same(name, stamp)])

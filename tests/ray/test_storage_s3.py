@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -123,6 +124,18 @@ def test_an_outage_costs_nothing_that_was_finished(storage, monkeypatch, uploade
     with run_folder(url) as folder:
         assert {file.name for file in folder.iterdir() if file.name[0] != "."} == names
     assert objects(url).keys() == names
+
+
+def test_a_deleted_working_copy_is_fetched_again_and_nothing_is_removed_there(storage):
+    url = f"s3://{BUCKET}/deleted"
+    with run_folder(url) as folder:
+        (folder / "run.json").write_text("{}")
+        (folder / "rows").mkdir()
+        (folder / "rows" / "a.parquet").write_text("a")
+    shutil.rmtree(folder)
+    with run_folder(url) as folder:
+        assert (folder / "rows" / "a.parquet").read_text() == "a"
+    assert objects(url).keys() == {"run.json", "rows/a.parquet"}
 
 
 def test_killed_before_an_upload_was_written_down_a_run_goes_on_from_its_own_files(storage, monkeypatch):
