@@ -128,7 +128,8 @@ def _model(name: str) -> Check:
         model = models.resolve(name, weights=False)
     except models.ModelError as error:
         return Check("model", PROBLEM, name, str(error))
-    return Check("model", OK, f"{name} ({model.path})")
+    weights = "" if any(model.path.glob("*.safetensors")) else "; weights not here yet: they come with the first run"
+    return Check("model", OK, f"{name} ({model.path}{weights})")
 
 
 def _version(name: str) -> str | None:

@@ -195,7 +195,10 @@ def _finish(config: TuneConfig, scores: ScoreFolder, plan: Plan, folder: Path, p
         raise RunFailedError(f"{folder}: no trial came to its end; mend what the logs name and run the command again")
     suites = {record.validation_sha256 for record in records if record.validation_sha256}
     if len(suites) > 1:
-        raise RunError(f"{folder}: trials were judged on {len(suites)} different validation suites; use --overwrite")
+        raise RunError(
+            f"{folder}: trials were judged on {len(suites)} different validation suites; "
+            "remove the folder to start anew"
+        )
     objectives = by_name(records)
     chosen = (
         winner(plan.finalists(), config.baselines, objectives)
