@@ -71,10 +71,9 @@ def score(config: ScoreConfig, *, overwrite: bool = False, progress: ProgressLin
     config, model_revision, fingerprint = _pinned_model(config)
     with run_folder(config.output or "") as folder, stoppable():
         resumed = start_run(folder, STEP, identity_of(config, plan, fingerprint), overwrite=overwrite)
-        shards = plan.shards(config.shard_rows)
-        todo = unfinished(folder / ROWS_FOLDER, shards)
-        if resumed and (folder / MANIFEST_FILE).exists() and todo:
-            progress.message(f"{folder}: {len(todo)} of {len(shards)} files of a finished run are gone or damaged")
+        missing = {shard.file_name for shard in unfinished(folder / ROWS_FOLDER, plan.shards(config.shard_rows))}
+        if resumed and (folder / MANIFEST_FILE).exists() and missing:
+            progress.message(f"{folder}: {len(missing)} files of a finished run are gone or damaged")
             (folder / MANIFEST_FILE).unlink()
         if resumed and (folder / MANIFEST_FILE).exists():
             progress.message(f"{folder} is up to date: {plan.num_rows} rows of {len(plan.tasks)} tasks; nothing to do")
@@ -86,6 +85,8 @@ def score(config: ScoreConfig, *, overwrite: bool = False, progress: ProgressLin
             leftover.unlink(missing_ok=True)
         write_plan(folder, plan)
         tell_plan(plan, config, progress)
+        shards = plan.shards(config.shard_rows)  # of the unpacked files
+        todo = [shard for shard in shards if shard.file_name in missing]
         num_kept = len(shards) - len(todo)
         if num_kept:
             kept = plan.num_rows - sum(shard.num_rows for shard in todo)
