@@ -92,13 +92,14 @@ def test_a_damaged_shard_is_scored_again(run, write_task):
     code, _, _, output = run(folder, "--set", "shard_rows=4")
     assert code == 0
     rows = scored_rows(output)
-    (output / "manifest.json").unlink()
     damaged, *_ = sorted((output / "rows").iterdir())
     damaged.write_bytes(damaged.read_bytes()[:-20])
     (output / "rows" / ".tmp-1-2-left.parquet").write_bytes(b"half")
     code, _, errors, _ = run(folder, "--set", "shard_rows=4")
     assert code == 0, errors
+    assert "1 files of a finished run are gone or damaged" in errors
     assert "continuing: 2 of 3 shards (8 rows) are done" in errors
+    assert (output / "manifest.json").exists()
     assert scored_rows(output) == rows
 
 
