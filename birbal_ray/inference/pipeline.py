@@ -15,7 +15,7 @@ from typing import Any
 from birbal_ray.config.score import ResourceSettings, ScoreConfig
 from birbal_ray.inference.board import ProgressBoard, Snapshot
 from birbal_ray.inference.engine import Adapter
-from birbal_ray.inference.plan import Shard
+from birbal_ray.inference.shards import Shard
 from birbal_ray.inference.stages import Generate, Prepare, WriteScored
 from birbal_ray.ray_session import AUTH_MODE
 from birbal_ray.run import RunError, RunFailedError

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from birbal_ray.inference.plan import PlannedTask, Shard
+from birbal_ray.inference.shards import PlannedTask, Shard
 from birbal_ray.ni.metrics import mean_interval
 from birbal_ray.run import RunError
 

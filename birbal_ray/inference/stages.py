@@ -24,6 +24,7 @@ from birbal_ray.inference import plan
 from birbal_ray.inference.board import ProgressBoard
 from birbal_ray.inference.engine import Adapter, Completion, Request, load_engine
 from birbal_ray.inference.engine_loop import EngineDeadError, EngineLoop
+from birbal_ray.inference.shards import ZERO_SHOT, Shard
 from birbal_ray.ni import prompt, reader
 from birbal_ray.ni.metrics import METRIC_OF_LABEL, score_answer
 from birbal_ray.ni.schema import Instance, Task, TaskError, take_first
@@ -64,12 +65,12 @@ class Prepare:
         self._ordered_instances = functools.lru_cache(maxsize=4)(self._read)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        shard = plan.Shard.from_dict(row)
+        shard = Shard.from_dict(row)
         config = self._config
         task, ordered = self._ordered_instances(shard.path, shard.sha256)
         first = shard.chunk * config.shard_rows
         instances = ordered[first : first + config.shard_rows]
-        trained = shard.variant.prompt_format == plan.ZERO_SHOT
+        trained = shard.variant.prompt_format == ZERO_SHOT
         prefix = (
             prompt.training_prefix(task.definition) if trained else prompt.shared_prefix(task, config.prompt.num_shots)
         )
@@ -146,7 +147,7 @@ class Generate:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         table = _from_bytes(row["prepared"])
-        os.write(1, f"begins {plan.Shard.from_dict(row['shard']).file_name}\n".encode())
+        os.write(1, f"begins {Shard.from_dict(row['shard']).file_name}\n".encode())
         name = f"{row['shard']['task']} chunk {row['shard']['chunk']}"
         self._at.add(name)
         token_ids, prompts = table["token_ids"].to_pylist(), table["few_shot_prompt"].to_pylist()
@@ -209,7 +210,7 @@ class WriteScored:
         self._folder = Path(rows_folder)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        shard = plan.Shard.from_dict(row["shard"])
+        shard = Shard.from_dict(row["shard"])
         table = scored_table(shard.task, shard.label, _from_bytes(row["completed"]).to_pylist())
         if table.num_rows != shard.num_rows:
             raise RuntimeError(f"{shard.file_name}: {table.num_rows} rows, the plan says {shard.num_rows}")

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from birbal_ray.mix import near
+from birbal_ray.mix.candidates import Candidates
 from birbal_ray.mix.look import Chunk, Lookup, features
 from birbal_ray.mix.outcome import Places, texts
-from birbal_ray.mix.select import Candidates
 from birbal_ray.mix.write import BATCH_ROWS
 from birbal_ray.run import RunError
 

@@ -14,12 +14,13 @@ from birbal_ray.config.mix import MixConfig
 from birbal_ray.mix import near, sources
 from birbal_ray.mix.allocation import train_size
 from birbal_ray.mix.build import Gathered, fits_process, plan_chunks, read_features
+from birbal_ray.mix.candidates import Candidates, Decisions, Group
 from birbal_ray.mix.contamination import build_index, chosen_families, families_of
 from birbal_ray.mix.look import Chunk, Lookup, TaskText
 from birbal_ray.mix.outcome import Outcomes, Places
 from birbal_ray.mix.rows import NATURAL_INSTRUCTIONS, Bits, Reason
 from birbal_ray.mix.scores import ScoreFolder
-from birbal_ray.mix.select import Candidates, Decisions, Group, decide
+from birbal_ray.mix.select import decide
 from birbal_ray.run import RunError
 
 Report = Callable[[str], None]

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from birbal_ray.mix.candidates import NO_TWIN, Candidates, Decisions, Group
 from birbal_ray.mix.look import Chunk, Lookup, read_batches
 from birbal_ray.mix.rows import AUDIT, BUCKETS, NATURAL_INSTRUCTIONS, OUTSIDE_ROWS, Bits, Reason
-from birbal_ray.mix.select import NO_TWIN, Candidates, Decisions, Group
 
 SCORE_COLUMNS = ["orig_input", "answer", "row_id"]
 SPLITS = ("train", "eval", "validation")

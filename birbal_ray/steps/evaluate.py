@@ -25,8 +25,9 @@ from birbal_ray.inference import throughput
 from birbal_ray.inference.board import Snapshot
 from birbal_ray.inference.engine import Adapter
 from birbal_ray.inference.pipeline import check_cluster, logical_cpus, run_shards
-from birbal_ray.inference.plan import Plan, Variant, unpacked
+from birbal_ray.inference.plan import unpacked
 from birbal_ray.inference.results import read_scores, summarise, unfinished
+from birbal_ray.inference.shards import Plan, Variant
 from birbal_ray.models import Model, pinned, resolve
 from birbal_ray.progress import ProgressLine
 from birbal_ray.ray_session import ray_session, told

@@ -22,8 +22,9 @@ from birbal_ray.contracts import QUARANTINE_FILE, ROWS_FOLDER, TASK_SCORES, TASK
 from birbal_ray.inference import throughput
 from birbal_ray.inference.board import Snapshot
 from birbal_ray.inference.pipeline import check_cluster, logical_cpus, run_shards
-from birbal_ray.inference.plan import Plan, Shard, make_plan, unpacked
+from birbal_ray.inference.plan import make_plan, unpacked
 from birbal_ray.inference.results import summarise, unfinished
+from birbal_ray.inference.shards import Plan, Shard
 from birbal_ray.inference.stages import load_tokenizer
 from birbal_ray.progress import ProgressLine
 from birbal_ray.rates import remember

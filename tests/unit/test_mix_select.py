@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from birbal_ray.config import ConfigError
 from birbal_ray.config.mix import MixConfig
+from birbal_ray.mix.candidates import NO_TWIN, Candidates, Group
 from birbal_ray.mix.rows import BUCKETS, Bits, Reason
-from birbal_ray.mix.select import NO_TWIN, Candidates, Group, decide
+from birbal_ray.mix.select import decide
 
 GROUPS = [
     Group("a", "natural_instructions", "exact_match", 0.2),

@@ -20,7 +20,7 @@ from birbal_ray.cli import main
 from birbal_ray.config import ConfigError
 from birbal_ray.config.tune import TuneConfig
 from birbal_ray.contracts import TASKS
-from birbal_ray.inference.plan import Shard, Variant
+from birbal_ray.inference.shards import Shard, Variant
 from birbal_ray.run import locked, start_run, write_atomic, write_json, write_parquet
 from birbal_ray.steps.status import status
 from birbal_ray.tuning.plan import FAILED, FINISHED, STOPPED, Job, Plan, Record
