@@ -155,7 +155,7 @@ def children_of(process: Any) -> list[Any]:
 
 def make(scores: Path, output: Path, rows: int, budget: int) -> None:
     """Write a made-up score folder."""
-    from birbal_ray.mix.synthetic import stream_made_up_rows, write_score_folder
+    from tests.fixtures.score_folder import stream_made_up_rows, write_score_folder
 
     started = time.perf_counter()
     write_score_folder(scores, stream_made_up_rows(NUM_TASKS, rows // NUM_TASKS), shard_rows=1000)
@@ -166,8 +166,8 @@ def with_ray(scores: Path, output: Path, rows: int, budget: int) -> None:
     """`birbal mix`, Ray's start apart, on an object store too small for the rows."""
     import ray
 
-    from birbal_ray.ray_session import QUIET_ENVIRONMENT
-    from birbal_ray.steps.mix import mix
+    from birbal_ray.cluster import QUIET_ENVIRONMENT
+    from birbal_ray.mix.run import mix
 
     os.environ.update(QUIET_ENVIRONMENT)
     with tempfile.TemporaryDirectory(prefix="bm-", ignore_cleanup_errors=True) as folder:
@@ -190,7 +190,7 @@ def with_ray(scores: Path, output: Path, rows: int, budget: int) -> None:
 
 def settings(scores: Path, output: Path, budget: int) -> Any:
     """The mix that both versions make."""
-    from birbal_ray.config.mix import MixConfig
+    from birbal_ray.mix.config import MixConfig
 
     budgets = {"exact_match_budget": budget, "generation_budget": budget}
     return MixConfig(
@@ -283,11 +283,11 @@ def measure_corrections(arguments: argparse.Namespace) -> dict[str, Any]:
     """How many rows of a birbal_2023 mix each corrected defect of the published scripts changes."""
     import numpy as np
 
-    from birbal_ray.config.mix import MixConfig
     from birbal_ray.mix import build, look, select
+    from birbal_ray.mix.config import MixConfig
     from birbal_ray.mix.rows import NATURAL_INSTRUCTIONS, Bits, Reason
     from birbal_ray.mix.scores import open_scores
-    from birbal_ray.mix.synthetic import made_up_rows, write_score_folder
+    from tests.fixtures.score_folder import made_up_rows, write_score_folder
 
     with tempfile.TemporaryDirectory(prefix="birbal-bench-") as scratch:
         rows: Any = real_rows(arguments.tasks) if arguments.tasks else made_up_rows(100, 1000, seed=3)

@@ -30,8 +30,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.config import load_config
-from birbal_ray.config.score import ScoreConfig
+from birbal_ray.score.config import ScoreConfig
+from birbal_ray.settings import load_config
 
 GPU_PROMPTS_PER_SECOND = 300
 SHARED_WORDS, OWN_WORDS = 300, 58
@@ -86,7 +86,7 @@ def settings(folder: Path, output: Path, replicas: int) -> ScoreConfig:
 
 def run(folder: Path, output: Path, replicas: int) -> dict[str, Any]:
     """One run in this process: its figures."""
-    from birbal_ray.steps.score import score
+    from birbal_ray.score.run import score
 
     usage, begun = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
     result = score(settings(folder, output, replicas))
@@ -105,9 +105,9 @@ def run(folder: Path, output: Path, replicas: int) -> dict[str, Any]:
 
 def prepare_rate(folder: Path) -> float:
     """Prompts/s of one prepare worker with the small model's tokenizer, in this process."""
-    from birbal_ray.inference.stages import Prepare
     from birbal_ray.progress import ProgressLine
-    from birbal_ray.steps.score import planned
+    from birbal_ray.score.run import planned
+    from birbal_ray.score.stages import Prepare
 
     config = load_config(ScoreConfig, None, [], {"tasks.path": str(folder), "tasks.instances_per_task": 1000})
     shards = planned(config, ProgressLine()).shards(config.shard_rows)

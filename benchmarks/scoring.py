@@ -29,11 +29,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.config import load_config
-from birbal_ray.config.score import ScoreConfig
 from birbal_ray.ni import prompt, reader
 from birbal_ray.ni.catalog import sample_tasks_folder
 from birbal_ray.ni.schema import take_first
+from birbal_ray.score.config import ScoreConfig
+from birbal_ray.settings import load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ARCHIVE = REPOSITORY.parent / "shared" / "data" / "natural-instructions-subset.tar.gz"
@@ -85,8 +85,8 @@ def make_tasks(folder: Path) -> None:
 
 def prompts_of(config: ScoreConfig, *, longest_first: bool = False) -> tuple[list[str], list[int]]:
     """(prompts, completion tokens allowed), tasks adjacent, by name or in the order of `birbal score`."""
-    from birbal_ray.inference.plan import make_plan
-    from birbal_ray.inference.stages import load_tokenizer
+    from birbal_ray.score.plan import make_plan
+    from birbal_ray.score.stages import load_tokenizer
 
     texts, limits = [], []
     plan = make_plan(config, partial(load_tokenizer, config))
@@ -101,7 +101,7 @@ def prompts_of(config: ScoreConfig, *, longest_first: bool = False) -> tuple[lis
 
 
 def run_birbal(config: ScoreConfig) -> dict[str, Any]:
-    from birbal_ray.steps.score import score
+    from birbal_ray.score.run import score
 
     result = score(config)
     session = result.manifest["last_session"]
@@ -117,8 +117,8 @@ def run_vllm(
     config: ScoreConfig, *, prefix_caching: bool, block_size: int | None, longest_first: bool
 ) -> dict[str, Any]:
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="2", OMP_NUM_THREADS=str(THREADS))
-    from birbal_ray.inference.engine import CPU_MAX_NUM_SEQS
     from birbal_ray.models import resolve
+    from birbal_ray.score.engine import CPU_MAX_NUM_SEQS
 
     texts, limits = prompts_of(config, longest_first=longest_first)
     begun = time.monotonic()
@@ -180,9 +180,9 @@ def run_ray_data_llm(config: ScoreConfig) -> dict[str, Any]:
     import ray
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-    from birbal_ray.inference.engine import CPU_BLOCK_TOKENS, CPU_MAX_NUM_SEQS
+    from birbal_ray.cluster import ray_session
     from birbal_ray.models import resolve
-    from birbal_ray.ray_session import ray_session
+    from birbal_ray.score.engine import CPU_BLOCK_TOKENS, CPU_MAX_NUM_SEQS
 
     texts, limits = prompts_of(config)
     begun = time.monotonic()
@@ -238,7 +238,7 @@ def median_run(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def run_variant(name: str, folder: Path, output: Path) -> dict[str, Any]:
-    from birbal_ray.inference.engine import CPU_BLOCK_TOKENS
+    from birbal_ray.score.engine import CPU_BLOCK_TOKENS
 
     config = settings(folder, output)
     if name == "birbal":

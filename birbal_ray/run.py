@@ -26,7 +26,7 @@ import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from birbal_ray.config import ConfigError, canonical_hash, flatten
+from birbal_ray.settings import ConfigError, canonical_hash, flatten
 
 RUN_FILE = "run.json"
 MANIFEST_FILE = "manifest.json"

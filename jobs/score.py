@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from birbal_ray.cli import main
+from birbal_ray.cli.main import main
 
 if __name__ == "__main__":
     main(["score", *sys.argv[1:]])

@@ -111,10 +111,10 @@ def _shown(value: Any) -> str:
 
 
 def _exit_code(error: Exception) -> int | None:
-    from birbal_ray.config import ConfigError
     from birbal_ray.models import ModelError
     from birbal_ray.ni.schema import TaskError
     from birbal_ray.run import RunError
+    from birbal_ray.settings import ConfigError
 
     if isinstance(error, (ConfigError, TaskError, ModelError)):
         return EXIT_USAGE

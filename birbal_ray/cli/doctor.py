@@ -11,7 +11,7 @@ import click
 from birbal_ray.cli.common import EXIT_FAILED, format_option, note, print_table
 
 if TYPE_CHECKING:
-    from birbal_ray.steps.cluster_view import Node, Placement
+    from birbal_ray.cluster_view import Node, Placement
 
 NOT_GIVEN = ""  # an address, after --cluster
 NUM_NAMED = 6  # nodes in a line of the text table
@@ -63,7 +63,7 @@ def doctor(
 
 
 def _show_machine(model: str, output: str, output_format: str) -> list[str]:
-    from birbal_ray.steps.doctor import examine
+    from birbal_ray.doctor import examine
 
     checks = examine(model, output)
     print_table([{"check": c.name, "state": c.state, "found": c.found} for c in checks], output_format)
@@ -73,11 +73,11 @@ def _show_machine(model: str, output: str, output_format: str) -> list[str]:
 def _show_cluster(
     address: str | None, score_config: str | None, train_config: str | None, output_format: str
 ) -> list[str]:
-    from birbal_ray.config import load_config
-    from birbal_ray.config.score import ScoreConfig
-    from birbal_ray.config.train import TrainConfig
-    from birbal_ray.steps.cluster_view import nodes_of, placements
-    from birbal_ray.steps.doctor import cluster_nodes
+    from birbal_ray.cluster_view import nodes_of, placements
+    from birbal_ray.doctor import cluster_nodes
+    from birbal_ray.score.config import ScoreConfig
+    from birbal_ray.settings import load_config
+    from birbal_ray.train.config import TrainConfig
 
     score, train = load_config(ScoreConfig, score_config), load_config(TrainConfig, train_config)
     listing = cluster_nodes(address)

@@ -9,7 +9,7 @@ import click
 from birbal_ray.cli.common import config_options, format_option, note, overwrite_option, print_table
 
 if TYPE_CHECKING:
-    from birbal_ray.steps.evaluate import EvaluateResult
+    from birbal_ray.evaluate.run import EvaluateResult
 
 
 @click.command(short_help="Held-out scores of base model, adapters, merged models.")
@@ -58,11 +58,11 @@ def evaluate(
       birbal evaluate --config configs/evaluate/mistral-7b.yaml --tasks natural-instructions/ \\
           --adapter mine=runs/train --adapter theirs=adapters/other --mix runs/mix --output runs/evaluate
     """
-    from birbal_ray.config import load_config
-    from birbal_ray.config.evaluate import EvaluateConfig
+    from birbal_ray.evaluate import run as step
+    from birbal_ray.evaluate.config import EvaluateConfig
     from birbal_ray.progress import ProgressLine
-    from birbal_ray.steps import evaluate as step
-    from birbal_ray.steps.score import planned
+    from birbal_ray.score.run import planned
+    from birbal_ray.settings import load_config
 
     flags = {
         "tasks.path": tasks,
@@ -101,7 +101,7 @@ def evaluate(
 
 def print_result(result: EvaluateResult, output_format: str, *, per_task: bool = False) -> None:
     """Comparisons (or every task's scores) on stdout, the verdicts on stderr."""
-    from birbal_ray.reporting.verdict import verdict
+    from birbal_ray.report.conclusions import verdict
 
     if output_format != "text":
         print_table(result.evaluation if per_task else result.comparisons, output_format)

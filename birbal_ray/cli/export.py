@@ -27,7 +27,7 @@ def export_predictions(run: str, output: Path) -> None:
     Example:
       birbal export-predictions runs/score --output predictions/
     """
-    from birbal_ray.steps.export import export_published_json
+    from birbal_ray.score.export import export_published_json
     from birbal_ray.storage import local_copy
 
     files, rows = export_published_json(local_copy(run), output)

@@ -59,9 +59,9 @@ def harness(list_only: bool, dry_run: bool, overwrite: bool, output_format: str,
     if list_only:
         _print_benchmarks(output_format)
         return
-    from birbal_ray.evaluation.harness_results import COMPARABLE_NOTE
-    from birbal_ray.evaluation.leaderboard import METRICS
-    from birbal_ray.steps import harness as step
+    from birbal_ray.evaluate import harness as step
+    from birbal_ray.evaluate.harness_results import COMPARABLE_NOTE
+    from birbal_ray.evaluate.leaderboard import METRICS
 
     request = step.Request(**settings)
     if dry_run:
@@ -75,7 +75,7 @@ def harness(list_only: bool, dry_run: bool, overwrite: bool, output_format: str,
 
 
 def _print_benchmarks(output_format: str) -> None:
-    from birbal_ray.evaluation.benchmarks import listing
+    from birbal_ray.evaluate.benchmarks import listing
 
     rows = listing()
     if output_format == "text":  # narrow

@@ -10,7 +10,7 @@ import click
 from birbal_ray.cli.common import format_option, note, print_table
 
 if TYPE_CHECKING:
-    from birbal_ray.evaluation.leaderboard import Sensitivity, Standing
+    from birbal_ray.evaluate.leaderboard import Sensitivity, Standing
 
 
 @click.command(short_help="Place a model among the challenge's teams.")
@@ -45,9 +45,9 @@ def leaderboard(raw_file: Path | None, added_files: tuple[Path, ...], sensitivit
     where results.json holds raw metrics from 0 to 1:
       {"team": "my-model", "metrics": {"MMLU - EM": 0.6, "GSM8K - EM": 0.41}}
     """
-    from birbal_ray.config import ConfigError
-    from birbal_ray.evaluation import teams as files
-    from birbal_ray.evaluation.leaderboard import METRICS, leave_one_out, missing_metrics, placed, zeroed_scores
+    from birbal_ray.evaluate import teams as files
+    from birbal_ray.evaluate.leaderboard import METRICS, leave_one_out, missing_metrics, placed, zeroed_scores
+    from birbal_ray.settings import ConfigError
 
     teams = files.load_published() if raw_file is None else files.load_teams(raw_file)
     added = files.load_added(added_files, teams)

@@ -35,7 +35,7 @@ def merge(run: str, output: str, dtype: str, prompts: int, overwrite: bool, outp
     Example:
       birbal merge --run runs/train --output models/mistral-7b-birbal
     """
-    from birbal_ray.steps.merge import merge as step
+    from birbal_ray.train.merge import merge as step
 
     result = step(run, output, dtype=dtype, num_prompts=prompts, overwrite=overwrite)
     print_table([result.manifest["comparison"] | {"model": str(result.folder)}], output_format)

@@ -9,7 +9,7 @@ import click
 from birbal_ray.cli.common import config_options, format_option, note, overwrite_option, print_table
 
 if TYPE_CHECKING:
-    from birbal_ray.steps.mix import MixResult
+    from birbal_ray.mix.run import MixResult
 
 COLUMNS = ["source", "label", "tasks", "candidates", "kept", "train", "eval", "share"]
 
@@ -52,9 +52,9 @@ def mix(
     """
     if ctx.invoked_subcommand is not None:
         return
-    from birbal_ray.config import load_config
-    from birbal_ray.config.mix import MixConfig
-    from birbal_ray.steps import mix as step
+    from birbal_ray.mix import run as step
+    from birbal_ray.mix.config import MixConfig
+    from birbal_ray.settings import load_config
 
     flags = {"scores": scores, "output": output, "model": model, "policy": policy, "seed": seed}
     config = load_config(MixConfig, config_file, assignments, flags)

@@ -9,7 +9,7 @@ import click
 from birbal_ray.cli.common import note
 
 if TYPE_CHECKING:
-    from birbal_ray.steps.pipeline import Recipe
+    from birbal_ray.pipeline import Recipe
 
 
 @click.command(short_help="The whole recipe, small, on this machine.")
@@ -25,7 +25,7 @@ def demo(output: str, resume: bool, overwrite: bool) -> None:
     Example:
       birbal demo --output /tmp/demo
     """
-    from birbal_ray.steps.pipeline import demo_recipe
+    from birbal_ray.pipeline import demo_recipe
 
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
@@ -70,7 +70,7 @@ def pipeline(
           --train-config configs/train/mistral-7b-qlora.yaml --evaluate-config configs/evaluate/mistral-7b.yaml \\
           --output runs/mistral
     """
-    from birbal_ray.steps.pipeline import make_recipe
+    from birbal_ray.pipeline import make_recipe
 
     files = {"score": score_config, "mix": mix_config, "train": train_config, "evaluate": evaluate_config}
     engines = {"engine.device": device}
@@ -86,7 +86,7 @@ def _run(recipe: Recipe, overwrite: bool) -> None:
     from birbal_ray.cli.mix import print_result as print_mix
     from birbal_ray.cli.score import print_result as print_score
     from birbal_ray.cli.train import print_result as print_train
-    from birbal_ray.steps.pipeline import run_pipeline
+    from birbal_ray.pipeline import run_pipeline
 
     page = run_pipeline(
         recipe,

@@ -31,8 +31,8 @@ def report(run: str, output: Path | None, added: tuple[Path, ...]) -> None:
       birbal report runs/demo
       birbal report runs/demo --output demo.html --add results.json
     """
-    from birbal_ray.steps.report import NOT_REPORTED
-    from birbal_ray.steps.report import report as write_report
+    from birbal_ray.report.run import NOT_REPORTED
+    from birbal_ray.report.run import report as write_report
     from birbal_ray.storage import added_to
 
     with added_to(run, NOT_REPORTED) as folder:

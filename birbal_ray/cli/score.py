@@ -9,8 +9,8 @@ import click
 from birbal_ray.cli.common import config_options, format_option, note, overwrite_option, print_table
 
 if TYPE_CHECKING:
-    from birbal_ray.config.score import ScoreConfig
-    from birbal_ray.steps.score import ScoreResult
+    from birbal_ray.score.config import ScoreConfig
+    from birbal_ray.score.run import ScoreResult
 
 
 @click.command(short_help="Few-shot inference over task files, scored.")
@@ -54,10 +54,10 @@ def score(
       birbal score --config configs/score/mistral-7b.yaml --tasks natural-instructions/ --output runs/score
       birbal score --tasks my-tasks/ --output runs/score --set engine.max_model_len=1024 --dry-run
     """
-    from birbal_ray.config import load_config
-    from birbal_ray.config.score import ScoreConfig
     from birbal_ray.progress import ProgressLine
-    from birbal_ray.steps import score as step
+    from birbal_ray.score import run as step
+    from birbal_ray.score.config import ScoreConfig
+    from birbal_ray.settings import load_config
 
     flags = {
         "tasks.path": tasks,
@@ -120,10 +120,10 @@ def _interval(row: dict[str, Any]) -> str:
 
 
 def _print_dry_run(config: ScoreConfig, output_format: str, progress: Any) -> None:
-    from birbal_ray.inference import throughput
     from birbal_ray.progress import duration
     from birbal_ray.rates import recall
-    from birbal_ray.steps.score import planned, tell_plan
+    from birbal_ray.score import throughput
+    from birbal_ray.score.run import planned, tell_plan
 
     plan = planned(config, progress, count_tokens=True)
     tell_plan(plan, config, progress)

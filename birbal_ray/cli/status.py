@@ -12,7 +12,7 @@ import click
 from birbal_ray.cli.common import format_option, print_table
 
 if TYPE_CHECKING:
-    from birbal_ray.steps.status import Row
+    from birbal_ray.status import Row
 
 
 @click.command(short_help="What is done, running and next in a run folder.")
@@ -30,7 +30,7 @@ def status(run: str, output_format: str) -> None:
       birbal status s3://bucket/runs
       birbal status runs/score --format json
     """
-    from birbal_ray.steps.status import status as status_of
+    from birbal_ray.status import status as status_of
     from birbal_ray.storage import is_url, outline
 
     with outline(run) as folder:

@@ -47,7 +47,7 @@ def list_tasks(path: Path | None, label: str | None, output_format: str) -> None
     Example:
       birbal tasks list --tasks natural-instructions/ --label exact_match --format csv
     """
-    from birbal_ray.steps.tasks import survey
+    from birbal_ray.ni.survey import survey
 
     rows = [row for row in survey(path) if label in (None, row["label"])]
     columns = ["task", "label", "instances", "shots", "category", "selected"]
@@ -66,7 +66,7 @@ def show(name: str, path: Path | None, num_shots: int) -> None:
     Example:
       birbal tasks show sample002_list_operation
     """
-    from birbal_ray.steps.tasks import describe
+    from birbal_ray.ni.survey import describe
 
     click.echo(describe(path, name, num_shots))
 
@@ -82,7 +82,7 @@ def validate(context: click.Context, path: Path | None, output_format: str) -> N
     Example:
       birbal tasks validate --tasks my-tasks/
     """
-    from birbal_ray.steps.tasks import findings
+    from birbal_ray.ni.survey import findings
 
     rows, num_files, num_bad = findings(path)
     print_table(rows, output_format, ["file", "kind", "count", "finding"])
@@ -104,7 +104,7 @@ def label_tasks(path: Path | None, compare: Path | None, output_format: str) -> 
     Example:
       birbal tasks label --tasks my-tasks/ --format csv > labels.csv
     """
-    from birbal_ray.steps.tasks import compare_labels, survey
+    from birbal_ray.ni.survey import compare_labels, survey
 
     surveyed = survey(path)
     rows = [

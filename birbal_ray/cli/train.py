@@ -9,8 +9,8 @@ import click
 from birbal_ray.cli.common import config_options, format_option, note, overwrite_option, print_table
 
 if TYPE_CHECKING:
-    from birbal_ray.steps.train import TrainResult
-    from birbal_ray.steps.train_look import Preflight
+    from birbal_ray.train.look import Preflight
+    from birbal_ray.train.run import TrainResult
 
 
 @click.command(short_help="QLoRA on a mix, within a wall-clock budget.")
@@ -51,10 +51,10 @@ def train(
       birbal train --mix runs/mix --output runs/train --config configs/train/mistral-7b-qlora.yaml --dry-run
       birbal train --mix runs/mix --output runs/train --config configs/train/mistral-7b-qlora.yaml --budget 23h
     """
-    from birbal_ray.config import load_config
-    from birbal_ray.config.train import TrainConfig
-    from birbal_ray.steps import train as step
-    from birbal_ray.steps.train_look import refuse_if_too_large
+    from birbal_ray.settings import load_config
+    from birbal_ray.train import run as step
+    from birbal_ray.train.config import TrainConfig
+    from birbal_ray.train.look import refuse_if_too_large
 
     if calibrate and not dry_run:
         raise click.UsageError("--calibrate goes with --dry-run")
@@ -73,8 +73,8 @@ def train(
 
 def print_preflight(found: Preflight, config: Any, output_format: str) -> None:
     """Memory by part on stdout, the rest on stderr."""
-    from birbal_ray.steps.train_look import described
-    from birbal_ray.training.preflight import GIB, total_bytes
+    from birbal_ray.train.look import described
+    from birbal_ray.train.preflight import GIB, total_bytes
 
     rows = [{"part": part.part, "GiB": part.num_bytes / GIB, "how": part.how} for part in found.parts]
     rows.append({"part": "total", "GiB": total_bytes(found.parts) / GIB, "how": "estimate"})

@@ -9,7 +9,7 @@ import click
 from birbal_ray.cli.common import config_options, format_option, note, overwrite_option, print_table
 
 if TYPE_CHECKING:
-    from birbal_ray.steps.tune import TuneResult
+    from birbal_ray.tune.run import TuneResult
 
 
 @click.command(short_help="The sampling ratios that a short fine-tune learns most from.")
@@ -47,9 +47,9 @@ def tune(
       birbal tune --scores runs/score --output runs/tune --config configs/tune/tiny.yaml
       birbal mix --config runs/tune/best_mix.yaml --output runs/mix
     """
-    from birbal_ray.config import load_config
-    from birbal_ray.config.tune import TuneConfig
-    from birbal_ray.steps import tune as step
+    from birbal_ray.settings import load_config
+    from birbal_ray.tune import run as step
+    from birbal_ray.tune.config import TuneConfig
 
     flags = {"scores": scores, "output": output, "train.model.name": model, "num_trials": num_trials, "seed": seed}
     config = load_config(TuneConfig, config_file, assignments, flags)

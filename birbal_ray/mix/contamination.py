@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from birbal_ray.config import ConfigError, nearest
+from birbal_ray.settings import ConfigError, nearest
 
 # Evaluation → names that its data goes by in task names, task sources and outside sources. The
 # evaluations are those of the 2023 challenge (open: MMLU, TruthfulQA, BIG-bench, GSM8K, BBQ and BBH,

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from birbal_ray.config.mix import MixConfig
 from birbal_ray.mix import near, sources
 from birbal_ray.mix.allocation import train_size
 from birbal_ray.mix.build import Gathered, fits_process, plan_chunks, read_features
 from birbal_ray.mix.candidates import Candidates, Decisions, Group
+from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.contamination import build_index, chosen_families, families_of
 from birbal_ray.mix.look import Chunk, Lookup, TaskText
 from birbal_ray.mix.outcome import Outcomes, Places

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from birbal_ray.config import ConfigError, nearest
 from birbal_ray.mix.allocation import BIRBAL_2023
 from birbal_ray.mix.rows import AUDIT, DESCRIPTIONS, MIX_TASKS, NATURAL_INSTRUCTIONS, Reason
 from birbal_ray.mix.scores import read_table
 from birbal_ray.mix.write import AUDIT_FILE, BATCH_ROWS, TASKS_FILE
 from birbal_ray.run import RUN_FILE, RunError, differences, read_json, read_manifest
+from birbal_ray.settings import ConfigError, nearest
 
 
 def explain(folder: Path, row_id: str) -> dict[str, Any]:

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from birbal_ray.config.mix import MixConfig
 from birbal_ray.mix import near
 from birbal_ray.mix.allocation import BIRBAL_2023, LADDER_MAX_INPUT_WORDS, LADDER_MAX_WORDS
+from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.contamination import NgramIndex
 from birbal_ray.mix.ladder_score import ladder_score
 from birbal_ray.mix.rows import NATURAL_INSTRUCTIONS, OUTSIDE_ROWS, Bits, num_words

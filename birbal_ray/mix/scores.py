@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from birbal_ray.config import ConfigError, canonical_hash
-from birbal_ray.contracts import ROWS_FOLDER, SCORE_ROWS, TASK_SCORES, TASK_SCORES_FILE, TASKS, TASKS_FILE
 from birbal_ray.run import RunError, read_manifest
+from birbal_ray.schemas import ROWS_FOLDER, SCORE_ROWS, TASK_SCORES, TASK_SCORES_FILE, TASKS, TASKS_FILE
+from birbal_ray.settings import ConfigError, canonical_hash
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from birbal_ray.config import ConfigError
-from birbal_ray.config.mix import MixConfig
 from birbal_ray.mix import allocation
 from birbal_ray.mix.allocation import Allocation, TaskDemand
 from birbal_ray.mix.candidates import NO_TWIN, Candidates, Decisions, Group
+from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.rows import BUCKET_OF, Bits, Reason
 from birbal_ray.ni.metrics import EXACT_MATCH, GENERATION
+from birbal_ray.settings import ConfigError
 
 UNDECIDED = 255
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from birbal_ray.config import ConfigError, nearest
-from birbal_ray.config.mix import ColumnMapping, SourceSettings
+from birbal_ray.mix.config import ColumnMapping, SourceSettings
 from birbal_ray.mix.look import hash64
 from birbal_ray.mix.rows import OUTSIDE_ROWS
 from birbal_ray.mix.upstreams import UPSTREAMS, Record, Row
+from birbal_ray.settings import ConfigError, nearest
 
 if TYPE_CHECKING:
     import datasets

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from birbal_ray.config.mix import MixConfig
+from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.rows import AUDIT, MIX_ROWS, NATURAL_INSTRUCTIONS, question_of
 from birbal_ray.run import RunError, write_json
 

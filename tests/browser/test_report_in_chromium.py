@@ -16,8 +16,8 @@ from urllib.parse import quote
 import pyarrow.parquet as pq
 import pytest
 
-from birbal_ray.steps.report import report
-from tests.made_run import make_run
+from birbal_ray.report.run import report
+from tests.fixtures.made_run import make_run
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ROWS = """

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pyarrow.dataset as pads
 
-from birbal_ray.ray_session import AUTH_MODE
+from birbal_ray.cluster import AUTH_MODE
 
 
 def birbal(*arguments: object) -> subprocess.Popen[str]:

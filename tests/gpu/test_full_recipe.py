@@ -13,13 +13,13 @@ import shutil
 
 import pytest
 
-from birbal_ray.config import load_config
-from birbal_ray.config.train import TrainConfig
-from birbal_ray.training import preflight
-from birbal_ray.training.curve import read_metrics
-from birbal_ray.training.samples import prepare
+from birbal_ray.settings import load_config
+from birbal_ray.train import preflight
+from birbal_ray.train.config import TrainConfig
+from birbal_ray.train.curve import read_metrics
+from birbal_ray.train.data import prepare
 from tests.conftest import REPOSITORY, make_mix
-from tests.random_model import write_random_model
+from tests.fixtures.random_model import write_random_model
 
 pytestmark = pytest.mark.gpu
 CARD_BYTES = 24 * preflight.GIB
@@ -65,7 +65,7 @@ def mistral(card, tiny_model, tmp_path_factory):
 def test_peak_memory_is_what_the_preflight_says(card, mistral, tmp_path):
     from transformers import AutoTokenizer
 
-    from birbal_ray.training.finetune import attention, fine_tune
+    from birbal_ray.train.sft import attention, fine_tune
 
     flags = {"model.name": str(mistral), "budget": None, "max_steps": 3, "evaluation.num_rows": 40}
     config = load_config(TrainConfig, REPOSITORY / "configs" / "train" / "mistral-7b-qlora.yaml", flags=flags)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from birbal_ray.cli import main
-from birbal_ray.evaluation.benchmarks import BENCHMARKS, FILE
-from birbal_ray.evaluation.leaderboard import METRICS, placed
-from birbal_ray.evaluation.teams import load_added, load_published
+from birbal_ray.cli.main import main
+from birbal_ray.evaluate.benchmarks import BENCHMARKS, FILE
+from birbal_ray.evaluate.leaderboard import METRICS, placed
+from birbal_ray.evaluate.teams import load_added, load_published
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'birbal-ray[harness]'")
 
@@ -170,7 +170,7 @@ def test_figures_equal_own_log_likelihoods_and_are_not_measured_twice(tiny_model
         raise AssertionError("run again")
 
     for name in ("manager", "load_model", "evaluate"):
-        monkeypatch.setattr(f"birbal_ray.evaluation.harness.{name}", forbidden)
+        monkeypatch.setattr(f"birbal_ray.evaluate.harness_run.{name}", forbidden)
     third = birbal(*command, "--task", "our_colours", "--benchmark", "truthfulqa", "--team", "renamed")
     assert third.exit_code == 0, third.output
     assert "up to date" in third.stderr
@@ -266,7 +266,7 @@ def test_dry_run_shows_what_would_run(tiny_model, include, tmp_path):
 
 
 def test_every_mapped_task_and_measure_is_in_the_installed_harness():
-    from birbal_ray.evaluation import harness
+    from birbal_ray.evaluate import harness_run as harness
 
     index = harness.manager(None, ["mmlu"])
     entries = index.task_index

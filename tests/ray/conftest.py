@@ -17,7 +17,7 @@ import pyarrow.dataset as pads
 import pytest
 
 # Before Ray is imported anywhere in this process, so that its daemons inherit it.
-from birbal_ray.ray_session import AUTH_MODE, QUIET_ENVIRONMENT
+from birbal_ray.cluster import AUTH_MODE, QUIET_ENVIRONMENT
 
 # Without a token, told so: a local ray.init would switch to tokens in the middle, and what is started from here
 # after that would refuse calls from the head of a cluster that was started before.

@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.config.tune import TuneConfig
 from birbal_ray.progress import ProgressLine
-from birbal_ray.steps.tune import search
-from birbal_ray.tuning.plan import Job, Plan
-from birbal_ray.tuning.records import read_records, remember_job
-from birbal_ray.tuning.space import TaskCounts
+from birbal_ray.tune.config import TuneConfig
+from birbal_ray.tune.records import read_records, remember_job
+from birbal_ray.tune.run import search
+from birbal_ray.tune.scheduler import Job, Plan
+from birbal_ray.tune.space import TaskCounts
 
 COUNTS = TaskCounts({"exact_match": 6, "generation": 2}, {"exact_match": 300, "generation": 900})
 LOOKS = 2
@@ -27,7 +27,7 @@ def synthetic_trial(config: dict[str, Any]) -> None:
     """Sleeps between its looks; writes down where and when it started. Its loss follows gamma."""
     import ray
 
-    from birbal_ray.tuning.runner import Looks
+    from birbal_ray.tune.searcher import Looks
 
     job, run = Job.from_dict(config["job"]), Path(config["run"])
     start = {"key": job.key, "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid(), "at": time.time()}

@@ -6,7 +6,7 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
-from birbal_ray.evaluation.heldout import held_out
+from birbal_ray.evaluate.heldout import held_out
 from tests.conftest import task_values
 
 SIMULATED = ["--set", "engine.backend=simulated", "--device", "cpu"]

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from birbal_ray.config.mix import MixConfig
-from birbal_ray.mix.synthetic import made_up_rows, write_score_folder
+from birbal_ray.cluster import ray_session
+from birbal_ray.mix.config import MixConfig
+from birbal_ray.mix.run import mix
 from birbal_ray.mix.write import WORK_FOLDER, mix_files
-from birbal_ray.ray_session import ray_session
 from birbal_ray.run import MANIFEST_FILE, RunError
-from birbal_ray.steps.mix import mix
+from tests.fixtures.score_folder import made_up_rows, write_score_folder
 
 BUDGETS = {"exact_match_budget": 6_000, "generation_budget": 5_000}
 
@@ -73,8 +73,8 @@ def test_an_error_in_a_worker_is_one_line(local_ray, scores, tmp_path):
 
 PROGRAM = """
 import sys
-from birbal_ray.config.mix import MixConfig
-from birbal_ray.steps.mix import mix
+from birbal_ray.mix.config import MixConfig
+from birbal_ray.mix.run import mix
 mix(MixConfig.model_validate_json(sys.argv[1]))
 """
 
@@ -95,6 +95,6 @@ def test_killed_and_run_again(scores, expected, tmp_path, wait_for):
 
 
 def _one_chunk():
-    from birbal_ray.config.mix import MixResources
+    from birbal_ray.mix.config import MixResources
 
     return MixResources(in_process_mib=0, chunk_mib=64)

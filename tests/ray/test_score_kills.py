@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from birbal_ray.ray_session import FOLDER_PREFIX
+from birbal_ray.cluster import FOLDER_PREFIX
 from tests.conftest import task_values
 from tests.ray.conftest import scored_rows
 

@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from birbal_ray.config import load_config
-from birbal_ray.config.train import TrainConfig
-from birbal_ray.training.checkpoints import all_checkpoints
-from birbal_ray.training.curve import read_metrics
-from birbal_ray.training.samples import prepare
+from birbal_ray.settings import load_config
+from birbal_ray.train.checkpoints import all_checkpoints
+from birbal_ray.train.config import TrainConfig
+from birbal_ray.train.curve import read_metrics
+from birbal_ray.train.data import prepare
 from tests.conftest import slow
 
 NUM_STEPS = 60
@@ -65,7 +65,7 @@ def alone(tiny_model):
     """alone(folder): what `birbal train` does in the folder, without Ray, in this process."""
     import torch
 
-    from birbal_ray.training.finetune import fine_tune
+    from birbal_ray.train.sft import fine_tune
 
     config = load_config(TrainConfig, flags={**SETTINGS, "resources.device": "cpu"})
     before = torch.get_num_threads()

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from birbal_ray.config.tune import TuneConfig
-from birbal_ray.tuning.plan import FAILED, STOPPED, Plan
-from birbal_ray.tuning.records import RESULT_FILE, TRIALS_FOLDER, read_records, remember_job
+from birbal_ray.tune.config import TuneConfig
+from birbal_ray.tune.records import RESULT_FILE, TRIALS_FOLDER, read_records, remember_job
+from birbal_ray.tune.scheduler import FAILED, STOPPED, Plan
 from tests.e2e.processes import kill_whole, wait_for
 from tests.ray.conftest import start_cluster
 from tests.ray.synthetic_search import COUNTS, DIVERGING, starts_of, synthetic_search
@@ -94,7 +94,7 @@ def test_killed_and_called_again_repeats_no_finished_trial(tmp_path):
 
 
 def test_a_trial_stopped_or_diverged_at_its_first_look_is_kept_as_that(tmp_path):
-    from birbal_ray.tuning.runner import PlanSearcher
+    from birbal_ray.tune.searcher import PlanSearcher
 
     plan = Plan(TuneConfig(num_trials=1), COUNTS, remember=lambda job: remember_job(tmp_path, job, "nowhere"))
     searcher = PlanSearcher(plan, tmp_path, {})

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from birbal_ray.config import load_config
-from birbal_ray.config.train import TrainConfig
 from birbal_ray.run import RunError
-from birbal_ray.training.checkpoints import all_checkpoints
-from birbal_ray.training.curve import draw_loss_curve, read_metrics
-from birbal_ray.training.samples import prepare
+from birbal_ray.settings import load_config
+from birbal_ray.train.checkpoints import all_checkpoints
+from birbal_ray.train.config import TrainConfig
+from birbal_ray.train.curve import draw_loss_curve, read_metrics
+from birbal_ray.train.data import prepare
 
 SMALL = {
     "batch.sequence_length": 128,
@@ -63,9 +63,9 @@ def make_trainer(config, model, folder, train, evaluation):
     from peft import LoraConfig
     from transformers import AutoTokenizer
 
-    from birbal_ray.training.deadline import Clock
-    from birbal_ray.training.finetune import load_base, sft_config
-    from birbal_ray.training.trainer import DeadlineTrainer
+    from birbal_ray.train.deadline import Clock
+    from birbal_ray.train.sft import load_base, sft_config
+    from birbal_ray.train.trainer import DeadlineTrainer
 
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     return DeadlineTrainer(
@@ -172,7 +172,7 @@ def test_the_packing_check_would_see_a_leak(tiny_model, packed, tmp_path):
 def test_accumulation_is_one_big_batch(tiny_model, run_folder, tmp_path):
     from safetensors.torch import load_file
 
-    from birbal_ray.training.finetune import fine_tune
+    from birbal_ray.train.sft import fine_tune
 
     adapters, curves = [], []
     for name, micro, accumulation in (("micro", 1, 4), ("big", 4, 1)):
@@ -195,8 +195,8 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from birbal_ray.config.train import TrainConfig
-from birbal_ray.training.finetune import fine_tune
+from birbal_ray.train.config import TrainConfig
+from birbal_ray.train.sft import fine_tune
 fine_tune(TrainConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
 """
 
@@ -255,7 +255,7 @@ def test_killed_at_random_steps_and_resumed_repeats_every_loss(tiny_model, packe
 
 
 def test_loss_falls_and_the_best_adapter_is_the_lowest_eval(tiny_model, run_folder):
-    from birbal_ray.training.finetune import fine_tune
+    from birbal_ray.train.sft import fine_tune
 
     outcome = fine_tune(settings(epochs=6), tiny_model, run_folder)
     assert outcome.ended_by == "epochs"
@@ -275,7 +275,7 @@ def test_a_budget_of_a_minute_ends_within_a_tenth_of_it(tiny_model, run_folder):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from birbal_ray.training.finetune import fine_tune
+    from birbal_ray.train.sft import fine_tune
 
     outcome = fine_tune(settings(budget="60s", epochs=100_000), tiny_model, run_folder)
     assert outcome.ended_by == "budget"
@@ -292,7 +292,7 @@ def test_a_budget_of_a_minute_ends_within_a_tenth_of_it(tiny_model, run_folder):
 
 
 def test_resumed_near_its_deadline_a_run_takes_no_further_step(tiny_model, run_folder):
-    from birbal_ray.training.finetune import fine_tune
+    from birbal_ray.train.sft import fine_tune
 
     config = settings(budget="1000s", epochs=100_000)
     (run_folder / "stop").touch()
@@ -316,7 +316,7 @@ def test_resumed_near_its_deadline_a_run_takes_no_further_step(tiny_model, run_f
 
 def test_killed_after_its_last_checkpoint_a_run_has_ended(tiny_model, run_folder):
     """Ended inside an epoch, where transformers would begin another step."""
-    from birbal_ray.training.finetune import fine_tune
+    from birbal_ray.train.sft import fine_tune
 
     config = settings(max_steps=5, epochs=100)
     first = fine_tune(config, tiny_model, run_folder)
@@ -328,8 +328,8 @@ def test_killed_after_its_last_checkpoint_a_run_has_ended(tiny_model, run_folder
 
 
 def test_a_run_that_diverges_ends_at_once(tiny_model, run_folder):
-    from birbal_ray.training.finetune import fine_tune
-    from birbal_ray.training.worker import diverged
+    from birbal_ray.train.sft import fine_tune
+    from birbal_ray.train.worker import diverged
 
     def report(line):
         if reason := diverged(line):
@@ -375,7 +375,7 @@ def test_a_full_disk_is_said_once_whatever_stays_full(tmp_path, monkeypatch):
     """The half checkpoint goes first, so that there is room for the reason; where there is none, the driver gets it."""
     import errno
 
-    from birbal_ray.training import worker
+    from birbal_ray.train import worker
 
     half = tmp_path / "checkpoints" / ".work"
 
@@ -402,7 +402,7 @@ def test_a_full_disk_is_said_once_whatever_stays_full(tmp_path, monkeypatch):
 def test_errors_that_would_come_again_are_told_from_those_a_restart_mends(tmp_path, monkeypatch):
     import errno
 
-    from birbal_ray.training.worker import lasting_reason
+    from birbal_ray.train.worker import lasting_reason
 
     full = lasting_reason(OSError(errno.ENOSPC, "No space left on device"), tmp_path)
     assert "no space left on the disk; the last checkpoint is whole" in full

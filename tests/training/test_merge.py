@@ -5,7 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from birbal_ray.cli import main
+from birbal_ray.cli.main import main
 from birbal_ray.models import resolve
 from birbal_ray.run import MANIFEST_FILE, finish_run, read_json, start_run, write_json
 

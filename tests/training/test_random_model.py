@@ -1,14 +1,14 @@
 """The models that the GPU checks run on, at a size for CPUs."""
 
-from birbal_ray.training import preflight
-from tests.random_model import write_random_model
+from birbal_ray.train import preflight
+from tests.fixtures.random_model import write_random_model
 
 
 def test_it_loads_and_has_the_shape_asked_for(tmp_path, monkeypatch):
     import torch
     from transformers import AutoModelForCausalLM, MistralConfig
 
-    monkeypatch.setattr("tests.random_model.SHARD_BYTES", 50_000)
+    monkeypatch.setattr("tests.fixtures.random_model.SHARD_BYTES", 50_000)
     config = MistralConfig(
         vocab_size=300,
         hidden_size=64,

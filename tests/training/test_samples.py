@@ -1,8 +1,8 @@
 import pyarrow.parquet as pq
 import pytest
 
-from birbal_ray.config import ConfigError
-from birbal_ray.training.samples import IGNORED, encode, prepare, preview
+from birbal_ray.settings import ConfigError
+from birbal_ray.train.data import IGNORED, encode, prepare, preview
 
 QUESTION = "### Input:\nhe said\n\n### Response:\n"
 

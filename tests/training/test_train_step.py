@@ -10,13 +10,13 @@ import pytest
 from click.testing import CliRunner
 
 from birbal_ray import rates
-from birbal_ray.cli import main
-from birbal_ray.config import ConfigError, load_config
-from birbal_ray.config.train import TrainConfig
+from birbal_ray.cli.main import main
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import RunError, RunFailedError, finish_run, start_run
-from birbal_ray.steps import train as step
-from birbal_ray.steps.train_look import rate_key
+from birbal_ray.settings import ConfigError, load_config
+from birbal_ray.train import run as step
+from birbal_ray.train.config import TrainConfig
+from birbal_ray.train.look import rate_key
 
 SMALL = {"batch.sequence_length": 128, "batch.micro": 2, "batch.accumulation": 2, "lora.r": 8, "lora.alpha": 16}
 

@@ -4,15 +4,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from birbal_ray.config.tune import TuneConfig
 from birbal_ray.mix.scores import open_scores
-from birbal_ray.mix.synthetic import made_up_rows, write_score_folder
 from birbal_ray.models import resolve
-from birbal_ray.steps.tune import resolved, task_counts
-from birbal_ray.steps.tune_trial import judge, make_mix
-from birbal_ray.training.samples import IGNORED
-from birbal_ray.training.task_loss import mean_over_tasks, read_samples, task_losses
-from birbal_ray.tuning.plan import Plan, Record
+from birbal_ray.train.data import IGNORED
+from birbal_ray.train.task_loss import mean_over_tasks, read_samples, task_losses
+from birbal_ray.tune.config import TuneConfig
+from birbal_ray.tune.run import resolved, task_counts
+from birbal_ray.tune.scheduler import Plan, Record
+from birbal_ray.tune.trial import judge, make_mix
+from tests.fixtures.score_folder import made_up_rows, write_score_folder
 
 TOKENS = 6000
 

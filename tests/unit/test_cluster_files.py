@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from birbal_ray.config import flatten, load_config
-from birbal_ray.config.score import ScoreConfig
-from birbal_ray.config.train import TrainConfig
+from birbal_ray.cluster import QUIET_ENVIRONMENT
 from birbal_ray.models import EMBEDDED_INSTALL
-from birbal_ray.ray_session import QUIET_ENVIRONMENT
-from birbal_ray.training.files import STOP_FILE
-from birbal_ray.training.worker import RESULT_FILE
+from birbal_ray.score.config import ScoreConfig
+from birbal_ray.settings import flatten, load_config
+from birbal_ray.train.config import TrainConfig
+from birbal_ray.train.files import STOP_FILE
+from birbal_ray.train.worker import RESULT_FILE
 from tests.conftest import REPOSITORY
 
 CLUSTER = REPOSITORY / "cluster"
@@ -94,7 +94,7 @@ def test_every_file_shows_how_to_run_its_jobs():
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command.file.name}-{command.step}")
 def test_options_and_settings_exist(command):
-    from birbal_ray.cli import main
+    from birbal_ray.cli.main import main
 
     known = {name for parameter in main.get_command(None, command.step).params for name in parameter.opts}
     assert {name for name, _ in command.options} <= known

@@ -9,13 +9,13 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from birbal_ray.cli import main
 from birbal_ray.cli.doctor import print_cluster
-from birbal_ray.config import load_config
-from birbal_ray.config.score import ScoreConfig
-from birbal_ray.config.train import TrainConfig
-from birbal_ray.inference.pipeline import missing_resources
-from birbal_ray.steps.cluster_view import nodes_of, placements
+from birbal_ray.cli.main import main
+from birbal_ray.cluster_view import nodes_of, placements
+from birbal_ray.score.config import ScoreConfig
+from birbal_ray.score.pipeline import missing_resources
+from birbal_ray.settings import load_config
+from birbal_ray.train.config import TrainConfig
 
 HEAD = {"node:__internal_head__": 1.0, "memory": 8.0 * 2**30, "node:10.0.0.1": 1.0}
 RTX = {"CPU": 8.0, "GPU": 1.0, "accelerator_type:GeForce-RTX-4090": 1.0, "memory": 64.0 * 2**30}

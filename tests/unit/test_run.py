@@ -11,7 +11,7 @@ import time
 import pytest
 
 from birbal_ray import run
-from birbal_ray.config import ConfigError
+from birbal_ray.settings import ConfigError
 
 
 def test_atomic_write_leaves_no_temporary_file(tmp_path):

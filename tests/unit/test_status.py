@@ -16,16 +16,16 @@ import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
-from birbal_ray.cli import main
-from birbal_ray.config import ConfigError
-from birbal_ray.config.tune import TuneConfig
-from birbal_ray.contracts import TASKS
-from birbal_ray.inference.shards import Shard, Variant
+from birbal_ray.cli.main import main
 from birbal_ray.run import locked, start_run, write_atomic, write_json, write_parquet
-from birbal_ray.steps.status import status
-from birbal_ray.tuning.plan import FAILED, FINISHED, STOPPED, Job, Plan, Record
-from birbal_ray.tuning.records import remember_job, write_record
-from birbal_ray.tuning.space import TaskCounts
+from birbal_ray.schemas import TASKS
+from birbal_ray.score.shards import Shard, Variant
+from birbal_ray.settings import ConfigError
+from birbal_ray.status import status
+from birbal_ray.tune.config import TuneConfig
+from birbal_ray.tune.records import remember_job, write_record
+from birbal_ray.tune.scheduler import FAILED, FINISHED, STOPPED, Job, Plan, Record
+from birbal_ray.tune.space import TaskCounts
 
 TASK_SIZES = {"task_a": 10, "task_b-of": 7}
 DONE = {
@@ -358,7 +358,7 @@ def test_the_command_prints_three_formats(tmp_path):
 def test_nothing_heavy_is_imported(tmp_path):
     begin_scoring(tmp_path / "score")
     code = (
-        "import sys\nfrom birbal_ray.cli import main\n"
+        "import sys\nfrom birbal_ray.cli.main import main\n"
         f"try:\n    main(['status', {str(tmp_path)!r}])\nexcept SystemExit:\n    pass\n"
         "print([m for m in ('ray', 'torch', 'transformers', 'datasets', 'optuna', 'vllm') if m in sys.modules])"
     )

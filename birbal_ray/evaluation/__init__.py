@@ -1,1 +1,0 @@
-"""How good a model is: its metrics, its place among the published teams."""

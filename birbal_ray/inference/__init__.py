@@ -1,1 +1,0 @@
-"""Few-shot inference over task files, as Ray Data pipelines around vLLM."""

@@ -1,1 +1,0 @@
-"""From a run folder's files to one HTML page with plots."""

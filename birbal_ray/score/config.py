@@ -1,0 +1,86 @@
+"""Settings of `birbal score`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from birbal_ray.settings import Settings
+
+
+class TaskSettings(Settings):
+    """Which task files, and what is taken of them."""
+
+    path: str | None = Field(None, description="folder of task files, one .json, or a tar archive")
+    select: str | list[str] = Field("all", description="all | selected (the 462) | file of names | list of names")
+    exclude: list[str] = Field([], description="names left out by hand")
+    exclude_families: list[Literal["mmlu", "translation"]] = Field(["mmlu", "translation"])
+    label_overrides: str | None = Field(None, description="CSV name,label,reason; wins over the package's")
+    instances_per_task: int | None = Field(None, ge=1, description="first k in hash order; null takes all")
+    strict: bool = Field(False, description="stop at the first file that can't be used")
+
+
+class ModelSettings(Settings):
+    """The base model."""
+
+    name: str = Field("smollm2-135m", description="smollm2-135m, a local folder, or a Hub id")
+    revision: str | None = Field(None, description="Hub revision; null takes main and records its commit")
+
+
+class PromptSettings(Settings):
+    """The few-shot prompt."""
+
+    num_shots: int = Field(4, ge=0, le=64, description="positive examples in the prompt, at most")
+
+
+class CompletionSettings(Settings):
+    """How long a completion may get: room for the task's own references, up to a cap."""
+
+    max_completion_tokens: int = Field(256, ge=1, description="cap for every task")
+    headroom_fraction: float = Field(0.5, ge=0, description="extra beyond the task's long (p99) references, generation")
+    headroom_tokens: int = Field(8, ge=0, description="extra tokens on top, both labels")
+
+
+class EngineSettings(Settings):
+    """What decides a completion's text, beside the model."""
+
+    backend: Literal["vllm", "simulated"] = Field("vllm", description="simulated makes answers up; for tests only")
+    device: Literal["auto", "cpu", "gpu"] = Field("auto")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: float32 on CPU")
+    max_model_len: int = Field(2048, ge=16, description="prompt + completion tokens; longer prompts become error rows")
+
+
+class ResourceSettings(Settings):
+    """Who computes. May change between a run and its continuation."""
+
+    num_replicas: int = Field(1, ge=1, description="engine copies")
+    gpus_per_replica: float = Field(1.0, gt=0)
+    cpus_per_replica: float = Field(1.0, gt=0, description="logical CPUs that Ray sets aside for a replica")
+    threads_per_replica: int | None = Field(None, ge=1, description="CPU engine threads; null shares the cores out")
+    accelerator_type: str | None = Field(None, description="Ray's name of the card, e.g. GeForce-RTX-4090")
+    avoid_accelerator_types: list[str] = Field(
+        [], description="cards that replicas keep off, e.g. the one that trains: [GeForce-RTX-4090]"
+    )
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    kv_cache_gib: float = Field(2.0, gt=0, description="CPU engine: memory for the KV cache")
+    max_num_seqs: int | None = Field(None, ge=1, description="sequences decoded together; null: 32 on CPU, 256 on GPU")
+    shards_in_flight: int = Field(3, ge=1, le=64, description="shards given to one engine at a time")
+    num_prepare_workers: int = Field(1, ge=1, description="processes that read, build prompts and count tokens")
+    max_engine_restarts: int = Field(2, ge=0, description="dead engines replaced before the run fails")
+    simulated_row_seconds: float = Field(0.0, ge=0, description="simulated backend only")
+    no_progress_minutes: float = Field(20.0, gt=0, description="the run fails after so long without a finished row")
+
+
+class ScoreConfig(Settings):
+    """Everything `birbal score` can be told."""
+
+    tasks: TaskSettings = TaskSettings()
+    model: ModelSettings = ModelSettings()
+    prompt: PromptSettings = PromptSettings()
+    completion: CompletionSettings = CompletionSettings()
+    engine: EngineSettings = EngineSettings()
+    resources: ResourceSettings = ResourceSettings()
+    output: str | None = Field(None, description="run folder")
+    seed: int = Field(0, ge=0)
+    shard_rows: int = Field(64, ge=1, le=4096, description="instances of one task per output file")

@@ -1,0 +1,138 @@
+"""Settings of `birbal tune`."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from pydantic import Field, model_validator
+
+from birbal_ray.mix.config import MixConfig
+from birbal_ray.settings import Settings
+from birbal_ray.train.config import TrainConfig
+
+Baseline = Literal["uniform", "proportional", "task_score", "birbal_2023"]
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
+
+
+class Range(Settings):
+    """A number to be found between two others."""
+
+    low: float
+    high: float
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if not self.low < self.high:
+            raise ValueError(f"low ({self.low:g}) must be below high ({self.high:g})")
+        return self
+
+
+class Fraction(Range):
+    """A range inside 0 to 1."""
+
+    low: float = Field(ge=0, le=1)
+    high: float = Field(ge=0, le=1)
+
+
+class Gamma(Range):
+    """A range of gamma."""
+
+    low: float = Field(ge=0, le=16)
+    high: float = Field(ge=0, le=16)
+
+
+class SearchSettings(Settings):
+    """What is looked for; what is left out keeps the value it has under `mix`."""
+
+    gamma: Gamma | None = Field(Gamma(low=0, high=4), description="task_score.gamma")
+    exact_match_fraction: Fraction | None = Field(
+        Fraction(low=0.1, high=0.9), description="exact-match rows / all rows from tasks"
+    )
+    failed_first: bool = Field(True, description="try task_score.failed_first on and off")
+    source_fractions: dict[str, Fraction] = Field({}, description="outside source → its share of the whole mix")
+
+
+class ProxySettings(Settings):
+    """The short fine-tune that stands for the long one; the rest of it is under `train`."""
+
+    tokens: int = Field(2_000_000, ge=1, description="training tokens of a trial, whatever its mix")
+
+
+class ValidationSettings(Settings):
+    """What mixes are judged on: rows of every task that no trial may train on."""
+
+    rows_per_task: int = Field(16, ge=1, description="also of each outside source")
+    looks: int = Field(
+        4, ge=1, description="times a trial is judged, the last at its end; early ones let it be stopped"
+    )
+
+
+class StoppingSettings(Settings):
+    """ASHA: a trial of the search that is behind at a look ends there. Baselines and repeats never do."""
+
+    enabled: bool = True
+    grace_looks: int = Field(1, ge=1, description="looks that every trial gets")
+    reduction_factor: float = Field(3.0, gt=1, description="about one in so many goes on at each look")
+
+
+class RepeatSettings(Settings):
+    """Fresh seeds, so that no verdict rests on one lucky trial."""
+
+    top: int = Field(2, ge=0, description="the best so many mixes found, run again; 0 leaves the proof out")
+    seeds: int = Field(4, ge=2, description="fresh seeds for each of them and each baseline")
+
+
+class TuneResources(Settings):
+    """Who computes. May change between a run and its continuation."""
+
+    num_cpus: float = Field(1.0, gt=0, description="logical CPUs of a trial")
+    num_gpus: float = Field(0.0, ge=0, description="0.25 runs four trials on a card, if they fit in its memory")
+    accelerator_type: str | None = Field(None, description="the card trials run on, as Ray calls it")
+    max_concurrent: int = Field(1, ge=1, description="trials at a time")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads of a trial; null: cores / max_concurrent")
+    max_failures: int = Field(2, ge=0, description="times a trial is started again after its process or node died")
+
+
+class TuneConfig(Settings):
+    """Everything `birbal tune` can be told."""
+
+    scores: str | None = Field(None, description="output folder of `birbal score`")
+    output: str | None = Field(None, description="run folder; on storage that every node sees")
+    seed: int = Field(0, ge=0)
+    num_trials: int = Field(24, ge=1, description="mixes the search tries, besides baselines and repeats")
+    num_random: int = Field(8, ge=1, description="the first so many are random; then Optuna's TPE sampler")
+    baselines: list[Baseline] = Field(list(BASELINES))
+    surrogate: bool = Field(True, description="also try the best mix that a regression over the trials predicts")
+    search: SearchSettings = SearchSettings()
+    mix: MixConfig = Field(MixConfig(), description="as for `birbal mix`: sources, filters, and how many rows in all")
+    train: TrainConfig = Field(TrainConfig(), description="as for `birbal train`: model, LoRA, batch, optimizer")
+    proxy: ProxySettings = ProxySettings()
+    validation: ValidationSettings = ValidationSettings()
+    stopping: StoppingSettings = StoppingSettings()
+    repeats: RepeatSettings = RepeatSettings()
+    resources: TuneResources = TuneResources()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TuneConfig:
+        decided = {
+            "mix": ("scores", "output", "validation_rows_per_task"),
+            "train": ("mix", "output", "budget", "max_steps"),
+        }
+        for section, names in decided.items():
+            settings = getattr(self, section)
+            for name in names:
+                if getattr(settings, name):
+                    raise ValueError(f"{section}.{name} is decided by the search; leave it out")
+        if self.mix.policy != "task_score":
+            raise ValueError("mix.policy: the ratios that are looked for are those of task_score")
+        limits = {source.name: source.max_rows for source in self.mix.sources}
+        for name in self.search.source_fractions:
+            if not limits.get(name):
+                raise ValueError(f"search.source_fractions.{name}: give mix.sources a source {name!r} with max_rows")
+        if sum(range_.high for range_ in self.search.source_fractions.values()) >= 1:
+            raise ValueError("search.source_fractions: the highs must sum to less than 1, tasks need the rest")
+        if not (self.search.gamma or self.search.exact_match_fraction or self.search.failed_first or limits):
+            raise ValueError("search: nothing to look for")
+        if self.repeats.top and not self.baselines:
+            raise ValueError("baselines: at least one is needed to compare with; or repeats.top=0")
+        return self

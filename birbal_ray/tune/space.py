@@ -1,0 +1,147 @@
+"""Points of the search as mixes: ratios in, settings of `birbal mix` out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from birbal_ray.mix.config import MixConfig
+from birbal_ray.settings import ConfigError
+from birbal_ray.tune.config import SearchSettings
+
+SOURCE_PREFIX = "source:"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Sampling ratios. Fractions in [0, 1]: of the rows from tasks, and, per source, of the whole mix."""
+
+    gamma: float
+    exact_match_fraction: float
+    failed_first: bool
+    source_fractions: dict[str, float] = field(default_factory=dict)
+
+    def values(self) -> dict[str, float]:
+        """One number per ratio, as tables, plots and the surrogate take them."""
+        sources = {f"{SOURCE_PREFIX}{name}": value for name, value in sorted(self.source_fractions.items())}
+        return {
+            "gamma": self.gamma,
+            "exact_match_fraction": self.exact_match_fraction,
+            "failed_first": float(self.failed_first),
+        } | sources
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskCounts:
+    """What the scored store holds, per label: tasks, and scored rows."""
+
+    tasks: Mapping[str, int]
+    rows: Mapping[str, int]
+
+
+def num_rows(mix: MixConfig) -> int:
+    """Rows of every trial's mix: what `mix` asks for in all."""
+    return mix.task_score.exact_match_budget + mix.task_score.generation_budget + _source_rows(mix)
+
+
+def _source_rows(mix: MixConfig) -> int:
+    return sum(source.max_rows or 0 for source in mix.sources)
+
+
+def point_of(mix: MixConfig) -> Point:
+    """The ratios that a configuration has."""
+    settings = mix.task_score
+    from_tasks = settings.exact_match_budget + settings.generation_budget
+    if not from_tasks:
+        raise ConfigError("mix.task_score: both budgets are 0; they say how many rows a trial's mix has")
+    return Point(
+        settings.gamma,
+        settings.exact_match_budget / from_tasks,
+        settings.failed_first,
+        {source.name: source.max_rows / num_rows(mix) for source in mix.sources if source.max_rows},
+    )
+
+
+def mix_of(base: MixConfig, point: Point) -> dict[str, Any]:
+    """`base` with the point's ratios and as many rows, as what a YAML file would say."""
+    total = num_rows(base)
+    rows = {name: round(fraction * total) for name, fraction in point.source_fractions.items()}
+    from_tasks = total - sum(rows.values())
+    exact_match = round(point.exact_match_fraction * from_tasks)
+    settings = settings_of(base)
+    settings["task_score"] |= {
+        "gamma": point.gamma,
+        "failed_first": point.failed_first,
+        "exact_match_budget": exact_match,
+        "generation_budget": from_tasks - exact_match,
+        "allow_shortfall": True,
+    }
+    for source in settings["sources"]:
+        source["max_rows"] = rows.get(source["name"], source["max_rows"])
+    return settings
+
+
+def settings_of(mix: MixConfig) -> dict[str, Any]:
+    """The mix's settings without what each run decides: where from, where to, on what."""
+    return mix.model_dump(mode="json", exclude={"scores", "output", "resources"})
+
+
+def baseline_mix(name: str, base: MixConfig, counts: TaskCounts) -> dict[str, Any]:
+    """A mix nobody searched for, with the rows and outside sources of `base`.
+
+    uniform: the same from every task. proportional: in proportion to the task's rows. task_score:
+    `base` itself. birbal_2023: the published ladder, which decides its number of rows alone.
+    """
+    settings = mix_of(base, point_of(base))
+    if name in ("uniform", "proportional"):
+        of = counts.tasks if name == "uniform" else counts.rows
+        from_tasks = base.task_score.exact_match_budget + base.task_score.generation_budget
+        exact_match = round(from_tasks * of.get("exact_match", 0) / sum(of.values()))
+        settings["task_score"] |= {
+            "gamma": 0.0,
+            "weights": "score" if name == "uniform" else "size",
+            "failed_first": False,
+            "exact_match_budget": exact_match,
+            "generation_budget": from_tasks - exact_match,
+        }
+    elif name == "birbal_2023":
+        settings["policy"] = name
+    return settings
+
+
+def distributions(search: SearchSettings) -> dict[str, Any]:
+    """Optuna's distributions, by the names that `Point.values` uses."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    found: dict[str, Any] = {}
+    if search.gamma:
+        found["gamma"] = FloatDistribution(search.gamma.low, search.gamma.high)
+    if search.exact_match_fraction:
+        found["exact_match_fraction"] = FloatDistribution(
+            search.exact_match_fraction.low, search.exact_match_fraction.high
+        )
+    if search.failed_first:
+        found["failed_first"] = CategoricalDistribution([False, True])
+    for name, range_ in sorted(search.source_fractions.items()):
+        found[f"{SOURCE_PREFIX}{name}"] = FloatDistribution(range_.low, range_.high)
+    return found
+
+
+def point_from(values: Mapping[str, Any], start: Point) -> Point:
+    """`start` with the ratios that `values` names."""
+    sources = {
+        name.removeprefix(SOURCE_PREFIX): float(value)
+        for name, value in values.items()
+        if name.startswith(SOURCE_PREFIX)
+    }
+    return Point(
+        float(values.get("gamma", start.gamma)),
+        float(values.get("exact_match_fraction", start.exact_match_fraction)),
+        bool(values.get("failed_first", start.failed_first)),
+        start.source_fractions | sources,
+    )

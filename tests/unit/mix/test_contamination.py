@@ -1,0 +1,137 @@
+"""Overlap with evaluation texts, task families, near-duplicates."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from birbal_ray.mix import near
+from birbal_ray.mix.contamination import build_index, chosen_families, families_of
+from birbal_ray.settings import ConfigError
+
+EVALUATION = "The quick brown fox jumps over the lazy dog while seven grey geese watch from the frozen lake at noon."
+
+
+@pytest.fixture
+def index(tmp_path):
+    (tmp_path / "a.txt").write_text(f"{EVALUATION}\n\nwho keeps the old lighthouse lamp\ntoo short\n")
+    return build_index([tmp_path / "a.txt"], 13)
+
+
+def hits(index, *texts):
+    return index.overlaps([[text] for text in texts]).tolist()
+
+
+def test_thirteen_words_in_a_row(index):
+    words = EVALUATION.split()
+    assert index.num_texts == 2
+    thirteen, twelve = " ".join(words[2:15]), " ".join(words[2:14])
+    assert hits(index, "Before it all: " + thirteen, "Before it all: " + twelve) == [True, False]
+
+
+def test_case_and_punctuation_do_not_hide_it(index):
+    assert hits(index, EVALUATION.upper().replace(" ", " - ")) == [True]
+
+
+def test_a_run_does_not_cross_texts(index):
+    words = EVALUATION.split()
+    left, right = " ".join(words[:8]), " ".join(words[8:16])
+    assert index.overlaps([[left, right], [left], [right]]).tolist() == [False, False, False]
+    assert index.overlaps([["unrelated", EVALUATION], ["unrelated"]]).tolist() == [True, False]
+
+
+def test_short_evaluation_texts_match_as_a_whole(index):
+    assert hits(index, "Who keeps the old lighthouse lamp?", "Who keeps the old lighthouse lamp now?", "too short") == [
+        True,
+        False,
+        False,
+    ]
+
+
+def test_every_file_kind_gives_the_same_index(tmp_path):
+    (tmp_path / "a.txt").write_text(EVALUATION + "\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": {"stem": EVALUATION}, "n": [1, None]}) + "\n\n")
+    pq.write_table(pa.table({"text": [EVALUATION], "n": [1]}), tmp_path / "a.parquet")
+    runs = [build_index([tmp_path / f"a.{kind}"], 13).runs.tolist() for kind in ("txt", "jsonl", "parquet")]
+    assert runs[0] == runs[1] == runs[2] and len(runs[0]) == len(EVALUATION.split()) - 12
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.txt", None, "no such file"),
+        ("a.csv", "x", "expected .txt, .jsonl or .parquet"),
+        ("a.jsonl", "{broken", "line 1: not JSON"),
+        ("a.parquet", "broken", "not a Parquet file"),
+    ],
+)
+def test_bad_evaluation_files(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        build_index([tmp_path / name], 13)
+
+
+words = st.lists(st.sampled_from(["a", "b", "c"]), max_size=12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(words, st.lists(words, max_size=6), st.integers(3, 5))
+def test_equals_a_plain_search(evaluation, rows, size):
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "a.txt"
+        file.write_text(" ".join(evaluation) + "\n")
+        index = build_index([file], size)
+    long_enough = range(len(evaluation) - size + 1) if len(evaluation) >= 5 else ()
+    runs = {tuple(evaluation[i : i + size]) for i in long_enough}
+    expected = [any(tuple(row[i : i + size]) in runs for i in range(len(row))) for row in rows]
+    assert index.overlaps([[" ".join(row)] for row in rows]).tolist() == expected
+
+
+def test_families_by_whole_words():
+    families = chosen_families(["sam_sum", "bbq", "ethics"], {"mine": ["secret_set"]})
+    assert families_of(["task1572_samsum_summary", "samsum"], families) == ("sam_sum",)
+    assert families_of(["task10_bbqsauce_recipes"], families) == ()
+    assert families_of(["task7_x", "Secret-Set (https://example.org)"], families) == ("mine",)
+    assert families_of(["task106_scruples_ethical_judgment"], families) == ()
+    with pytest.raises(ConfigError, match=r"no family 'samsun' \(did you mean 'sam_sum'\?\)"):
+        chosen_families(["samsun"], {})
+
+
+def test_near_duplicates_under_the_same_instruction():
+    base = "the committee will meet on the second floor of the old town hall every first monday of the month at nine"
+    other_text = "an entirely different text about growing tomatoes in cold weather"
+    texts = [base, base + " sharp", other_text, base.upper() + "!"]
+    table = near.signatures(texts)
+    same = np.array([1, 1, 1, 1], np.uint64)
+    order, place = np.array([1, 0, 2, 3]), np.arange(4)
+    assert near.near_duplicates(order, same, table, place, 0.8) == {0: 1, 3: 1}
+    other = np.array([1, 2, 1, 1], np.uint64)
+    assert near.near_duplicates(order, other, table, place, 0.8) == {3: 0}
+    assert near.near_duplicates(np.empty(0, np.int64), same, table, place, 0.8) == {}
+
+
+def test_near_duplicates_do_not_depend_on_the_rows_place():
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(list("abcdefgh"), 30)) for _ in range(40)]
+    texts += [text.replace("a", "b", 1) for text in texts]
+    table, ones = near.signatures(texts), np.ones(len(texts), np.uint64)
+    order = np.arange(len(texts))
+    found = near.near_duplicates(order, ones, table, order, 0.7)
+    shuffled = rng.permutation(len(texts))  # row i is now text shuffled[i]
+    back = np.argsort(shuffled)
+    again = near.near_duplicates(back[order], ones, table[shuffled], order, 0.7)
+    assert {int(shuffled[a]): int(shuffled[b]) for a, b in again.items()} == found and found
+
+
+def test_bands_sit_below_the_threshold():
+    for threshold in (0.55, 0.7, 0.8, 0.9, 0.99):
+        bands, rows = near.bands_for(threshold)
+        assert bands * rows == near.NUM_HASHES and (1 / bands) ** (1 / rows) < threshold

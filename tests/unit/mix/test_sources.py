@@ -1,0 +1,243 @@
+"""Adapters of outside datasets, on small files of ours in each upstream's column layout."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from birbal_ray.mix import sources
+from birbal_ray.mix.config import SourceSettings
+from birbal_ray.mix.rows import OUTSIDE_ROWS
+from birbal_ray.mix.upstreams import ANSWER_FROM_TEXT, CANNOT_ANSWER, CHOOSE_COMPLETION, SUMMARIZE, UPSTREAMS
+from birbal_ray.settings import ConfigError
+
+RECORDS = {
+    "lima": [
+        {"conversations": ["How do I keep basil alive indoors?", "Give it light and water."], "source": "ours"},
+        {"conversations": ["Which knot holds a swing?", "A bowline.", "And a hammock?", "Two."], "source": "multi"},
+        {"conversations": ["A question without an answer"], "source": "ours"},
+    ],
+    "open_platypus": [
+        {"input": "", "output": "4", "instruction": "What is two plus two?", "data_source": "MATH/PRM-800K"},
+        {"input": "A cat sat.", "output": "B", "instruction": "Pick one.", "data_source": "reclor"},
+        {"input": "", "output": "hello", "instruction": "Say hello nicely to me.", "data_source": "airoboros"},
+    ],
+    "math_instruct": [
+        {
+            "source": "data/CoT/gsm_train.json",
+            "instruction": " Tom has 3 pears and buys 4. How many has he? ",
+            "output": "3 + 4 = 7\n#### 7\nThe answer is: 7",
+        },
+        {"source": "data/CoT/MATH_train.json", "instruction": "Find x.", "output": "x is 2. The answer is: 2"},
+        {"source": "data/PoT/numglue.json", "instruction": "How many?", "output": "print(3)"},
+    ],
+    "quac": [
+        {
+            "dialogue_id": "d1",
+            "wikipedia_page_title": "A baker",
+            "background": "",
+            "section_title": "Early life",
+            "context": "She was born in a mill and learned to bake. CANNOTANSWER",
+            "turn_ids": ["d1_q#0", "d1_q#1"],
+            "questions": ["Where was she born?", "Whom did she marry?"],
+            "followups": [0, 1],
+            "yesnos": [2, 2],
+            "answers": {"texts": [["in a mill"], ["CANNOTANSWER"]], "answer_starts": [[13], [44]]},
+            "orig_answers": {"texts": ["in a mill", "CANNOTANSWER"], "answer_starts": [13, 44]},
+        }
+    ],
+    "openbookqa": [
+        {
+            "id": "7-980",
+            "question_stem": "A kettle left on a stove will",
+            "choices": {"text": ["freeze", "boil", "sing", "grow"], "label": ["A", "B", "C", "D"]},
+            "answerKey": "B",
+        }
+    ],
+    "cnn_dailymail": [{"article": "A bridge opened on Monday.", "highlights": "Bridge opens .", "id": "0" * 40}],
+}
+
+EXPECTED = {
+    "lima": [
+        ("", "How do I keep basil alive indoors?", "Give it light and water.", "ours"),
+        ("", "Which knot holds a swing?", "A bowline.", "multi"),
+    ],
+    "open_platypus": [
+        ("", "What is two plus two?", "4", "MATH/PRM-800K"),
+        ("Pick one.", "A cat sat.", "B", "reclor"),
+        ("", "Say hello nicely to me.", "hello", "airoboros"),
+    ],
+    "math_instruct": [
+        ("", "Tom has 3 pears and buys 4. How many has he?", "3 + 4 = 7\nThe answer is: 7", "data/CoT/gsm_train.json"),
+        ("", "Find x.", "x is 2. The answer is: 2", "data/CoT/MATH_train.json"),
+        ("", "How many?", "print(3)", "data/PoT/numglue.json"),
+    ],
+    "quac": [
+        (
+            ANSWER_FROM_TEXT,
+            "Early life\nShe was born in a mill and learned to bake.\n\nQuestion: Where was she born?",
+            "in a mill",
+            "quac",
+        ),
+        (
+            ANSWER_FROM_TEXT,
+            "Early life\nShe was born in a mill and learned to bake.\n\nQuestion: Where was she born?"
+            "\nAnswer: in a mill\nQuestion: Whom did she marry?",
+            CANNOT_ANSWER,
+            "quac",
+        ),
+    ],
+    "openbookqa": [
+        (
+            CHOOSE_COMPLETION,
+            "A kettle left on a stove will\nA. freeze\nB. boil\nC. sing\nD. grow",
+            "boil",
+            "openbookqa",
+        )
+    ],
+    "cnn_dailymail": [
+        (
+            SUMMARIZE,
+            "A bridge opened on Monday.",
+            "Bridge opens .",
+            "cnn_dailymail",
+        )
+    ],
+}
+
+
+def load(source, folder):
+    origin = sources.origin_of(source)
+    files = sources.write_source(source, origin, folder)
+    table = pa.concat_tables(pq.read_table(file) for file in files)
+    assert table.schema.equals(OUTSIDE_ROWS)
+    return table.to_pylist(), origin
+
+
+def write(tmp_path, records, kind):
+    path = tmp_path / f"data.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(records), path)
+    else:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize("name", sorted(RECORDS))
+def test_upstream_layout(name, kind, tmp_path):
+    path = write(tmp_path, RECORDS[name], kind)
+    rows, origin = load(SourceSettings(name=name, path=path), tmp_path / "out")
+    assert [(r["instruction"], r["input"], r["output"], r["task"]) for r in rows] == EXPECTED[name]
+    assert origin.revision.startswith("sha256:")
+    assert all(r["row_id"].startswith(f"{name}:") for r in rows)
+
+
+def test_llm_written_rows_are_marked(tmp_path):
+    for name, expected in (("open_platypus", [False, False, True]), ("math_instruct", [False, False, True])):
+        path = write(tmp_path, RECORDS[name], "jsonl")
+        rows, _ = load(SourceSettings(name=name, path=path), tmp_path / name)
+        assert [row["llm_written"] for row in rows] == expected
+    assert [r["license"] for r in rows] == ["MIT"] * 3
+
+
+def test_platypus_rows_carry_their_own_licence(tmp_path):
+    path = write(tmp_path, RECORDS["open_platypus"], "jsonl")
+    rows, _ = load(SourceSettings(name="open_platypus", path=path), tmp_path / "out")
+    assert [row["license"] for row in rows] == ["MIT", "non-commercial", "other"]
+
+
+def test_every_upstream_has_a_fixture_and_states_its_layout():
+    assert set(RECORDS) == set(UPSTREAMS)
+    for name, upstream in UPSTREAMS.items():
+        assert set(upstream.columns) <= set(RECORDS[name][0])
+        assert upstream.layout
+        assert upstream.pinned == (len(upstream.revision) == 40)
+
+
+def test_local_file_with_a_mapping(tmp_path):
+    records = [
+        {"q": "What grows on vines in autumn?", "a": "grapes", "kind": "plants", "bot": False},
+        {"q": "What grows on vines in autumn?", "a": "grapes", "kind": "plants", "bot": True},
+        {"q": None, "a": "nothing", "kind": "odd", "bot": None},
+    ]
+    path = write(tmp_path, records, "jsonl")
+    source = SourceSettings(
+        name="garden",
+        path=path,
+        columns={"input": "q", "output": "a", "task": "kind", "llm_written": "bot"},
+        instruction="Answer in one word.",
+        license="CC0-1.0",
+    )
+    rows, _ = load(source, tmp_path / "out")
+    assert [(r["instruction"], r["input"], r["output"]) for r in rows] == [
+        ("Answer in one word.", "What grows on vines in autumn?", "grapes"),
+        ("Answer in one word.", "What grows on vines in autumn?", "grapes"),
+        ("Answer in one word.", "", "nothing"),
+    ]
+    assert rows[1]["row_id"] == rows[0]["row_id"] + "#2"
+    assert [r["llm_written"] for r in rows] == [False, True, False]
+    assert {r["license"] for r in rows} == {"CC0-1.0"}
+    reordered, _ = load(source.model_copy(update={"path": write(tmp_path, records[::-1], "jsonl")}), tmp_path / "b")
+    assert {r["row_id"] for r in reordered} == {r["row_id"] for r in rows}
+
+
+@pytest.mark.parametrize(
+    ("settings", "records", "message"),
+    [
+        ({"name": "lima"}, [{"conversation": ["a", "b"], "source": "x"}], "'conversations' is missing.*did you"),
+        ({"name": "openbookqa"}, [{"question_stem": "a", "choices": 3, "answerKey": "A"}], "not in the expected"),
+        (
+            {"name": "mine", "columns": {"output": "answer"}},
+            [{"anwser": "x"}],
+            r"source mine: column 'answer' is missing \(did you mean 'anwser'\?\); found anwser",
+        ),
+        ({"name": "mine", "columns": {"output": "n"}}, [{"n": 3}], "output is int, expected text"),
+    ],
+)
+def test_other_columns_are_a_clear_error(settings, records, message, tmp_path):
+    path = write(tmp_path, records, "jsonl")
+    with pytest.raises(ConfigError, match=message):
+        load(SourceSettings(path=path, **settings), tmp_path / "out")
+
+
+def test_unreadable_files(tmp_path):
+    columns = {"output": "a"}
+    with pytest.raises(ConfigError, match=r"source mine: .*gone\.jsonl: no such file"):
+        sources.origin_of(SourceSettings(name="mine", path=str(tmp_path / "gone.jsonl"), columns=columns))
+    (tmp_path / "a.csv").write_text("a\n1\n")
+    with pytest.raises(ConfigError, match=r"expected .json, .jsonl, .parquet"):
+        sources.origin_of(SourceSettings(name="mine", path=str(tmp_path / "a.csv"), columns=columns))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 broken")
+    with pytest.raises(ConfigError, match=r"source mine: .*a\.parquet can't be read"):
+        load(SourceSettings(name="mine", path=str(tmp_path / "a.parquet"), columns=columns), tmp_path / "out")
+    (tmp_path / "a.jsonl").write_text('{"a": "x"}\n{"a": \n')
+    with pytest.raises(ConfigError, match=r"source mine: .*a\.jsonl can't be read"):
+        load(SourceSettings(name="mine", path=str(tmp_path / "a.jsonl"), columns=columns), tmp_path / "out2")
+
+
+def test_hub_out_of_reach_says_how_to_use_a_file(monkeypatch):
+    import huggingface_hub
+
+    def refuse(self, *args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
+    with pytest.raises(ConfigError, match=r"GAIR/lima can't be had from the Hub \(no route to host\).*path: FILE"):
+        sources.origin_of(SourceSettings(name="lima"))
+
+
+def test_a_branch_is_resolved_to_its_commit(monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def info(self, repository, revision, timeout):
+        asked.append((repository, revision))
+        return type("Info", (), {"sha": "a" * 40})()
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
+    assert sources.origin_of(SourceSettings(name="quac")).revision == "a" * 40
+    sources.origin_of(SourceSettings(name="quac", revision="main"))
+    assert asked == [("allenai/quac", "refs/convert/parquet"), ("allenai/quac", "main")]

@@ -1,0 +1,398 @@
+"""The report: its numbers are the files', its texts are escaped, its bytes repeat, its errors are one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import xml.etree.ElementTree as ET
+from collections import Counter
+from html.parser import HTMLParser
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from birbal_ray.cli.main import main
+from birbal_ray.evaluate.leaderboard import METRICS
+from birbal_ray.evaluate.models import adapter_fingerprint
+from birbal_ray.report.conclusions import verdict
+from birbal_ray.report.run import report
+from birbal_ray.run import MANIFEST_FILE, RunError, read_json, write_json
+from birbal_ray.schemas import EVALUATION
+from birbal_ray.settings import ConfigError
+from tests.fixtures.made_run import NASTY, make_run
+
+PLOTS = ("scores", "mix", "training", "differences", "tasks-zero_shot", "tasks-few_shot")
+
+
+class Page(HTMLParser):
+    """`tables`: id → rows of column → (text, data-value); everything else that tests ask for."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.tags, self.ids, self.links, self.values, self.text = {}, Counter(), [], [], {}, ""
+        self._table = self._cell = None
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.tags[tag] += 1
+        self.ids += [found["id"]] if "id" in found else []
+        self.links += [found[name] for name in ("href", "src", "xlink:href") if name in found]
+        if tag == "table":
+            self._table = self.tables.setdefault(found["id"].removeprefix("table-"), [])
+        elif tag == "tr" and self._table is not None:
+            self._table.append({})
+        elif tag == "td":
+            self._cell = found["data-column"]
+            self._table[-1][self._cell] = ("", found.get("data-value"))
+        elif tag == "dd" and "data-value" in found:
+            self.values[found["data-value"]] = True
+
+    def handle_endtag(self, tag):
+        self._cell = None if tag == "td" else self._cell
+        self._table = None if tag == "table" else self._table
+
+    def handle_data(self, data):
+        self.text += data
+        if self._cell is not None:
+            text, value = self._table[-1][self._cell]
+            self._table[-1][self._cell] = (text + data, value)
+
+    def rows(self, table):
+        """Without the heading."""
+        return [row for row in self.tables[table] if row]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = make_run(tmp_path_factory.mktemp("made") / "run")
+    report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return Page((run / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "run")
+
+
+@pytest.fixture
+def without_plots(monkeypatch):
+    """They take a second, and these tests look at the text."""
+    monkeypatch.setattr("birbal_ray.report.run.draw", lambda *sections: {})
+
+
+def command(*arguments):
+    return CliRunner().invoke(main, ["report", *(str(argument) for argument in arguments)])
+
+
+def assert_same(cells, row):
+    for column, (text, value) in cells.items():
+        if isinstance(row[column], float):
+            assert float(value) == row[column]
+            assert text.replace("−", "-").removeprefix("+") == f"{row[column]:.3f}"
+        elif isinstance(row[column], int):
+            assert (text, value) == (f"{row[column]:,}", str(row[column]))
+        else:
+            assert (text, value) == ("–" if row[column] is None else row[column], None)
+
+
+@pytest.mark.parametrize(
+    ("table", "file", "num_columns"),
+    [
+        ("scores", "score/task_scores.parquet", 7),
+        ("mix-tasks", "mix/tasks.parquet", 7),
+        ("comparisons", "evaluate/comparisons.parquet", 11),
+    ],
+)
+def test_a_table_holds_its_file(run, page, table, file, num_columns):
+    expected = pq.read_table(run / file).to_pylist()
+    found = page.rows(table)
+    assert len(found) == len(expected) > 0
+    for cells, row in zip(found, expected, strict=True):
+        assert len(cells) == num_columns
+        assert_same(cells, row)
+
+
+@pytest.mark.parametrize("prompt_format", ["zero_shot", "few_shot"])
+def test_before_and_after_holds_the_evaluation(run, page, prompt_format):
+    rows = pq.read_table(run / "evaluate" / "evaluation.parquet").to_pylist()
+    expected = {(r["task"], r["contender"]): r for r in rows if r["prompt_format"] == prompt_format}
+    found = page.rows(f"tasks-{prompt_format}")
+    assert [cells["task"][0] for cells in found] == sorted({task for task, _ in expected})
+    for cells in found:
+        task = cells["task"][0]
+        scores = {}
+        for contender in ("base", "adapter"):
+            row = expected[task, contender]
+            mine = {name.partition(":")[2]: cell for name, cell in cells.items() if name.startswith(f"{contender}:")}
+            scores[contender] = row["task_score"]
+            assert_same({name: cell for name, cell in mine.items() if name != "difference"}, row)
+        assert float(cells["adapter:difference"][1]) == scores["adapter"] - scores["base"]
+        assert cells["held_out"][0] == expected[task, "base"]["held_out"]
+
+
+def test_what_was_left_out_is_the_audit(run, page):
+    audit = pq.read_table(run / "mix" / "audit.parquet").to_pylist()
+    counts = Counter((row["source"], row["reason"]) for row in audit if not row["kept"])
+    found = {cells["reason"][0]: cells for cells in page.rows("dropped")}
+    assert found.keys() == {reason for _, reason in counts}
+    for reason, cells in found.items():
+        assert cells["meaning"][0]
+        for source in ("natural_instructions", "notes"):
+            assert int(cells[f"source:{source}"][1]) == counts[source, reason]
+        assert int(cells["rows"][1]) == sum(count for (_, other), count in counts.items() if other == reason)
+    composition = read_json(run / "mix" / MANIFEST_FILE)["composition"]
+    for cells, row in zip(page.rows("composition"), composition, strict=True):
+        assert_same(cells, row)
+
+
+def test_training_and_origins_are_the_manifests(run, page):
+    lines = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert [float(cells["eval_loss"][1]) for cells in page.rows("evaluations")] == losses
+    result = read_json(run / "train" / MANIFEST_FILE)["result"]
+    for name in ("base_eval_loss", "best_eval_loss", "elapsed_seconds", "train_tokens", "epochs", "num_steps"):
+        assert repr(result[name]) in page.values
+    assert "57 min 37 s of 1 h 00 min (96.0 %)" in page.text
+    for step in ("score", "mix", "train", "evaluate"):
+        manifest = read_json(run / step / MANIFEST_FILE)
+        assert manifest["identity_hash"] in page.text
+        assert f"{step}/manifest.json" in page.text
+        assert f"origin-{step}" in page.ids
+        assert f"#origin-{step}" in page.links
+        for name, version in manifest["packages"].items():
+            assert f"{name} {version}" in page.text
+
+
+def test_texts_from_data_are_escaped(run, page):
+    assert page.tags["script"] == 0
+    assert NASTY in page.text
+    assert any(NASTY.replace("/", "|") in cells["task"][0] for cells in page.rows("scores"))
+    for name in PLOTS:
+        drawing = (run / "report" / f"{name}.svg").read_text(encoding="utf-8")
+        assert "<script" not in drawing
+        texts = "".join(ET.fromstring(drawing).itertext())
+        assert ("task0003_<script>alert('$x_1$" in texts) == name.startswith("tasks-")
+
+
+def test_nothing_comes_from_outside(run, page):
+    text = (run / "report.html").read_text(encoding="utf-8")
+    for forbidden in ("http:", "https:", "@import", "@font-face", "file:", '<link rel="stylesheet'):
+        assert forbidden not in text
+    assert all(link.startswith("#") or link == "data:," for link in page.links)
+    assert text.count("url(") == text.count("url(#")
+    assert page.tags["svg"] == len(PLOTS)
+    assert len(page.ids) == len(set(page.ids))
+    for link in page.links:
+        assert link == "data:," or link[1:] in page.ids
+
+
+def test_the_same_inputs_give_the_same_bytes(run, copy):
+    shutil.rmtree(copy / "report")
+    (copy / "report.html").unlink()
+    result = report(copy)
+    names = sorted(path.name for path in result.plots.iterdir())
+    assert names == sorted(f"{name}.{kind}" for name in PLOTS for kind in ("png", "svg"))
+    for name in ("report.html", *(f"report/{name}" for name in names)):
+        assert (copy / name).read_bytes() == (run / name).read_bytes(), name
+    assert not list(copy.rglob(".tmp-*"))
+
+
+def test_steps_that_are_not_there_are_named(copy):
+    shutil.rmtree(copy / "train")
+    shutil.rmtree(copy / "mix")
+    (copy / "evaluate" / MANIFEST_FILE).unlink()
+    result = report(copy)
+    assert result.missing == {"mix": "not run", "train": "not run", "evaluate": "not finished"}
+    page = Page(result.file.read_text(encoding="utf-8"))
+    for text in ("Mix: not run", "Train: not run", "Evaluate: not finished", "holds no finished train step"):
+        assert text in page.text
+    assert page.tables.keys() == {"scores", "leaderboard"}
+    assert result.verdicts[0].title == "There is no finished evaluation yet"
+    assert sorted(path.stem for path in result.plots.glob("*.svg")) == ["scores"]  # the others' plots are gone
+    assert "Mean task scores of" in result.verdicts[0].text
+
+
+def test_a_step_s_own_folder_is_a_run_too(copy):
+    result = report(copy / "train")
+    assert result.file == copy / "train" / "report.html"
+    assert set(result.missing) == {"score", "mix", "evaluate"}
+    assert "from 3.300 (base model) to 2.059 (best adapter, step 30)" in result.verdicts[0].text
+
+
+def test_a_folder_without_steps_is_refused(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / MANIFEST_FILE).write_text('{"name": "an app"}')
+    with pytest.raises(RunError, match="no finished step in it; expected folders like score, mix, train, evaluate"):
+        report(tmp_path)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "run.json").write_text('{"step": "train", "identity": {}}')
+    with pytest.raises(RunError, match=r"begun, not finished: train"):
+        report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_several_folders_of_a_step(copy, without_plots):
+    shutil.copytree(copy / "train", copy / "train-2")
+    report(copy)  # `train` counts
+    (copy / "train").rename(copy / "train-1")
+    with pytest.raises(ConfigError, match=r"2 finished train runs \(train-1, train-2\); call the one"):
+        report(copy)
+
+
+def test_steps_of_other_runs_are_pointed_out(copy, without_plots):
+    manifest = read_json(copy / "train" / MANIFEST_FILE)
+    write_json(copy / "train" / MANIFEST_FILE, {**manifest, "mix": {"path": "mix", "identity_hash": "f" * 64}})
+    page = Page(report(copy).file.read_text(encoding="utf-8"))
+    assert "train was made from another mix run than the one in this folder" in page.text
+
+
+def test_an_evaluation_of_another_adapter_than_train_holds_is_pointed_out(copy, without_plots):
+    folder = copy / "train" / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    manifest = read_json(copy / "evaluate" / MANIFEST_FILE)
+    manifest["contenders"][1]["fingerprint"] = adapter_fingerprint(folder)
+    write_json(copy / "evaluate" / MANIFEST_FILE, manifest)
+    report(copy)
+    assert "their numbers don't belong together" not in Page((copy / "report.html").read_text()).text
+    (folder / "adapter_model.safetensors").write_bytes(b"trained anew")
+    report(copy)
+    text = Page((copy / "report.html").read_text()).text
+    assert "evaluate asked adapter (" in text
+    assert "not the adapter that train holds now" in text
+    manifest["contenders"][1]["kind"] = "merged"
+    write_json(copy / "evaluate" / MANIFEST_FILE, manifest)
+    report(copy)
+    assert "don't belong together" not in Page((copy / "report.html").read_text()).text, "no adapter was asked"
+
+
+def test_an_added_model_is_placed(run, tmp_path):
+    name = "<b>mine</b>"
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"team": name, "metrics": dict.fromkeys(list(METRICS)[:20], 0.5)}))
+    result = report(run, tmp_path / "out" / "page.html", [results])
+    assert result.plots == tmp_path / "out" / "page-plots"
+    assert (result.plots / "scores.png").read_bytes().startswith(b"\x89PNG")
+    page = Page(result.file.read_text(encoding="utf-8"))
+    assert page.tags["b"] == 0
+    board = {cells["team"][0]: cells for cells in page.rows("leaderboard")}
+    assert len(board) == 9
+    listed = CliRunner().invoke(main, ["leaderboard", "--add", str(results), "--format", "json"])
+    for row in json.loads(listed.stdout):
+        assert board[row["team"]]["rank"] == (str(row["rank"]), str(row["rank"]))
+        assert float(board[row["team"]]["score_full"][1]) == row["Score_full"]
+        assert float(board[row["team"]]["win_rate:MMLU"][1]) == row["MMLU"]
+    assert f"{name} would be number {board[name]['rank'][0]} of 9" in " ".join(page.text.split())
+    assert "11 of 31 metrics missing, counted as worst" in page.text
+
+
+def test_without_an_added_model_none_is_placed(page):
+    assert "None of the challenge's public benchmarks was run" in " ".join(page.text.split())
+    assert len(page.rows("leaderboard")) == 8
+
+
+@pytest.mark.parametrize(
+    ("low", "difference", "high", "num_tasks", "kind", "title"),
+    [
+        (0.01, 0.05, 0.09, 30, "better", "a is better than the base model by 0.050 (0.010 to 0.090)"),
+        (-0.09, -0.05, -0.01, 30, "worse", "a is worse than the base model by 0.050 (0.010 to 0.090)"),
+        (1e-4, 0.05, 0.09, 30, "better", "a is better than the base model by 0.050 (less than 0.001 to 0.090)"),
+        (-0.01, 0.05, 0.09, 30, "open", "a: no difference from the base model found; the interval contains 0"),
+        (0.0, 0.05, 0.09, 30, "open", "a: no difference from the base model found; the interval contains 0"),
+        (0.05, 0.05, 0.05, 1, "open", "a: one task can't tell whether it is better than the base model"),
+    ],
+)
+def test_the_verdict_is_honest(low, difference, high, num_tasks, kind, title):
+    found = verdict(
+        {
+            **{"contender": "a", "prompt_format": "zero_shot", "scope": "all", "num_tasks": num_tasks},
+            **{"base_score": 0.3, "score": 0.3 + difference, "difference": difference},
+            **{"difference_low": low, "difference_high": high, "num_wins": 1, "num_losses": 2, "num_ties": 3},
+        }
+    )
+    assert (found.kind, found.title) == (kind, title)
+    assert found.text.startswith("Zero-shot over ")
+
+
+def test_each_contender_gets_a_verdict(tmp_path):
+    folder = make_run(tmp_path / "run", num_tasks=4, adapters=("first", "second"))
+    result = report(folder)
+    assert [verdict.title.split()[0].rstrip(":") for verdict in result.verdicts] == ["first", "second"]
+    page = Page(result.file.read_text(encoding="utf-8"))
+    assert {cells["contender"][0] for cells in page.rows("comparisons")} == {"first", "second"}
+    assert page.tags["h1"] == 1
+
+
+def test_the_command(run, copy, tmp_path):
+    result = command(copy)
+    assert result.exit_code == 0
+    assert result.stdout == f"{copy / 'report.html'}\n"
+    assert "no difference from the base model found" in result.stderr
+    assert (copy / "report.html").read_bytes() == (run / "report.html").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "reason"),
+    [
+        (["{tmp}/absent"], 1, "absent: no such folder"),
+        (["{tmp}"], 1, "no finished step in it"),
+        (["{run}", "--output", "{tmp}"], 2, "expected a file name that ends in .html"),
+        (["{run}", "--output", "{tmp}/folder.html"], 2, "is a folder, expected a file name"),
+        (["{run}", "--output", "{tmp}/x.html", "--add", "{tmp}/absent.json"], 2, "absent.json: no such file"),
+    ],
+)
+def test_what_can_t_be_reported_is_said_in_one_line(run, tmp_path, arguments, code, reason):
+    (tmp_path / "folder.html").mkdir()
+    result = command(*(text.format(tmp=tmp_path, run=run) for text in arguments))
+    assert result.exit_code == code, result.output
+    assert reason in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("*.htm?/*")) and not (tmp_path / "x.html").exists()
+
+
+@pytest.mark.parametrize(
+    "damaged", ["score/task_scores.parquet", "mix/audit.parquet", "mix/tasks.parquet", "evaluate/comparisons.parquet"]
+)
+def test_a_damaged_file_is_named(copy, damaged):
+    (copy / damaged).write_bytes(b"no parquet")
+    with pytest.raises(RunError, match=damaged.rpartition("/")[2]):
+        report(copy)
+
+
+def test_without_matplotlib_the_reason_is_said(run, monkeypatch):
+    monkeypatch.setattr("birbal_ray.report.run.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r'need matplotlib, which is not installed: pip install "birbal_ray\[train\]"'
+    ):
+        report(run)
+
+
+def test_an_evaluation_without_a_mix_is_not_called_held_out(copy, without_plots):
+    file = copy / "evaluate" / "evaluation.parquet"
+    rows = [{**row, "held_out": "unknown"} for row in pq.read_table(file).to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=EVALUATION), file)
+    text = " ".join(Page(report(copy).file.read_text(encoding="utf-8")).text.split())
+    assert "the contenders may have been trained on these instances" in text
+    assert "none was among the mix's candidates" not in text
+
+
+def test_results_of_the_harness_are_placed_with_their_caveat(copy, without_plots):
+    for name, metrics in (("harness-base", {}), ("harness-adapter", {"MMLU - EM": 0.4})):
+        results = {"team": name, "metrics": metrics, "note": "an indication"}
+        write_json(copy / name / "results.json", results)
+        write_json(copy / name / MANIFEST_FILE, {"step": "harness", "identity": {}, "identity_hash": name})
+    result = report(copy, added=[copy / "harness-adapter" / "results.json"])
+    page = Page(result.file.read_text(encoding="utf-8"))
+    assert len(page.rows("leaderboard")) == 9  # the run without a metric has no place
+    assert "harness-adapter: an indication." in page.text
+    assert "harness-base/manifest.json" in page.text

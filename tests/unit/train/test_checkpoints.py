@@ -1,0 +1,33 @@
+from birbal_ray.train.checkpoints import all_checkpoints, finish_checkpoint, latest_checkpoint, remove_old
+
+
+def write(folder, step, text="x"):
+    written = folder / ".work" / f"checkpoint-{step}"
+    written.mkdir(parents=True)
+    (written / "optimizer.pt").write_text(text)
+    return finish_checkpoint(written, folder)
+
+
+def test_latest_is_by_number_and_unfinished_ones_do_not_count(tmp_path):
+    assert latest_checkpoint(tmp_path / "none") is None
+    for step in (8, 64, 128, 1_000_000):
+        write(tmp_path, step)
+    (tmp_path / ".work" / "checkpoint-2000000").mkdir()
+    (tmp_path / ".old-step-3000000").mkdir()
+    assert latest_checkpoint(tmp_path).name == "step-1000000"
+    assert [p.name for p in all_checkpoints(tmp_path)] == ["step-000008", "step-000064", "step-000128", "step-1000000"]
+
+
+def test_the_same_step_again_replaces_it(tmp_path):
+    write(tmp_path, 8, "first")
+    again = write(tmp_path, 8, "second")
+    assert (again / "optimizer.pt").read_text() == "second"
+    assert len(all_checkpoints(tmp_path)) == 1
+
+
+def test_remove_old_keeps_the_latest(tmp_path):
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step)
+    remove_old(tmp_path, 2)
+    assert [p.name for p in all_checkpoints(tmp_path)] == ["step-000003", "step-000004"]
+    assert not list(tmp_path.glob(".old-*"))
