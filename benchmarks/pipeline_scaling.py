@@ -106,12 +106,12 @@ def run(folder: Path, output: Path, replicas: int) -> dict[str, Any]:
 def prepare_rate(folder: Path) -> float:
     """Prompts/s of one prepare worker with the small model's tokenizer, in this process."""
     from birbal_ray.progress import ProgressLine
-    from birbal_ray.score.run import planned
-    from birbal_ray.score.stages import Prepare
+    from birbal_ray.score.run import plan_run
+    from birbal_ray.score.stages import BuildPrompts
 
     config = load_config(ScoreConfig, None, [], {"tasks.path": str(folder), "tasks.instances_per_task": 1000})
-    shards = planned(config, ProgressLine()).shards(config.shard_rows)
-    prepare = Prepare(config)
+    shards = plan_run(config, ProgressLine()).shards(config.shard_rows)
+    prepare = BuildPrompts(config)
     prepare(asdict(shards[0]))
     begun = time.monotonic()
     for shard in shards[1:]:

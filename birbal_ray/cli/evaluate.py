@@ -61,7 +61,7 @@ def evaluate(
     from birbal_ray.evaluate import run as step
     from birbal_ray.evaluate.config import EvaluateConfig
     from birbal_ray.progress import ProgressLine
-    from birbal_ray.score.run import planned
+    from birbal_ray.score.run import plan_run
     from birbal_ray.settings import load_config
 
     flags = {
@@ -82,7 +82,7 @@ def evaluate(
         return
     progress = ProgressLine()
     setup = step.prepared(config)
-    plan = planned(setup.scoring, progress, excluded=setup.excluded)
+    plan = plan_run(setup.scoring, progress, excluded=setup.excluded)
     step.tell(setup, plan, progress)
     rows = [
         {

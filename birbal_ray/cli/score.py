@@ -72,7 +72,7 @@ def score(
     }
     config = load_config(ScoreConfig, config_file, assignments, flags)
     if dry_run:
-        _print_dry_run(step.resolved(config), output_format, ProgressLine())
+        _print_dry_run(step.resolve_config(config), output_format, ProgressLine())
     else:
         print_result(step.score(config, overwrite=overwrite), output_format)
 
@@ -123,10 +123,10 @@ def _print_dry_run(config: ScoreConfig, output_format: str, progress: Any) -> No
     from birbal_ray.progress import duration
     from birbal_ray.rates import recall
     from birbal_ray.score import throughput
-    from birbal_ray.score.run import planned, tell_plan
+    from birbal_ray.score.run import describe_plan, plan_run
 
-    plan = planned(config, progress, count_tokens=True)
-    tell_plan(plan, config, progress)
+    plan = plan_run(config, progress, count_tokens=True)
+    describe_plan(plan, config, progress)
     rows = [
         {
             "task": task.name,

@@ -32,14 +32,13 @@ from birbal_ray.run import (
 )
 from birbal_ray.schemas import COMPARISONS, COMPARISONS_FILE, EVALUATION, EVALUATION_FILE, ROWS_FOLDER
 from birbal_ray.score import throughput
-from birbal_ray.score.board import Snapshot
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.engine import Adapter
+from birbal_ray.score.monitor import Snapshot
 from birbal_ray.score.pipeline import check_cluster, logical_cpus, run_shards
-from birbal_ray.score.plan import unpacked
+from birbal_ray.score.plan import PromptVariant, ScorePlan, unpack_archives
 from birbal_ray.score.results import read_scores, summarise, unfinished
-from birbal_ray.score.run import INPUTS_FOLDER, identity_of, planned, resolved, tell_plan, write_plan
-from birbal_ray.score.shards import Plan, Variant
+from birbal_ray.score.run import INPUTS_FOLDER, describe_plan, identity_of, plan_run, resolve_config, write_plan
 from birbal_ray.settings import canonical_hash
 from birbal_ray.storage import is_url, local_copy, run_folder
 
@@ -91,10 +90,10 @@ class Setup:
         together = [one for one in self.contenders if one.kind == BASE or (one.kind == ADAPTER and self.lora)]
         return [together, *([one] for one in self.contenders if one not in together)]
 
-    def variants(self, one: Contender) -> list[Variant]:
+    def variants(self, one: Contender) -> list[PromptVariant]:
         """How a contender is asked."""
         adapter = one.name if one.kind == ADAPTER and self.lora else ""
-        return [Variant(one.name, how, adapter) for how in self.config.prompt_formats]
+        return [PromptVariant(one.name, how, adapter) for how in self.config.prompt_formats]
 
     def scoring_of(self, path: str) -> ScoreConfig:
         """The settings of an engine that serves another model than the base model."""
@@ -113,13 +112,13 @@ def evaluate(
     progress = progress or ProgressLine()
     setup = prepared(config)
     started = time.monotonic()
-    plan = planned(setup.scoring, progress, excluded=setup.excluded)
+    plan = plan_run(setup.scoring, progress, excluded=setup.excluded)
     with run_folder(setup.config.output or "") as folder, stoppable():
         resumed = start_run(folder, STEP, _identity(setup, plan), overwrite=overwrite)
         if resumed and (folder / MANIFEST_FILE).exists():
             progress.message(f"{folder} is up to date; nothing to do")
             return _read(folder)
-        plan = unpacked(plan, folder / INPUTS_FOLDER)
+        plan = unpack_archives(plan, folder / INPUTS_FOLDER)
         write_plan(folder, plan)
         tell(setup, plan, progress)
         meters = _score(setup, plan, folder, progress)
@@ -128,7 +127,7 @@ def evaluate(
 
 def prepared(config: EvaluateConfig) -> Setup:
     """Everything decided that can be without reading a task. Raises ConfigError, ModelError, RunError."""
-    scoring = resolved(config.scoring())
+    scoring = resolve_config(config.scoring())
     model = resolve(config.model.name, config.model.revision) if scoring.engine.backend == "vllm" else SIMULATED
     found = contenders(model, config.adapters, config.merged)
     mixes = mixes_of(found, config.mix)
@@ -137,9 +136,9 @@ def prepared(config: EvaluateConfig) -> Setup:
     return Setup(config, scoring, found, mixes, together([held_out(local_copy(mix)) for mix in mixes]), model)
 
 
-def tell(setup: Setup, plan: Plan, progress: ProgressLine) -> None:
+def tell(setup: Setup, plan: ScorePlan, progress: ProgressLine) -> None:
     """Say on stderr who is compared on what."""
-    tell_plan(plan, setup.scoring, progress)
+    describe_plan(plan, setup.scoring, progress)
     if setup.held_out is None:
         progress.message("no mix is known (--mix DIR): nothing is left out, an adapter may have seen these instances")
     else:
@@ -158,7 +157,7 @@ def tell(setup: Setup, plan: Plan, progress: ProgressLine) -> None:
     progress.message(f"{names}: {' and '.join(setup.config.prompt_formats)}")
 
 
-def _identity(setup: Setup, plan: Plan) -> dict[str, Any]:
+def _identity(setup: Setup, plan: ScorePlan) -> dict[str, Any]:
     identity = identity_of(setup.scoring, plan, setup.model.fingerprint)
     identity["adapters_served_as"] = "lora" if setup.lora else "merged"
     identity["prompt_formats"] = sorted(setup.config.prompt_formats)
@@ -168,7 +167,7 @@ def _identity(setup: Setup, plan: Plan) -> dict[str, Any]:
     return identity
 
 
-def _score(setup: Setup, plan: Plan, folder: Path, progress: ProgressLine) -> list[throughput.Meter]:
+def _score(setup: Setup, plan: ScorePlan, folder: Path, progress: ProgressLine) -> list[throughput.Meter]:
     """Score what is missing, one engine after the other. Finished files stay whatever happens."""
     rows_folder, logs = folder / ROWS_FOLDER, folder / LOG_FOLDER
     todo, num_done = [], 0
@@ -239,7 +238,7 @@ def _show(progress: ProgressLine, name: str, meter: throughput.Meter, seen: Snap
 
 
 def _finish(
-    setup: Setup, plan: Plan, folder: Path, meters: Sequence[throughput.Meter], wall_seconds: float
+    setup: Setup, plan: ScorePlan, folder: Path, meters: Sequence[throughput.Meter], wall_seconds: float
 ) -> EvaluateResult:
     evaluation, scores, rows = [], {}, {"planned": 0, "scored": 0, "errors": 0}
     cached = prompt = 0
@@ -278,7 +277,7 @@ def _finish(
 
 
 def compared(
-    setup: Setup, plan: Plan, scores: Mapping[tuple[str, str], Mapping[str, Mapping[str, float]]]
+    setup: Setup, plan: ScorePlan, scores: Mapping[tuple[str, str], Mapping[str, Mapping[str, float]]]
 ) -> list[dict[str, Any]]:
     """COMPARISONS rows. `scores`: (contender, prompt format) → task → row id → score."""
     rows = []

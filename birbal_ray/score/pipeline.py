@@ -14,11 +14,11 @@ from typing import Any
 
 from birbal_ray.cluster import AUTH_MODE
 from birbal_ray.run import RunError, RunFailedError
-from birbal_ray.score.board import ProgressBoard, Snapshot
 from birbal_ray.score.config import ResourceSettings, ScoreConfig
 from birbal_ray.score.engine import Adapter
-from birbal_ray.score.shards import Shard
-from birbal_ray.score.stages import Generate, Prepare, WriteScored
+from birbal_ray.score.monitor import EngineMonitor, Snapshot
+from birbal_ray.score.plan import Shard
+from birbal_ray.score.stages import BuildPrompts, Generate, ScoreAndWrite
 
 WRITE_CPUS = 0.25  # logical: scoring and writing a shard takes milliseconds
 REPLICAS_PER_WRITER = 4
@@ -153,7 +153,7 @@ def run_shards(
 
 
 def _board() -> Any:
-    """A ProgressBoard that answers.
+    """A EngineMonitor that answers.
 
     A head that can't call this process back takes it for gone, and cancels every actor that it asks for
     (https://github.com/ray-project/ray/issues/53797). A lost call passes; another RAY_AUTH_MODE or a firewall
@@ -162,7 +162,7 @@ def _board() -> Any:
     import ray
 
     for attempt in range(1, BOARD_ATTEMPTS + 1):
-        board = ray.remote(ProgressBoard).options(num_cpus=0, scheduling_strategy=_this_node()).remote()
+        board = ray.remote(EngineMonitor).options(num_cpus=0, scheduling_strategy=_this_node()).remote()
         try:
             ray.get(board.snapshot.remote())
             break
@@ -203,7 +203,7 @@ def _dataset(
     return (
         ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
         .map(
-            Prepare,
+            BuildPrompts,
             fn_constructor_args=(config, excluded),
             compute=ActorPoolStrategy(size=resources.num_prepare_workers),
             num_cpus=0 if here else 1,
@@ -223,7 +223,7 @@ def _dataset(
             **_card(resources, gpu),
         )
         .map(
-            WriteScored,
+            ScoreAndWrite,
             fn_constructor_args=(str(rows_folder),),
             # Actors, not tasks: they start beside the engines. A task's process starts when the first shard
             # is there, and until it stands (12 s on a busy machine) nothing would be written.

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from birbal_ray.ni.metrics import mean_interval
 from birbal_ray.run import RunError
-from birbal_ray.score.shards import PlannedTask, Shard
+from birbal_ray.score.plan import PlannedTask, Shard
 
 COLUMNS = ["task", "row_id", "score", "error", "num_prompt_tokens", "num_cached_tokens", "num_completion_tokens"]
 

@@ -32,12 +32,11 @@ from birbal_ray.run import (
 )
 from birbal_ray.schemas import QUARANTINE_FILE, ROWS_FOLDER, TASK_SCORES, TASK_SCORES_FILE, TASKS_FILE
 from birbal_ray.score import throughput
-from birbal_ray.score.board import Snapshot
 from birbal_ray.score.config import ScoreConfig
+from birbal_ray.score.monitor import Snapshot
 from birbal_ray.score.pipeline import check_cluster, logical_cpus, run_shards
-from birbal_ray.score.plan import make_plan, unpacked
+from birbal_ray.score.plan import ScorePlan, Shard, make_plan, unpack_archives
 from birbal_ray.score.results import summarise, unfinished
-from birbal_ray.score.shards import Plan, Shard
 from birbal_ray.score.stages import load_tokenizer
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import is_url, local_copy, run_folder
@@ -66,9 +65,9 @@ def score(config: ScoreConfig, *, overwrite: bool = False, progress: ProgressLin
     """
     progress = progress or ProgressLine()
     from_url = is_url(config.tasks.path or "")  # fetched to this machine, which alone has it then
-    config = resolved(config)
+    config = resolve_config(config)
     started = time.monotonic()
-    plan = planned(config, progress)
+    plan = plan_run(config, progress)
     config, model_revision, fingerprint = _pinned_model(config)
     with run_folder(config.output or "") as folder, stoppable():
         resumed = start_run(folder, STEP, identity_of(config, plan, fingerprint), overwrite=overwrite)
@@ -81,11 +80,11 @@ def score(config: ScoreConfig, *, overwrite: bool = False, progress: ProgressLin
             return ScoreResult(
                 folder, read_json(folder / MANIFEST_FILE), pq.read_table(folder / TASK_SCORES_FILE).to_pylist()
             )
-        plan = unpacked(plan, folder / INPUTS_FOLDER)
+        plan = unpack_archives(plan, folder / INPUTS_FOLDER)
         for leftover in (folder / ROWS_FOLDER).rglob(".tmp-*"):  # of a writer that was killed
             leftover.unlink(missing_ok=True)
         write_plan(folder, plan)
-        tell_plan(plan, config, progress)
+        describe_plan(plan, config, progress)
         shards = plan.shards(config.shard_rows)  # of the unpacked files
         todo = [shard for shard in shards if shard.file_name in missing]
         num_kept = len(shards) - len(todo)
@@ -102,7 +101,7 @@ def score(config: ScoreConfig, *, overwrite: bool = False, progress: ProgressLin
         return _finish(folder, plan, config, shards, model_revision, meter.session())
 
 
-def resolved(config: ScoreConfig) -> ScoreConfig:
+def resolve_config(config: ScoreConfig) -> ScoreConfig:
     """The configuration with `auto` values decided for this machine; raises ConfigError on what is missing."""
     for key, value in (("--tasks", config.tasks.path), ("--output", config.output)):
         if not value:
@@ -122,13 +121,13 @@ def resolved(config: ScoreConfig) -> ScoreConfig:
     return config.model_copy(update={"engine": config.engine.model_copy(update={"device": device})})
 
 
-def planned(
+def plan_run(
     config: ScoreConfig,
     progress: ProgressLine,
     *,
     excluded: Collection[str] = frozenset(),
     count_tokens: bool = False,
-) -> Plan:
+) -> ScorePlan:
     """The plan of a run; reads every chosen task file once and writes nothing."""
     return make_plan(
         config, partial(load_tokenizer, config), excluded=excluded, count_tokens=count_tokens, progress=progress.update
@@ -144,7 +143,7 @@ def _pinned_model(config: ScoreConfig) -> tuple[ScoreConfig, str | None, str]:
     return config.model_copy(update={"model": settings}), model.revision, model.fingerprint
 
 
-def identity_of(config: ScoreConfig, plan: Plan, model_fingerprint: str) -> dict[str, Any]:
+def identity_of(config: ScoreConfig, plan: ScorePlan, model_fingerprint: str) -> dict[str, Any]:
     """Everything that decides the rows. `resources`, paths and the like may change between sessions."""
     settings = config.model_dump(exclude={"resources", "output", "model"})
     for key in ("path", "strict", "label_overrides"):
@@ -160,14 +159,14 @@ def identity_of(config: ScoreConfig, plan: Plan, model_fingerprint: str) -> dict
     }
 
 
-def write_plan(folder: Path, plan: Plan) -> None:
+def write_plan(folder: Path, plan: ScorePlan) -> None:
     """What the run takes (TASKS) and which files it could not use."""
     lines = [json.dumps({"file": file, "reason": reason}, ensure_ascii=False) for file, reason in plan.quarantined]
     write_atomic(folder / QUARANTINE_FILE, "".join(f"{line}\n" for line in lines).encode())
     write_parquet(folder / TASKS_FILE, plan.table())
 
 
-def tell_plan(plan: Plan, config: ScoreConfig, progress: ProgressLine) -> None:
+def describe_plan(plan: ScorePlan, config: ScoreConfig, progress: ProgressLine) -> None:
     """Say on stderr what the plan takes and what it leaves out, and why."""
     progress.message(
         f"{len(plan.tasks)} tasks, {plan.num_rows} rows, model {config.model.name} on {config.engine.device}"
@@ -238,7 +237,7 @@ def _sessions(folder: Path) -> list[dict[str, Any]]:
 
 def _finish(
     folder: Path,
-    plan: Plan,
+    plan: ScorePlan,
     config: ScoreConfig,
     shards: Sequence[Shard],
     model_revision: str | None,

@@ -25,11 +25,11 @@ from birbal_ray.ni.schema import Instance, Task, TaskError, take_first
 from birbal_ray.run import write_parquet
 from birbal_ray.schemas import SCORE_ROWS
 from birbal_ray.score import plan
-from birbal_ray.score.board import ProgressBoard
 from birbal_ray.score.config import ResourceSettings, ScoreConfig
 from birbal_ray.score.engine import Adapter, Completion, Request, load_engine
 from birbal_ray.score.engine_loop import EngineDeadError, EngineLoop
-from birbal_ray.score.shards import ZERO_SHOT, Shard
+from birbal_ray.score.monitor import EngineMonitor
+from birbal_ray.score.plan import ZERO_SHOT, Shard
 from birbal_ray.storage import local_copy
 
 # What prepare hands to generate: the rows so far, with the prompts' token ids.
@@ -51,7 +51,7 @@ REPORT_INTERVAL_SECONDS = 1.0
 COUNTED = ("rows", "errors", "prompt_tokens", "cached_tokens", "completion_tokens")
 
 
-class Prepare:
+class BuildPrompts:
     """Reads a shard's instances, builds their prompts, counts tokens on the CPU.
 
     Instances that can't be scored and prompts that don't fit get their `error` here, so that they
@@ -125,7 +125,7 @@ class Generate:
         config: ScoreConfig,
         model_fingerprint: str,
         adapters: Sequence[Adapter],
-        board: ProgressBoard,
+        board: EngineMonitor,
         log_folder: str,
         replicas_per_node: int,
     ) -> None:
@@ -203,7 +203,7 @@ def _meters(replica: str) -> dict[str, Any]:
     return meters
 
 
-class WriteScored:
+class ScoreAndWrite:
     """Scores a shard's completions and writes its Parquet file under its final name."""
 
     def __init__(self, rows_folder: str) -> None:

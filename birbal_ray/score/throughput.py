@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray.progress import duration
-from birbal_ray.score.board import Snapshot
 from birbal_ray.score.config import ScoreConfig
+from birbal_ray.score.monitor import Snapshot
 
 
 class Meter:

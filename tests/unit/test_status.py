@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from birbal_ray.cli.main import main
 from birbal_ray.run import locked, start_run, write_atomic, write_json, write_parquet
 from birbal_ray.schemas import TASKS
-from birbal_ray.score.shards import Shard, Variant
+from birbal_ray.score.plan import PromptVariant, Shard
 from birbal_ray.settings import ConfigError
 from birbal_ray.status import status
 from birbal_ray.tune.config import TuneConfig
@@ -74,7 +74,7 @@ def begin_scoring(folder, step="score", **identity):
 def write_shards(folder, *chunks, variant=None):
     for task, chunk in chunks:
         count = -(-TASK_SIZES[task] // 4)
-        shard = Shard(task, "", "", "generation", chunk, count, 0, 8, variant or Variant())
+        shard = Shard(task, "", "", "generation", chunk, count, 0, 8, variant or PromptVariant())
         write_atomic(folder / "rows" / shard.file_name, b"as good as Parquet here")
 
 
@@ -109,8 +109,8 @@ def test_an_evaluation_plans_each_contender_in_each_format(tmp_path):
     contenders = {"base": "base 0", "mine": "adapter 1"}
     formats = ["few_shot", "zero_shot"]
     folder = begin_scoring(tmp_path / "e", "evaluate", contenders=contenders, prompt_formats=formats)
-    write_shards(folder, ("task_a", 0), variant=Variant("base", "zero_shot"))
-    write_shards(folder, ("task_a", 0), ("task_a", 1), variant=Variant("mine", "few_shot", "mine"))
+    write_shards(folder, ("task_a", 0), variant=PromptVariant("base", "zero_shot"))
+    write_shards(folder, ("task_a", 0), ("task_a", 1), variant=PromptVariant("mine", "few_shot", "mine"))
     assert seen(one(folder)) == ("12 of 68 rows", 12, 68)
 
 

@@ -43,7 +43,7 @@ def test_prepare_rows_of_all_shards_are_the_first_k_in_hash_order(write_task):
     folder = write_task("task_a", 30)
     settings = config(folder, **{"tasks.instances_per_task": 9, "shard_rows": 4})
     plan = planning.make_plan(settings, partial(stages.load_tokenizer, settings))
-    prepare = stages.Prepare(settings)
+    prepare = stages.BuildPrompts(settings)
     ids = []
     for shard in plan.shards(4):
         row = prepare(asdict(shard))
@@ -51,7 +51,7 @@ def test_prepare_rows_of_all_shards_are_the_first_k_in_hash_order(write_task):
     assert len(ids) == len(set(ids)) == 9
     fewer = config(folder, **{"tasks.instances_per_task": 5, "shard_rows": 100})
     (shard,) = planning.make_plan(fewer, partial(stages.load_tokenizer, fewer)).shards(100)
-    row = stages.Prepare(fewer)(asdict(shard))
+    row = stages.BuildPrompts(fewer)(asdict(shard))
     assert stages._from_bytes(row["prepared"])["row_id"].to_pylist() == ids[:5]
 
 
@@ -88,7 +88,7 @@ def test_archive_is_unpacked_before_workers_read_it(write_task, tmp_path):
     data = (folder / "task_a.json").read_bytes()
     plan = make(archive(tmp_path / "ni.tar.gz", {"ni/tasks/task_a.json": data}))
     assert plan.tasks[0].member == "ni/tasks/task_a.json"
-    plan = planning.unpacked(plan, tmp_path / "inputs")
+    plan = planning.unpack_archives(plan, tmp_path / "inputs")
     assert (tmp_path / "inputs" / "task_a.json").read_bytes() == data
     assert plan.shards(10)[0].path == str(tmp_path / "inputs" / "task_a.json")
 
@@ -99,7 +99,7 @@ def test_a_task_file_that_changes_during_the_run_stops_it(write_task):
     (shard,) = planning.make_plan(settings, partial(stages.load_tokenizer, settings)).shards(10)
     write_task("task_a", 6)
     with pytest.raises(TaskError, match="changed while the run was going on"):
-        stages.Prepare(settings)(asdict(shard))
+        stages.BuildPrompts(settings)(asdict(shard))
 
 
 def test_too_long_prompts_and_bad_instances_are_error_rows_before_the_engine(write_task):
@@ -111,7 +111,7 @@ def test_too_long_prompts_and_bad_instances_are_error_rows_before_the_engine(wri
     folder = write_task("task_a", Instances=entries)
     settings = config(folder)
     (shard,) = planning.make_plan(settings, partial(stages.load_tokenizer, settings)).shards(10)
-    row = stages.Prepare(settings)(asdict(shard))
+    row = stages.BuildPrompts(settings)(asdict(shard))
     rows = {row["instance_id"]: row for row in stages._from_bytes(row["prepared"]).to_pylist()}
     assert rows["ok"]["error"] is None
     assert rows["ok"]["token_ids"]

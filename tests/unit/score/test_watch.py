@@ -10,8 +10,8 @@ import pytest
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import RunError
 from birbal_ray.score import pipeline
-from birbal_ray.score.board import ProgressBoard
 from birbal_ray.score.config import ScoreConfig
+from birbal_ray.score.monitor import EngineMonitor
 from birbal_ray.score.throughput import Meter
 from birbal_ray.settings import load_config
 
@@ -29,7 +29,7 @@ def watch(tmp_path, **resources):
 
 
 def test_no_progress_is_reported_after_the_given_minutes(clock, tmp_path):
-    board, seen = ProgressBoard(), watch(tmp_path, no_progress_minutes=5)
+    board, seen = EngineMonitor(), watch(tmp_path, no_progress_minutes=5)
     board.started("r1", "n1")
     seen.look(board.snapshot())
     clock[0] += 299
@@ -43,7 +43,7 @@ def test_no_progress_is_reported_after_the_given_minutes(clock, tmp_path):
 
 
 def test_restarts_are_bounded_but_moves_to_another_node_are_not(clock, tmp_path):
-    board, seen = ProgressBoard(), watch(tmp_path, max_engine_restarts=1)
+    board, seen = EngineMonitor(), watch(tmp_path, max_engine_restarts=1)
     for node in ("n1", "n2", "n3", "n4"):
         board.started("r1", node)
     assert board.snapshot().num_moves == 3
@@ -58,7 +58,7 @@ def test_restarts_are_bounded_but_moves_to_another_node_are_not(clock, tmp_path)
 
 
 def test_a_death_that_every_shard_in_flight_reports_counts_once(clock, tmp_path):
-    board = ProgressBoard()
+    board = EngineMonitor()
     board.started("r1", "n1")
     for shard in range(3):
         board.died("r1", f"shard {shard}")
@@ -100,7 +100,7 @@ def test_what_a_cluster_lacks(nodes, settings, lacks):
 
 
 def test_progress_line_shows_rates_from_the_moment_the_engine_was_ready(clock):
-    board, meter = ProgressBoard(), Meter(rows_before=100, rows_total=400)
+    board, meter = EngineMonitor(), Meter(rows_before=100, rows_total=400)
     clock[0] += 30
     assert meter.line(board.snapshot()).startswith("loading the model (0 engine(s) started, 30 s)")
     board.started("r1", "n1")

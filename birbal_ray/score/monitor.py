@@ -21,7 +21,7 @@ class Snapshot:
     version: int = 0  # grows with every sign of life
 
 
-class ProgressBoard:
+class EngineMonitor:
     """A Ray actor (zero CPUs) beside the driver.
 
     Ray restarts a dead replica under the same actor id: the second `started` of an id is a restart,
