@@ -51,8 +51,8 @@ def make_mix(folder: Path) -> None:
 
 def run_birbal(mix: Path, folder: Path, model: str, steps: int) -> dict[str, Any]:
     from birbal_ray.settings import load_config
+    from birbal_ray.train.checkpoints import read_metrics
     from birbal_ray.train.config import TrainConfig
-    from birbal_ray.train.curve import read_metrics
     from birbal_ray.train.run import train
 
     flags = {

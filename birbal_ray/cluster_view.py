@@ -9,7 +9,7 @@ from typing import Any
 
 from birbal_ray.score import pipeline
 from birbal_ray.score.config import ScoreConfig
-from birbal_ray.train import worker
+from birbal_ray.train import launch
 from birbal_ray.train.config import TrainConfig
 
 HEAD = "node:__internal_head__"
@@ -67,10 +67,10 @@ def placements(listing: Sequence[Mapping[str, Any]], score: ScoreConfig, train: 
     piece = {"CPU": score.resources.cpus_per_replica / 2}
     elsewhere = [piece] * math.ceil(pipeline.logical_cpus(one) / piece["CPU"])
     scoring = [entry for entry in living if not pipeline.missing_resources(one, [entry["Resources"], *elsewhere])]
-    training = [entry for entry in living if not worker.missing_resources(train, [entry["Resources"]])]
+    training = [entry for entry in living if not launch.missing_resources(train, [entry["Resources"]])]
     return [
         _placement("score", _score_wants(score), scoring, pipeline.missing_resources(score, resources)),
-        _placement("train", _train_wants(train), training, worker.missing_resources(train, resources)),
+        _placement("train", _train_wants(train), training, launch.missing_resources(train, resources)),
     ]
 
 

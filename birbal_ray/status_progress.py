@@ -15,10 +15,8 @@ import pyarrow.parquet as pq
 from birbal_ray.progress import duration
 from birbal_ray.run import RunError, read_json
 from birbal_ray.schemas import ROWS_FOLDER, TASKS_FILE
-from birbal_ray.train.curve import read_metrics
+from birbal_ray.train.checkpoints import METRICS_FILE, SESSION_FILE, STATUS_FILE, read_metrics
 from birbal_ray.train.deadline import CLOCK_FILE
-from birbal_ray.train.files import METRICS_FILE, STATUS_FILE
-from birbal_ray.train.worker import RESULT_FILE as SESSION_FILE
 from birbal_ray.tune.records import JOB_FILE, TRIALS_FOLDER
 from birbal_ray.tune.records import RESULT_FILE as TRIAL_FILE
 

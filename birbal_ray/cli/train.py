@@ -9,7 +9,7 @@ import click
 from birbal_ray.cli.common import config_options, format_option, note, overwrite_option, print_table
 
 if TYPE_CHECKING:
-    from birbal_ray.train.look import Preflight
+    from birbal_ray.train.preflight import Preflight
     from birbal_ray.train.run import TrainResult
 
 
@@ -54,7 +54,7 @@ def train(
     from birbal_ray.settings import load_config
     from birbal_ray.train import run as step
     from birbal_ray.train.config import TrainConfig
-    from birbal_ray.train.look import refuse_if_too_large
+    from birbal_ray.train.preflight import refuse_if_too_large
 
     if calibrate and not dry_run:
         raise click.UsageError("--calibrate goes with --dry-run")
@@ -73,8 +73,7 @@ def train(
 
 def print_preflight(found: Preflight, config: Any, output_format: str) -> None:
     """Memory by part on stdout, the rest on stderr."""
-    from birbal_ray.train.look import described
-    from birbal_ray.train.preflight import GIB, total_bytes
+    from birbal_ray.train.preflight import GIB, describe_preflight, total_bytes
 
     rows = [{"part": part.part, "GiB": part.num_bytes / GIB, "how": part.how} for part in found.parts]
     rows.append({"part": "total", "GiB": total_bytes(found.parts) / GIB, "how": "estimate"})
@@ -83,7 +82,7 @@ def print_preflight(found: Preflight, config: Any, output_format: str) -> None:
             {"part": "the device has", "GiB": found.memory_bytes / GIB, "how": "fits" if found.fits else "too little"}
         )
     print_table(rows, output_format)
-    for line in described(found, config):
+    for line in describe_preflight(found, config):
         note(line)
     if found.tokens_per_second is None:
         note("speed unknown on this device: add --calibrate, or train once")

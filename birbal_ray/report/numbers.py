@@ -18,8 +18,7 @@ from birbal_ray.report.load import StepFolder
 from birbal_ray.run import RunError
 from birbal_ray.schemas import COMPARISONS, COMPARISONS_FILE, EVALUATION, EVALUATION_FILE, TASK_SCORES
 from birbal_ray.schemas import TASK_SCORES_FILE as SCORES_FILE
-from birbal_ray.train.curve import read_metrics
-from birbal_ray.train.files import METRICS_FILE
+from birbal_ray.train.checkpoints import METRICS_FILE, read_metrics
 
 Row = Mapping[str, Any]
 LABELS = ("exact_match", "generation")

@@ -23,7 +23,7 @@ from birbal_ray.report.pictures import (
     style,
     svg,
 )
-from birbal_ray.train.curve import smoothed
+from birbal_ray.train.card import smoothed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

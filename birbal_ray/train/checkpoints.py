@@ -1,7 +1,6 @@
-"""Checkpoints in a run folder: `step-000064`, written whole or absent.
+"""What a training run's folder holds: names of its files, metrics, checkpoints (no torch here).
 
-On a disk the directory's name says that it is whole (it was renamed). Object storage has no directories: there,
-the list of its files says so.
+A checkpoint `step-000064` is complete or absent: `files.json` in it lists its files with their sizes.
 """
 
 from __future__ import annotations
@@ -11,10 +10,26 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
+METRICS_FILE = "metrics.jsonl"  # one line for each step or evaluation
+STATUS_FILE = "status.json"  # the worker's state, rewritten every second
+BEST_FILE = "best.json"  # the step and folder of the adapter with the lowest eval loss
+STOP_FILE = "stop"  # asks the worker to save a checkpoint and end
+SESSION_FILE = "session.json"  # the worker's last session: its outcome, or why it cannot go on
+OUTCOME_FILE = "outcome.json"  # in the checkpoint that a run ended with
+NOT_NEEDED = ("checkpoints", "best", "packed", "tensorboard")  # of a training run, to use its adapter
 CHECKPOINTS_FOLDER, WORK_FOLDER = "checkpoints", ".work"  # in a run folder; in it, what is being written
 FILES_FILE = "files.json"  # {name: size in bytes} of all others in the checkpoint
 _NAME = re.compile(r"step-(\d+)")
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl; a half-written last line is left out."""
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

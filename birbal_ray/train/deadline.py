@@ -25,38 +25,38 @@ class Clock:
 
     `setup_seconds` of them passed before a session's first step. Kept in `file`, with what an evaluation, a
     checkpoint and a step last took: a session that begins near the deadline has no time to measure them.
-    `begun`: when the session began, by `now`; importing torch and the like may lie before this object.
+    `started`: when the session began, by `now`; importing torch and the like may lie before this object.
     """
 
-    def __init__(self, file: Path, now: Callable[[], float] = time.monotonic, begun: float | None = None) -> None:
+    def __init__(self, file: Path, now: Callable[[], float] = time.monotonic, started: float | None = None) -> None:
         self._file, self._now = file, now
         earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         self._before, self._setup_before = earlier.get("elapsed_seconds", 0.0), earlier.get("setup_seconds", 0.0)
         self.eval_seconds: float = earlier.get("eval_seconds", 0.0)
         self.save_seconds: float = earlier.get("save_seconds", 0.0)
         self.step_seconds: float = earlier.get("step_seconds", 0.0)  # the longest of the latest
-        self._beaten = now()
-        self._begun = self._beaten if begun is None else begun
+        self._saved_at = now()
+        self._started = self._saved_at if started is None else started
         self._stepping_since: float | None = None
 
     @property
     def elapsed_seconds(self) -> float:
         """Of all sessions."""
-        return self._before + self._now() - self._begun
+        return self._before + self._now() - self._started
 
     @property
     def setup_seconds(self) -> float:
         """Spent loading, over all sessions."""
-        return self._setup_before + (self._stepping_since or self._now()) - self._begun
+        return self._setup_before + (self._stepping_since or self._now()) - self._started
 
     def start_stepping(self) -> None:
         """The session's set-up is over."""
         self._stepping_since = self._now()
 
-    def beat(self, *, force: bool = False) -> None:
+    def save(self, *, force: bool = False) -> None:
         """Write the time down, at most every two seconds."""
-        if force or self._now() - self._beaten >= HEARTBEAT_SECONDS:
-            self._beaten = self._now()
+        if force or self._now() - self._saved_at >= HEARTBEAT_SECONDS:
+            self._saved_at = self._now()
             spent = {"elapsed_seconds": self.elapsed_seconds, "setup_seconds": self.setup_seconds}
             taken = {name: getattr(self, name) for name in ("eval_seconds", "save_seconds", "step_seconds")}
             write_json(self._file, spent | taken)

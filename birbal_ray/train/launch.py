@@ -1,29 +1,52 @@
-"""The training worker, run and watched from the driver."""
+"""The training worker: started on a node of the cluster and watched by the driver; what it does there."""
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
+import errno
+import math
 import os
+import shutil
 import threading
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.cluster import MIN_LOGICAL_CPUS, ray_session, told
-from birbal_ray.models import Model
+from birbal_ray.cluster import MIN_LOGICAL_CPUS, log_to, ray_session, told
+from birbal_ray.models import Model, ModelError, resolve
+from birbal_ray.object_store import filesystem_of
 from birbal_ray.progress import ProgressLine, duration
 from birbal_ray.rates import remember
-from birbal_ray.run import LOG_FOLDER, RunError
-from birbal_ray.storage import absolute, is_url, refresh
+from birbal_ray.run import LOG_FOLDER, RunError, RunFailedError, read_json, write_json
+from birbal_ray.storage import absolute, child, elsewhere, is_url, refresh
+from birbal_ray.train.checkpoints import (
+    CHECKPOINTS_FOLDER,
+    METRICS_FILE,
+    SESSION_FILE,
+    STATUS_FILE,
+    STOP_FILE,
+    WORK_FOLDER,
+    read_metrics,
+)
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.curve import read_metrics
-from birbal_ray.train.files import METRICS_FILE, STOP_FILE
-from birbal_ray.train.line import TrainLine
-from birbal_ray.train.look import rate_key
-from birbal_ray.train.worker import missing_resources, run_worker
+from birbal_ray.train.preflight import rate_key
 
 STEP = "train"
+RAY_FOLDER = "ray"
 POLL_SECONDS = 1.0
-LOOK_SECONDS = 5.0  # between two looks at the cluster's nodes
+NODES_SECONDS = 5.0  # between two checks of the cluster's nodes
+REPORT_SECONDS = 5.0
+FULL_BYTES = 1 << 20  # a disk with less room than this is full
+# accelerate would wrap the model in DDP for a world of one, and take Ray's word for the device.
+_WORLD = (
+    *("ACCELERATE_TORCH_DEVICE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
+
+# ---- on the driver
 
 
 def logical_cpus(config: TrainConfig) -> float:
@@ -31,75 +54,266 @@ def logical_cpus(config: TrainConfig) -> float:
     return max(MIN_LOGICAL_CPUS, config.resources.num_cpus + 2)
 
 
-def run_and_watch(
+def missing_resources(config: TrainConfig, nodes: Sequence[dict[str, Any]]) -> str | None:
+    """What the cluster lacks to place the worker, or None. `nodes`: each living node's total resources."""
+    resources = config.resources
+    card = f"accelerator_type:{resources.accelerator_type}"
+    gpu = resources.device == "gpu"
+    for node in nodes:
+        fits = node.get("CPU", 0.0) >= resources.num_cpus and (not gpu or node.get("GPU", 0.0) >= 1)
+        if fits and (not gpu or not resources.accelerator_type or card in node):
+            return None
+    cards = sorted({key.split(":", 1)[1] for node in nodes for key in node if key.startswith("accelerator_type:")})
+    wanted = f"a {resources.accelerator_type}" if gpu and resources.accelerator_type else "a GPU" if gpu else ""
+    wanted += f"{' with ' if wanted else ''}{resources.num_cpus:g} free CPUs on its node"
+    gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    return (
+        f"no node has {wanted}; the cluster has {len(nodes)} node(s), {gpus:g} GPUs, "
+        f"cards: {', '.join(cards) or 'none'} (resources.accelerator_type takes one of these names)"
+    )
+
+
+def train_on_cluster(
     config: TrainConfig, model: Model, folder: Path, progress: ProgressLine, steps_per_epoch: float
 ) -> dict[str, Any]:
-    """Run the worker and show its progress; its outcome. SIGTERM and Ctrl-C let it save first."""
+    """Run one worker, show its progress, return its outcome (see `sft.Outcome`). SIGTERM and Ctrl-C let it save first.
+
+    A worker that dies is replaced and continues from the latest checkpoint, `resources.max_failures`
+    times; then RunFailedError is raised. Errors that would only come again end the run at once, by RunError.
+    """
     with ray_session(logical_cpus(config), folder / LOG_FOLDER / "ray.log", about=told(STEP, config.output)):
-        _wait_for_node(config, progress)
+        import ray
+
+        def missing() -> str | None:
+            return missing_resources(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+        # A cluster of our own gets no further nodes.
+        end = time.monotonic() + (config.resources.wait if os.environ.get("RAY_ADDRESS") else 0.0)
+        while reason := missing():
+            left = end - time.monotonic()
+            if left <= 0:
+                raise RunError(reason)
+            progress.update(f"waiting (at most {duration(left)} more, resources.wait): {reason}")
+            time.sleep(min(POLL_SECONDS, left))
         progress.update(f"starting the worker; logs in {folder / LOG_FOLDER}")
-        refresh(folder)  # a worker on another node begins with what is at the run's URL
-        result: dict[str, Any] = {}
-        ended = threading.Event()  # not Thread.join: interrupted, it takes a living thread for a dead one (gh-90882)
-        threading.Thread(
-            target=_collect, args=(result, ended, config, model, folder), name="train", daemon=True
-        ).start()
-        line = TrainLine(folder, config, steps_per_epoch)
-        looked = time.monotonic()
-        missing = None
+        # A future, not Thread.join: interrupted, join takes a living thread for a dead one (gh-90882).
+        done: concurrent.futures.Future[dict[str, Any]] = concurrent.futures.Future()
+        threading.Thread(target=_fit, args=(config, model, folder, done), name="train", daemon=True).start()
+        shown = _Status(folder, config)
+        checked, reason = time.monotonic(), None
         try:
-            while not ended.wait(POLL_SECONDS):
-                if time.monotonic() - looked > LOOK_SECONDS:
-                    looked, missing = time.monotonic(), _missing(config)
-                if missing:  # its node was taken away; Ray places the worker as soon as another one joins
-                    progress.update(f"waiting: {missing}")
-                else:
-                    line.show(progress)
+            while not concurrent.futures.wait([done], POLL_SECONDS).done:
+                if time.monotonic() - checked > NODES_SECONDS:
+                    checked, reason = time.monotonic(), missing()
+                # Its node was taken away; Ray places the worker as soon as another one joins.
+                progress.update(f"waiting: {reason}" if reason else shown.text(progress))
         except KeyboardInterrupt:
             (folder / STOP_FILE).touch()
-            progress.message(
-                f"stopping: the worker saves a checkpoint first (at most {config.resources.stop_grace:.0f} s)"
-            )
-            if not ended.wait(config.resources.stop_grace) or "outcome" not in result:
+            grace = config.resources.stop_grace
+            progress.message(f"stopping: the worker saves a checkpoint first (at most {grace:.0f} s)")
+            concurrent.futures.wait([done], grace)
+            if not done.done() or done.exception():
                 raise
         finally:
             progress.close()
-    if "error" in result:
-        raise result["error"]
-    _remember_rate(config, folder)
-    return result["outcome"]
+    outcome = done.result()
+    steps = [line for line in read_metrics(folder / METRICS_FILE) if "loss" in line and line.get("step_seconds")]
+    if seconds := sum(line["step_seconds"] for line in steps[1:]):  # the first step warms up
+        remember(rate_key(config), sum(line["tokens"] for line in steps[1:]) / seconds)
+    return outcome
 
 
-def _missing(config: TrainConfig) -> str | None:
+class _Status:
+    """The progress line of a run, from the files that its worker writes, maybe on another machine."""
+
+    def __init__(self, folder: Path, config: TrainConfig) -> None:
+        self._folder, self._config = folder, config
+        self._started, self._wall_start = time.monotonic(), time.time()
+        self._warned = False
+
+    def text(self, progress: ProgressLine) -> str:
+        """The latest state; warns once when the budget is too short for the epochs asked for."""
+        file = self._folder / STATUS_FILE
+        if not file.exists() or file.stat().st_mtime < self._wall_start:
+            return f"loading the model ({duration(time.monotonic() - self._started)})"
+        status = read_json(file)
+        forecast, step = status["forecast"], status["step"]
+        if forecast and forecast["by_budget"] and step >= 3 and not self._warned:
+            self._warned = True
+            wanted = self._config.epochs
+            progress.message(f"{forecast['epochs']:.2g} epochs will fit in the budget; {wanted:g} were asked for")
+        metrics = read_metrics(self._folder / METRICS_FILE)
+        parts = [f"step {step}/{status['max_steps']}", f"epoch {status['epoch']:.2f}"]
+        if train := next((line for line in reversed(metrics) if "loss" in line), None):
+            parts += [f"loss {train['loss']:.4f}", f"lr {train['learning_rate']:.2e}"]
+            if train.get("step_seconds"):
+                parts.append(f"{train['tokens'] / train['step_seconds']:.0f} tokens/s")
+        if evaluation := next((line for line in reversed(metrics) if "eval_loss" in line), None):
+            parts.append(f"eval loss {evaluation['eval_loss']:.4f}")
+        if forecast:
+            left = (forecast["num_steps"] - step) * status["step_seconds"]
+            parts.append(f"ends in {duration(left)}{' (budget)' if forecast['by_budget'] else ''}")
+        return " · ".join(parts)
+
+
+def _fit(config: TrainConfig, model: Model, folder: Path, done: concurrent.futures.Future[dict[str, Any]]) -> None:
+    """Ray Train's part, in a thread of its own; sets `done` to the worker's outcome or to what ended the run."""
+    os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    gpu = config.resources.device == "gpu"
+    url = absolute(config.output) if config.output and is_url(config.output) else None
+    (folder / SESSION_FILE).unlink(missing_ok=True)
+    refresh(folder)
+    # Ray keeps its own record of sessions here; checkpoints are ours (docs/decisions/0021).
+    storage: dict[str, Any] = {"storage_path": str(folder / RAY_FOLDER)}
+    if url:
+        system, path = filesystem_of(child(url, RAY_FOLDER))
+        storage = {"storage_path": path, "storage_filesystem": system}
+    trainer = TorchTrainer(
+        train_on_worker,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "fingerprint": model.fingerprint,
+            "folder": str(folder),
+            "url": url,
+            "node": ray.get_runtime_context().get_node_id(),
+        },
+        torch_config=TorchConfig(backend="gloo"),  # one worker has nobody to talk to
+        scaling_config=ScalingConfig(
+            num_workers=1,
+            use_gpu=gpu,
+            accelerator_type=config.resources.accelerator_type if gpu else None,
+            resources_per_worker={"CPU": config.resources.num_cpus, **({"GPU": 1} if gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=f"session-{os.getpid()}-{os.urandom(3).hex()}",
+            **storage,
+            failure_config=FailureConfig(max_failures=config.resources.max_failures),
+        ),
+    )
+    try:
+        result = trainer.fit().return_value
+        refresh(folder)
+        if result is None:
+            raise RunFailedError(f"{folder}: the worker ended without a result (log: {folder / 'logs/worker.log'})")
+        if "error" in result:
+            raise RunError(result["error"])
+        done.set_result(result)
+    except TrainingFailedError as error:
+        if reason := lasting_reason(error, folder):  # Ray's own files are on the same disk
+            done.set_exception(RunError(reason))
+            return
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        last = f"the last time: {lines[-1]}" if lines else type(error).__name__
+        times = config.resources.max_failures + 1
+        done.set_exception(RunFailedError(f"the training worker failed {times} times; {last}"))
+    except BaseException as error:  # raised in the main thread
+        done.set_exception(error)
+
+
+# ---- on the worker
+
+
+def train_on_worker(options: dict[str, Any]) -> dict[str, Any]:
+    """What the worker does: `fine_tune`, with its log in the run folder; its outcome, or `error`: why it can't go on.
+
+    session.json holds the same, unless the disk is full.
+    """
     import ray
 
-    return missing_resources(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    started = time.monotonic()
+    config = TrainConfig.model_validate(options["config"])
+    here = ray.get_runtime_context().get_node_id()
+    with elsewhere(options["url"], Path(options["folder"]), "", options["node"], here) as folder:
+        return run_session(config, options["fingerprint"], folder, here, started)
 
 
-def _wait_for_node(config: TrainConfig, progress: ProgressLine) -> None:
-    """Until a node can take the worker; at once an error where none can join (a cluster of our own)."""
-    end = time.monotonic() + (config.resources.wait if os.environ.get("RAY_ADDRESS") else 0.0)
-    while missing := _missing(config):
-        left = end - time.monotonic()
-        if left <= 0:
-            raise RunError(missing)
-        progress.update(f"waiting (at most {duration(left)} more, resources.wait): {missing}")
-        time.sleep(min(POLL_SECONDS, left))
-
-
-def _collect(result: dict[str, Any], ended: threading.Event, config: TrainConfig, model: Model, folder: Path) -> None:
+def run_session(config: TrainConfig, fingerprint: str, folder: Path, node: str, started: float) -> dict[str, Any]:
+    """One worker's session in `folder`; see `train_on_worker`. Raises what a new worker may get past."""
+    for name in _WORLD:
+        os.environ.pop(name, None)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every training to its makers otherwise
     try:
-        url = absolute(config.output) if config.output and is_url(config.output) else None
-        result["outcome"] = run_worker(config, model.fingerprint, folder, url)
-    except BaseException as error:  # raised in the main thread
-        result["error"] = error
-    finally:
-        ended.set()
+        log_to(folder / "logs" / "worker.log")
+        os.write(1, f"worker pid {os.getpid()}\n".encode())
+        write_json(folder / "worker.json", {"pid": os.getpid(), "node": node})
+        result = fine_tune_here(config, fingerprint, folder, started)
+    except (ModelError, RunError) as error:
+        result = {"error": str(error)}
+    except Exception as error:
+        reason = lasting_reason(error, folder)
+        if reason is None:
+            raise
+        result = {"error": reason}
+        # An unfinished checkpoint: on a full disk its room is what the reason is written to.
+        shutil.rmtree(folder / CHECKPOINTS_FOLDER / WORK_FOLDER, ignore_errors=True)
+    with contextlib.suppress(OSError):  # still full: Ray gives the result to the driver
+        write_json(folder / SESSION_FILE, result)
+    return result
 
 
-def _remember_rate(config: TrainConfig, folder: Path) -> None:
-    """Tokens per second of training time, evaluations and checkpoints included."""
-    steps = [line for line in read_metrics(folder / METRICS_FILE) if "loss" in line and line.get("step_seconds")]
-    seconds = sum(line["step_seconds"] for line in steps[1:])  # the first step warms up
-    if seconds:
-        remember(rate_key(config), sum(line["tokens"] for line in steps[1:]) / seconds)
+def fine_tune_here(config: TrainConfig, fingerprint: str, folder: Path, started: float) -> dict[str, Any]:
+    """Check the node's model and device, then fine-tune; each line of metrics also goes to Ray."""
+    import ray.train
+    import torch
+
+    model = resolve(config.model.name, config.model.revision)
+    if model.fingerprint != fingerprint:
+        raise ModelError(f"{model.path}: not the model that the run was started with, on this node")
+    needs_card = config.resources.device == "gpu" and not config.resources.simulated_card
+    if needs_card and not torch.cuda.is_available():
+        raise RunError("Ray placed the worker on a node with a GPU, but torch sees none there; check its driver")
+    if not torch.cuda.is_available():
+        torch.set_num_threads(config.resources.num_threads or len(os.sched_getaffinity(0)))
+    from birbal_ray.train.sft import fine_tune
+
+    reported = -math.inf
+
+    def report(line: dict[str, Any]) -> None:
+        # Ray takes one report every two seconds; a second one would hold the training up until then.
+        nonlocal reported
+        if reason := mark_diverged(line):
+            raise RunError(reason)
+        if time.monotonic() - reported > REPORT_SECONDS:
+            ray.train.report({name: value for name, value in line.items() if value is not None})
+            reported = time.monotonic()
+
+    return asdict(fine_tune(config, model.path, folder, report, started=started))
+
+
+def mark_diverged(line: Mapping[str, Any]) -> str | None:
+    """Why a run can't go on after this line of metrics.jsonl, with the way out; None where its losses are numbers."""
+    for name, what in (("eval_loss", "eval loss"), ("loss", "training loss"), ("grad_norm", "gradient's norm")):
+        if math.isfinite(line.get(name, 0.0)):
+            continue
+        if line["step"] == 0:
+            return "the base model's eval loss is not a number; check the model, or set model.dtype=float32"
+        return (
+            f"the {what} is not a number since step {line['step']}: the adapter diverged; "
+            "lower optimizer.learning_rate and train into another --output; this run's best adapter so far stays here"
+        )
+    return None
+
+
+def lasting_reason(error: BaseException, folder: Path) -> str | None:
+    """Why trying again would fail again, with the way out; None for what a restart may repair."""
+    text = " ".join(str(error).split())
+    full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left" in text
+    if "inline_container" in text:  # torch.save says where it stopped writing, not why
+        full = shutil.disk_usage(folder).free < FULL_BYTES
+    if full:
+        return (
+            f"{folder}: no space left on the disk; the last checkpoint is complete. "
+            "Free some space and run the same command again"
+        )
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            f"the card ran out of memory ({text[:160]}); the last checkpoint is kept. Lower batch.micro and raise "
+            "batch.accumulation by the same factor, or set gradient_checkpointing=true: the run then continues; "
+            "`birbal train --dry-run` estimates the need"
+        )
+    return None

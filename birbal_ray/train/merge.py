@@ -21,7 +21,7 @@ from birbal_ray.run import (
 )
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import local_copy, run_folder
-from birbal_ray.train.files import NOT_NEEDED
+from birbal_ray.train.checkpoints import NOT_NEEDED
 
 STEP = "merge"
 NEW_TOKENS = 16

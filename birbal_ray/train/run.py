@@ -29,14 +29,13 @@ from birbal_ray.run import (
 )
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import absolute, is_url, local_copy, run_folder
-from birbal_ray.train.card import adapter_card
+from birbal_ray.train.card import adapter_card, draw_loss_curve
+from birbal_ray.train.checkpoints import BEST_FILE, METRICS_FILE, STOP_FILE, read_metrics
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.curve import draw_loss_curve, read_metrics
 from birbal_ray.train.data import PACKED_FOLDER, Packing, prepare
-from birbal_ray.train.files import BEST_FILE, METRICS_FILE, STOP_FILE
-from birbal_ray.train.launch import STEP, run_and_watch
-from birbal_ray.train.look import Preflight, described, look, refuse_if_too_large
-from birbal_ray.train.worker import diverged
+from birbal_ray.train.deadline import CLOCK_FILE
+from birbal_ray.train.launch import STEP, mark_diverged, train_on_cluster
+from birbal_ray.train.preflight import Preflight, describe_preflight, refuse_if_too_large, run_preflight
 
 ADAPTER_FOLDER, CURVE_FILE = "adapter", "loss_curve.png"
 CALIBRATION_STEPS = 4
@@ -58,7 +57,7 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: ProgressLin
     broke off; the last checkpoint is kept and the same command continues).
     """
     progress = progress or ProgressLine()
-    config, model = resolved(config)
+    config, model = resolve_config(config)
     mix = local_copy(config.mix or "")
     mix_manifest = read_mix(mix)
     with run_folder(_required(config.output, "--output"), follow=True) as folder, stoppable():
@@ -75,14 +74,14 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: ProgressLin
             config.evaluation.num_rows,
             progress.update,
         )
-        found = look(config, model, packing)
-        for line in described(found, config):
+        found = run_preflight(config, model, packing)
+        for line in describe_preflight(found, config):
             progress.message(line)
         refuse_if_too_large(found)
         (folder / STOP_FILE).unlink(missing_ok=True)
         if resumed and read_metrics(folder / METRICS_FILE):
             progress.message(f"continuing from the last checkpoint in {folder}")
-        outcome = run_and_watch(config, model, folder, progress, found.steps_per_epoch)
+        outcome = train_on_cluster(config, model, folder, progress, found.steps_per_epoch)
         if outcome["ended_by"] == "stop":
             progress.message(f"stopped after step {outcome['num_steps']}, checkpoint saved; the same command continues")
             raise KeyboardInterrupt
@@ -93,7 +92,7 @@ def dry_run(config: TrainConfig, *, calibrate: bool = False, progress: ProgressL
     """Tokens, memory, and what will fit in the budget; trains nothing but, to calibrate, a few steps."""
     progress = progress or ProgressLine()
     place = _calibration_place(config) if calibrate else None
-    config, model = resolved(config)
+    config, model = resolve_config(config)
     mix = local_copy(config.mix or "")
     read_mix(mix)
     with tempfile.TemporaryDirectory(prefix="birbal-train-", dir=place) as name:
@@ -107,18 +106,18 @@ def dry_run(config: TrainConfig, *, calibrate: bool = False, progress: ProgressL
             config.evaluation.num_rows if not calibrate else 8,
             progress.update,
         )
-        found = look(config, model, packing)
+        found = run_preflight(config, model, packing)
         if calibrate and found.fits:
             progress.message(f"calibrating: {CALIBRATION_STEPS} steps")
             short = config.model_copy(update={"budget": None, "max_steps": CALIBRATION_STEPS, "output": None})
             with stoppable():
-                run_and_watch(short, model, folder, progress, found.steps_per_epoch)
-            found = look(config, model, packing)
+                train_on_cluster(short, model, folder, progress, found.steps_per_epoch)
+            found = run_preflight(config, model, packing)
     progress.close()
     return found
 
 
-def resolved(config: TrainConfig) -> tuple[TrainConfig, Model]:
+def resolve_config(config: TrainConfig) -> tuple[TrainConfig, Model]:
     """(configuration with `auto` decided and paths absolute, its model). Raises ConfigError, ModelError."""
     mix = absolute(_required(config.mix, "--mix"))
     device = config.resources.device
@@ -211,13 +210,13 @@ def _finish(
 ) -> TrainResult:
     metrics = read_metrics(folder / METRICS_FILE)
     if not (folder / BEST_FILE).exists():
-        reason = next(filter(None, map(diverged, metrics)), "the run made no evaluation")
+        reason = next(filter(None, map(mark_diverged, metrics)), "the run made no evaluation")
         raise RunError(f"{folder}: no adapter was kept; {reason}")
     best = read_json(folder / BEST_FILE)
     base_loss = next(line["eval_loss"] for line in metrics if "eval_loss" in line and line["step"] == 0)
     if best["eval_loss"] >= base_loss:
         progress.message(f"warning: no adapter beats the base model's eval loss of {base_loss:.4f}")
-    clock = read_json(folder / "clock.json")
+    clock = read_json(folder / CLOCK_FILE)
     settings = config.model_dump(mode="json")
     manifest = {
         "settings": settings,

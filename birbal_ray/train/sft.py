@@ -1,29 +1,114 @@
-"""The fine-tune itself: TRL's SFTTrainer on packed samples, ended by a deadline, resumable."""
+"""The fine-tune itself: TRL's SFTTrainer on packed samples, ended by a deadline, resumable.
+
+`fine_tune` makes the trainer and runs it. `BudgetTrainer` is TRL's trainer whose learning rate follows the clock;
+`SftCallback` decides after each step whether to evaluate, save or stop, and writes down what happened.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import load_from_disk
 from peft import LoraConfig
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from transformers.utils.import_utils import is_flash_attn_2_available
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
-from birbal_ray.run import read_json
-from birbal_ray.train.checkpoints import CHECKPOINTS_FOLDER, WORK_FOLDER, latest_checkpoint
+from birbal_ray.run import read_json, write_atomic, write_json
+from birbal_ray.train.checkpoints import (
+    BEST_FILE,
+    CHECKPOINTS_FOLDER,
+    METRICS_FILE,
+    OUTCOME_FILE,
+    STATUS_FILE,
+    STOP_FILE,
+    WORK_FOLDER,
+    finish_checkpoint,
+    latest_checkpoint,
+    remove_old,
+)
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.data import PACKED_FOLDER
-from birbal_ray.train.deadline import CLOCK_FILE, Clock
-from birbal_ray.train.trainer import OUTCOME_FILE, DeadlineTrainer, Outcome
-from birbal_ray.train.watch import Watch
+from birbal_ray.train.data import IGNORED, PACKED_FOLDER
+from birbal_ray.train.deadline import CLOCK_FILE, Clock, Deadline, learning_rate_factor
 
-TENSORBOARD_FOLDER = "tensorboard"
+TENSORBOARD_FOLDER, BEST_FOLDER = "tensorboard", "best"
+STATUS_SECONDS = 1.0  # between two writes of status.json
+ENDS = ("epochs", "max_steps", "budget")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a session ended."""
+
+    ended_by: str  # one of ENDS, or stop (asked to; to be continued)
+    num_steps: int
+    epochs: float
+    peak_memory_bytes: int | None  # of the device; None on a CPU
+
+
+def fine_tune(
+    config: TrainConfig,
+    model_path: Path,
+    folder: Path,
+    report: Callable[[dict[str, Any]], None] = lambda line: None,
+    callbacks: Sequence[TrainerCallback] = (),
+    *,
+    started: float | None = None,
+) -> Outcome:
+    """Train, or go on from the latest checkpoint in `folder`, until the data, the steps or the budget end.
+
+    `folder` holds `packed/` (see `samples.prepare`). Leaves checkpoints/, best/, metrics.jsonl,
+    tensorboard/. `report` gets each line of metrics.jsonl; `callbacks` are transformers', asked after
+    the run's own. `started` (time.monotonic) is when the session's part of the budget began; None: now.
+    On a CPU, without a budget and with the same number of threads, the losses repeat exactly,
+    interrupted or not.
+
+    Where the folder's run has ended already, its outcome is all that happens.
+    """
+    clock = Clock(folder / CLOCK_FILE, started=started)
+    clock.save(force=True)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / TENSORBOARD_FOLDER)
+    shutil.rmtree(folder / CHECKPOINTS_FOLDER / WORK_FOLDER, ignore_errors=True)
+    checkpoint = latest_checkpoint(folder / CHECKPOINTS_FOLDER)
+    if checkpoint and (checkpoint / OUTCOME_FILE).exists():
+        return Outcome(**read_json(checkpoint / OUTCOME_FILE))
+    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
+    lora = config.lora
+    arguments = sft_config(config, folder)
+    arguments.eval_on_start = checkpoint is None
+    trainer = BudgetTrainer(
+        config,
+        folder,
+        clock,
+        model=load_base(model_path, config),
+        args=arguments,
+        train_dataset=load_from_disk(str(folder / PACKED_FOLDER / "train")),
+        eval_dataset=load_from_disk(str(folder / PACKED_FOLDER / "eval")),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            task_type="CAUSAL_LM",
+        ),
+    )
+    watch = SftCallback(trainer, report)
+    for callback in (watch, *callbacks):
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    clock.save(force=True)
+    return trainer.outcome()
 
 
 def load_base(path: Path, config: TrainConfig) -> Any:
@@ -105,56 +190,209 @@ def sft_config(config: TrainConfig, folder: Path) -> SFTConfig:
     )
 
 
-def fine_tune(
-    config: TrainConfig,
-    model_path: Path,
-    folder: Path,
-    report: Callable[[dict[str, Any]], None] = lambda line: None,
-    callbacks: Sequence[TrainerCallback] = (),
-    *,
-    begun: float | None = None,
-) -> Outcome:
-    """Train, or go on from the latest checkpoint in `folder`, until the data, the steps or the budget end.
+class BudgetTrainer(SFTTrainer):
+    """TRL's trainer: the learning rate follows the clock, the eval loss is per token, checkpoints are complete."""
 
-    `folder` holds `packed/` (see `samples.prepare`). Leaves checkpoints/, best/, metrics.jsonl,
-    tensorboard/. `report` gets each line of metrics.jsonl; `callbacks` are transformers', asked after
-    the run's own. `begun` (time.monotonic) is when the session's part of the budget began; None: now.
-    On a CPU, without a budget and with the same number of threads, the losses repeat exactly,
-    interrupted or not.
+    def __init__(self, settings: TrainConfig, folder: Path, clock: Clock, **options: Any) -> None:
+        self.settings, self.folder = settings, folder
+        self.deadline = Deadline(settings.budget, 1, clock)
+        self.run_progress = 0.0  # decided once a step: the schedule and the end must agree
+        self.ended_by: str | None = None  # as in Outcome; None while the run goes on
+        self._progress_step = -1
+        self._eval_loss_sum, self._eval_tokens = 0.0, 0
+        self._saved_at = time.monotonic()
+        super().__init__(**options)
+        # TRL turns the adapter into bfloat16, where a step of 2e-5 on a weight of 0.01 is lost in rounding.
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
 
-    Where the folder's run has ended already, its outcome is all that happens.
-    """
-    clock = Clock(folder / CLOCK_FILE, begun=begun)
-    clock.beat(force=True)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / TENSORBOARD_FOLDER)
-    shutil.rmtree(folder / CHECKPOINTS_FOLDER / WORK_FOLDER, ignore_errors=True)
-    checkpoint = latest_checkpoint(folder / CHECKPOINTS_FOLDER)
-    if checkpoint and (checkpoint / OUTCOME_FILE).exists():
-        return Outcome(**read_json(checkpoint / OUTCOME_FILE))
-    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
-    lora = config.lora
-    arguments = sft_config(config, folder)
-    arguments.eval_on_start = checkpoint is None
-    trainer = DeadlineTrainer(
-        config,
-        folder,
-        clock,
-        model=load_base(model_path, config),
-        args=arguments,
-        train_dataset=load_from_disk(str(folder / PACKED_FOLDER / "train")),
-        eval_dataset=load_from_disk(str(folder / PACKED_FOLDER / "eval")),
-        processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            task_type="CAUSAL_LM",
-        ),
-    )
-    watch = Watch(trainer, report)
-    for callback in (watch, *callbacks):
-        trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    clock.beat(force=True)
-    return trainer.outcome()
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """Cosine to the deadline, or to the last step where that comes first."""
+        self.deadline.total_steps = num_training_steps
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self._factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _factor(self, steps_done: int) -> float:
+        if steps_done != self._progress_step:  # asked once for each parameter group
+            self._progress_step = steps_done
+            self.run_progress = self.deadline.progress(steps_done, self._due_seconds(steps_done))
+        settings = self.settings.optimizer
+        return learning_rate_factor(steps_done, self.run_progress, settings.warmup_steps, settings.floor_fraction)
+
+    def end_after(self, step: int, *, resumed: bool = False) -> None:
+        """Set `ended_by` when no step may follow this one. `resumed`: its checkpoint was just loaded."""
+        if resumed:
+            self.run_progress = self.deadline.progress(step)
+        if step >= self.state.max_steps:
+            self.ended_by = "max_steps" if step == self.settings.max_steps else "epochs"
+        elif self.run_progress >= 1.0:
+            self.ended_by = "budget"
+        elif (self.folder / STOP_FILE).exists():
+            self.ended_by = "stop"
+
+    def outcome(self) -> Outcome:
+        """How the session ended."""
+        return Outcome(
+            ended_by=self.ended_by or "epochs",
+            num_steps=self.state.global_step,
+            epochs=self.state.epoch or 0.0,
+            peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        )
+
+    def _due_seconds(self, step: int) -> float:
+        clock = self.deadline.clock
+        return clock.eval_seconds * self.eval_due(step) + clock.save_seconds * self.save_due(step)
+
+    def eval_due(self, step: int) -> bool:
+        """Whether an evaluation follows this step."""
+        return step > 0 and step % self.settings.evaluation.every_steps == 0
+
+    def save_due(self, step: int) -> bool:
+        """Whether a checkpoint follows this step."""
+        checkpoint = self.settings.checkpoint
+        late = time.monotonic() - self._saved_at >= checkpoint.every_minutes * 60
+        return step > 0 and (step % checkpoint.every_steps == 0 or late)
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        """Also add the batch's loss up, token by token: Trainer's mean is one of batches."""
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        num_tokens = int((inputs["labels"] != IGNORED).sum())
+        self._eval_loss_sum += float(loss) * num_tokens
+        self._eval_tokens += num_tokens
+        self.deadline.clock.save()
+        return loss, logits, labels
+
+    def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
+        """Trainer's, with the mean over tokens as the loss."""
+        self._eval_loss_sum, self._eval_tokens = 0.0, 0
+        output = super().evaluation_loop(*arguments, **options)
+        prefix = options.get("metric_key_prefix", "eval")
+        output.metrics[f"{prefix}_loss"] = self._eval_loss_sum / max(1, self._eval_tokens)
+        return output
+
+    def _run_epoch(self, **options: Any) -> None:
+        if not self.control.should_training_stop:  # said when training began: nothing is left to do
+            super()._run_epoch(**options)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        started = time.monotonic()
+        super()._save_checkpoint(model, trial)
+        checkpoints = self.folder / CHECKPOINTS_FOLDER
+        written = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.ended_by in ENDS:
+            write_json(written / OUTCOME_FILE, asdict(self.outcome()))
+        finish_checkpoint(written, checkpoints)
+        remove_old(checkpoints, self.settings.checkpoint.keep)
+        self._saved_at = time.monotonic()
+        self.deadline.clock.save_seconds = self._saved_at - started
+
+
+class SftCallback(TrainerCallback):
+    """Decides when to evaluate, save and stop; writes down what happens."""
+
+    def __init__(self, trainer: BudgetTrainer, report: Callable[[dict[str, Any]], None]) -> None:
+        self._trainer, self._report = trainer, report
+        self._folder = trainer.folder
+        self._step_started: float | None = None
+        self._step_seconds = 0.0
+        self._tokens_before = 0
+        self._status_written = -math.inf
+        best = self._folder / BEST_FILE
+        self._best = json.loads(best.read_text())["eval_loss"] if best.exists() else math.inf
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Forget what a killed session measured after its last checkpoint; go no further where no step fits."""
+        file = self._folder / METRICS_FILE
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+        if state.global_step == 0:
+            lines = []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
+        write_atomic(file, "".join(kept).encode())
+        if state.global_step == 0:
+            return
+        trainer = self._trainer
+        trainer.end_after(state.global_step, resumed=True)
+        control.should_training_stop = trainer.ended_by is not None
+        if trainer.ended_by in ENDS:
+            measured = any("eval_loss" in line and line["step"] == state.global_step for line in map(json.loads, kept))
+            wanted = self._best == math.inf or trainer.deadline.evaluation_fits()
+            args.eval_on_start = not measured and wanted
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the step's clock."""
+        if self._step_started is None:
+            self._trainer.deadline.clock.start_stepping()
+        self._step_started = time.monotonic()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A micro batch is done."""
+        self._trainer.deadline.clock.save()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Whether to evaluate, to save, to stop."""
+        trainer, step = self._trainer, state.global_step
+        self._step_seconds = time.monotonic() - (self._step_started or time.monotonic())
+        trainer.deadline.step_took(self._step_seconds)
+        trainer.deadline.clock.save()
+        trainer.end_after(step)
+        control.should_log = True
+        control.should_evaluate = trainer.eval_due(step) or trainer.ended_by in ENDS
+        control.should_save = trainer.save_due(step) or trainer.ended_by is not None
+        control.should_training_stop = trainer.ended_by is not None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """One line in metrics.jsonl for each step or evaluation."""
+        logs = dict(logs or {})
+        clock = self._trainer.deadline.clock
+        line: dict[str, Any] = {"step": state.global_step, "epoch": state.epoch or 0.0}
+        if "eval_loss" in logs:
+            line |= {"eval_loss": logs["eval_loss"], "eval_seconds": logs.get("eval_runtime")}
+        elif "loss" in logs:
+            seen = int(logs.get("num_tokens", 0))  # since the session began
+            tokens, self._tokens_before = seen - self._tokens_before, seen
+            line |= {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate") if name in logs}
+            line |= {"step_seconds": self._step_seconds, "tokens": tokens}
+        else:
+            return  # the summary at the end
+        line["elapsed_seconds"] = clock.elapsed_seconds
+        with (self._folder / METRICS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._trainer.ended_by or "eval_loss" in line or time.monotonic() - self._status_written > STATUS_SECONDS:
+            self._status_written = time.monotonic()
+            self._write_status(state)
+        self._report(line)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        """Keep the adapter if it is the best so far. Step 0 is the base model and does not count."""
+        self._trainer.deadline.clock.eval_seconds = metrics["eval_runtime"]
+        if state.global_step > 0 and metrics["eval_loss"] < self._best:
+            self._best = metrics["eval_loss"]
+            save_best(self._trainer.model, self._folder, state.global_step, self._best)
+
+    def _write_status(self, state: Any) -> None:
+        deadline = self._trainer.deadline
+        steps_per_epoch = state.max_steps / state.num_train_epochs if state.num_train_epochs else state.max_steps
+        every = self._trainer.settings.evaluation.every_steps
+        forecast = deadline.forecast(state.global_step, steps_per_epoch, every)
+        status = {"step": state.global_step, "max_steps": state.max_steps, "epoch": state.epoch or 0.0}
+        clock = deadline.clock
+        status |= {"elapsed_seconds": clock.elapsed_seconds, "step_seconds": clock.step_seconds}
+        status |= {"eval_seconds": clock.eval_seconds, "save_seconds": clock.save_seconds}
+        status["forecast"] = asdict(forecast) if forecast else None
+        write_json(self._folder / STATUS_FILE, status)
+
+
+def save_best(model: Any, folder: Path, step: int, eval_loss: float) -> None:
+    """Write the adapter beside the earlier best, point to it, then remove the earlier one."""
+    best = folder / BEST_FOLDER
+    target, temporary = best / f"step-{step:06d}", best / f".tmp-{os.getpid()}-{step}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary, safe_serialization=True)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    write_json(folder / BEST_FILE, {"step": step, "eval_loss": eval_loss, "folder": f"{BEST_FOLDER}/{target.name}"})
+    for other in best.iterdir():
+        if other != target:
+            shutil.rmtree(other, ignore_errors=True)

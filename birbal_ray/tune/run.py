@@ -170,7 +170,7 @@ def search(
     with ray_session(logical, folder / LOG_FOLDER / "ray.log", dashboard=True, about=told(STEP, folder)) as dashboard:
         import ray
 
-        from birbal_ray.train.worker import missing_resources
+        from birbal_ray.train.launch import missing_resources
         from birbal_ray.tune.searcher import RAY_FOLDER, run_plan
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -15,8 +15,8 @@ import pytest
 
 from birbal_ray.settings import load_config
 from birbal_ray.train import preflight
+from birbal_ray.train.checkpoints import read_metrics
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.curve import read_metrics
 from birbal_ray.train.data import prepare
 from tests.conftest import REPOSITORY, make_mix
 from tests.fixtures.random_model import write_random_model

@@ -10,9 +10,8 @@ import time
 import pytest
 
 from birbal_ray.settings import load_config
-from birbal_ray.train.checkpoints import all_checkpoints
+from birbal_ray.train.checkpoints import all_checkpoints, read_metrics
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.curve import read_metrics
 from birbal_ray.train.data import prepare
 from tests.conftest import slow
 

@@ -14,9 +14,9 @@ import pytest
 
 from birbal_ray.run import RunError
 from birbal_ray.settings import load_config
-from birbal_ray.train.checkpoints import all_checkpoints
+from birbal_ray.train.card import draw_loss_curve
+from birbal_ray.train.checkpoints import all_checkpoints, read_metrics
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.curve import draw_loss_curve, read_metrics
 from birbal_ray.train.data import prepare
 
 SMALL = {
@@ -64,11 +64,10 @@ def make_trainer(config, model, folder, train, evaluation):
     from transformers import AutoTokenizer
 
     from birbal_ray.train.deadline import Clock
-    from birbal_ray.train.sft import load_base, sft_config
-    from birbal_ray.train.trainer import DeadlineTrainer
+    from birbal_ray.train.sft import BudgetTrainer, load_base, sft_config
 
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-    return DeadlineTrainer(
+    return BudgetTrainer(
         config,
         folder,
         Clock(folder / "clock.json"),
@@ -328,18 +327,20 @@ def test_killed_after_its_last_checkpoint_a_run_has_ended(tiny_model, run_folder
 
 
 def test_a_run_that_diverges_ends_at_once(tiny_model, run_folder):
+    from birbal_ray.train.launch import mark_diverged
     from birbal_ray.train.sft import fine_tune
-    from birbal_ray.train.worker import diverged
 
     def report(line):
-        if reason := diverged(line):
+        if reason := mark_diverged(line):
             raise RunError(reason)
 
     config = settings(optimizer__learning_rate=1e30, optimizer__warmup_steps=0, max_steps=50)
     with pytest.raises(RunError, match=r"not a number since step (\d): the adapter diverged; lower optimizer.learning"):
         fine_tune(config, tiny_model, run_folder, report)
-    assert diverged({"step": 0, "eval_loss": float("nan")}).startswith("the base model's eval loss is not a number")
-    assert diverged({"step": 1, "loss": 2.5, "grad_norm": 0.1, "tokens": 9}) is None
+    assert mark_diverged({"step": 0, "eval_loss": float("nan")}).startswith(
+        "the base model's eval loss is not a number"
+    )
+    assert mark_diverged({"step": 1, "loss": 2.5, "grad_norm": 0.1, "tokens": 9}) is None
 
 
 FULL_DISK = """
@@ -375,7 +376,7 @@ def test_a_full_disk_is_said_once_whatever_stays_full(tmp_path, monkeypatch):
     """The half checkpoint goes first, so that there is room for the reason; where there is none, the driver gets it."""
     import errno
 
-    from birbal_ray.train import worker
+    from birbal_ray.train import launch
 
     half = tmp_path / "checkpoints" / ".work"
 
@@ -388,12 +389,12 @@ def test_a_full_disk_is_said_once_whatever_stays_full(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         path.write_text(json.dumps(value))
 
-    monkeypatch.setattr(worker, "_fine_tune", fill)
-    monkeypatch.setattr(worker, "log_to", lambda file: None)
-    monkeypatch.setattr(worker, "write_json", write)
+    monkeypatch.setattr(launch, "fine_tune_here", fill)
+    monkeypatch.setattr(launch, "log_to", lambda file: None)
+    monkeypatch.setattr(launch, "write_json", write)
     full = []
     for _ in range(2):
-        assert "no space left on the disk" in worker._train(settings(), "", tmp_path, "node", 0.0)["error"]
+        assert "no space left on the disk" in launch.run_session(settings(), "", tmp_path, "node", 0.0)["error"]
         assert not half.exists()
         full.append("by others too")
     assert "no space left on the disk" in json.loads((tmp_path / "session.json").read_text())["error"]
@@ -402,10 +403,10 @@ def test_a_full_disk_is_said_once_whatever_stays_full(tmp_path, monkeypatch):
 def test_errors_that_would_come_again_are_told_from_those_a_restart_mends(tmp_path, monkeypatch):
     import errno
 
-    from birbal_ray.train.worker import lasting_reason
+    from birbal_ray.train.launch import lasting_reason
 
     full = lasting_reason(OSError(errno.ENOSPC, "No space left on device"), tmp_path)
-    assert "no space left on the disk; the last checkpoint is whole" in full
+    assert "no space left on the disk; the last checkpoint is complete" in full
     assert "no space left" in lasting_reason(
         RuntimeError("SafetensorError: No space left on device (os error 28)"), tmp_path
     )
@@ -419,5 +420,5 @@ def test_errors_that_would_come_again_are_told_from_those_a_restart_mends(tmp_pa
     class OutOfMemoryError(RuntimeError):
         pass
 
-    assert "lower batch.micro" in lasting_reason(OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), tmp_path)
+    assert "Lower batch.micro" in lasting_reason(OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), tmp_path)
     assert lasting_reason(RuntimeError("NCCL went away"), tmp_path) is None

@@ -16,7 +16,7 @@ from birbal_ray.run import RunError, RunFailedError, finish_run, start_run
 from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.train import run as step
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.look import rate_key
+from birbal_ray.train.preflight import rate_key
 
 SMALL = {"batch.sequence_length": 128, "batch.micro": 2, "batch.accumulation": 2, "lora.r": 8, "lora.alpha": 16}
 
@@ -142,7 +142,7 @@ def test_a_run_is_continued_with_its_own_settings_alone(birbal_train, tiny_mix, 
     def broken(*arguments):
         raise RunFailedError("the training worker failed 4 times")
 
-    monkeypatch.setattr(step, "run_and_watch", broken)
+    monkeypatch.setattr(step, "train_on_cluster", broken)
     run = tmp_path / "run"
     result = birbal_train(tiny_mix, "--output", run, "--set", "max_steps=60")
     assert result.exit_code == 1
@@ -180,7 +180,7 @@ def test_calibrating_on_a_cluster_packs_beside_the_output(tiny_mix, tiny_model, 
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     places = []
     monkeypatch.setattr(
-        step, "run_and_watch", lambda config, model, folder, *rest: places.append((config.output, folder))
+        step, "train_on_cluster", lambda config, model, folder, *rest: places.append((config.output, folder))
     )
     flags = {**SMALL, "mix": str(tiny_mix), "model.name": str(tiny_model), "resources.device": "cpu"}
     config = load_config(TrainConfig, flags={**flags, "output": str(tmp_path / "shared" / "run")})
@@ -200,4 +200,4 @@ def test_a_run_without_an_adapter_says_why(tmp_path):
 
 def test_a_missing_setting_is_named():
     with pytest.raises(ConfigError, match="--mix is required"):
-        step.resolved(TrainConfig())
+        step.resolve_config(TrainConfig())

@@ -23,9 +23,8 @@ from birbal_ray.cluster import QUIET_ENVIRONMENT
 from birbal_ray.models import EMBEDDED_INSTALL
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.settings import flatten, load_config
+from birbal_ray.train.checkpoints import SESSION_FILE, STOP_FILE
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.files import STOP_FILE
-from birbal_ray.train.worker import RESULT_FILE
 from tests.conftest import REPOSITORY
 
 CLUSTER = REPOSITORY / "cluster"
@@ -278,21 +277,21 @@ def save_first(run: Path) -> subprocess.CompletedProcess[bytes]:
 def test_a_pod_that_is_ended_waits_until_the_training_has_saved(tmp_path):
     save_first(tmp_path)  # no training yet
     (tmp_path / "worker.json").touch()
-    (tmp_path / RESULT_FILE).touch()
+    (tmp_path / SESSION_FILE).touch()
     save_first(tmp_path)  # it is over
     assert not (tmp_path / STOP_FILE).exists()
-    (tmp_path / RESULT_FILE).unlink()
+    (tmp_path / SESSION_FILE).unlink()
 
     def worker() -> None:
         while not (tmp_path / STOP_FILE).exists():
             time.sleep(0.01)
-        (tmp_path / RESULT_FILE).touch()
+        (tmp_path / SESSION_FILE).touch()
 
     thread = threading.Thread(target=worker, daemon=True)
     thread.start()
     save_first(tmp_path)
     thread.join(timeout=5)
-    assert (tmp_path / STOP_FILE).exists() and (tmp_path / RESULT_FILE).exists()
+    assert (tmp_path / STOP_FILE).exists() and (tmp_path / SESSION_FILE).exists()
 
 
 # --- Images and versions

@@ -35,11 +35,11 @@ def run_to_the_end(budget, total_steps, step_seconds, tmp_path, setup_seconds=5.
 
 def test_what_was_imported_before_the_clock_was_made_counts(tmp_path):
     time = Time()
-    clock = Clock(tmp_path / "clock.json", time, begun=time.now - 8.0)
+    clock = Clock(tmp_path / "clock.json", time, started=time.now - 8.0)
     time.now += 2.0
     clock.start_stepping()
     time.now += 1.0
-    clock.beat(force=True)
+    clock.save(force=True)
     assert (clock.elapsed_seconds, clock.setup_seconds) == (11.0, 10.0)
     assert Clock(tmp_path / "clock.json", time).elapsed_seconds == 11.0
 
@@ -77,7 +77,7 @@ def test_time_survives_restarts(tmp_path):
     time.now += 7
     first.start_stepping()
     time.now += 33
-    first.beat()
+    first.save()
     time.now += 500  # nobody is up
     second = Clock(tmp_path / "clock.json", time)
     assert second.elapsed_seconds == 40
@@ -85,7 +85,7 @@ def test_time_survives_restarts(tmp_path):
     time.now += 3
     assert second.elapsed_seconds == 43
     assert second.setup_seconds == 10
-    second.beat(force=True)
+    second.save(force=True)
     assert json.loads((tmp_path / "clock.json").read_text())["elapsed_seconds"] == 43
 
 
@@ -96,7 +96,7 @@ def test_what_the_end_takes_is_held_back_after_a_restart_too(tmp_path):
     first.step_took(5.0)
     time.now += 60
     assert first.progress(10) < 1.0
-    first.clock.beat(force=True)
+    first.clock.save(force=True)
     second = Deadline(100, 1000, Clock(tmp_path / "clock.json", time))
     assert second.reserve_seconds == first.reserve_seconds == pytest.approx(34)
     time.now += 1.0

@@ -5,8 +5,16 @@ import pytest
 from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.train import preflight
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.look import Preflight, refuse_if_too_large
-from birbal_ray.train.preflight import GIB, Shapes, change_that_fits, estimate, num_trainable, total_bytes
+from birbal_ray.train.preflight import (
+    GIB,
+    Preflight,
+    Shapes,
+    change_that_fits,
+    estimate,
+    num_trainable,
+    refuse_if_too_large,
+    total_bytes,
+)
 
 # Mistral-7B: 32 layers of q, k, v, o, gate, up, down; 32,000 words; the head is not tied.
 LAYER = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336))
