@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from birbal_ray.cli.common import EXIT_FAILED, format_option, note, print_table
+from birbal_ray.cli.main import EXIT_FAILED
+from birbal_ray.cli.options import format_option, note, print_table
 
 if TYPE_CHECKING:
     from birbal_ray.cluster_view import Node, Placement
@@ -17,7 +18,7 @@ NOT_GIVEN = ""  # an address, after --cluster
 NUM_NAMED = 6  # nodes in a line of the text table
 
 
-@click.command(short_help="Check versions, CPUs, GPUs, disk, model; or a Ray cluster.")
+@click.command()
 @click.option("--model", default="smollm2-135m", show_default=True, help="A model whose reachability to check.")
 @click.option("--output", default=".", show_default=True, help="A folder whose disk to check.")
 @click.option(

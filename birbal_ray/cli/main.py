@@ -1,26 +1,91 @@
-"""The `birbal` command. Heavy libraries are imported only inside the commands that need them."""
+"""The `birbal` command: which commands there are, and how an error becomes an exit code.
+
+A command's module, with the settings' schemas, is imported when that command is called.
+"""
 
 from __future__ import annotations
+
+import importlib
+from typing import Any
 
 import click
 
 from birbal_ray import __version__
-from birbal_ray.cli.common import Commands
-from birbal_ray.cli.doctor import doctor
-from birbal_ray.cli.evaluate import evaluate
-from birbal_ray.cli.export import export_predictions
-from birbal_ray.cli.harness import harness
-from birbal_ray.cli.leaderboard import leaderboard
-from birbal_ray.cli.merge import merge
-from birbal_ray.cli.mix import mix
-from birbal_ray.cli.models import models
-from birbal_ray.cli.pipeline import demo, pipeline
-from birbal_ray.cli.report import report
-from birbal_ray.cli.score import score
-from birbal_ray.cli.status import status
-from birbal_ray.cli.tasks import tasks
-from birbal_ray.cli.train import train
-from birbal_ray.cli.tune import tune
+
+EXIT_FAILED, EXIT_USAGE = 1, 2
+COMMANDS = {  # name: its module, its line in `birbal --help`
+    "demo": ("steps", "The whole recipe, small, on this machine."),
+    "pipeline": ("steps", "The whole recipe on your tasks and model."),
+    "tasks": ("tasks", "List, show, check, label, download tasks."),
+    "score": ("steps", "Few-shot inference over task files, scored."),
+    "mix": ("steps", "A training set from the scores and outside datasets."),
+    "tune": ("steps", "The sampling ratios that a short fine-tune learns most from."),
+    "train": ("steps", "QLoRA on a mix, within a wall-clock budget."),
+    "merge": ("tools", "Fold an adapter into its base model's weights."),
+    "evaluate": ("steps", "Held-out scores of base model, adapters, merged models."),
+    "report": ("steps", "One page on what a run's steps did."),
+    "status": ("status", "What is done, running and next in a run folder."),
+    "harness": ("tools", "Measure a model on public benchmarks."),
+    "leaderboard": ("tools", "Place a model among the challenge's teams."),
+    "models": ("tools", "The models that come with us."),
+    "export-predictions": ("tools", "A score run as the published JSON."),
+    "doctor": ("doctor", "Check versions, CPUs, GPUs, disk, model; or a Ray cluster."),
+}
+
+
+class Commands(click.Group):
+    """The commands of COMMANDS. Known errors end as one line on stderr: exit 2 for settings and inputs, 1 for a run."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """In the order of the recipe."""
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context | None, name: str) -> click.Command | None:
+        """Import the command's module and return the command."""
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"birbal_ray.cli.{COMMANDS[name][0]}")
+        return getattr(module, name.replace("-", "_"))
+
+    def resolve_command(
+        self, context: click.Context, arguments: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Name the nearest command where there is none of that name."""
+        if arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
+            from birbal_ray.settings import nearest
+
+            context.fail(f"no command {arguments[0]!r}{nearest(arguments[0], COMMANDS)}; see birbal --help")
+        return super().resolve_command(context, arguments)
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands without importing one."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run the command; map our own exceptions to exit codes, let bugs show their traceback."""
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            click.echo("\nstopped; what is finished is kept, the same command continues", err=True)
+            context.exit(EXIT_FAILED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click ends these, the last one (of `| head`) quietly
+        except Exception as error:
+            from birbal_ray.models import ModelError
+            from birbal_ray.ni.schema import TaskError
+            from birbal_ray.run import RunError, RunFailedError
+            from birbal_ray.settings import ConfigError
+
+            # The second line: a path on the command line that can't be what it should be.
+            usage = (ConfigError, TaskError, ModelError)
+            usage += (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)  # type: ignore[assignment]
+            if not isinstance(error, (*usage, RunError, OSError)):  # OSError: a full disk, a lost connection
+                raise
+            click.echo(f"error: {error}", err=True)
+            if isinstance(error, RunFailedError):
+                click.echo("what is finished is kept; the same command continues", err=True)
+            context.exit(EXIT_USAGE if isinstance(error, usage) else EXIT_FAILED)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -31,35 +96,14 @@ def main() -> None:
     \b
     Try it on this machine, no data or GPU needed:
       birbal demo
-    The steps, each resumable by running the same command again:
+    The steps; the same command continues a step that was stopped:
       birbal tasks list --tasks natural-instructions/
       birbal score --tasks natural-instructions/ --model mistralai/Mistral-7B-v0.1 --output runs/score
-      birbal mix --scores runs/score --output runs/mix
-      birbal tune --scores runs/score --output runs/tune --config configs/tune/birbal.yaml
-      birbal train --mix runs/mix --output runs/train --config configs/train/mistral-7b-qlora.yaml
+      birbal mix --scores runs/score --output runs/mix --config birbal-200k
+      birbal tune --scores runs/score --output runs/tune --config birbal
+      birbal train --mix runs/mix --output runs/train --config mistral-7b-qlora
       birbal evaluate --tasks natural-instructions/ --adapter runs/train --output runs/evaluate
       birbal report runs
       birbal status runs
       birbal merge --run runs/train --output models/merged
     """
-
-
-for command in (
-    demo,
-    pipeline,
-    tasks,
-    models,
-    score,
-    mix,
-    tune,
-    train,
-    merge,
-    evaluate,
-    report,
-    status,
-    harness,
-    leaderboard,
-    export_predictions,
-    doctor,
-):
-    main.add_command(command)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from birbal_ray.cli.common import format_option, print_table
+from birbal_ray.cli.options import format_option, print_table
 
 if TYPE_CHECKING:
     from birbal_ray.status import Row
 
 
-@click.command(short_help="What is done, running and next in a run folder.")
+@click.command()
 @click.argument("run")
 @format_option
 def status(run: str, output_format: str) -> None:

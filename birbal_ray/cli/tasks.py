@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from birbal_ray.cli.common import EXIT_FAILED, format_option, note, print_table, refuse_url
+from birbal_ray.cli.main import EXIT_FAILED
+from birbal_ray.cli.options import format_option, note, print_table, refuse_url
 
 
 def _local(context: click.Context, option: click.Parameter, path: str | None) -> Path | None:
@@ -24,7 +25,7 @@ tasks_option = click.option(
 )
 
 
-@click.group(short_help="List, show, check, label, download tasks.")
+@click.group()
 def tasks() -> None:
     """List, show, check, label and download task files.
 

@@ -23,7 +23,9 @@ PromptFormat = Literal["zero_shot", "few_shot"]
 class HeldOutTasks(TaskSettings):
     """Which task files, and how much of what is held out."""
 
-    instances_per_task: int | None = Field(50, ge=1, description="first k held-out ones in hash order; null takes all")
+    instances_per_task: int | None = Field(
+        50, ge=1, description="take the first N held-out ones of each task, in hash order; null takes all"
+    )
 
 
 class BootstrapSettings(Settings):
@@ -37,9 +39,11 @@ class EvaluateConfig(Settings):
 
     tasks: HeldOutTasks = HeldOutTasks()
     model: ModelSettings = ModelSettings()
-    adapters: list[str] = Field([], description="adapter folders, or output folders of `birbal train`; NAME=DIR names")
-    merged: list[str] = Field([], description="model folders or Hub ids compared with the base model; NAME=… names")
-    mix: str | None = Field(None, description="mix whose candidates are left out, besides those of the adapters' own")
+    adapters: list[str] = Field([], description="adapter folder, or output folder of `birbal train`; NAME=DIR names it")
+    merged: list[str] = Field([], description="complete model to compare with the base model; NAME=DIR names it")
+    mix: str | None = Field(
+        None, description="mix whose candidates are left out, besides those of the adapters' own mixes"
+    )
     serve_adapters: Literal["auto", "lora", "merged"] = Field(
         "auto",
         description="lora: all in one engine; merged: folded into the weights, an engine each; auto: merged on a CPU",
@@ -50,8 +54,8 @@ class EvaluateConfig(Settings):
     engine: EngineSettings = EngineSettings()
     resources: ResourceSettings = ResourceSettings()
     bootstrap: BootstrapSettings = BootstrapSettings()
-    output: str | None = Field(None, description="run folder")
-    seed: int = Field(0, ge=0)
+    output: str | None = Field(None, description="run folder; the same command on it continues where it stopped")
+    seed: int = Field(0, ge=0, description="another seed takes other instances of each task")
     shard_rows: int = Field(64, ge=1, le=4096, description="instances of one task per output file")
 
     def scoring(self) -> ScoreConfig:

@@ -108,10 +108,10 @@ class MixConfig(Settings):
     """Everything `birbal mix` can be told."""
 
     scores: str | None = Field(None, description="output folder of `birbal score`")
-    output: str | None = Field(None, description="run folder")
-    model: str | None = Field(None, description="refuse scores of any other model; null takes any")
-    seed: int = Field(0, ge=0)
-    policy: Literal["task_score", "birbal_2023"] = "task_score"
+    output: str | None = Field(None, description="run folder; the same command on a finished one does nothing")
+    model: str | None = Field(None, description="refuse scores made by any other model; null takes any")
+    seed: int = Field(0, ge=0, description="another seed gives another draw and another order")
+    policy: Literal["task_score", "birbal_2023"] = Field("task_score", description="how rows are chosen")
     task_score: TaskScoreSettings = TaskScoreSettings()
     birbal_2023: Birbal2023Settings = Birbal2023Settings()
     filters: FilterSettings = FilterSettings()

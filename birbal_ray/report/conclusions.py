@@ -33,7 +33,7 @@ def main_row(evaluated: Evaluated | None, contender: str) -> Row | None:
 
 def verdict(row: Row) -> Verdict:
     """What a COMPARISONS row says. An interval that touches 0, or that comes from one task, shows no difference."""
-    name, low, high = row["contender"], row["difference_low"], row["difference_high"]
+    name, low, high = model_of(row), row["difference_low"], row["difference_high"]
     text = (
         f"{words(row['prompt_format']).capitalize()} over {_tasks(row['num_tasks'])}, the mean task score is "
         f"{row['score']:.3f}; the base model's is {row['base_score']:.3f}. Difference {signed(row['difference'])}, "
@@ -51,6 +51,11 @@ def verdict(row: Row) -> Verdict:
         amount = f"{-row['difference']:.3f} ({_bound(-high)} to {-low:.3f})"
         return Verdict("worse", f"{name} is worse than the base model by {amount}", text)
     return Verdict("open", f"{name}: no difference from the base model found; the interval contains 0", text)
+
+
+def model_of(row: Row) -> str:
+    """The model that a row of an evaluation is about; earlier versions called the column `contender`."""
+    return row["model"] if "model" in row else row["contender"]
 
 
 def words(prompt_format: str) -> str:

@@ -12,19 +12,27 @@ from birbal_ray.settings import Settings
 class TaskSettings(Settings):
     """Which task files, and what is taken of them."""
 
-    path: str | None = Field(None, description="folder of task files, one .json, or a tar archive")
-    select: str | list[str] = Field("all", description="all | selected (the 462) | file of names | list of names")
+    path: str | None = Field(
+        None, description="folder of task files, one .json file, a .tar.gz archive, or a URL of one"
+    )
+    select: str | list[str] = Field(
+        "all", description="which tasks: all, selected (the 462 of Birbal), a file of names, or a list"
+    )
     exclude: list[str] = Field([], description="names left out by hand")
-    exclude_families: list[Literal["mmlu", "translation"]] = Field(["mmlu", "translation"])
+    exclude_families: list[Literal["mmlu", "translation"]] = Field(
+        ["mmlu", "translation"], description="kinds of tasks left out"
+    )
     label_overrides: str | None = Field(None, description="CSV name,label,reason; wins over the package's")
-    instances_per_task: int | None = Field(None, ge=1, description="first k in hash order; null takes all")
-    strict: bool = Field(False, description="stop at the first file that can't be used")
+    instances_per_task: int | None = Field(
+        None, ge=1, description="take the first N of each task, in hash order; null takes all"
+    )
+    strict: bool = Field(False, description="stop at the first task file that can't be used")
 
 
 class ModelSettings(Settings):
     """The base model."""
 
-    name: str = Field("smollm2-135m", description="smollm2-135m, a local folder, or a Hub id")
+    name: str = Field("smollm2-135m", description="the base model: smollm2-135m, a local folder, or a Hub id")
     revision: str | None = Field(None, description="Hub revision; null takes main and records its commit")
 
 
@@ -46,7 +54,7 @@ class EngineSettings(Settings):
     """What decides a completion's text, beside the model."""
 
     backend: Literal["vllm", "simulated"] = Field("vllm", description="simulated makes answers up; for tests only")
-    device: Literal["auto", "cpu", "gpu"] = Field("auto")
+    device: Literal["auto", "cpu", "gpu"] = Field("auto", description="where the engines run")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: float32 on CPU")
     max_model_len: int = Field(2048, ge=16, description="prompt + completion tokens; longer prompts become error rows")
 
@@ -54,7 +62,7 @@ class EngineSettings(Settings):
 class ResourceSettings(Settings):
     """Who computes. May change between a run and its continuation."""
 
-    num_replicas: int = Field(1, ge=1, description="engine copies")
+    num_replicas: int = Field(1, ge=1, description="engine copies, one GPU each by default")
     gpus_per_replica: float = Field(1.0, gt=0)
     cpus_per_replica: float = Field(1.0, gt=0, description="logical CPUs that Ray sets aside for a replica")
     threads_per_replica: int | None = Field(None, ge=1, description="CPU engine threads; null shares the cores out")
@@ -81,6 +89,6 @@ class ScoreConfig(Settings):
     completion: CompletionSettings = CompletionSettings()
     engine: EngineSettings = EngineSettings()
     resources: ResourceSettings = ResourceSettings()
-    output: str | None = Field(None, description="run folder")
-    seed: int = Field(0, ge=0)
+    output: str | None = Field(None, description="run folder; the same command on it continues where it stopped")
+    seed: int = Field(0, ge=0, description="another seed takes other instances of each task")
     shard_rows: int = Field(64, ge=1, le=4096, description="instances of one task per output file")

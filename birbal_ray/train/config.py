@@ -94,7 +94,7 @@ class TrainModelSettings(ModelSettings):
 class TrainResources(Settings):
     """Who computes. May change between a run and its continuation."""
 
-    device: Literal["auto", "cpu", "gpu"] = Field("auto")
+    device: Literal["auto", "cpu", "gpu"] = Field("auto", description="where to train")
     accelerator_type: str | None = Field(None, description="the card to pin to, as Ray calls it: GeForce-RTX-4090")
     num_cpus: float = Field(1.0, gt=0, description="logical CPUs that Ray sets aside for the worker")
     num_threads: int | None = Field(None, ge=1, description="CPU threads; null takes all cores")
@@ -111,10 +111,10 @@ class TrainConfig(Settings):
     """Everything `birbal train` can be told."""
 
     mix: str | None = Field(None, description="output folder of `birbal mix`")
-    output: str | None = Field(None, description="run folder")
-    seed: int = Field(0, ge=0)
+    output: str | None = Field(None, description="run folder; the same command on it continues a stopped run")
+    seed: int = Field(0, ge=0, description="another seed gives other initial adapter weights and another order")
     budget: Duration | None = Field(
-        None, gt=0, description="wall-clock time of the worker, all sessions together: 24h; null trains all epochs"
+        None, gt=0, description="wall-clock time of the worker, all sessions together: 24h, 90m; null trains all epochs"
     )
     epochs: float = Field(3.0, gt=0)
     max_steps: int | None = Field(

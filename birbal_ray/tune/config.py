@@ -97,8 +97,11 @@ class TuneConfig(Settings):
     """Everything `birbal tune` can be told."""
 
     scores: str | None = Field(None, description="output folder of `birbal score`")
-    output: str | None = Field(None, description="run folder; on storage that every node sees")
-    seed: int = Field(0, ge=0)
+    output: str | None = Field(
+        None,
+        description="run folder, on storage that every node sees; the same command on it continues a stopped search",
+    )
+    seed: int = Field(0, ge=0, description="another seed is another search")
     num_trials: int = Field(24, ge=1, description="mixes the search tries, besides baselines and repeats")
     num_random: int = Field(8, ge=1, description="the first so many are random; then Optuna's TPE sampler")
     baselines: list[Baseline] = Field(list(BASELINES))

@@ -241,7 +241,7 @@ def test_next_is_a_command_that_birbal_takes(tmp_path):
         for rows in (status(run), status(run / step)):
             words = [shlex.split(row.next) for row in rows if row.next]
             assert words == [["birbal", *arguments]]
-            main.commands[arguments[0]].make_context(arguments[0], arguments[1:])
+            main.get_command(None, arguments[0]).make_context(arguments[0], arguments[1:])
     assert [row.next for row in status(run / "score")] == [""]
     (run / "report.html").write_text("")
     assert [row.next for row in status(run) if row.next] == []

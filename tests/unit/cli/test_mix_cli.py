@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from birbal_ray.cli.common import Commands
-from birbal_ray.cli.mix import mix
+from birbal_ray.cli.main import main
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.settings import load_config
 from tests.fixtures.score_folder import made_up_rows, write_score_folder
@@ -24,7 +23,6 @@ def scores(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run():
-    main = Commands("birbal", commands={"mix": mix})
     return lambda *arguments: CliRunner().invoke(main, ["mix", *map(str, arguments)])
 
 

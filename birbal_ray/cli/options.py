@@ -1,0 +1,220 @@
+"""Options made from the settings' schemas, shipped files of settings, and how the commands print."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import click
+from annotated_types import Ge, Gt, Le, Lt
+from click.core import ParameterSource
+from pydantic import BeforeValidator
+from pydantic.fields import FieldInfo
+
+import birbal_ray
+from birbal_ray.settings import ConfigError, Settings, load_config, nearest
+
+format_option = click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["text", "json", "csv"]),
+    default="text",
+    help="How to print the table.",
+)
+overwrite_option = click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Start from scratch where a finished run is, or one of other settings; the same one, unfinished, goes on.",
+)
+
+
+def settings_options(
+    schema: type[Settings], flags: Mapping[str, str], *, step: str
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command `flags`, --config, --set and --settings, and call it with the `config` that these add up to.
+
+    `flags` maps a flag, with the word that stands for its value (`--tasks PATH`), to the key it sets
+    (`tasks.path`). Type, range, default and help are the schema's; `key: text` gives another help.
+    `step` is the folder of shipped files.
+    """
+    fields = dict(settings_of(schema))
+    options, names = [], {}
+    for flag, key in flags.items():
+        key, _, about = key.partition(": ")
+        options.append(_option(flag, fields[key], about or fields[key].description or ""))
+        names[flag.split()[0].removeprefix("--").replace("-", "_")] = key
+    example = next(f"{key}={field.default}" for key, field in fields.items() if _is_free_number(key, field, names))
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def command(config_file: str | None, assignments: tuple[str, ...], **values: Any) -> Any:
+            context = click.get_current_context()
+            if context.invoked_subcommand is not None:  # `birbal mix explain`: the group's own options don't count
+                return None
+            given = {}
+            for name, key in names.items():
+                value = values.pop(name)
+                if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+                    given[key] = list(value) if isinstance(value, tuple) else value
+            file = None if config_file is None else find_config(step, config_file)
+            return function(load_config(schema, file, assignments, given), **values)
+
+        about = f"YAML file of settings, or the name of one that comes with us: {', '.join(shipped_configs(step))}."
+        for option in (
+            click.option(
+                "--settings",
+                is_flag=True,
+                is_eager=True,
+                expose_value=False,
+                callback=_print_settings(schema),
+                help="List every key of --set and --config, and exit.",
+            ),
+            click.option(
+                "--set", "assignments", multiple=True, metavar="KEY=VALUE", help=f"Set one key, e.g. {example}."
+            ),
+            click.option("--config", "config_file", metavar="FILE", help=about),
+            *reversed(options),
+        ):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def settings_of(schema: type[Settings], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """(dotted key, field) of every setting that is no section, in the schema's order."""
+    for name, field in schema.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            yield from settings_of(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def shipped_configs(step: str) -> dict[str, Path]:
+    """Name → file of the settings that come with the package for one step."""
+    package = Path(birbal_ray.__file__).parent  # in a wheel they lie in the package, in a clone beside it
+    folder = next(folder for folder in (package / "configs", package.parent / "configs", package) if folder.is_dir())
+    return {file.stem: file for file in sorted((folder / step).glob("*.yaml"))}
+
+
+def find_config(step: str, text: str) -> Path:
+    """The file that --config means: a path, or the name of a shipped file. Raises ConfigError with the nearest name."""
+    if "/" in text or text.endswith((".yaml", ".yml")) or Path(text).is_file():
+        return Path(text)
+    shipped = shipped_configs(step)
+    if text not in shipped:
+        raise ConfigError(
+            f"--config {text}: no such file, and no settings of that name come with us for {step}"
+            f"{nearest(text, shipped)}; there are {', '.join(shipped)}"
+        )
+    return shipped[text]
+
+
+def refuse_url(context: click.Context, option: click.Parameter, value: Any) -> Any:
+    """An option's callback: its value is a folder of this machine."""
+    if ":/" in str(value):  # what pathlib leaves of ://
+        raise click.BadParameter(f"{value}: expected a folder on this machine; upload what is written there")
+    return value
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], output_format: str, columns: Sequence[str] | None = None) -> None:
+    """Print rows on stdout as text, JSON or CSV; `columns` gives the order for text and CSV."""
+    names = list(columns or (rows[0] if rows else []))
+    if output_format == "json":
+        click.echo(json.dumps(list(rows), indent=1, ensure_ascii=False))
+    elif output_format == "csv":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        click.echo(text.getvalue(), nl=False)
+    else:
+        from tabulate import tabulate
+
+        cells = [[shown(row.get(name)) for name in names] for row in rows]
+        numeric = [all(isinstance(row.get(name), (int, float, type(None))) for row in rows) for name in names]
+        align = ["right" if is_number else "left" for is_number in numeric]
+        click.echo(
+            tabulate(cells, headers=names, tablefmt="simple", colalign=align if rows else None, disable_numparse=True)
+        )
+
+
+def shown(value: Any) -> str:
+    """A cell of a text table: three decimals, thousands separators, `-` for None."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def note(text: str) -> None:
+    """Print a line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _is_free_number(key: str, field: FieldInfo, flags: Mapping[str, str]) -> bool:
+    return key not in flags.values() and key != "seed" and isinstance(field.default, int) and field.default > 1
+
+
+def _option(flag: str, field: FieldInfo, about: str) -> Callable[[Any], Any]:
+    """The click option of one setting. Raises TypeError for a type that no flag can give."""
+    name, _, metavar = flag.partition(" ")
+    kinds = _kinds(field.annotation)
+    multiple = kinds == [list]
+    kind = _kinds(get_args(field.annotation)[0])[0] if multiple else kinds[0]
+    limits = {type(limit): limit for limit in field.metadata}
+    low, high = limits.get(Ge, limits.get(Gt)), limits.get(Le, limits.get(Lt))
+    bounds: dict[str, Any] = {
+        **{"min": getattr(low, "ge", getattr(low, "gt", None)), "min_open": isinstance(low, Gt)},
+        **{"max": getattr(high, "le", getattr(high, "lt", None)), "max_open": isinstance(high, Lt)},
+    }
+    is_flag = kind is bool
+    click_type: Any = {bool: None, str: str, int: click.IntRange(**bounds), float: click.FloatRange(**bounds)}.get(kind)
+    if get_origin(kind) is Literal:
+        click_type = click.Choice(get_args(kind))
+    elif click_type is None and not is_flag:
+        raise TypeError(f"{flag}: no option for a setting of type {field.annotation}")
+    return click.option(
+        f"{name}/--no-{name[2:]}" if is_flag and field.default else name,
+        type=click_type,
+        is_flag=is_flag or None,
+        multiple=multiple,
+        metavar=metavar or None,
+        default=(field.default or None) if multiple else field.default,
+        show_default=True,
+        help=f"{about[:1].upper()}{about[1:]}.{' Repeatable.' if multiple else ''}",
+    )
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The plain types of `X | None`, `Annotated[X, …]`, `list[X]`; a text that a validator reads counts as str."""
+    if get_origin(annotation) is Annotated:
+        kind, *metadata = get_args(annotation)
+        return [str] if any(isinstance(one, BeforeValidator) for one in metadata) else _kinds(kind)
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [kind for part in get_args(annotation) for kind in _kinds(part) if kind is not type(None)]
+    return [list if get_origin(annotation) is list else annotation]
+
+
+def _print_settings(schema: type[Settings]) -> Callable[..., None]:
+    def callback(context: click.Context, option: click.Parameter, asked: bool) -> None:
+        if asked:
+            rows = []
+            for key, field in settings_of(schema):
+                default = json.dumps(field.get_default(call_default_factory=True), default=Settings.model_dump)
+                short = default if len(default) <= 40 else f"{default[:37]}..."
+                rows.append({"key": key, "default": short, "meaning": field.description or ""})
+            print_table(rows, "text")
+            context.exit()
+
+    return callback

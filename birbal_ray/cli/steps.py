@@ -1,0 +1,638 @@
+"""The recipe's steps as commands: settings from options, the step's own function, a table of what came out."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from birbal_ray.cli.options import (
+    find_config,
+    format_option,
+    note,
+    overwrite_option,
+    print_table,
+    settings_options,
+    shown,
+)
+from birbal_ray.evaluate.config import EvaluateConfig
+from birbal_ray.mix.config import MixConfig
+from birbal_ray.progress import ProgressLine, duration
+from birbal_ray.score.config import ScoreConfig
+from birbal_ray.train.config import TrainConfig
+from birbal_ray.tune.config import TuneConfig
+
+if TYPE_CHECKING:
+    from birbal_ray.evaluate.run import EvaluateResult
+    from birbal_ray.mix.run import MixResult
+    from birbal_ray.pipeline import Recipe
+    from birbal_ray.score.run import ScoreResult
+    from birbal_ray.train.preflight import Preflight
+    from birbal_ray.train.run import TrainResult
+    from birbal_ray.tune.run import TuneResult
+
+MIX_COLUMNS = ["source", "label", "tasks", "candidates", "kept", "train", "eval", "share"]
+
+
+def dry_run_option(text: str) -> Any:
+    """--dry-run, which says what the step would do."""
+    return click.option("--dry-run", is_flag=True, help=text)
+
+
+# --- score
+
+
+@click.command()
+@settings_options(
+    ScoreConfig,
+    {
+        "--tasks PATH": "tasks.path",
+        "--model NAME": "model.name",
+        "--output DIR": "output",
+        "--instances-per-task": "tasks.instances_per_task",
+        "--select WHICH": "tasks.select",
+        "--num-shots": "prompt.num_shots",
+        "--replicas": "resources.num_replicas",
+        "--device": "engine.device",
+        "--strict": "tasks.strict",
+    },
+    step="score",
+)
+@overwrite_option
+@dry_run_option("Say what would run: tasks, prompts, tokens, time. Starts no engine.")
+@format_option
+def score(config: ScoreConfig, overwrite: bool, dry_run: bool, output_format: str) -> None:
+    """Run few-shot inference over task files and score every completion.
+
+    Writes rows/*.parquet (one row per instance), task_scores.parquet and manifest.json. Stopped at
+    any moment, it continues when called again; settings under `resources` may change in between.
+
+    \b
+    Examples:
+      birbal score --tasks my-tasks/ --model smollm2-135m --output runs/score --instances-per-task 20
+      birbal score --config mistral-7b --tasks natural-instructions/ --output runs/score
+      birbal score --tasks my-tasks/ --output runs/score --set engine.max_model_len=1024 --dry-run
+    """
+    from birbal_ray.score import run as step
+
+    if dry_run:
+        print_score_plan(step.resolve_config(config), output_format)
+    else:
+        print_score(step.score(config, overwrite=overwrite), output_format)
+
+
+def print_score(result: ScoreResult, output_format: str) -> None:
+    """The table per task on stdout, totals on stderr."""
+    rows: list[dict[str, Any]] = result.task_scores
+    if output_format == "text":
+        rows = [
+            {
+                "task": row["task"],
+                "label": row["label"],
+                "n": row["num_scored"],
+                "task score": row["task_score"],
+                "95 % interval": "-"
+                if row["task_score"] is None
+                else f"{row['task_score_low']:.3f} to {row['task_score_high']:.3f}",
+                "errors": row["num_errors"],
+            }
+            for row in rows
+        ]
+    print_table(rows, output_format)
+    counts, tokens, session = (result.manifest[key] for key in ("rows", "tokens", "last_session"))
+    for label in ("exact_match", "generation"):
+        scores = [row["task_score"] for row in result.task_scores if row["label"] == label]
+        if known := [score for score in scores if score is not None]:
+            note(f"mean {label} task score: {sum(known) / len(known):.3f} over {len(known)} tasks")
+    errors = ", ".join(f"{count} {kind}" for kind, count in counts["errors"].items()) or "no errors"
+    note(f"{counts['scored']} rows scored of {counts['planned']}, {errors}")
+    if tokens["cached"]:
+        note(f"{tokens['prompt']:,} prompt tokens, {tokens['cached_fraction']:.0%} of them from the prefix cache")
+    if session.get("rows_per_second"):
+        note(
+            f"the last session: {session['rows']} rows in {session['wall_seconds']:.0f} s, "
+            f"{session['rows_per_second']:.1f} rows/s once the model was loaded ({session['load_seconds']:.0f} s)"
+        )
+    note(f"scored rows and task scores: {result.folder}")
+
+
+def print_score_plan(config: ScoreConfig, output_format: str) -> None:
+    """Prompts and tokens per task on stdout; sums and the time they take on stderr."""
+    from birbal_ray.rates import recall
+    from birbal_ray.score import throughput
+    from birbal_ray.score.run import describe_plan, plan_run
+
+    progress = ProgressLine()
+    plan = plan_run(config, progress, count_tokens=True)
+    describe_plan(plan, config, progress)
+    rows = [
+        {
+            "task": task.name,
+            "label": task.label.value,
+            "instances": task.num_instances,
+            "shots": task.num_shots,
+            "shared tokens": task.num_shared_tokens,
+            "own tokens": task.num_own_tokens,
+            "max completion": task.max_completion_tokens,
+            "too long": task.num_too_long,
+        }
+        for task in plan.tasks
+    ]
+    print_table(rows, output_format)
+    counts = [(task, task.num_prompts or 0) for task in plan.tasks]
+    shared_once = sum(task.num_shared_tokens or 0 for task, _ in counts)
+    shared = sum((task.num_shared_tokens or 0) * count for task, count in counts)
+    own = sum(task.num_own_tokens or 0 for task, _ in counts)
+    completion = sum(task.max_completion_tokens * count for task, count in counts)
+    total = shared + own
+    note(f"prompts {sum(count for _, count in counts):,} in {len(plan.shards(config.shard_rows)):,} shards")
+    note(f"prompt tokens {total:,}: {shared:,} shared ({shared / max(1, total):.0%}), {own:,} own")
+    note(f"to compute with the prefix cache: {shared_once + own:,} prompt, at most {completion:,} completion tokens")
+    if rate := recall(throughput.rate_key(config)):
+        rate *= config.resources.num_replicas
+        note(f"about {duration((total + completion / 4) / rate)} at the {rate:,.0f} tokens/s last seen here")
+    else:
+        note("no run of this model on this machine yet, so no estimate of time")
+    note("nothing was started (--dry-run)")
+
+
+# --- mix
+
+
+@click.group(invoke_without_command=True)
+@settings_options(
+    MixConfig,
+    {
+        "--scores DIR": "scores",
+        "--output DIR": "output",
+        "--model NAME": "model",
+        "--policy": "policy",
+        "--seed": "seed",
+    },
+    step="mix",
+)
+@overwrite_option
+@dry_run_option("Decide and print the table; write nothing.")
+@format_option
+def mix(config: MixConfig, overwrite: bool, dry_run: bool, output_format: str) -> None:
+    """Choose training rows from scores, more where the model fails, and join outside datasets.
+
+    Writes train and eval as Parquet, JSONL (question/answer) and Alpaca JSON, a dataset card, and
+    audit.parquet, which says of every candidate why it is in or out.
+
+    \b
+    Examples:
+      birbal mix --scores runs/score --output runs/mix --config birbal-200k --dry-run
+      birbal mix --scores runs/score --output runs/mix --set task_score.exact_match_budget=20000
+      birbal mix explain task001_quoref_question_generation:task001-abc --mix runs/mix
+      birbal mix diff runs/mix runs/mix-other-seed
+    """
+    from birbal_ray.mix import run as step
+
+    print_mix(step.dry_run(config) if dry_run else step.mix(config, overwrite=overwrite), output_format)
+
+
+@mix.command("explain")
+@click.argument("row_id")
+@click.option("--mix", "mix_folder", required=True, metavar="DIR", help="Output folder of `birbal mix`.")
+@format_option
+def explain_row(row_id: str, mix_folder: str, output_format: str) -> None:
+    """Say why one candidate is in the mix or not.
+
+    \b
+    Example:
+      birbal mix explain sample001_review_sentiment:sample001-007 --mix runs/mix
+    """
+    from birbal_ray.mix.inspect import explain
+    from birbal_ray.storage import local_copy
+
+    answer = explain(local_copy(mix_folder), row_id)
+    text = output_format == "text"
+    # Counts keep their plain digits here: beside them stand ids.
+    cells = [{"": name, " ": str(value) if type(value) is int else shown(value)} for name, value in answer.items()]
+    print_table(cells if text else [answer], output_format)
+
+
+@mix.command("diff")
+@click.argument("first")
+@click.argument("second")
+@format_option
+def diff_mixes(first: str, second: str, output_format: str) -> None:
+    """Compare two mixes: settings, rows, sources, counts per task.
+
+    \b
+    Example:
+      birbal mix diff runs/mix runs/mix-gamma-2
+    """
+    import json
+
+    from birbal_ray.mix.inspect import diff
+    from birbal_ray.storage import local_copy
+
+    result = diff(local_copy(first), local_copy(second))
+    if output_format == "json":
+        click.echo(json.dumps(result, indent=1, ensure_ascii=False))
+        return
+    columns = ["source", "task", "a", "b", "difference"]
+    if output_format == "csv":
+        print_table(result["tasks"], output_format, columns)
+        return
+    for line in result["settings"]:
+        note(f"differs: {line}")
+    rows = result["rows"]
+    print_table(result["sources"], output_format, ["source", "a", "b", "difference"])
+    only = f"{rows['only_a']:,} only in {first}, {rows['only_b']:,} only in {second}"
+    click.echo(f"\n{rows['in_both']:,} rows in both, {only}")
+    if result["tasks"]:
+        click.echo("")
+        print_table(result["tasks"], output_format, columns)
+    else:
+        click.echo("every task has the same count in both")
+
+
+def print_mix(result: MixResult, output_format: str) -> None:
+    """The composition on stdout; what was left out, and where the mix is, on stderr."""
+    rows, counts = result.composition, result.manifest["rows"]
+    if output_format == "text":
+        rows = [{**row, "share": f"{row['share']:.1%}"} for row in rows]
+    print_table(rows, output_format, MIX_COLUMNS)
+    note(
+        f"{counts['kept']:,} rows kept ({counts['train']:,} train, {counts['eval']:,} eval) "
+        f"of {counts['candidates']:,} candidates"
+    )
+    if counts["dropped"]:
+        note("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in counts["dropped"].items()))
+    for label, entry in result.manifest["allocation"].items():
+        if entry["shortfall"]:
+            short = entry["short_tasks"]
+            some = ", ".join(f"{one['task']} has {one['candidates']} of {one['wanted']}" for one in short[:3])
+            more = f", and {len(short) - 3} more" if len(short) > 3 else ""
+            why = f"too few candidates{f': {some}{more}' if short else ''}"
+            note(f"{label}: {entry['allocated']:,} of {entry['budget']:,} rows; {why}")
+    for kind, count in result.manifest["contamination"]["found"].items():
+        note(f"contamination: {count:,} candidates {kind} ({result.manifest['contamination']['action']})")
+    note(f"mix: {result.folder}" if result.folder else "nothing was written (--dry-run)")
+
+
+# --- tune
+
+
+@click.command()
+@settings_options(
+    TuneConfig,
+    {
+        "--scores DIR": "scores",
+        "--output DIR": "output",
+        "--model NAME": "train.model.name: the proxy that is fine-tuned",
+        "--num-trials": "num_trials",
+        "--seed": "seed",
+    },
+    step="tune",
+)
+@overwrite_option
+@dry_run_option("Print what would be run; run nothing.")
+@format_option
+def tune(config: TuneConfig, overwrite: bool, dry_run: bool, output_format: str) -> None:
+    """Search gamma, the exact-match share, the sources' shares and failed-first with Ray Tune.
+
+    Each trial builds a mix from the same scores, fine-tunes a proxy on a fixed number of tokens, and
+    is judged by its loss on rows of every task that no trial trains on. Hand-made mixes run beside the
+    search; the best ones and these run again with fresh seeds, and only that decides.
+    Writes best_mix.yaml (for `birbal mix --config`), trials.parquet, search.png, verdict.png.
+
+    \b
+    Examples:
+      birbal tune --scores runs/score --output runs/tune --config tiny --dry-run
+      birbal tune --scores runs/score --output runs/tune --config tiny
+      birbal mix --config runs/tune/best_mix.yaml --output runs/mix
+    """
+    from birbal_ray.tune import run as step
+
+    if dry_run:
+        print_table(step.dry_run(config), output_format)
+    else:
+        print_tune(step.tune(config, overwrite=overwrite), output_format)
+
+
+def print_tune(result: TuneResult, output_format: str) -> None:
+    """The table of mixes on stdout, the verdict and the files on stderr."""
+    manifest, folder, best = result.manifest, result.folder, result.manifest["best"]
+    print_table(manifest["summary"], output_format)
+    if manifest["base_objective"] is not None:
+        note(f"held-out loss before any training: {manifest['base_objective']:.4f}")
+    if manifest.get("left_out"):
+        note(manifest["left_out"])
+    for found in manifest["verdicts"]:
+        note(found["sentence"])
+    if best["is_baseline"]:
+        note(f"lowest mean loss: the baseline {best['mix']}; the search found nothing better")
+    elif not manifest["verdicts"]:
+        note(f"lowest loss: {best['mix']}, of one trial (repeats.top=0): no verdict against the baselines")
+    note(f"its mix: birbal mix --config {folder / 'best_mix.yaml'} --output DIR")
+    note(f"all trials: {folder / 'trials.parquet'}; pictures: {folder / 'search.png'}")
+
+
+# --- train
+
+
+@click.command()
+@settings_options(
+    TrainConfig,
+    {
+        "--mix DIR": "mix",
+        "--output DIR": "output",
+        "--model NAME": "model.name",
+        "--budget TIME": "budget",
+        "--device": "resources.device",
+        "--seed": "seed",
+    },
+    step="train",
+)
+@overwrite_option
+@dry_run_option("Tokens, memory by part, steps in the budget; trains nothing.")
+@click.option("--calibrate", is_flag=True, help="With --dry-run: run 4 steps to learn the speed.")
+@format_option
+def train(config: TrainConfig, overwrite: bool, dry_run: bool, calibrate: bool, output_format: str) -> None:
+    """Fine-tune a 4-bit base model with LoRA on a mix; the adapter of the lowest eval loss is kept.
+
+    One Ray Train worker, on the card that resources.accelerator_type names. The learning rate
+    follows a cosine to the deadline, so that a run that can't do all epochs still ends annealed.
+    Checkpoints go to OUTPUT/checkpoints; SIGTERM and Ctrl-C save one first; the same command goes on.
+
+    \b
+    Examples:
+      birbal train --mix runs/mix --output runs/train --config tiny
+      birbal train --mix runs/mix --output runs/train --config mistral-7b-qlora --dry-run
+      birbal train --mix runs/mix --output runs/train --config mistral-7b-qlora --budget 23h
+    """
+    from birbal_ray.train import run as step
+    from birbal_ray.train.preflight import refuse_if_too_large
+
+    if calibrate and not dry_run:
+        raise click.UsageError("--calibrate goes with --dry-run")
+    if dry_run:
+        found = step.dry_run(config, calibrate=calibrate)
+        print_preflight(found, config, output_format)
+        refuse_if_too_large(found)
+    else:
+        print_train(step.train(config, overwrite=overwrite), output_format)
+
+
+def print_preflight(found: Preflight, config: TrainConfig, output_format: str) -> None:
+    """Memory by part on stdout, the rest on stderr."""
+    from birbal_ray.train.preflight import GIB, describe_preflight, total_bytes
+
+    rows = [{"part": part.part, "GiB": part.num_bytes / GIB, "how": part.how} for part in found.parts]
+    rows.append({"part": "total", "GiB": total_bytes(found.parts) / GIB, "how": "estimate"})
+    if found.memory_bytes:
+        fits = "fits" if found.fits else "too little"
+        rows.append({"part": "the device has", "GiB": found.memory_bytes / GIB, "how": fits})
+    print_table(rows, output_format)
+    for line in describe_preflight(found, config):
+        note(line)
+    if found.tokens_per_second is None:
+        note("speed unknown on this device: add --calibrate, or train once")
+
+
+def print_train(result: TrainResult, output_format: str) -> None:
+    """Losses and where the adapter is."""
+    outcome, folder = result.manifest["result"], result.folder
+    names = ("epochs", "ended_by", "base_eval_loss", "best_eval_loss", "best_step")
+    row = {"steps": outcome["num_steps"], **{name.replace("_", " "): outcome[name] for name in names}}
+    print_table([{**row, "seconds": outcome["elapsed_seconds"], "adapter": str(folder / "adapter")}], output_format)
+    note(f"loss curve: {folder / 'loss_curve.png'}; TensorBoard: tensorboard --logdir {folder / 'tensorboard'}")
+
+
+# --- evaluate
+
+
+@click.command()
+@settings_options(
+    EvaluateConfig,
+    {
+        "--tasks PATH": "tasks.path",
+        "--model NAME": "model.name",
+        "--adapter DIR": "adapters",
+        "--merged DIR": "merged",
+        "--mix DIR": "mix",
+        "--output DIR": "output",
+        "--instances-per-task": "tasks.instances_per_task",
+        "--select WHICH": "tasks.select",
+        "--replicas": "resources.num_replicas",
+        "--device": "engine.device",
+    },
+    step="evaluate",
+)
+@click.option("--per-task", is_flag=True, help="Print every task's scores, not only the comparisons.")
+@overwrite_option
+@dry_run_option("Say who would be compared on what. Starts no engine.")
+@format_option
+def evaluate(config: EvaluateConfig, per_task: bool, overwrite: bool, dry_run: bool, output_format: str) -> None:
+    """Does the adapter beat its base model on instances and tasks that were never sampled?
+
+    Prompts as in training (zero-shot) and few-shot, on the engines that `birbal score` uses. Differences
+    come with a 95 % interval (paired bootstrap over tasks). Stopped at any moment, it continues when
+    called again.
+
+    \b
+    Examples:
+      birbal evaluate --tasks my-tasks/ --model smollm2-135m --adapter runs/train --output runs/evaluate
+      birbal evaluate --config mistral-7b --tasks natural-instructions/ \\
+          --adapter mine=runs/train --adapter theirs=adapters/other --mix runs/mix --output runs/evaluate
+    """
+    from birbal_ray.evaluate import run as step
+    from birbal_ray.score.run import plan_run
+
+    if not dry_run:
+        print_evaluate(step.evaluate(config, overwrite=overwrite), output_format, per_task=per_task)
+        return
+    progress = ProgressLine()
+    setup = step.prepared(config)
+    plan = plan_run(setup.scoring, progress, excluded=setup.excluded)
+    step.tell(setup, plan, progress)
+    rows = [
+        {
+            "task": task.name,
+            "label": task.label.value,
+            "held out": setup.kind(task.name),
+            "instances": task.num_instances,
+            "left out": task.num_excluded,
+        }
+        for task in plan.tasks
+    ]
+    print_table(rows, output_format)
+    prompts = plan.num_rows * len(setup.contenders) * len(config.prompt_formats)
+    note(f"{prompts:,} prompts; nothing was started (--dry-run)")
+
+
+def print_evaluate(result: EvaluateResult, output_format: str, *, per_task: bool = False) -> None:
+    """Comparisons (or every task's scores) on stdout, the conclusions on stderr."""
+    from birbal_ray.report.conclusions import model_of, verdict
+
+    if output_format != "text":
+        print_table(result.evaluation if per_task else result.comparisons, output_format)
+    elif per_task or not result.comparisons:
+        tasks: dict[tuple[str, str], dict[str, Any]] = {}
+        for row in result.evaluation:
+            about = {"prompts": row["prompt_format"], "task": row["task"], "label": row["label"]}
+            cells = tasks.setdefault((row["prompt_format"], row["task"]), {**about, "held out": row["held_out"]})
+            cells["n"] = min(cells.get("n", row["num_scored"]), row["num_scored"])
+            cells[model_of(row)] = row["task_score"]
+        print_table(list(tasks.values()), output_format)
+    if output_format == "text" and result.comparisons:
+        rows = [
+            {
+                "model": model_of(row),
+                "prompts": row["prompt_format"],
+                "scope": row["scope"],
+                "tasks": row["num_tasks"],
+                "base": row["base_score"],
+                "score": row["score"],
+                "difference": f"{row['difference']:+.3f}",
+                "95 % interval": f"{row['difference_low']:+.3f} to {row['difference_high']:+.3f}",
+                "won": row["num_wins"],
+                "lost": row["num_losses"],
+                "tied": row["num_ties"],
+            }
+            for row in result.comparisons
+        ]
+        print_table(rows, output_format)
+    for row in result.comparisons:
+        if row["scope"] == "all":
+            found = verdict(row)
+            note(f"{found.title}. {found.text}")
+    counts = result.manifest["rows"]
+    note(f"{counts['scored']} rows scored of {counts['planned']}, {counts['errors']} errors; results: {result.folder}")
+
+
+# --- report
+
+
+@click.command()
+@click.argument("run")
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="The page; default: RUN/report.html.")
+@click.option(
+    "--add",
+    "added",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A model's results, placed on the leaderboard; see `birbal leaderboard`. Repeatable.",
+)
+def report(run: str, output: Path | None, added: tuple[Path, ...]) -> None:
+    """Write one HTML page on the score, mix, train and evaluate steps in RUN, with plots as PNG and SVG beside it.
+
+    RUN is a folder that holds the steps' output folders, or one of these. Steps that are not there
+    are named as not run. The page needs nothing but itself: it can be mailed, printed, archived.
+
+    \b
+    Examples:
+      birbal report runs/demo
+      birbal report runs/demo --output demo.html --add results.json
+    """
+    from birbal_ray.report.run import NOT_REPORTED
+    from birbal_ray.report.run import report as step
+    from birbal_ray.storage import added_to
+
+    with added_to(run, NOT_REPORTED) as folder:
+        result = step(folder, output, added)
+    for verdict in result.verdicts:
+        note(verdict.title)
+    for name, state in result.missing.items():
+        note(f"{name}: {state}")
+    note(f"plots: {result.plots}")
+    click.echo(result.file)
+
+
+# --- all of them
+
+
+@click.command()
+@click.option("--output", default="runs/demo", show_default=True, help="Where the runs go.")
+@click.option("--resume", is_flag=True, help="Continue (what happens anyway; for scripts that say so).")
+@click.option("--overwrite", is_flag=True, help="Start from scratch instead of continuing.")
+def demo(output: str, resume: bool, overwrite: bool) -> None:
+    """Run the recipe small, for real: vLLM, SmolLM2-135M and QLoRA on the sample tasks that come with us.
+
+    About ten minutes on two CPU cores. Called again it continues, or says that it is up to date.
+
+    \b
+    Example:
+      birbal demo --output /tmp/demo
+    """
+    from birbal_ray.pipeline import demo_recipe
+
+    if resume and overwrite:
+        raise click.UsageError("--resume and --overwrite exclude each other")
+    run_recipe(demo_recipe(output), overwrite)
+
+
+@click.command()
+@click.option("--tasks", metavar="PATH", required=True, help="Folder of task files, or a .tar.gz archive.")
+@click.option("--model", metavar="NAME", help="The base model: smollm2-135m, a local folder, or a Hub id.")
+@click.option("--output", metavar="DIR", required=True, help="One folder a step, or a URL.")
+@click.option("--held-out-task", "held_out", metavar="NAME", multiple=True, help="Evaluate it, never train on it.")
+@click.option("--score-config", metavar="FILE", help="As `birbal score --config`.")
+@click.option("--mix-config", metavar="FILE", help="As `birbal mix --config`.")
+@click.option("--train-config", metavar="FILE", help="As `birbal train --config`.")
+@click.option("--evaluate-config", metavar="FILE", help="As `birbal evaluate --config`.")
+@click.option("--budget", metavar="TIME", help="Wall-clock time of the fine-tune: 24h, 90m.")
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), help="Where engines and training run.")
+@click.option("--overwrite", is_flag=True, help="Start every step from scratch.")
+def pipeline(
+    tasks: str,
+    model: str | None,
+    output: str,
+    held_out: tuple[str, ...],
+    budget: str | None,
+    device: str | None,
+    overwrite: bool,
+    **configs: str | None,
+) -> None:
+    """Score, mix, train, evaluate, report: each step resumable, skipped where it is up to date.
+
+    Killed at any moment, the same command goes on. Steps can also be run one by one on the same folders.
+
+    \b
+    Example:
+      birbal pipeline --tasks natural-instructions/ --model mistralai/Mistral-7B-v0.1 --budget 24h \\
+          --score-config mistral-7b --mix-config birbal-200k \\
+          --train-config mistral-7b-qlora --evaluate-config mistral-7b --output runs/mistral
+    """
+    from birbal_ray.pipeline import make_recipe
+
+    steps = {name.removesuffix("_config"): text for name, text in configs.items()}
+    files = {step: str(find_config(step, text)) for step, text in steps.items() if text}
+    engines = {"engine.device": device}
+    settings = {
+        **{"score": engines, "evaluate": engines},
+        "train": {"budget": budget, "resources.device": device},
+    }
+    run_recipe(make_recipe(output, tasks, model, files, settings, held_out), overwrite)
+
+
+def run_recipe(recipe: Recipe, overwrite: bool) -> None:
+    """Run every step, print what each one found, and how to ask why a row is in the mix."""
+    import pyarrow.parquet as pq
+
+    from birbal_ray.pipeline import run_pipeline
+    from birbal_ray.storage import local_copy
+
+    page = run_pipeline(
+        recipe,
+        overwrite=overwrite,
+        announce=lambda text: note(f"\n{text}"),
+        show={
+            "score": lambda result: print_score(result, "text"),
+            "mix": lambda result: print_mix(result, "text"),
+            "train": lambda result: print_train(result, "text"),
+            "evaluate": lambda result: print_evaluate(result, "text", per_task=True),
+        },
+    )
+    note(f"\nthe adapter is in {recipe.output}/train/adapter, everything else on one page: {page}")
+    mix_folder = str(recipe.mix.output)
+    row_id = pq.read_table(local_copy(mix_folder) / "train.parquet", columns=["row_id"])["row_id"][0].as_py()
+    note("ask why a row is in the mix:")
+    note(f"  {shlex.join(['birbal', 'mix', 'explain', row_id, '--mix', mix_folder])}")

@@ -1,0 +1,289 @@
+"""Commands beside the steps: merge, harness, leaderboard, models, export-predictions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from birbal_ray.cli.options import format_option, note, print_table, refuse_url
+
+if TYPE_CHECKING:
+    from birbal_ray.evaluate.leaderboard import Sensitivity, Standing
+
+
+@click.command()
+@click.option(
+    "--run",
+    "run",
+    metavar="DIR",
+    required=True,
+    help="Output folder of `birbal train`.",
+)
+@click.option("--output", metavar="DIR", required=True, help="The merged model's folder.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of the merged weights; never 4-bit.",
+)
+@click.option("--prompts", type=click.IntRange(min=1), default=8, show_default=True, help="Eval rows to compare on.")
+@click.option("--overwrite", is_flag=True, help="Start anew where the folder holds another merge.")
+@format_option
+def merge(run: str, output: str, dtype: str, prompts: int, overwrite: bool, output_format: str) -> None:
+    """Merge the adapter of a training run into unquantised base weights, and compare before with after.
+
+    The output is a model folder (safetensors) that `birbal score --model DIR`, vLLM and transformers load.
+
+    \b
+    Example:
+      birbal merge --run runs/train --output models/mistral-7b-birbal
+    """
+    from birbal_ray.train.merge import merge as step
+
+    result = step(run, output, dtype=dtype, num_prompts=prompts, overwrite=overwrite)
+    print_table([result.manifest["comparison"] | {"model": str(result.folder)}], output_format)
+
+
+@click.command()
+@click.option("--model", metavar="NAME", help="Local folder, Hub id, or embedded model.")
+@click.option(
+    "--adapter", metavar="DIR", help="LoRA adapter on the model: a PEFT folder, or the output of `birbal train`."
+)
+@click.option("--output", metavar="DIR", help="The run's folder.")
+@click.option(
+    "--benchmark", "benchmarks", multiple=True, metavar="NAME", help="One of --list; repeatable. Default: all of them."
+)
+@click.option(
+    "--task", "tasks", multiple=True, metavar="NAME", help="Any task of the harness, beside the leaderboard's metrics."
+)
+@click.option(
+    "--include-path",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of further task files (YAML), which also replace the harness's of the same name.",
+)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N documents of every task.")
+@click.option("--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Examples in the prompt, for every task.")
+@click.option("--batch-size", default="8", show_default=True, metavar="N|auto", help="Requests computed together.")
+@click.option("--device", metavar="NAME", help="For example cuda:0 or cpu; default: a GPU where there is one.")
+@click.option(
+    "--backend",
+    type=click.Choice(["hf", "vllm"]),
+    default="hf",
+    show_default=True,
+    help="What computes: transformers, or vLLM (on GPUs).",
+)
+@click.option("--team", metavar="NAME", help="The model's name in results.json; default: the model's and adapter's.")
+@click.option("--overwrite", is_flag=True, help="Start anew where the folder holds another run.")
+@click.option("--list", "list_only", is_flag=True, help="Show the leaderboard's metrics and how each is measured.")
+@click.option("--dry-run", is_flag=True, help="Check names and show what would run; load no model, write nothing.")
+@format_option
+def harness(list_only: bool, dry_run: bool, overwrite: bool, output_format: str, **settings: Any) -> None:
+    """Measure a model with lm-evaluation-harness on the benchmarks of the challenge's leaderboard.
+
+    A finished benchmark stands in the output folder and is not run again: the same command continues,
+    further --benchmark add to it. results.json there goes to `birbal leaderboard --add`. The harness's
+    definitions are not HELM's, by which the published figures were made: an indication, not the same.
+
+    \b
+    Example:
+      birbal harness --model mistralai/Mistral-7B-v0.1 --adapter runs/train/adapter --output runs/harness
+      birbal harness --list
+    """
+    if list_only:
+        _print_benchmarks(output_format)
+        return
+    from birbal_ray.evaluate import harness as step
+    from birbal_ray.evaluate.harness_results import COMPARABLE_NOTE
+    from birbal_ray.evaluate.leaderboard import METRICS
+
+    request = step.Request(**settings)
+    if dry_run:
+        print_table(step.dry_run(request), output_format)
+        return
+    result = step.run(request, overwrite=overwrite)
+    print_table(result.rows, output_format)
+    if any(row["metric"] in METRICS for row in result.rows):
+        note(f"not comparable: {COMPARABLE_NOTE}")
+        note(f"place it: birbal leaderboard --add {result.folder / step.RESULTS_FILE}")
+
+
+def _print_benchmarks(output_format: str) -> None:
+    from birbal_ray.evaluate.benchmarks import listing
+
+    rows = listing()
+    if output_format == "text":  # narrow
+        for row in rows:
+            first, *others = (row["tasks"] or "-").split()
+            row["tasks"] = f"{first} and {len(others)} more" if others else first
+    columns = [name for name in rows[0] if output_format != "text" or name != "needs"]
+    print_table(rows, output_format, columns)
+
+
+@click.command()
+@click.option(
+    "--raw",
+    "raw_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Another table of teams; default: the eight published ones.",
+)
+@click.option(
+    "--add",
+    "added_files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A model's results, placed among the teams. Repeatable: all compete with all.",
+)
+@click.option(
+    "--leave-one-out", "sensitivity", is_flag=True, help="Show how ranks and scores change when one team is left out."
+)
+@format_option
+def leaderboard(raw_file: Path | None, added_files: tuple[Path, ...], sensitivity: bool, output_format: str) -> None:
+    """Rank teams by win rates over nine scenarios: open and hidden score, and the full score of both.
+
+    Without options: the final leaderboard of the NeurIPS 2023 LLM Efficiency Challenge, RTX 4090
+    track, computed anew from the teams' raw metrics. A metric that a model lacks counts as worst.
+
+    \b
+    Example:
+      birbal leaderboard --add results.json
+    where results.json holds raw metrics from 0 to 1:
+      {"team": "my-model", "metrics": {"MMLU - EM": 0.6, "GSM8K - EM": 0.41}}
+    """
+    from birbal_ray.evaluate import teams as files
+    from birbal_ray.evaluate.leaderboard import METRICS, leave_one_out, missing_metrics, placed, zeroed_scores
+    from birbal_ray.settings import ConfigError
+
+    teams = files.load_published() if raw_file is None else files.load_teams(raw_file)
+    added = files.load_added(added_files, teams)
+    everybody = {**teams, **added}
+    if sensitivity and len(everybody) < 2:
+        raise ConfigError("--leave-one-out needs at least 2 teams, found 1")
+    for name, values in (added if raw_file is None else everybody).items():
+        if missing := missing_metrics(values):
+            note(f"{name}: {len(missing)} of {len(METRICS)} metrics missing, counted as worst: {', '.join(missing)}")
+    places = placed(teams, added)
+    for zeroed in zeroed_scores(places):
+        scenarios = " and ".join(zeroed.scenarios)
+        note(
+            f"warning: {zeroed.team}: win rate 0 on {scenarios}, so {zeroed.score} is next to 0 whatever the others are"
+        )
+    if sensitivity:
+        _print_sensitivities(leave_one_out(everybody), output_format)
+    else:
+        _print_places(places, output_format, with_added=bool(added))
+
+
+def _print_places(places: list[Standing], output_format: str, with_added: bool) -> None:
+    rows: list[dict[str, Any]] = [
+        {
+            "rank": place.rank,
+            "team": place.team,
+            "added": place.added,
+            **place.win_rates,
+            "Score_open": place.score_open,
+            "Score_hidden": place.score_hidden,
+            "Score_full": place.score_full,
+        }
+        for place in places
+    ]
+    # On a screen, a column of "no" is noise; for programs the columns stay the same.
+    columns = [name for name in rows[0] if name != "added" or with_added or output_format != "text"]
+    print_table(rows, output_format, columns)
+
+
+def _print_sensitivities(found: list[Sensitivity], output_format: str) -> None:
+    rows: list[dict[str, Any]] = []
+    for entry in found:
+        row = {
+            "rank": entry.rank,
+            "team": entry.team,
+            "best rank": entry.ranks[0],
+            "worst rank": entry.ranks[1],
+            "Score_full": entry.score_full,
+            "lowest": entry.scores[0],
+            "highest": entry.scores[1],
+        }
+        for other in found:
+            rank, score = entry.without.get(other.team, (None, None))
+            if output_format == "text":  # narrow: a heading of two lines, ranks alone
+                row[f"rank without\n{other.team}"] = rank
+            else:
+                row |= {f"rank without {other.team}": rank, f"Score_full without {other.team}": score}
+        rows.append(row)
+    print_table(rows, output_format)
+
+
+@click.group(invoke_without_command=True)
+@format_option
+@click.pass_context
+def models(context: click.Context, output_format: str) -> None:
+    """List the models that come with us; `fetch` makes one ready.
+
+    Any local folder of safetensors and any Hub id works wherever a model is asked for.
+
+    \b
+    Examples:
+      birbal models
+      birbal models fetch smollm2-135m
+      birbal models fetch mistralai/Mistral-7B-v0.1
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from birbal_ray.models import EMBEDDED, cache_folder
+
+    rows = [
+        {
+            "model": model.name,
+            "what": model.summary,
+            "license": model.license,
+            "ready": (cache_folder() / "models" / f"{model.name}-{model.sha256[:12]}").is_dir(),
+        }
+        for model in EMBEDDED.values()
+    ]
+    print_table(rows, output_format)
+
+
+@models.command()
+@click.argument("name")
+@click.option("--revision", help="Hub revision: branch, tag or commit.")
+def fetch(name: str, revision: str | None) -> None:
+    """Download or convert a model now, and print its folder.
+
+    \b
+    Example:
+      birbal models fetch smollm2-135m
+    """
+    from birbal_ray.models import resolve
+
+    click.echo(resolve(name, revision).path)
+
+
+@click.command("export-predictions")
+@click.argument("run")
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    callback=refuse_url,
+    help="Folder for one JSON file per task.",
+)
+def export_predictions(run: str, output: Path) -> None:
+    """Write a finished score run as JSON, one file per task: the layout of the published recipe.
+
+    Each file is a list of {orig_input, few_shot_prompt, answer, prediction}, ordered by row id.
+
+    \b
+    Example:
+      birbal export-predictions runs/score --output predictions/
+    """
+    from birbal_ray.score.export import export_published_json
+    from birbal_ray.storage import local_copy
+
+    files, rows = export_published_json(local_copy(run), output)
+    note(f"{rows} rows in {files} files: {output}")
