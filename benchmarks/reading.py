@@ -2,7 +2,7 @@
 
     python benchmarks/reading.py --tasks natural-instructions-subset.tar.gz
 
-One core, no Ray. ROUGE-L: ours (rapidfuzz's LCS) and rouge-score over the same pairs, with the largest difference.
+One core, no Ray. ROUGE-L: ours (rapidfuzz's LCS) and rouge-score over the same ASCII pairs; the largest difference.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
         for instance in task.instances:
             num_characters += len(prompt.few_shot_prompt(task, instance.input))
         if label.value == metrics.GENERATION and len(pairs) < NUM_PAIRS:
-            usable = [instance.references[0] for instance in task.instances if instance.references][:400]
+            usable = [i.references[0] for i in task.instances if i.references and i.references[0].isascii()][:400]
             pairs += list(zip(usable, usable[1:] + usable[:1], strict=True))
     seconds = time.monotonic() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

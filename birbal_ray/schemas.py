@@ -56,6 +56,9 @@ TASKS = pa.schema(
         pa.field("num_available", pa.int64(), nullable=False),  # instances in the file
         pa.field("num_instances", pa.int64(), nullable=False),  # taken by this run
         pa.field("max_completion_tokens", pa.int32(), nullable=False),
+        # Of its usable instances, those on which not even a reference scores 1, and the commonest cause.
+        pa.field("unreachable_fraction", pa.float64()),
+        pa.field("unreachable_reason", pa.string()),
     ]
 )
 

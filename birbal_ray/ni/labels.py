@@ -11,6 +11,7 @@ from pathlib import Path
 
 from birbal_ray.ni.metrics import EXACT_MATCH, GENERATION
 from birbal_ray.ni.schema import Task, TaskError, read_text
+from birbal_ray.ni.text import count_words
 
 MAX_SHORT_WORDS = 5
 OPEN_ENDED_CATEGORIES = frozenset({"Title Generation", "Question Generation", "Wrong Candidate Generation"})
@@ -44,8 +45,8 @@ def label_task(task: Task, overrides: dict[str, Label] | None = None) -> Label:
 
 
 def reference_words_p95(task: Task) -> int:
-    """95th percentile (nearest rank) of the references' lengths in space-split words."""
-    lengths = sorted(len(reference.split()) for instance in task.instances for reference in instance.references)
+    """95th percentile (nearest rank) of the references' lengths in words (`ni.text.count_words`)."""
+    lengths = sorted(count_words(reference) for instance in task.instances for reference in instance.references)
     return lengths[math.ceil(0.95 * len(lengths)) - 1] if lengths else 0
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from birbal_ray.ni import catalog, labels, prompt, reader
-from birbal_ray.ni.metrics import EXACT_MATCH
+from birbal_ray.ni.metrics import EXACT_MATCH, find_unreachable
 from birbal_ray.ni.schema import Instance, Task, TaskError, take_first
 from birbal_ray.run import write_atomic
 from birbal_ray.schemas import TASKS
@@ -56,6 +56,8 @@ class PlannedTask:
     domains: tuple[str, ...]
     licenses: tuple[str, ...]
     num_excluded: int = 0  # instances that the run may not take
+    unreachable_fraction: float = 0.0  # of usable instances: not even a reference scores 1 there
+    unreachable_reason: str | None = None
     num_shared_tokens: int | None = None  # the prefix, once
     num_own_tokens: int | None = None  # what follows it, over all instances
     num_too_long: int | None = None
@@ -147,6 +149,8 @@ class ScorePlan:
                     "num_available": task.num_available,
                     "num_instances": task.num_instances,
                     "max_completion_tokens": task.max_completion_tokens,
+                    "unreachable_fraction": task.unreachable_fraction,
+                    "unreachable_reason": task.unreachable_reason,
                 }
                 for task in self.tasks
             ],
@@ -278,6 +282,8 @@ def _plan_task(
     references = sorted({reference for instance in taken for reference in instance.references})
     lengths = [len(ids) for ids in tokenizer(references, add_special_tokens=False)["input_ids"]] if references else []
     max_tokens = completion_tokens(label.value, lengths, config.completion)
+    too_long_texts = {text for text, length in zip(references, lengths, strict=True) if length > max_tokens}
+    unreachable = find_unreachable(task, label.value, prompt.extract_answer, lambda text: text not in too_long_texts)
     shared = own = too_long = usable = None
     if count_tokens:
         shared, own, too_long, usable = _count_tokens(task, taken, max_tokens, config, tokenizer)
@@ -298,6 +304,8 @@ def _plan_task(
         domains=task.domains,
         licenses=task.licenses,
         num_excluded=len(task.instances) - len(allowed),
+        unreachable_fraction=unreachable.fraction,
+        unreachable_reason=unreachable.reason,
         num_shared_tokens=shared,
         num_own_tokens=own,
         num_too_long=too_long,

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from birbal_ray import models
 from birbal_ray.cluster import ray_session, told
+from birbal_ray.ni.metrics import METRIC_VERSION
 from birbal_ray.progress import ProgressLine
 from birbal_ray.rates import remember
 from birbal_ray.run import (
@@ -153,6 +154,7 @@ def identity_of(config: ScoreConfig, plan: ScorePlan, model_fingerprint: str) ->
         "config": settings,
         "model_fingerprint": model_fingerprint,
         "row_format": ROW_FORMAT,
+        "metric_version": METRIC_VERSION,
         "packages": {name: versions[name] for name in TEXT_PACKAGES if name in versions},
         "inputs": {task.name: task.sha256 for task in plan.tasks},
         "labels": {task.name: task.label.value for task in plan.tasks},

@@ -61,7 +61,10 @@ def test_rouge_l_hand_computed():
     assert metrics.rouge_l("", ["a"]) == metrics.rouge_l("a", [""]) == 0.0
 
 
-@given(st.text(alphabet="aAbB cC1.,é\n-İ", max_size=40), st.text(alphabet="aAbB cC1.,é\n-İ", max_size=40))
+ASCII = st.text(alphabet="aAbB cC1.,\n-_\0'", max_size=40)
+
+
+@given(ASCII, ASCII)
 def test_rouge_l_equals_rouge_score(answer, reference):
     assert metrics.rouge_l(answer, [reference]) == ORACLE.score(reference, answer)["rougeL"].fmeasure
 
