@@ -67,10 +67,10 @@ TASKS_FILE = "tasks.parquet"
 TASK_SCORES_FILE = "task_scores.parquet"
 QUARANTINE_FILE = "quarantine.jsonl"  # {"file", "reason"} of each task file that was not used
 
-# One row per contender, prompt format and task of an evaluation. The base model is the contender "base".
+# One row per model, prompt format and task of an evaluation. The base model is named "base".
 EVALUATION = pa.schema(
     [
-        pa.field("contender", pa.string(), nullable=False),  # base, or an adapter's or merged model's name
+        pa.field("model", pa.string(), nullable=False),  # base, or an adapter's or merged model's name
         pa.field("kind", pa.string(), nullable=False),  # base | adapter | merged
         pa.field("prompt_format", pa.string(), nullable=False),  # zero_shot (as trained) | few_shot
         pa.field("task", pa.string(), nullable=False),
@@ -85,19 +85,23 @@ EVALUATION = pa.schema(
     ]
 )
 
-# A contender against the base model: means over tasks, paired bootstrap over tasks.
+# A model against the base model: mean over tasks of the paired differences (birbal_ray.statistics).
 COMPARISONS = pa.schema(
     [
-        pa.field("contender", pa.string(), nullable=False),
+        pa.field("model", pa.string(), nullable=False),
         pa.field("prompt_format", pa.string(), nullable=False),
         pa.field("scope", pa.string(), nullable=False),  # all | exact_match | generation | held-out tasks | …instances
+        pa.field("is_primary", pa.bool_(), nullable=False),  # the one comparison that was named beforehand
         pa.field("num_tasks", pa.int64(), nullable=False),
         pa.field("base_score", pa.float64(), nullable=False),  # mean of task scores in [0, 1]
         pa.field("score", pa.float64(), nullable=False),
         pa.field("difference", pa.float64(), nullable=False),  # score - base_score
         pa.field("difference_low", pa.float64(), nullable=False),  # 95 %
         pa.field("difference_high", pa.float64(), nullable=False),
-        pa.field("num_wins", pa.int64(), nullable=False),  # tasks on which the contender is better
+        pa.field("p_value", pa.float64(), nullable=False),  # two-sided
+        pa.field("p_adjusted", pa.float64(), nullable=False),  # Holm over all rows that are not primary
+        pa.field("detectable_difference", pa.float64()),  # 80 % power at this spread; null with one task
+        pa.field("num_wins", pa.int64(), nullable=False),  # tasks on which the model is better
         pa.field("num_losses", pa.int64(), nullable=False),
         pa.field("num_ties", pa.int64(), nullable=False),
     ]

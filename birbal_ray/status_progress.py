@@ -65,7 +65,7 @@ def _scored(folder: Found) -> Progress:
     tasks = dict(zip(*(table[name].to_pylist() for name in ("task", "num_instances")), strict=True))
     identity = folder.identity
     shard_rows = identity["config"]["shard_rows"]
-    variants = len(identity["contenders"]) * len(identity["prompt_formats"]) if "contenders" in identity else 1
+    variants = len(identity["models"]) * len(identity["prompt_formats"]) if "models" in identity else 1
     done = 0
     for _, _, names in os.walk(path / ROWS_FOLDER):
         for shard in filter(None, map(_SHARD.fullmatch, names)):

@@ -422,6 +422,7 @@ def print_train(result: TrainResult, output_format: str) -> None:
         "--select WHICH": "tasks.select",
         "--replicas": "resources.num_replicas",
         "--device": "engine.device",
+        "--gate DELTA": "gate",
     },
     step="evaluate",
 )
@@ -433,8 +434,8 @@ def evaluate(config: EvaluateConfig, per_task: bool, overwrite: bool, dry_run: b
     """Does the adapter beat its base model on instances and tasks that were never sampled?
 
     Prompts as in training (zero-shot) and few-shot, on the engines that `birbal score` uses. Differences
-    come with a 95 % interval (paired bootstrap over tasks). Stopped at any moment, it continues when
-    called again.
+    come with a 95 % interval over tasks; one comparison (`primary`) is named beforehand. Stopped at any
+    moment, it continues when called again.
 
     \b
     Examples:
@@ -446,12 +447,14 @@ def evaluate(config: EvaluateConfig, per_task: bool, overwrite: bool, dry_run: b
     from birbal_ray.score.run import plan_run
 
     if not dry_run:
-        print_evaluate(step.evaluate(config, overwrite=overwrite), output_format, per_task=per_task)
+        result = step.evaluate(config, overwrite=overwrite)
+        print_evaluate(result, output_format, per_task=per_task)
+        step.check_gate(result, config.gate)
         return
     progress = ProgressLine()
-    setup = step.prepared(config)
+    setup = step.prepare_evaluation(config)
     plan = plan_run(setup.scoring, progress, excluded=setup.excluded)
-    step.tell(setup, plan, progress)
+    step.describe_evaluation(setup, plan, progress)
     rows = [
         {
             "task": task.name,
@@ -463,7 +466,7 @@ def evaluate(config: EvaluateConfig, per_task: bool, overwrite: bool, dry_run: b
         for task in plan.tasks
     ]
     print_table(rows, output_format)
-    prompts = plan.num_rows * len(setup.contenders) * len(config.prompt_formats)
+    prompts = plan.num_rows * len(setup.models) * len(config.prompt_formats)
     note(f"{prompts:,} prompts; nothing was started (--dry-run)")
 
 
@@ -492,6 +495,8 @@ def print_evaluate(result: EvaluateResult, output_format: str, *, per_task: bool
                 "score": row["score"],
                 "difference": f"{row['difference']:+.3f}",
                 "95 % interval": f"{row['difference_low']:+.3f} to {row['difference_high']:+.3f}",
+                "p": f"{row['p_adjusted']:.3f}{' (primary)' if row['is_primary'] else ''}",
+                "detectable": row["detectable_difference"],
                 "won": row["num_wins"],
                 "lost": row["num_losses"],
                 "tied": row["num_ties"],

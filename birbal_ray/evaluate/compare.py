@@ -1,43 +1,42 @@
-"""A contender against the base model, task by task."""
+"""A model against the base model, task by task."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+from birbal_ray.statistics import holm, paired_difference
 
 TIE = 1e-12
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, slots=True)
 class TaskPair:
-    """Mean scores in [0, 1] of base and contender over the same rows of one task."""
+    """Mean scores in [0, 1] of the base model and another one over the same rows of one task."""
 
     task: str
     label: str
     held_out: str  # task | instances | unknown
     base: float
-    contender: float
+    score: float
 
 
 def pair_tasks(
     base: Mapping[str, Mapping[str, float]],
-    contender: Mapping[str, Mapping[str, float]],
+    other: Mapping[str, Mapping[str, float]],
     about: Mapping[str, tuple[str, str]],
 ) -> list[TaskPair]:
     """Task means over the rows that both scored; a task without such a row is left out.
 
-    `base` and `contender`: task → row id → score. `about`: task → (label, held_out).
+    `base` and `other`: task → row id → score. `about`: task → (label, held_out).
     """
     pairs = []
     for name, (label, held_out) in sorted(about.items()):
-        one, other = base.get(name, {}), contender.get(name, {})
-        shared = sorted(one.keys() & other.keys())
-        if shared:
-            means = (sum(scores[row_id] for row_id in shared) / len(shared) for scores in (one, other))
+        one, two = base.get(name, {}), other.get(name, {})
+        if shared := sorted(one.keys() & two.keys()):
+            means = (sum(scores[row_id] for row_id in shared) / len(shared) for scores in (one, two))
             pairs.append(TaskPair(name, label, held_out, *means))
     return pairs
 
@@ -53,36 +52,44 @@ def scopes(pairs: Sequence[TaskPair]) -> dict[str, list[TaskPair]]:
     return found
 
 
-def compare(pairs: Sequence[TaskPair], num_resamples: int, seed: int) -> dict[str, Any]:
-    """The figures of one COMPARISONS row, over at least one task.
-
-    The interval is the percentile interval of a paired bootstrap: tasks are drawn with replacement,
-    base and contender together (Efron and Tibshirani 1993, chapter 13). One task gives no spread, so its
-    interval is all of [-1, 1].
-    """
-    base = np.array([pair.base for pair in pairs])
-    score = np.array([pair.contender for pair in pairs])
-    differences = score - base
-    low, high = -1.0, 1.0
-    if len(pairs) > 1:
-        random = np.random.default_rng(seed)
-        # In chunks: 10,000 resamples of 1,600 tasks at once would take 128 MB.
-        means = np.concatenate(
-            [
-                differences[random.integers(0, len(pairs), (min(1000, num_resamples - done), len(pairs)))].mean(axis=1)
-                for done in range(0, num_resamples, 1000)
-            ]
-        )
-        tail = (1 - CONFIDENCE) / 2
-        low, high = (float(value) for value in np.quantile(means, [tail, 1 - tail]))
+def compare(pairs: Sequence[TaskPair]) -> dict[str, Any]:
+    """The figures of one COMPARISONS row, over at least one task. One task gives no spread: its interval is [-1, 1]."""
+    differences = [pair.score - pair.base for pair in pairs]
+    found = paired_difference(differences)
     return {
         "num_tasks": len(pairs),
-        "base_score": float(base.mean()),
-        "score": float(score.mean()),
-        "difference": float(differences.mean()),
-        "difference_low": low,
-        "difference_high": high,
-        "num_wins": int((differences > TIE).sum()),
-        "num_losses": int((differences < -TIE).sum()),
-        "num_ties": int((abs(differences) <= TIE).sum()),
+        "base_score": math.fsum(pair.base for pair in pairs) / len(pairs),
+        "score": math.fsum(pair.score for pair in pairs) / len(pairs),
+        "difference": found.mean,
+        "difference_low": max(-1.0, found.low),
+        "difference_high": min(1.0, found.high),
+        "p_value": found.p_value,
+        "detectable_difference": found.detectable if math.isfinite(found.detectable) else None,
+        "num_wins": sum(difference > TIE for difference in differences),
+        "num_losses": sum(difference < -TIE for difference in differences),
+        "num_ties": sum(abs(difference) <= TIE for difference in differences),
     }
+
+
+def adjust(rows: Sequence[Mapping[str, Any]], primary: Mapping[str, str]) -> list[dict[str, Any]]:
+    """COMPARISONS rows with `is_primary` and `p_adjusted`.
+
+    The row that has all values of `primary` (model, prompt_format, scope) was named beforehand and keeps its p-value;
+    those of all others are adjusted together by Holm's method.
+    """
+    chosen = [all(row[key] == value for key, value in primary.items()) for row in rows]
+    others = iter(holm([row["p_value"] for row, is_primary in zip(rows, chosen, strict=True) if not is_primary]))
+    return [
+        {**row, "is_primary": is_primary, "p_adjusted": row["p_value"] if is_primary else next(others)}
+        for row, is_primary in zip(rows, chosen, strict=True)
+    ]
+
+
+def gate_failures(comparisons: Sequence[Mapping[str, Any]], delta: float) -> list[str]:
+    """One line for each comparison whose mean lies more than `delta` under the base model's, whatever its interval."""
+    return [
+        f"{row['model']} is {-row['difference']:.3f} worse than the base model, {row['prompt_format']}, {row['scope']} "
+        f"({row['num_tasks']} tasks; --gate allows {delta:g})"
+        for row in comparisons
+        if row["difference"] < -delta
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from birbal_ray.score.config import (
     CompletionSettings,
@@ -28,10 +28,12 @@ class HeldOutTasks(TaskSettings):
     )
 
 
-class BootstrapSettings(Settings):
-    """The intervals of the comparisons."""
+class PrimaryComparison(Settings):
+    """The one comparison that is named before the run; all others are description."""
 
-    num_resamples: int = Field(10_000, ge=100, description="more: smoother ends of the intervals")
+    model: str | None = Field(None, description="name of an adapter or merged model; null: the first one given")
+    prompt_format: PromptFormat | None = Field(None, description="null: the first of prompt_formats")
+    scope: Literal["all", "exact_match", "generation", "held-out tasks", "held-out instances"] = "all"
 
 
 class EvaluateConfig(Settings):
@@ -49,14 +51,26 @@ class EvaluateConfig(Settings):
         description="lora: all in one engine; merged: folded into the weights, an engine each; auto: merged on a CPU",
     )
     prompt_formats: list[PromptFormat] = Field(["zero_shot", "few_shot"], min_length=1)
+    primary: PrimaryComparison = PrimaryComparison()
+    gate: float | None = Field(
+        None, ge=0, le=1, description="exit 1 where a model's mean score is lower than the base's by more, on any scope"
+    )
+    expected_deviation: float = Field(
+        0.1, gt=0, le=1, description="of the differences between tasks, for --dry-run's smallest detectable difference"
+    )
     prompt: PromptSettings = PromptSettings()
     completion: CompletionSettings = CompletionSettings()
     engine: EngineSettings = EngineSettings()
     resources: ResourceSettings = ResourceSettings()
-    bootstrap: BootstrapSettings = BootstrapSettings()
     output: str | None = Field(None, description="run folder; the same command on it continues where it stopped")
     seed: int = Field(0, ge=0, description="another seed takes other instances of each task")
     shard_rows: int = Field(64, ge=1, le=4096, description="instances of one task per output file")
+
+    @model_validator(mode="after")
+    def _primary_is_asked(self) -> EvaluateConfig:
+        if self.primary.prompt_format not in (None, *self.prompt_formats):
+            raise ValueError(f"primary.prompt_format={self.primary.prompt_format} is not among prompt_formats")
+        return self
 
     def scoring(self) -> ScoreConfig:
         """The same settings as those of a score run of the base model."""

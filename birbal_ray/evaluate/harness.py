@@ -7,14 +7,14 @@ import importlib.metadata
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from birbal_ray.evaluate import harness_run as harness
 from birbal_ray.evaluate.benchmarks import BENCHMARKS, HARNESS, Benchmark, chosen
 from birbal_ray.evaluate.harness_results import leaderboard_metrics, result_rows, results_file
-from birbal_ray.evaluate.models import Contender, contenders
+from birbal_ray.evaluate.models import EvaluatedModel, resolve_models
 from birbal_ray.models import Model, resolve
 from birbal_ray.progress import ProgressLine, duration
 from birbal_ray.run import (
@@ -102,7 +102,7 @@ def run(request: Request, *, overwrite: bool = False, progress: ProgressLine | N
     output = request.output or ""
     units = selected(request)
     model = resolve(request.model or "")
-    adapter = contenders(model, [request.adapter], [])[1] if request.adapter else None
+    adapter = resolve_models(model, [request.adapter], [])[1] if request.adapter else None
     identity, team = _identity(request, model, adapter), _team(request, model, adapter)
     index = _index(request, [unit for unit in units if overwrite or not _stands(output, unit)])
     started = time.monotonic()
@@ -126,7 +126,7 @@ def run(request: Request, *, overwrite: bool = False, progress: ProgressLine | N
             folder,
             {
                 "model": {"name": model.name, "revision": model.revision},
-                "adapter": adapter.described() if adapter else None,
+                "adapter": asdict(adapter) if adapter else None,
                 "limit": request.limit,
                 "finished": [*sorted(_raw(folder)), *sorted(_raw(folder, TASKS_FOLDER))],
                 "wall_seconds": round(time.monotonic() - started, 3),
@@ -217,7 +217,7 @@ def _measure(
     progress.message(f"{unit.name}: done in {duration(seconds)}")
 
 
-def _loader(request: Request, model: Model, adapter: Contender | None) -> harness.Loader:
+def _loader(request: Request, model: Model, adapter: EvaluatedModel | None) -> harness.Loader:
     return harness.Loader(
         model.path,
         Path(adapter.path) if adapter else None,
@@ -235,7 +235,7 @@ def _told(failures: dict[str, str]) -> str:
     return f"not run: {', '.join(failures)}; the reasons are above and in {RESULTS_FILE}"
 
 
-def _identity(request: Request, model: Model, adapter: Contender | None) -> dict[str, Any]:
+def _identity(request: Request, model: Model, adapter: EvaluatedModel | None) -> dict[str, Any]:
     """What decides the figures of one benchmark; which benchmarks are run is not part of it."""
     return {
         "model": model.fingerprint,
@@ -258,7 +258,7 @@ def _content_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _team(request: Request, model: Model, adapter: Contender | None) -> str:
+def _team(request: Request, model: Model, adapter: EvaluatedModel | None) -> str:
     name = Path(model.name).name
     return request.team or (f"{name} + {adapter.name}" if adapter else name)
 

@@ -1,4 +1,4 @@
-"""Which instances a mix never had in its hands."""
+"""Which instances no mix considered."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from birbal_ray.evaluate.models import Contender
+from birbal_ray.evaluate.models import EvaluatedModel
 from birbal_ray.mix.rows import NATURAL_INSTRUCTIONS
 from birbal_ray.mix.write import AUDIT_FILE
 from birbal_ray.ni.schema import text_key
@@ -31,14 +31,14 @@ class HeldOut:
         return "instances" if task in self.sampled else "task"
 
 
-def mixes_of(contenders: Sequence[Contender], given: str | None) -> list[str]:
+def find_mixes(models: Sequence[EvaluatedModel], given: str | None) -> list[str]:
     """Folders of all mixes to leave out: the given one, then every adapter's own; the same mix once.
 
-    A mix is told by its identity hash, so `given` may be where an adapter's mix has been moved to. Raises
+    A mix is known by its identity hash, so `given` may be where an adapter's mix has been moved to. Raises
     ConfigError where an adapter's own mix is nowhere to be had, RunError where the given one is none.
     """
     found = {read_manifest(local_copy(given), "mix")["identity_hash"]: given} if given else {}
-    for one in contenders:
+    for one in models:
         if one.mix is None or one.mix_identity in found:
             continue
         try:
@@ -51,14 +51,14 @@ def mixes_of(contenders: Sequence[Contender], given: str | None) -> list[str]:
             raise ConfigError(
                 f"adapter {one.name}: what it was trained on can't be left out: the mix with the identity hash "
                 f"{(one.mix_identity or 'unknown')[:12]}… is missing: {problem}{other}. Give the folder where that "
-                "mix is now (--mix DIR), make it again with its settings, or train the adapter on what is there"
+                "mix is now (--mix DIR), make that mix again with its settings, or train the adapter on what is there"
             )
         found[there] = one.mix
     return list(found.values())
 
 
-def together(found: Sequence[HeldOut]) -> HeldOut | None:
-    """What none of the mixes had in its hands; None without a mix."""
+def union(found: Sequence[HeldOut]) -> HeldOut | None:
+    """What none of the mixes considered; None without a mix."""
     if not found:
         return None
     return HeldOut(frozenset().union(*(one.keys for one in found)), frozenset().union(*(one.sampled for one in found)))

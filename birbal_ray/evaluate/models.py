@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from birbal_ray.models import Model, resolve
 from birbal_ray.run import MANIFEST_FILE, read_json
@@ -21,7 +20,7 @@ _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
+class EvaluatedModel:
     """A model to evaluate. `path`: the adapter's or model's folder; `fingerprint`: what its weights are.
 
     `origin`: what names it on any node: its URL, where it has one, else `path`.
@@ -36,31 +35,27 @@ class Contender:
     origin: str = ""
     mix_identity: str | None = None  # identity hash of that mix
 
-    def described(self) -> dict[str, Any]:
-        """For the manifest."""
-        return asdict(self)
 
-
-def contenders(model: Model, adapters: Sequence[str], merged: Sequence[str]) -> list[Contender]:
+def resolve_models(model: Model, adapters: Sequence[str], merged: Sequence[str]) -> list[EvaluatedModel]:
     """The base model first, then adapters, then merged models; each name once.
 
     An adapter is a PEFT folder or an output folder of `birbal train`; `NAME=DIR` names it, else its
     folder does. Raises ConfigError for a folder that holds no LoRA adapter, one trained on another
     base model, or a name given twice; ModelError for a merged model that can't be had.
     """
-    found = [Contender(BASE, BASE, str(model.path), model.fingerprint, origin=str(model.path))]
+    found = [EvaluatedModel(BASE, BASE, str(model.path), model.fingerprint, origin=str(model.path))]
     found += [_adapter(*_named(given), model) for given in adapters]
     for given in merged:
         name, path = _named(given)
         other = resolve(path)
         origin = absolute(path) if is_url(path) else str(other.path)
-        found.append(Contender(name or Path(path).name, MERGED, str(other.path), other.fingerprint, origin=origin))
+        found.append(EvaluatedModel(name or Path(path).name, MERGED, str(other.path), other.fingerprint, origin=origin))
     names = [one.name for one in found]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"two contenders are named {name!r}; name them: --adapter NAME=DIR, --merged NAME=DIR")
+            raise ConfigError(f"two models are named {name!r}; name them: --adapter NAME=DIR, --merged NAME=DIR")
         if not _NAME.match(name):
-            raise ConfigError(f"contender {name!r}: a name takes letters, digits, '.', '_' and '-'; give NAME=DIR")
+            raise ConfigError(f"model {name!r}: a name takes letters, digits, '.', '_' and '-'; give NAME=DIR")
     return found
 
 
@@ -69,7 +64,7 @@ def _named(given: str) -> tuple[str | None, str]:
     return (name, path) if equals and "/" not in name else (None, given)
 
 
-def _adapter(name: str | None, path: str, model: Model) -> Contender:
+def _adapter(name: str | None, path: str, model: Model) -> EvaluatedModel:
     folder = local_copy(path, NOT_NEEDED)
     if not folder.is_dir():
         raise ConfigError(f"--adapter {path}: no such folder")
@@ -96,7 +91,7 @@ def _adapter(name: str | None, path: str, model: Model) -> Contender:
             f"--adapter {path}: trained on {trained['model']['name']} with other weights than --model {model.name}"
         )
     mix = trained.get("mix", {})
-    return Contender(
+    return EvaluatedModel(
         name or (folder.parent.name if folder.name == ADAPTER_FOLDER else folder.name),
         ADAPTER,
         str(folder),

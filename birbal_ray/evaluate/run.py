@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from birbal_ray.cluster import ray_session, told
-from birbal_ray.evaluate.compare import compare, pair_tasks, scopes
+from birbal_ray.evaluate.compare import adjust, compare, gate_failures, pair_tasks, scopes
 from birbal_ray.evaluate.config import EvaluateConfig
-from birbal_ray.evaluate.heldout import HeldOut, held_out, mixes_of, together
-from birbal_ray.evaluate.models import ADAPTER, BASE, Contender, contenders
+from birbal_ray.evaluate.heldout import HeldOut, find_mixes, held_out, union
+from birbal_ray.evaluate.models import ADAPTER, BASE, EvaluatedModel, resolve_models
 from birbal_ray.models import Model, load_with_adapter, merge_adapter, pinned, resolve
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import (
     LOG_FOLDER,
     MANIFEST_FILE,
+    RunError,
     finish_run,
     read_json,
     start_run,
@@ -39,7 +40,8 @@ from birbal_ray.score.pipeline import check_cluster, logical_cpus, run_shards
 from birbal_ray.score.plan import PromptVariant, ScorePlan, unpack_archives
 from birbal_ray.score.results import read_scores, summarise, unfinished
 from birbal_ray.score.run import INPUTS_FOLDER, describe_plan, identity_of, plan_run, resolve_config, write_plan
-from birbal_ray.settings import canonical_hash
+from birbal_ray.settings import ConfigError, canonical_hash
+from birbal_ray.statistics import MIN_TASKS, detectable_difference
 from birbal_ray.storage import is_url, local_copy, run_folder
 
 STEP = "evaluate"
@@ -63,7 +65,7 @@ class Setup:
 
     config: EvaluateConfig
     scoring: ScoreConfig  # of the base model
-    contenders: list[Contender]  # the base model first
+    models: list[EvaluatedModel]  # the base model first
     mixes: list[str]
     held_out: HeldOut | None  # None: no mix is known
     model: Model
@@ -85,15 +87,24 @@ class Setup:
         """How a task is held out."""
         return self.held_out.kind(task) if self.held_out else "unknown"
 
-    def engines(self) -> list[list[Contender]]:
-        """The contenders by the engine that serves them."""
-        together = [one for one in self.contenders if one.kind == BASE or (one.kind == ADAPTER and self.lora)]
-        return [together, *([one] for one in self.contenders if one not in together)]
+    def engines(self) -> list[list[EvaluatedModel]]:
+        """The models by the engine that serves them."""
+        shared = [one for one in self.models if one.kind == BASE or (one.kind == ADAPTER and self.lora)]
+        return [shared, *([one] for one in self.models if one not in shared)]
 
-    def variants(self, one: Contender) -> list[PromptVariant]:
-        """How a contender is asked."""
+    def variants(self, one: EvaluatedModel) -> list[PromptVariant]:
+        """How a model is asked."""
         adapter = one.name if one.kind == ADAPTER and self.lora else ""
         return [PromptVariant(one.name, how, adapter) for how in self.config.prompt_formats]
+
+    def primary(self) -> dict[str, str]:
+        """The comparison that was named beforehand, as COMPARISONS names it."""
+        chosen = self.config.primary
+        return {
+            "model": chosen.model or next((one.name for one in self.models[1:]), ""),
+            "prompt_format": chosen.prompt_format or self.config.prompt_formats[0],
+            "scope": chosen.scope,
+        }
 
     def scoring_of(self, path: str) -> ScoreConfig:
         """The settings of an engine that serves another model than the base model."""
@@ -110,7 +121,7 @@ def evaluate(
     run broke off; finished shards are kept and the same command continues).
     """
     progress = progress or ProgressLine()
-    setup = prepared(config)
+    setup = prepare_evaluation(config)
     started = time.monotonic()
     plan = plan_run(setup.scoring, progress, excluded=setup.excluded)
     with run_folder(setup.config.output or "") as folder, stoppable():
@@ -120,23 +131,26 @@ def evaluate(
             return _read(folder)
         plan = unpack_archives(plan, folder / INPUTS_FOLDER)
         write_plan(folder, plan)
-        tell(setup, plan, progress)
+        describe_evaluation(setup, plan, progress)
         meters = _score(setup, plan, folder, progress)
         return _finish(setup, plan, folder, meters, round(time.monotonic() - started, 3))
 
 
-def prepared(config: EvaluateConfig) -> Setup:
+def prepare_evaluation(config: EvaluateConfig) -> Setup:
     """Everything decided that can be without reading a task. Raises ConfigError, ModelError, RunError."""
     scoring = resolve_config(config.scoring())
     model = resolve(config.model.name, config.model.revision) if scoring.engine.backend == "vllm" else SIMULATED
-    found = contenders(model, config.adapters, config.merged)
-    mixes = mixes_of(found, config.mix)
+    found = resolve_models(model, config.adapters, config.merged)
+    names = [one.name for one in found[1:]]
+    if config.primary.model is not None and config.primary.model not in names:
+        raise ConfigError(f"primary.model={config.primary.model}: is none of {', '.join(names) or 'the models given'}")
+    mixes = find_mixes(found, config.mix)
     if scoring.engine.backend == "vllm":
         scoring = scoring.model_copy(update={"model": scoring.model.model_copy(update=pinned(model))})
-    return Setup(config, scoring, found, mixes, together([held_out(local_copy(mix)) for mix in mixes]), model)
+    return Setup(config, scoring, found, mixes, union([held_out(local_copy(mix)) for mix in mixes]), model)
 
 
-def tell(setup: Setup, plan: ScorePlan, progress: ProgressLine) -> None:
+def describe_evaluation(setup: Setup, plan: ScorePlan, progress: ProgressLine) -> None:
     """Say on stderr who is compared on what."""
     describe_plan(plan, setup.scoring, progress)
     if setup.held_out is None:
@@ -145,15 +159,23 @@ def tell(setup: Setup, plan: ScorePlan, progress: ProgressLine) -> None:
         left_out = sum(task.num_excluded for task in plan.tasks)
         unsampled = sum(setup.held_out.kind(task.name) == "task" for task in plan.tasks)
         progress.message(
-            f"{left_out:,} instances were in the hands of {' and '.join(setup.mixes)} and are left out; "
+            f"Evaluation skips every instance the mix considered: {left_out:,} of {' and '.join(setup.mixes)}; "
             f"{unsampled} of {len(plan.tasks)} tasks were never sampled"
         )
-        for one in setup.contenders[1:]:
+        for one in setup.models[1:]:
             if one.mix is None:
                 progress.message(
                     f"{one.name}: its folder names no mix; trained on another, it may have seen these instances"
                 )
-    names = ", ".join(f"{one.name} ({one.kind})" if one.kind != BASE else one.name for one in setup.contenders)
+    expected = setup.config.expected_deviation
+    smallest = detectable_difference(len(plan.tasks), expected)
+    progress.message(
+        f"the smallest difference that {len(plan.tasks)} tasks show with 80 % power is {smallest:.3f} "
+        f"if the differences between tasks deviate by {expected:g} (expected_deviation)"
+        if len(plan.tasks) >= MIN_TASKS
+        else f"{len(plan.tasks)} tasks are too few for a verdict, which needs {MIN_TASKS}"
+    )
+    names = ", ".join(f"{one.name} ({one.kind})" if one.kind != BASE else one.name for one in setup.models)
     progress.message(f"{names}: {' and '.join(setup.config.prompt_formats)}")
 
 
@@ -161,9 +183,8 @@ def _identity(setup: Setup, plan: ScorePlan) -> dict[str, Any]:
     identity = identity_of(setup.scoring, plan, setup.model.fingerprint)
     identity["adapters_served_as"] = "lora" if setup.lora else "merged"
     identity["prompt_formats"] = sorted(setup.config.prompt_formats)
-    identity["contenders"] = {one.name: f"{one.kind} {one.fingerprint}" for one in setup.contenders}
+    identity["models"] = {one.name: f"{one.kind} {one.fingerprint}" for one in setup.models}
     identity["excluded"] = canonical_hash(sorted(setup.excluded))
-    identity["bootstrap"] = setup.config.bootstrap.model_dump()
     return identity
 
 
@@ -210,7 +231,7 @@ def _score(setup: Setup, plan: ScorePlan, folder: Path, progress: ProgressLine) 
 
 @contextlib.contextmanager
 def _model_of(
-    setup: Setup, served: Sequence[Contender], folder: Path, progress: ProgressLine
+    setup: Setup, served: Sequence[EvaluatedModel], folder: Path, progress: ProgressLine
 ) -> Iterator[tuple[ScoreConfig, str]]:
     """(settings, fingerprint) of the model that an engine loads; an adapter's is made for the time."""
     first = served[0]
@@ -242,21 +263,21 @@ def _finish(
 ) -> EvaluateResult:
     evaluation, scores, rows = [], {}, {"planned": 0, "scored": 0, "errors": 0}
     cached = prompt = 0
-    for one in setup.contenders:
+    for one in setup.models:
         for variant in setup.variants(one):
             files = [
                 folder / ROWS_FOLDER / shard.file_name for shard in plan.shards(setup.scoring.shard_rows, [variant])
             ]
             results = summarise(files, plan.tasks)
             for row in results.task_scores:
-                where = {"held_out": setup.kind(row["task"]), "contender": one.name, "kind": one.kind}
+                where = {"held_out": setup.kind(row["task"]), "model": one.name, "kind": one.kind}
                 evaluation.append({**row, **where, "prompt_format": variant.prompt_format})
             scores[one.name, variant.prompt_format] = read_scores(files)
             rows["planned"] += results.rows["planned"]
             rows["scored"] += results.rows["scored"]
             prompt, cached = prompt + results.tokens["prompt"], cached + results.tokens["cached"]
     rows["errors"] = rows["planned"] - rows["scored"]
-    comparisons = compared(setup, plan, scores)
+    comparisons = compare_models(setup, plan, scores)
     write_parquet(folder / EVALUATION_FILE, pa.Table.from_pylist(evaluation, schema=EVALUATION))
     write_parquet(folder / COMPARISONS_FILE, pa.Table.from_pylist(comparisons, schema=COMPARISONS))
     finish_run(
@@ -265,7 +286,7 @@ def _finish(
             "settings": setup.config.model_dump(),
             "seed": setup.config.seed,
             "model": {"name": setup.config.model.name, "revision": setup.model.revision},
-            "contenders": [one.described() for one in setup.contenders],
+            "models": [asdict(one) for one in setup.models],
             "mix": " and ".join(setup.mixes) or None,
             "rows": {**rows, "left_out": sum(task.num_excluded for task in plan.tasks)},
             "tokens": {"prompt": prompt, "cached": cached, "cached_fraction": cached / prompt if prompt else None},
@@ -276,19 +297,26 @@ def _finish(
     return _read(folder)
 
 
-def compared(
+def compare_models(
     setup: Setup, plan: ScorePlan, scores: Mapping[tuple[str, str], Mapping[str, Mapping[str, float]]]
 ) -> list[dict[str, Any]]:
-    """COMPARISONS rows. `scores`: (contender, prompt format) → task → row id → score."""
-    rows = []
+    """COMPARISONS rows. `scores`: (model, prompt format) → task → row id → score."""
+    rows: list[dict[str, Any]] = []
     about = {task.name: (task.label.value, setup.kind(task.name)) for task in plan.tasks}
-    for one in setup.contenders[1:]:
+    for one in setup.models[1:]:
         for prompt_format in setup.config.prompt_formats:
             pairs = pair_tasks(scores[BASE, prompt_format], scores[one.name, prompt_format], about)
             for scope, members in scopes(pairs).items():
-                figures = compare(members, setup.config.bootstrap.num_resamples, setup.config.seed)
-                rows.append({"contender": one.name, "prompt_format": prompt_format, "scope": scope, **figures})
-    return rows
+                if members:
+                    rows.append({"model": one.name, "prompt_format": prompt_format, "scope": scope, **compare(members)})
+    return adjust(rows, setup.primary())
+
+
+def check_gate(result: EvaluateResult, delta: float | None) -> None:
+    """Raise RunError where a model is worse than the base model by more than `delta` on any scope."""
+    failures = [] if delta is None else gate_failures(result.comparisons, delta)
+    if failures:
+        raise RunError("; ".join(failures))
 
 
 def _read(folder: Path) -> EvaluateResult:

@@ -31,7 +31,7 @@ def differences(evaluated: Evaluated) -> Figure | None:
         for number, name in enumerate(evaluated.contenders):
             colour, marker = _look(evaluated, name)
             shift = spread * (number - (len(evaluated.contenders) - 1) / 2)
-            for row in (row for row in evaluated.comparisons if row["contender"] == name):
+            for row in (row for row in evaluated.comparisons if row["model"] == name):
                 place = places[row["prompt_format"], row["scope"]] + shift
                 axes.plot([row["difference_low"], row["difference_high"]], [place] * 2, color=colour, linewidth=1.8)
                 axes.plot(row["difference"], place, color=colour, marker=marker, markersize=5.5)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from birbal_ray.report.numbers import Evaluated, Row, Scored, Trained
+from birbal_ray.statistics import MIN_TASKS
 
-FEW_TASKS = 20  # below, an interval from resampled tasks is too narrow to be taken at its word
 FORMAT_WORDS = {"zero_shot": "zero-shot", "few_shot": "few-shot"}
 
 
@@ -27,7 +27,7 @@ def verdicts(evaluated: Evaluated | None, trained: Trained | None, scored: Score
 
 def main_row(evaluated: Evaluated | None, contender: str) -> Row | None:
     """The COMPARISONS row over all tasks, zero-shot where there is one."""
-    rows = [r for r in evaluated.comparisons if (r["contender"], r["scope"]) == (contender, "all")] if evaluated else []
+    rows = [r for r in evaluated.comparisons if (model_of(r), r["scope"]) == (contender, "all")] if evaluated else []
     return min(rows, key=lambda row: (row["prompt_format"] != "zero_shot", row["prompt_format"]), default=None)
 
 
@@ -40,10 +40,9 @@ def verdict(row: Row) -> Verdict:
         f"95 % interval {signed(low)} to {signed(high)}. Better on {row['num_wins']}, worse on {row['num_losses']}, "
         f"the same on {row['num_ties']}."
     )
-    if 1 < row["num_tasks"] < FEW_TASKS:
-        text += " With so few tasks the interval is somewhat too narrow."
-    if row["num_tasks"] < 2:
-        return Verdict("open", f"{name}: one task can't tell whether it is better than the base model", text)
+    if row["num_tasks"] < MIN_TASKS:
+        few = "one task" if row["num_tasks"] == 1 else f"{row['num_tasks']} tasks"
+        return Verdict("open", f"{name}: {few} can't tell whether it is better than the base model", text)
     if low > 0:
         amount = f"{row['difference']:.3f} ({_bound(low)} to {high:.3f})"
         return Verdict("better", f"{name} is better than the base model by {amount}", text)

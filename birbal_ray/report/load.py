@@ -93,9 +93,7 @@ def mismatches(run: RunFolder) -> list[str]:
 
 def _stale_evaluation(run: RunFolder) -> list[str]:
     """Adapters were evaluated, and the one that train holds now is not among them."""
-    asked = {
-        one["name"]: one["fingerprint"] for one in _dig(run, "evaluate", "contenders") or [] if one["kind"] == ADAPTER
-    }
+    asked = {one["name"]: one["fingerprint"] for one in _dig(run, "evaluate", "models") or [] if one["kind"] == ADAPTER}
     folder = run.finished["train"].path / ADAPTER_FOLDER if "train" in run.finished else None
     if not asked or folder is None or not all((folder / name).exists() for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)):
         return []

@@ -87,7 +87,7 @@ class Evaluated:
         found: dict[str, dict[str, Row]] = {}
         for row in sorted(self.tasks, key=lambda row: row["task"]):
             if row["prompt_format"] == prompt_format:
-                found.setdefault(row["task"], {})[row["contender"]] = row
+                found.setdefault(row["task"], {})[row["model"]] = row
         return {task: rows for task, rows in found.items() if BASE in rows}
 
 
@@ -164,8 +164,8 @@ def trained_of(step: StepFolder) -> Trained:
 def evaluated_of(step: StepFolder) -> Evaluated:
     """Contenders in the manifest's order, then those only the tables have."""
     tasks = tuple(read_table(step.path / EVALUATION_FILE, EVALUATION).to_pylist())
-    kinds = {row["contender"]: row["kind"] for row in tasks}
-    named = [entry.get("name") for entry in step.manifest.get("contenders", [])]
+    kinds = {row["model"]: row["kind"] for row in tasks}
+    named = [entry.get("name") for entry in step.manifest.get("models", [])]
     names = dict.fromkeys([*(name for name in named if name in kinds), *kinds])
     return Evaluated(
         model=model_name(step.manifest),

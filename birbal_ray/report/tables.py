@@ -115,7 +115,7 @@ def evaluations(trained: Trained) -> Table:
 def comparisons(evaluated: Evaluated) -> Table:
     """COMPARISONS."""
     columns = (
-        *([Column("contender", "contender", long=True)] if len(evaluated.contenders) > 1 else []),
+        *([Column("model", "model", long=True)] if len(evaluated.contenders) > 1 else []),
         Column("prompt_format", "prompts"),
         Column("scope", "tasks"),
         Column("difference", "difference", signed=True),

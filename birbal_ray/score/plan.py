@@ -24,16 +24,16 @@ FEW_SHOT, ZERO_SHOT = "few_shot", "zero_shot"
 
 @dataclass(frozen=True, slots=True)
 class PromptVariant:
-    """One way to ask a task's instances. `contender` is empty in a score run; `adapter`: of the engine, or none."""
+    """One way to ask a task's instances. `model` is empty in a score run; `adapter`: of the engine, or none."""
 
-    contender: str = ""
+    model: str = ""
     prompt_format: str = FEW_SHOT  # zero_shot: the training text
     adapter: str = ""
 
     @property
     def folder(self) -> str:
         """Where its shards go, below the rows folder."""
-        return f"{self.contender}/{self.prompt_format}/" if self.contender else ""
+        return f"{self.model}/{self.prompt_format}/" if self.model else ""
 
 
 @dataclass(frozen=True, slots=True)

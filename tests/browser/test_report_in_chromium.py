@@ -141,7 +141,7 @@ def test_tables_of_tasks_hold_the_evaluation(browser, run):
         assert len(found) == len(mine) / 3
         for row in mine:
             for column in ("task_score", "task_score_low", "task_score_high", "num_errors"):
-                assert found[row["task"]][f"{row['contender']}:{column}"] == repr(row[column])
+                assert found[row["task"]][f"{row['model']}:{column}"] == repr(row[column])
 
 
 def test_numbers_are_shown_with_three_decimals(browser, run):

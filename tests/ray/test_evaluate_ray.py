@@ -71,18 +71,16 @@ def test_nothing_the_mix_had_is_asked(evaluated, setting):
     rows = rows_of(run)
     found = held_out(setting / "mix")
     assert found.sampled == {"task0", "task1"}
-    for contender in ("base", "mine"):
+    for model in ("base", "mine"):
         for prompt_format in ("zero_shot", "few_shot"):
-            asked = [
-                row for name, part in rows.items() if name.startswith(f"{contender}/{prompt_format}/") for row in part
-            ]
+            asked = [row for name, part in rows.items() if name.startswith(f"{model}/{prompt_format}/") for row in part]
             assert len(asked) == len({row["row_id"] for row in asked}) == 3 * NUM_ASKED
             assert not {row["row_id"] for row in asked} & found.keys
             for row in asked:
                 zero_shot = row["few_shot_prompt"].startswith("### Instruction:\n")
                 assert zero_shot == (prompt_format == "zero_shot")
                 assert row["few_shot_prompt"].endswith(f"### Input:\n{row['orig_input']}\n\n### Response:\n")
-    assert f"{2 * NUM_SCORED} instances were in the hands of" in err
+    assert f"{2 * NUM_SCORED} of {setting / 'mix'}" in err
     assert "1 of 3 tasks were never sampled" in err
     assert {row["scope"] for row in comparisons} == {"all", "exact_match", "held-out instances", "held-out tasks"}
 
@@ -94,12 +92,12 @@ def test_tables_are_the_rows_means(evaluated):
     assert len(table) == 2 * 2 * 3
     means = {}
     for line in table:
-        prefix = f"{line['contender']}/{line['prompt_format']}/{line['task']}-"
+        prefix = f"{line['model']}/{line['prompt_format']}/{line['task']}-"
         scores = [row["score"] for name, part in rows.items() if name.startswith(prefix) for row in part]
         assert line["num_scored"] == len(scores) == NUM_ASKED
         assert line["task_score"] == pytest.approx(sum(scores) / len(scores))
         assert line["held_out"] == ("task" if line["task"] == "task2" else "instances")
-        means.setdefault((line["contender"], line["prompt_format"]), []).append(line["task_score"])
+        means.setdefault((line["model"], line["prompt_format"]), []).append(line["task_score"])
     for line in comparisons:
         if line["scope"] == "all":
             base, mine = (means[name, line["prompt_format"]] for name in ("base", "mine"))
@@ -108,7 +106,7 @@ def test_tables_are_the_rows_means(evaluated):
     assert means["base", "zero_shot"] != means["mine", "zero_shot"], "the adapter's name reaches the engine"
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["rows"] == {"planned": 360, "scored": 360, "errors": 0, "left_out": 2 * NUM_SCORED}
-    assert [one["name"] for one in manifest["contenders"]] == ["base", "mine"]
+    assert [one["name"] for one in manifest["models"]] == ["base", "mine"]
 
 
 def test_killed_and_called_again_it_has_the_same_rows(birbal, finish, evaluated, setting, tmp_path):
@@ -132,5 +130,5 @@ def test_killed_and_called_again_it_has_the_same_rows(birbal, finish, evaluated,
 def test_another_adapter_is_another_run(finish, evaluated, setting):
     (setting / "adapter" / "adapter_model.safetensors").write_bytes(b"other weights")
     _, err = finish(*arguments(setting, evaluated[0]), code=2)
-    assert "contenders.mine" in err
+    assert "models.mine" in err
     assert "--overwrite" in err

@@ -105,10 +105,10 @@ def test_a_stopped_score_run_counts_the_rows_of_its_shards(tmp_path):
     assert seen(one(folder)) == ("planning", None, None)
 
 
-def test_an_evaluation_plans_each_contender_in_each_format(tmp_path):
-    contenders = {"base": "base 0", "mine": "adapter 1"}
+def test_an_evaluation_plans_each_model_in_each_format(tmp_path):
+    models = {"base": "base 0", "mine": "adapter 1"}
     formats = ["few_shot", "zero_shot"]
-    folder = begin_scoring(tmp_path / "e", "evaluate", contenders=contenders, prompt_formats=formats)
+    folder = begin_scoring(tmp_path / "e", "evaluate", models=models, prompt_formats=formats)
     write_shards(folder, ("task_a", 0), variant=PromptVariant("base", "zero_shot"))
     write_shards(folder, ("task_a", 0), ("task_a", 1), variant=PromptVariant("mine", "few_shot", "mine"))
     assert seen(one(folder)) == ("12 of 68 rows", 12, 68)

@@ -9,8 +9,8 @@ import pytest
 
 from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.evaluate.heldout import held_out
-from birbal_ray.evaluate.models import contenders
-from birbal_ray.evaluate.run import SIMULATED, prepared
+from birbal_ray.evaluate.models import resolve_models
+from birbal_ray.evaluate.run import SIMULATED, prepare_evaluation
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import mix
 from birbal_ray.models import Model
@@ -74,10 +74,10 @@ def trained_on(mix_folder, folder):
     return run
 
 
-def setup_of(*adapters, mix=None):
-    where = {"tasks": {"path": "not read"}, "output": "not written"}
+def setup_of(*adapters, mix=None, **changes):
+    where = {"tasks": {"path": "not read"}, "output": "not written", **changes}
     engine = {"backend": "simulated", "device": "cpu"}
-    return prepared(
+    return prepare_evaluation(
         EvaluateConfig(**where, engine=engine, adapters=[str(one) for one in adapters], mix=mix and str(mix))
     )
 
@@ -110,6 +110,14 @@ def test_an_adapter_whose_mix_is_not_there_any_more(made, other_mix, tmp_path):
         assert setup_of(run, mix=moved).mixes == [str(moved)], "told by its identity hash"
 
 
+def test_the_primary_comparison_is_of_a_model_that_was_given(made, tmp_path):
+    run = trained_on(made, tmp_path / "run")
+    assert setup_of(run).primary() == {"model": "run", "prompt_format": "zero_shot", "scope": "all"}
+    assert setup_of(run, primary={"model": "run", "prompt_format": "few_shot"}).primary()["prompt_format"] == "few_shot"
+    with pytest.raises(ConfigError, match=r"primary\.model=other: is none of run"):
+        setup_of(run, primary={"model": "other"})
+
+
 def test_no_mix_there(tmp_path):
     with pytest.raises(RunError, match="expected the output of `birbal mix`"):
         held_out(tmp_path)
@@ -138,7 +146,7 @@ def model(tmp_path):
 
 def test_a_training_run_says_its_adapter_and_mix(model, tmp_path):
     run = adapter(tmp_path / "run-7", "f0")
-    base, one, two = contenders(model, [str(run), f"mine={run / 'adapter'}"], [])
+    base, one, two = resolve_models(model, [str(run), f"mine={run / 'adapter'}"], [])
     assert (base.name, base.kind, base.fingerprint) == ("base", "base", "f0")
     assert (one.name, one.rank, one.mix) == ("run-7", 16, "runs/mix")
     assert (two.name, two.path) == ("mine", one.path)
@@ -153,10 +161,10 @@ def test_a_training_run_says_its_adapter_and_mix(model, tmp_path):
         (lambda folder: [str(folder)], r"no adapter_config\.json; expected a LoRA adapter"),
         (lambda folder: [str(adapter(folder / "a", peft_type="IA3"))], "peft_type is 'IA3', expected LORA"),
         (lambda folder: [str(adapter(folder / "b", "f1"))], "trained on other with other weights than --model base"),
-        (lambda folder: [str(adapter(folder / "c")), f"c={folder / 'c'}"], "two contenders are named 'c'"),
+        (lambda folder: [str(adapter(folder / "c")), f"c={folder / 'c'}"], "two models are named 'c'"),
         (lambda folder: [f"a b={adapter(folder / 'd')}"], "a name takes letters"),
     ],
 )
 def test_what_is_no_adapter_of_this_model_is_refused(model, tmp_path, make, message):
     with pytest.raises(ConfigError, match=message):
-        contenders(model, make(tmp_path), [])
+        resolve_models(model, make(tmp_path), [])

@@ -124,7 +124,7 @@ def test_a_table_holds_its_file(run, page, table, file, num_columns):
 @pytest.mark.parametrize("prompt_format", ["zero_shot", "few_shot"])
 def test_before_and_after_holds_the_evaluation(run, page, prompt_format):
     rows = pq.read_table(run / "evaluate" / "evaluation.parquet").to_pylist()
-    expected = {(r["task"], r["contender"]): r for r in rows if r["prompt_format"] == prompt_format}
+    expected = {(r["task"], r["model"]): r for r in rows if r["prompt_format"] == prompt_format}
     found = page.rows(f"tasks-{prompt_format}")
     assert [cells["task"][0] for cells in found] == sorted({task for task, _ in expected})
     for cells in found:
@@ -261,7 +261,7 @@ def test_an_evaluation_of_another_adapter_than_train_holds_is_pointed_out(copy, 
     (folder / "adapter_config.json").write_text("{}")
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
     manifest = read_json(copy / "evaluate" / MANIFEST_FILE)
-    manifest["contenders"][1]["fingerprint"] = adapter_fingerprint(folder)
+    manifest["models"][1]["fingerprint"] = adapter_fingerprint(folder)
     write_json(copy / "evaluate" / MANIFEST_FILE, manifest)
     report(copy)
     assert "their numbers don't belong together" not in Page((copy / "report.html").read_text()).text
@@ -270,7 +270,7 @@ def test_an_evaluation_of_another_adapter_than_train_holds_is_pointed_out(copy, 
     text = Page((copy / "report.html").read_text()).text
     assert "evaluate asked adapter (" in text
     assert "not the adapter that train holds now" in text
-    manifest["contenders"][1]["kind"] = "merged"
+    manifest["models"][1]["kind"] = "merged"
     write_json(copy / "evaluate" / MANIFEST_FILE, manifest)
     report(copy)
     assert "don't belong together" not in Page((copy / "report.html").read_text()).text, "no adapter was asked"
@@ -315,7 +315,7 @@ def test_without_an_added_model_none_is_placed(page):
 def test_the_verdict_is_honest(low, difference, high, num_tasks, kind, title):
     found = verdict(
         {
-            **{"contender": "a", "prompt_format": "zero_shot", "scope": "all", "num_tasks": num_tasks},
+            **{"model": "a", "prompt_format": "zero_shot", "scope": "all", "num_tasks": num_tasks},
             **{"base_score": 0.3, "score": 0.3 + difference, "difference": difference},
             **{"difference_low": low, "difference_high": high, "num_wins": 1, "num_losses": 2, "num_ties": 3},
         }
@@ -329,7 +329,7 @@ def test_each_contender_gets_a_verdict(tmp_path):
     result = report(folder)
     assert [verdict.title.split()[0].rstrip(":") for verdict in result.verdicts] == ["first", "second"]
     page = Page(result.file.read_text(encoding="utf-8"))
-    assert {cells["contender"][0] for cells in page.rows("comparisons")} == {"first", "second"}
+    assert {cells["model"][0] for cells in page.rows("comparisons")} == {"first", "second"}
     assert page.tags["h1"] == 1
 
 
