@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import ast
+import importlib.util
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from birbal_ray.settings import Settings
+from birbal_ray.settings import Settings, nearest
+
+# vLLM's arguments that other settings decide, or that are not to be changed.
+OWNED_ARGUMENTS = {
+    "model": "model.name",
+    "revision": "model.revision",
+    "tokenizer": "model.name",
+    "dtype": "engine.dtype",
+    "max_model_len": "engine.max_model_len",
+    "max_num_seqs": "resources.max_num_seqs",
+    "gpu_memory_utilization": "resources.gpu_memory_utilization",
+    "tensor_parallel_size": "resources.gpus_per_replica",
+    "enable_lora": "model.adapter",
+    "max_loras": "model.adapter",
+    "max_lora_rank": "model.adapter",
+    "enable_prefix_caching": "it is always on",
+    "trust_remote_code": "code from model repositories is never run",
+    "load_format": "weights are read from safetensors only",
+    "generation_config": "sampling is birbal_ray's own",
+    "logprobs_mode": "log probabilities are those before sampling",
+    "seed": "every request has its own",
+}
 
 
 class TaskSettings(Settings):
@@ -57,13 +81,27 @@ class EngineSettings(Settings):
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="where the engines run")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: float32 on CPU")
     max_model_len: int = Field(2048, ge=16, description="prompt + completion tokens; longer prompts become error rows")
+    arguments: dict[str, Any] = Field({}, description="further vLLM engine arguments, e.g. {quantization: fp8}")
+
+    @field_validator("arguments")
+    @classmethod
+    def _known_to_vllm(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Refuse names that vLLM doesn't have, where it is installed, and those that are not the user's to set."""
+        for name in given:
+            if name in OWNED_ARGUMENTS:
+                raise ValueError(f"{name!r} can't be set here: {OWNED_ARGUMENTS[name]}")
+            if (known := vllm_argument_names()) and name not in known:
+                raise ValueError(f"vLLM has no engine argument {name!r}{nearest(name, known)}")
+        return given
 
 
 class ResourceSettings(Settings):
     """Who computes. May change between a run and its continuation."""
 
     num_replicas: int = Field(1, ge=1, description="engine copies, one GPU each by default")
-    gpus_per_replica: float = Field(1.0, gt=0)
+    gpus_per_replica: float = Field(
+        1.0, gt=0, description="2: one engine over two cards (tensor parallel); 0.5: two engines share a card"
+    )
     cpus_per_replica: float = Field(1.0, gt=0, description="logical CPUs that Ray sets aside for a replica")
     threads_per_replica: int | None = Field(None, ge=1, description="CPU engine threads; null shares the cores out")
     accelerator_type: str | None = Field(None, description="Ray's name of the card, e.g. GeForce-RTX-4090")
@@ -72,12 +110,38 @@ class ResourceSettings(Settings):
     )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     kv_cache_gib: float = Field(2.0, gt=0, description="CPU engine: memory for the KV cache")
-    max_num_seqs: int | None = Field(None, ge=1, description="sequences decoded together; null: 32 on CPU, 256 on GPU")
+    max_num_seqs: int | None = Field(
+        None, ge=1, description="sequences decoded together; null: 32 on CPU, vLLM's own on GPU"
+    )
     shards_in_flight: int = Field(3, ge=1, le=64, description="shards given to one engine at a time")
     num_prepare_workers: int = Field(1, ge=1, description="processes that read, build prompts and count tokens")
     max_engine_restarts: int = Field(2, ge=0, description="dead engines replaced before the run fails")
     simulated_row_seconds: float = Field(0.0, ge=0, description="simulated backend only")
     no_progress_minutes: float = Field(20.0, gt=0, description="the run fails after so long without a finished row")
+
+    @field_validator("gpus_per_replica")
+    @classmethod
+    def _whole_cards(cls, given: float) -> float:
+        if given > 1 and given != int(given):
+            raise ValueError("above 1 it must be a whole number: Ray shares out cards, not pieces of several")
+        return given
+
+
+def vllm_argument_names() -> frozenset[str]:
+    """The fields of vLLM's EngineArgs, read from its source: importing vLLM takes ten seconds. Empty without vLLM."""
+    found = importlib.util.find_spec("vllm")
+    if found is None or not found.submodule_search_locations:
+        return frozenset()
+    file = Path(found.submodule_search_locations[0]) / "engine" / "arg_utils.py"
+    fields: set[str] = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == "EngineArgs":
+            fields |= {
+                one.target.id
+                for one in node.body
+                if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)
+            }
+    return frozenset(fields)
 
 
 class ScoreConfig(Settings):

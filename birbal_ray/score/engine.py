@@ -1,22 +1,44 @@
-"""Inference engines: vLLM in this process, fed request by request."""
+"""Inference engines: the contract, and vLLM in this process, fed request by request."""
 
 from __future__ import annotations
 
-import hashlib
+import math
 import os
-import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from birbal_ray.ni.prompt import STOP
 from birbal_ray.score.config import EngineSettings, ResourceSettings
 
-CPU_MAX_NUM_SEQS, GPU_MAX_NUM_SEQS = 32, 256
+CPU_MAX_NUM_SEQS = 32
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's choice
 CPU_BLOCK_TOKENS = 32  # the smallest its attention kernel takes
+GREEDY_TEMPERATURE = 1e-6  # up to here the likeliest token is taken
+LOWEST_LOGPROB = -1e4  # stands for a probability of zero, whose logarithm no JSON can hold
+
+
+class RequestRefusedError(ValueError):
+    """The engine can't serve this one request; the message says why. Every other request goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. The defaults: greedy, up to the stop string that ends a few-shot answer."""
+
+    temperature: float = 0.0  # 0 to 2; up to GREEDY_TEMPERATURE: greedy
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0
+    seed: int | None = None  # of this request alone; None: another text each time
+    stop: tuple[str, ...] = (STOP,)  # the completion's text ends before the first of them
+    logprobs: bool = False  # fill Completion.tokens
+    prompt_logprobs: bool = False  # fill Completion.prompt_tokens
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return 0 <= self.temperature <= GREEDY_TEMPERATURE
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +49,7 @@ class Request:
     token_ids: Sequence[int]
     max_tokens: int
     adapter: str = ""  # name of one that the engine was made with; none: the base model
+    sampling: Sampling = Sampling()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,29 +62,87 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token, its natural log probability before temperature, top_k and top_p, and the likeliest in its place."""
+
+    token_id: int
+    logprob: float  # finite, at most 0
+    top_token_id: int
+    top_logprob: float
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
-    """What came back: greedy text up to the stop string, or an `error` for this request alone."""
+    """What came back: text up to a stop string, or an `error` for this request alone.
+
+    `tokens` holds the uncut completion, `prompt_tokens` the prompt's tokens from the second one on (nothing comes
+    before the first); both are empty unless the request asked for them.
+    """
 
     text: str
     num_cached_tokens: int | None
     num_completion_tokens: int
     finish_reason: str | None
     error: str | None = None
+    tokens: tuple[TokenLogprob, ...] = ()
+    prompt_tokens: tuple[TokenLogprob, ...] = ()
 
 
 class Engine(Protocol):
     """Requests go in one by one, completions come out of `step` as they finish. Not thread-safe."""
 
-    caches_prefixes: bool
+    max_model_len: int  # prompt and completion tokens together
 
     def add(self, key: str, request: Request) -> None:
-        """Queue a request under a key of the caller's; raises ValueError when it is not acceptable."""
+        """Queue a request under a key of the caller's; raises RequestRefusedError when it can't be served."""
 
     def step(self) -> list[tuple[str, Completion]]:
         """Advance all queued requests; (key, completion) of those that finished."""
 
+    def abort(self, key: str) -> None:
+        """Forget a request; its key never comes out of `step`. A key that is not queued changes nothing."""
+
     def has_unfinished(self) -> bool:
         """Whether `step` has work."""
+
+
+def vllm_arguments(
+    model: Path, engine: EngineSettings, resources: ResourceSettings, adapters: Sequence[Adapter] = ()
+) -> dict[str, Any]:
+    """Keyword arguments of `vllm.LLM` for these settings; `engine.arguments` win where both name one."""
+    if engine.device == "cpu":
+        device: dict[str, Any] = {
+            "max_num_seqs": CPU_MAX_NUM_SEQS,
+            "enforce_eager": True,
+            # Prefixes are shared in whole blocks; the CPU default of 128 tokens loses a third of them
+            # (0.62 of the prompt tokens from the cache and 3.9 requests/s, against 0.81 and 5.4).
+            "block_size": CPU_BLOCK_TOKENS,
+        }
+    else:
+        share = min(1.0, resources.gpus_per_replica)  # replicas on one card divide its memory
+        device = {"gpu_memory_utilization": resources.gpu_memory_utilization * share}
+        if resources.gpus_per_replica > 1:
+            # "mp": inside a Ray actor vLLM would ask Ray for the cards that this actor holds already.
+            device |= {"tensor_parallel_size": int(resources.gpus_per_replica), "distributed_executor_backend": "mp"}
+    if resources.max_num_seqs:
+        device["max_num_seqs"] = resources.max_num_seqs
+    if adapters:
+        rank = max(one.rank for one in adapters)
+        provided = next((choice for choice in LORA_RANKS if choice >= rank), rank)
+        device |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": provided}
+    return {
+        "model": str(model),
+        # Without AVX-512 bf16 ran at 0.78 against float32's 4.75 requests/s.
+        "dtype": "float32" if engine.device == "cpu" and engine.dtype == "auto" else engine.dtype,
+        "max_model_len": engine.max_model_len,
+        "enable_prefix_caching": True,
+        "generation_config": "vllm",  # not the model's own sampling defaults
+        "trust_remote_code": False,
+        "disable_log_stats": True,
+        "seed": 0,
+        **device,
+        **engine.arguments,
+    }
 
 
 class VllmEngine:
@@ -71,61 +152,62 @@ class VllmEngine:
     (docs/decisions/0002).
     """
 
-    caches_prefixes = True
-
     def __init__(
         self, model: Path, engine: EngineSettings, resources: ResourceSettings, adapters: Sequence[Adapter] = ()
     ) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        cpu = engine.device == "cpu"
-        if cpu:
+        if engine.device == "cpu":
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(resources.kv_cache_gib)))
         from vllm import LLM, SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.inputs import TokensPrompt
         from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind
 
-        if cpu and resources.threads_per_replica:
+        if engine.device == "cpu" and resources.threads_per_replica:
             import torch
 
             torch.set_num_threads(resources.threads_per_replica)
-        self._tokens_prompt = TokensPrompt
-        self._sampling = SamplingParams
+        self._tokens_prompt, self._sampling_params = TokensPrompt, SamplingParams
         self._final_only = RequestOutputKind.FINAL_ONLY
+        # vLLM's own refusals are no ValueErrors; some that it never gave a class of its own are.
+        self._refusals = (VLLMClientError, ValueError, TypeError)
         self._adapters = {one.name: LoRARequest(one.name, n, one.path) for n, one in enumerate(adapters, 1)}
-        lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank(adapters)} if adapters else {}
-        self._engine = LLM(
-            model=str(model),
-            # Without AVX-512 bf16 ran at 0.78 against float32's 4.75 requests/s.
-            dtype="float32" if cpu and engine.dtype == "auto" else engine.dtype,
-            max_model_len=engine.max_model_len,
-            max_num_seqs=resources.max_num_seqs or (CPU_MAX_NUM_SEQS if cpu else GPU_MAX_NUM_SEQS),
-            gpu_memory_utilization=resources.gpu_memory_utilization,
-            enforce_eager=cpu,
-            enable_prefix_caching=True,
-            # Prefixes are shared in whole blocks; the CPU default of 128 tokens loses a third of them
-            # (0.62 of the prompt tokens from the cache and 3.9 requests/s, against 0.81 and 5.4).
-            block_size=CPU_BLOCK_TOKENS if cpu else None,
-            generation_config="vllm",  # not the model's own sampling defaults: decoding is greedy
-            trust_remote_code=False,
-            disable_log_stats=True,
-            seed=0,
-            **lora,
-        ).llm_engine
+        self._engine = LLM(**vllm_arguments(model, engine, resources, adapters)).llm_engine
+        self.max_model_len = self._engine.model_config.max_model_len
+        self._num_embeddings = self._engine.model_config.get_vocab_size()
         # Ready means that it has answered: a broken engine shows here, and the first real prompt is not the slow one.
         self.add("warm-up", Request("", [0], 2))
         while self.has_unfinished():
             self.step()
 
     def add(self, key: str, request: Request) -> None:
-        """Queue a request; vLLM's own validation raises ValueError."""
-        params = self._sampling(
-            temperature=0.0, max_tokens=request.max_tokens, stop=[STOP], output_kind=self._final_only
-        )
-        prompt = self._tokens_prompt(prompt_token_ids=list(request.token_ids))
-        lora = self._adapters[request.adapter] if request.adapter else None
-        self._engine.add_request(key, prompt, params, lora_request=lora)
+        """Queue a request. Its ids are checked against the model's embedding: vLLM lets a larger tokenizer's pass."""
+        if request.adapter and request.adapter not in self._adapters:
+            raise RequestRefusedError(f"no adapter {request.adapter!r}; there are: {', '.join(self._adapters) or '-'}")
+        if max(request.token_ids, default=0) >= self._num_embeddings:
+            raise RequestRefusedError(
+                f"token id {max(request.token_ids)} is beyond the model's {self._num_embeddings} embeddings; "
+                "is the tokenizer another model's?"
+            )
+        chosen = request.sampling
+        try:
+            params = self._sampling_params(
+                temperature=0.0 if chosen.greedy else chosen.temperature,
+                top_k=chosen.top_k,
+                top_p=chosen.top_p,
+                seed=chosen.seed,
+                stop=list(chosen.stop),
+                max_tokens=request.max_tokens,
+                logprobs=1 if chosen.logprobs else None,
+                prompt_logprobs=1 if chosen.prompt_logprobs else None,
+                output_kind=self._final_only,
+            )
+            prompt = self._tokens_prompt(prompt_token_ids=list(request.token_ids))
+            self._engine.add_request(key, prompt, params, lora_request=self._adapters.get(request.adapter))
+        except self._refusals as error:
+            raise RequestRefusedError(str(error)) from error
 
     def step(self) -> list[tuple[str, Completion]]:
         """One scheduler step: a chunk of prefill, one token for every running sequence."""
@@ -133,50 +215,39 @@ class VllmEngine:
         for output in self._engine.step():
             if output.finished:
                 best = output.outputs[0]
-                completion = Completion(best.text, output.num_cached_tokens, len(best.token_ids), best.finish_reason)
+                completion = Completion(
+                    best.text,
+                    output.num_cached_tokens,
+                    len(best.token_ids),
+                    best.finish_reason,
+                    tokens=_token_logprobs(best.token_ids, best.logprobs or ()),
+                    prompt_tokens=_token_logprobs(
+                        (output.prompt_token_ids or [])[1:], (output.prompt_logprobs or [])[1:]
+                    ),
+                )
                 finished.append((output.request_id, completion))
         return finished
+
+    def abort(self, key: str) -> None:
+        """Free the request's place in the batch and its cache blocks."""
+        self._engine.abort_request([key])
 
     def has_unfinished(self) -> bool:
         """Whether any request is queued or running."""
         return self._engine.has_unfinished_requests()
 
 
-class SimulatedEngine:
-    """Makes answers up from a hash of the prompt; for tests of everything around an engine.
+def _token_logprobs(token_ids: Iterable[int], positions: Iterable[Any]) -> tuple[TokenLogprob, ...]:
+    """`positions`: per token vLLM's {token id: Logprob}, which holds the token itself and the likeliest one."""
 
-    A prompt that holds SIMULATED-ROW-ERROR is refused, one that holds SIMULATED-ENGINE-DEATH ends
-    the engine. Each request takes `row_seconds`.
-    """
+    def finite(value: float) -> float:
+        return value if math.isfinite(value) else LOWEST_LOGPROB
 
-    caches_prefixes = False
-    WORDS = ("yes", "no", "red", "seven", "the river runs north", "a quiet morning", "it depends on the weather")
-
-    def __init__(self, row_seconds: float = 0.0) -> None:
-        self._row_seconds = row_seconds
-        self._queue: deque[tuple[str, Request]] = deque()
-
-    def add(self, key: str, request: Request) -> None:
-        """Queue a request, unless it asks for an error."""
-        if "SIMULATED-ROW-ERROR" in request.prompt.rsplit("### Input:", 1)[-1]:
-            raise ValueError("simulated row error")
-        self._queue.append((key, request))
-
-    def step(self) -> list[tuple[str, Completion]]:
-        """Finish the oldest request."""
-        key, request = self._queue.popleft()
-        if "SIMULATED-ENGINE-DEATH" in request.prompt:
-            raise RuntimeError("simulated engine death")
-        if self._row_seconds:
-            time.sleep(self._row_seconds)
-        seen = f"{request.adapter}{request.prompt}".encode()
-        pick = int.from_bytes(hashlib.blake2b(seen, digest_size=4).digest())
-        text = self.WORDS[pick % len(self.WORDS)]
-        return [(key, Completion(text, None, len(text.split()), "stop"))]
-
-    def has_unfinished(self) -> bool:
-        """Whether any request is queued."""
-        return bool(self._queue)
+    found = []
+    for token_id, candidates in zip(token_ids, positions, strict=False):  # no positions: nobody asked
+        top = min(candidates, key=lambda one: candidates[one].rank)
+        found.append(TokenLogprob(token_id, finite(candidates[token_id].logprob), top, finite(candidates[top].logprob)))
+    return tuple(found)
 
 
 def load_engine(
@@ -184,11 +255,7 @@ def load_engine(
 ) -> Engine:
     """The engine that the settings name; `engine.device` must be resolved (cpu or gpu)."""
     if engine.backend == "simulated":
-        return SimulatedEngine(resources.simulated_row_seconds)
+        from birbal_ray.score.simulated import SimulatedEngine
+
+        return SimulatedEngine(resources.simulated_row_seconds, engine.max_model_len, [one.name for one in adapters])
     return VllmEngine(model, engine, resources, adapters)
-
-
-def _lora_rank(adapters: Sequence[Adapter]) -> int:
-    """The smallest rank that vLLM provides for and that holds all adapters."""
-    wanted = max(one.rank for one in adapters)
-    return next((rank for rank in LORA_RANKS if rank >= wanted), wanted)

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 
-from birbal_ray.score.engine import Completion, Engine, Request
+from birbal_ray.score.engine import Completion, Engine, Request, RequestRefusedError
 
 
 class EngineDeadError(RuntimeError):
@@ -44,19 +44,29 @@ class EngineLoop:
     def __init__(self, make_engine: Callable[[], Engine]) -> None:
         """Returns when the engine is made; raises what `make_engine` raises."""
         self._engine: Engine
-        self._inbox: queue.SimpleQueue[_Group] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Group | Future[Completion]] = queue.SimpleQueue()  # a future: cancelled
         self._running: dict[str, Callable[[Completion], None]] = {}
         self._waiting: dict[_Prefix, list[_Group]] = {}  # groups behind a prefix being computed
         self._keys = itertools.count()
-        self._open: set[Future[Completion]] = set()
+        self._open: dict[Future[Completion], str] = {}  # key in the engine; "": not there yet
         self._death: str | None = None
         self._lock = threading.Lock()
         made: Future[None] = Future()
         threading.Thread(target=self._run, args=(make_engine, made), name="engine", daemon=True).start()
         made.result()
 
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a prompt and its completion together, at most."""
+        return self._engine.max_model_len
+
+    @property
+    def death(self) -> str | None:
+        """Why the engine failed, or None while it lives."""
+        return self._death
+
     def submit(self, requests: Sequence[Request], prefix: Sequence[int] = ()) -> list[Future[Completion]]:
-        """Futures of the completions, in the requests' order.
+        """Futures of the completions, in the requests' order. Cancelling one frees its place in the batch.
 
         `prefix` holds the token ids that all requests begin with (at least nearly: only whole cache
         blocks that agree are used); then they all name the same adapter. Raises EngineDeadError when
@@ -66,8 +76,10 @@ class EngineLoop:
         with self._lock:
             if self._death is not None:
                 raise EngineDeadError(self._death)
-            self._open.update(group.futures)
+            self._open.update(dict.fromkeys(group.futures, ""))
             self._inbox.put(group)
+        for future in group.futures:
+            future.add_done_callback(lambda done: self._inbox.put(done) if done.cancelled() else None)
         return group.futures
 
     def _run(self, make_engine: Callable[[], Engine], made: Future[None]) -> None:
@@ -85,24 +97,33 @@ class EngineLoop:
         except Exception as error:  # whatever the engine raises, its callers must hear of it
             with self._lock:
                 self._death = f"{type(error).__name__}: {_one_line(error)}"
-                for future in self._open:
+            for future in list(self._open):
+                if future.set_running_or_notify_cancel():
                     future.set_exception(EngineDeadError(self._death))
 
     def _take_new(self, *, block: bool) -> None:
         while True:
             try:
-                group = self._inbox.get(block=block)
+                new = self._inbox.get(block=block)
             except queue.Empty:
                 return
             block = False
-            if not group.prefix[1] or not self._engine.caches_prefixes:
-                self._start(group, 0)
-            elif group.prefix in self._waiting:
-                self._waiting[group.prefix].append(group)
+            if isinstance(new, Future):
+                if key := self._open.pop(new, ""):
+                    self._engine.abort(key)
+                    self._running.pop(key, None)
+            elif not self._worth_sending_ahead(new):
+                self._start(new, 0)
+            elif new.prefix in self._waiting:
+                self._waiting[new.prefix].append(new)
             else:
-                self._waiting[group.prefix] = [group]
-                adapter, token_ids = group.prefix
-                self._add(Request("", token_ids, 1, adapter), partial(self._prefix_ready, group.prefix))
+                self._waiting[new.prefix] = [new]
+                adapter, token_ids = new.prefix
+                self._add(Request("", token_ids, 1, adapter), partial(self._prefix_ready, new.prefix))
+
+    def _worth_sending_ahead(self, group: _Group) -> bool:
+        """Whether somebody uses the prefix, and it fits: one that doesn't would only be refused."""
+        return bool(group.requests) and 0 < len(group.prefix[1]) < self._engine.max_model_len
 
     def _prefix_ready(self, prefix: _Prefix, completion: Completion) -> None:
         computed = 0 if completion.error else len(prefix[1]) - (completion.num_cached_tokens or 0)
@@ -112,24 +133,28 @@ class EngineLoop:
 
     def _start(self, group: _Group, computed: int) -> None:
         for request, future in zip(group.requests, group.futures, strict=True):
-            self._add(request, partial(self._finish, future, computed))
-            computed = 0
+            if not future.cancelled():
+                key = self._add(request, partial(self._finish, future, computed))
+                if key in self._running:  # not refused
+                    self._open[future] = key
+                computed = 0
 
     def _finish(self, future: Future[Completion], computed: int, completion: Completion) -> None:
         if computed and completion.num_cached_tokens is not None:
             completion = replace(completion, num_cached_tokens=max(0, completion.num_cached_tokens - computed))
-        with self._lock:
-            self._open.discard(future)
-        future.set_result(completion)
+        self._open.pop(future, None)
+        if future.set_running_or_notify_cancel():
+            future.set_result(completion)
 
-    def _add(self, request: Request, done: Callable[[Completion], None]) -> None:
+    def _add(self, request: Request, done: Callable[[Completion], None]) -> str:
         key = str(next(self._keys))  # not the row id: a shard may be retried beside its own ghost
         try:
             self._engine.add(key, request)
-        except ValueError as error:
+        except RequestRefusedError as error:
             done(Completion("", None, 0, None, f"refused by the engine: {_one_line(error)}"))
         else:
             self._running[key] = done
+        return key
 
 
 def _one_line(error: Exception) -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 
@@ -17,6 +17,7 @@ from birbal_ray.ni.schema import Instance, Task, TaskError, take_first
 from birbal_ray.run import write_atomic
 from birbal_ray.schemas import TASKS
 from birbal_ray.score.config import CompletionSettings, ScoreConfig
+from birbal_ray.score.tokens import Tokenizer, prompt_token_ids
 
 INPUT_HEAD = "### Input:\n"
 FEW_SHOT, ZERO_SHOT = "few_shot", "zero_shot"
@@ -158,13 +159,6 @@ class ScorePlan:
         )
 
 
-class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that is used here."""
-
-    def __call__(self, text: list[str], *, add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
-        """`{"input_ids": …}`, one list of token ids per text."""
-
-
 def make_plan(
     config: ScoreConfig,
     load_tokenizer: Callable[[], Tokenizer],
@@ -255,7 +249,7 @@ def completion_tokens(label: str, lengths: Sequence[int], settings: CompletionSe
 
 def prefix_token_ids(task: Task, num_shots: int, tokenizer: Tokenizer) -> list[int]:
     """Token ids of what all few-shot prompts of a task begin with."""
-    return tokenizer([prompt.shared_prefix(task, num_shots) + INPUT_HEAD])["input_ids"][0]
+    return prompt_token_ids(tokenizer, [prompt.shared_prefix(task, num_shots) + INPUT_HEAD])[0]
 
 
 def too_long_reason(num_prompt_tokens: int, max_completion_tokens: int, max_model_len: int) -> str | None:

@@ -30,6 +30,8 @@ from birbal_ray.score.engine import Adapter, Completion, Request, load_engine
 from birbal_ray.score.engine_loop import EngineDeadError, EngineLoop
 from birbal_ray.score.monitor import EngineMonitor
 from birbal_ray.score.plan import ZERO_SHOT, Shard
+from birbal_ray.score.simulated import SimulatedTokenizer
+from birbal_ray.score.tokens import Tokenizer, prompt_token_ids
 from birbal_ray.storage import local_copy
 
 # What prepare hands to generate: the rows so far, with the prompts' token ids.
@@ -74,7 +76,7 @@ class BuildPrompts:
         prefix = (
             prompt.training_prefix(task.definition) if trained else prompt.shared_prefix(task, config.prompt.num_shots)
         )
-        tokens_of = self._as_trained if trained else self._as_is
+        tokens_of = functools.partial(prompt_token_ids, self._tokenizer, as_trained=trained)
         prompts = [prefix + prompt.own_part(instance.input) for instance in instances]
         usable = [text for text, instance in zip(prompts, instances, strict=True) if instance.error is None]
         token_ids = iter(tokens_of(usable))
@@ -99,16 +101,6 @@ class BuildPrompts:
         (shared,) = tokens_of([prefix + plan.INPUT_HEAD])
         table = pa.Table.from_pylist(rows, schema=PREPARED_ROWS)
         return {"shard": asdict(shard), "prefix_token_ids": shared, "prepared": _to_bytes(table)}
-
-    def _as_is(self, texts: list[str]) -> list[list[int]]:
-        """With the special tokens that the tokenizer adds by itself."""
-        return self._tokenizer(texts)["input_ids"] if texts else []
-
-    def _as_trained(self, texts: list[str]) -> list[list[int]]:
-        """BOS, where the tokenizer has one, then the text: as the training samples begin."""
-        bos = getattr(self._tokenizer, "bos_token_id", None)
-        ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        return [one if bos is None else [bos, *one] for one in ids]
 
     def _read(self, path: str, sha256: str) -> tuple[Task, list[Instance]]:
         task = reader.read_task(Path(path))
@@ -237,18 +229,14 @@ def scored_table(task: str, label: str, completed: list[dict[str, Any]]) -> pa.T
     return pa.Table.from_pylist(rows, schema=SCORE_ROWS)
 
 
-def load_tokenizer(config: ScoreConfig) -> plan.Tokenizer:
-    """The model's tokenizer. The simulated backend splits at white space."""
+def load_tokenizer(config: ScoreConfig) -> Tokenizer:
+    """The model's tokenizer. The simulated backend splits at spaces."""
     if config.engine.backend == "simulated":
-        return _split_at_spaces
+        return SimulatedTokenizer()
     from transformers import AutoTokenizer
 
     model = models.resolve(config.model.name, config.model.revision, weights=False)
     return AutoTokenizer.from_pretrained(model.path, trust_remote_code=False)
-
-
-def _split_at_spaces(text: list[str], *, add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
-    return {"input_ids": [list(range(len(one.split()))) for one in text]}
 
 
 def _model_folder(config: ScoreConfig, fingerprint: str) -> Path:

@@ -6,21 +6,22 @@ import threading
 
 import pytest
 
-from birbal_ray.score.engine import Completion, Request, SimulatedEngine
+from birbal_ray.score.engine import Completion, Request, RequestRefusedError
 from birbal_ray.score.engine_loop import EngineDeadError, EngineLoop
+from birbal_ray.score.simulated import SimulatedEngine
 
 
 class RecordingEngine:
     """Notes what is added; finishes a request when `release` allows; caches whole prefixes of 4 tokens."""
 
-    caches_prefixes = True
+    max_model_len = 10
 
     def __init__(self):
         self.added, self.queue, self.release = [], [], threading.Semaphore(0)
 
     def add(self, key, request):
         if request.prompt == "bad":
-            raise ValueError("not\nacceptable")
+            raise RequestRefusedError("not\nacceptable")
         self.added.append((request.prompt, len(request.token_ids), request.max_tokens))
         self.queue.append((key, request))
 
@@ -31,6 +32,9 @@ class RecordingEngine:
             raise MemoryError("device lost")
         cached = 0 if request.prompt == "" else 4
         return [(key, Completion(request.prompt.upper(), cached, 1, "stop"))]
+
+    def abort(self, key):
+        self.queue = [entry for entry in self.queue if entry[0] != key]
 
     def has_unfinished(self):
         return bool(self.queue)
@@ -65,6 +69,63 @@ def test_a_refused_request_is_an_error_of_its_own():
     good, bad = EngineLoop(lambda: engine).submit(requests("good", "bad"))
     assert bad.result(5).error == "refused by the engine: not acceptable"
     assert good.result(5).error is None
+
+
+@pytest.mark.parametrize("num_tokens", [10, 11, 500])
+def test_a_prefix_that_does_not_fit_is_not_sent_ahead(num_tokens):
+    engine = RecordingEngine()
+    loop = EngineLoop(lambda: engine)
+    engine.release.release(9)
+    (future,) = loop.submit(requests("a"), prefix=range(num_tokens))
+    assert future.result(5).text == "A"
+    assert [prompt for prompt, _, _ in engine.added] == ["a"]
+
+
+def test_a_prefix_that_nobody_uses_is_not_sent_ahead():
+    engine = RecordingEngine()
+    loop = EngineLoop(lambda: engine)
+    engine.release.release(9)
+    assert loop.submit([], prefix=range(4)) == []
+    assert loop.submit(requests("a"))[0].result(5).text == "A"
+    assert [prompt for prompt, _, _ in engine.added] == ["a"]
+
+
+def test_a_refused_prefix_leaves_each_request_to_be_judged_alone():
+    class RefusesPrefixes(RecordingEngine):
+        def add(self, key, request):
+            if request.prompt == "":
+                raise RequestRefusedError("token id beyond the embeddings")
+            super().add(key, request)
+
+    engine = RefusesPrefixes()
+    engine.release.release(9)
+    good, bad = EngineLoop(lambda: engine).submit(requests("good", "bad"), prefix=range(4))
+    assert (good.result(5).text, good.result(5).num_cached_tokens) == ("GOOD", 4)
+    assert bad.result(5).error == "refused by the engine: not acceptable"
+
+
+def test_a_cancelled_request_frees_its_place_and_harms_nobody():
+    engine = RecordingEngine()
+    loop = EngineLoop(lambda: engine)
+    first, *futures = loop.submit(requests("first", "gone", "b"))
+    engine.release.release()
+    assert first.result(5).text == "FIRST"
+    assert futures[0].cancel()
+    (later,) = loop.submit(requests("later"))  # the engine's thread sees the cancellation before this
+    engine.release.release(9)
+    assert later.result(5).text == "LATER" and futures[1].result(5).text == "B"
+    assert not engine.queue and loop.death is None
+    assert not loop._open and not loop._running
+
+
+def test_a_request_cancelled_behind_its_prefix_is_never_added():
+    engine = RecordingEngine()
+    loop = EngineLoop(lambda: engine)
+    gone, stays = loop.submit(requests("gone", "stays"), prefix=range(4))
+    assert gone.cancel()
+    engine.release.release(9)
+    assert stays.result(5).text == "STAYS"
+    assert [prompt for prompt, _, _ in engine.added] == ["", "stays"]
 
 
 def test_death_reaches_pending_and_later_callers():

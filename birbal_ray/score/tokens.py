@@ -1,0 +1,31 @@
+"""Prompts as token ids: begun as the model expects, ended by the prompt itself."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that is used here."""
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
+        """`{"input_ids": …}`, one list of token ids per text."""
+
+
+def prompt_token_ids(tokenizer: Tokenizer, texts: list[str], *, as_trained: bool = False) -> list[list[int]]:
+    """Token ids of prompts that a model is to continue.
+
+    They begin with the special tokens that the tokenizer puts before a text, each once (some tokenizers add BOS
+    twice), or, `as_trained`, with BOS wherever there is one, as training samples do. They end with the text's own
+    tokens: behind an EOS, which some tokenizers append, a model starts another text.
+    """
+    if not texts:
+        return []
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if as_trained:
+        leading = [] if bos is None else [bos]
+    else:
+        (marked,), (plain,) = tokenizer(["x"])["input_ids"], tokenizer(["x"], add_special_tokens=False)["input_ids"]
+        starts = (start for start in range(len(marked)) if marked[start : start + len(plain)] == plain)
+        leading = list(dict.fromkeys(marked[: next(starts, 0)]))
+    return [leading + ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
