@@ -22,20 +22,20 @@ ROW_ERROR, ENGINE_DEATH, SAYS = "SIMULATED-ROW-ERROR", "SIMULATED-ENGINE-DEATH",
 _words: dict[int, str] = {}  # token id → word, of the words that this process has seen
 
 
-def _token_ids(text: str) -> list[int]:
-    """One id per word; equal words get equal ids on every machine."""
-    ids = [crc32(word.encode()) % NUM_EMBEDDINGS for word in text.split(" ")]
-    _words.update(zip(ids, text.split(" "), strict=True))
+def _token_ids(words: Sequence[str]) -> list[int]:
+    """Equal words get equal ids on every machine."""
+    ids = [crc32(word.encode()) % NUM_EMBEDDINGS for word in words]
+    _words.update(zip(ids, words, strict=True))
     return ids
 
 
 class SimulatedTokenizer:
-    """One token per word, a word being what stands between two spaces; decodes the words it has seen."""
+    """One token per word; decodes the words it has seen."""
 
     bos_token_id = None
 
     def __call__(self, text: list[str], *, add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
-        return {"input_ids": [_token_ids(one) for one in text]}
+        return {"input_ids": [_token_ids(one.split()) for one in text]}
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The words with one space between them."""
@@ -81,8 +81,8 @@ class SimulatedEngine:
             time.sleep(self._row_seconds)
         words = self._answer(request).split(" ")
         room = min(request.max_tokens, self.max_model_len - len(request.token_ids))
-        text, finish_reason = " ".join(words[:room]), "stop" if len(words) <= room else "length"
-        ids = _token_ids(text)
+        ids, finish_reason = _token_ids(words[:room]), "stop" if len(words) <= room else "length"
+        text = " ".join(words[:room])
         if ends := [text.index(stop) for stop in request.sampling.stop if stop in text]:
             text, finish_reason = text[: min(ends)], "stop"
         completion = Completion(

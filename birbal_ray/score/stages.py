@@ -230,7 +230,7 @@ def scored_table(task: str, label: str, completed: list[dict[str, Any]]) -> pa.T
 
 
 def load_tokenizer(config: ScoreConfig) -> Tokenizer:
-    """The model's tokenizer. The simulated backend splits at spaces."""
+    """The model's tokenizer. The simulated backend splits at white space."""
     if config.engine.backend == "simulated":
         return SimulatedTokenizer()
     from transformers import AutoTokenizer

@@ -27,9 +27,9 @@ class TestSimulatedEngine(EngineContract):
 
 def test_the_simulated_tokenizer_decodes_what_it_has_seen():
     tokenizer = SimulatedTokenizer()
-    (ids,) = tokenizer(["a b\n\nc a"])["input_ids"]
-    assert len(ids) == 3 and ids[0] == ids[2]
-    assert SimulatedTokenizer().decode(ids) == "a b\n\nc a"
+    (ids,) = tokenizer(["a  b\n\nc a"])["input_ids"]
+    assert len(ids) == 4 and ids[0] == ids[3]
+    assert SimulatedTokenizer().decode(ids) == "a b c a"
 
 
 def cards(**resources):
