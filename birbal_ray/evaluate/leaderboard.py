@@ -1,11 +1,18 @@
-"""From raw metrics to win rates, scores, ranks: the maths of the LLM Efficiency Challenge."""
+"""From raw metrics to win rates, scores, ranks: the maths of the LLM Efficiency Challenge, and its teams' files."""
 
 from __future__ import annotations
 
+import difflib
+import json
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from birbal_ray.settings import ConfigError
 
 Metrics = Mapping[str, float | None]  # metric name → value in [0, 1]; None, or no entry: missing
 Teams = Mapping[str, Metrics]
@@ -46,6 +53,8 @@ METRICS = {metric.name: metric for metric in _metrics()}  # 31, in published ord
 SCENARIOS = tuple(dict.fromkeys(metric.scenario for metric in METRICS.values()))  # nine
 OPEN, HIDDEN = SCENARIOS[:5], SCENARIOS[5:]
 SCORES = {"Score_open": OPEN, "Score_hidden": HIDDEN}
+DERIVED = {"Score_full", *SCORES, *(f"{name} Mean Win Rate" for name in SCENARIOS)}  # in published tables, not read
+PUBLISHED_FILE = "teams_4090.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,18 +128,18 @@ def standings(teams: Teams, added: Collection[str] = ()) -> list[Standing]:
     ]
 
 
-def placed(teams: Teams, added: Teams) -> list[Standing]:
+def rank_with(teams: Teams, added: Teams) -> list[Standing]:
     """Standings of `teams` with the models in `added` among them; all of them count in every win rate.
 
     Raises ValueError when a name is in both.
     """
     if both := sorted(teams.keys() & added.keys()):
-        raise ValueError(f"team {both[0]!r} is there already")
+        raise ValueError(f"team {both[0]!r} is in the table already")
     return standings({**teams, **added}, added)
 
 
 def leave_one_out(teams: Teams) -> list[Sensitivity]:
-    """How far each team's place rests on who else takes part, in the order of the standings. Needs two teams."""
+    """How far each team's place depends on who else takes part, in the order of the standings. Needs two teams."""
     if len(teams) < 2:
         raise ValueError(f"leaving one team out needs at least 2 teams, found {len(teams)}")
     reduced = {
@@ -198,3 +207,91 @@ def _goodness(value: float | None, metric: Metric) -> float:
     if value is None:
         return -math.inf
     return -value if metric.lower_is_better else value
+
+
+def load_published() -> dict[str, dict[str, float | None]]:
+    """The eight teams on the final leaderboard of the challenge's RTX 4090 track; the file names its source."""
+    return load_teams(Path(str(resources.files("birbal_ray.evaluate") / PUBLISHED_FILE)))
+
+
+def load_teams(file: Path) -> dict[str, dict[str, float | None]]:
+    """A table of teams: `{"teams": [{"team": …, "metrics": {…}}, …]}`, or pairs `[[team, {…}], …]`.
+
+    Derived values (win rates, scores) are left out. Raises ConfigError that names file, team and metric.
+    """
+    content = _read_json(file)
+    entries = content.get("teams") if isinstance(content, dict) else content
+    if not isinstance(entries, list) or not entries:
+        raise ConfigError(f'{file}: expected {{"teams": [{{"team": …, "metrics": …}}, …]}} or [[team, metrics], …]')
+    teams: dict[str, dict[str, float | None]] = {}
+    for number, entry in enumerate(entries, 1):
+        if isinstance(entry, list) and len(entry) == 2:
+            entry = {"team": entry[0], "metrics": entry[1]}
+        name, values = _team(entry, f"{file}: entry {number}")
+        if name in teams:
+            raise ConfigError(f"{file}: team {name!r} is there twice")
+        teams[name] = values
+    return teams
+
+
+def load_results(file: Path) -> tuple[str, dict[str, float | None]]:
+    """One model, `{"team": …, "metrics": {…}}` → (name, values). Raises ConfigError like load_teams."""
+    return _team(_read_json(file), str(file))
+
+
+def load_added(files: Iterable[Path], teams: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """The models of several results files. Raises ConfigError when a name repeats or is one of `teams`."""
+    added: dict[str, dict[str, float | None]] = {}
+    for file in files:
+        name, values = load_results(file)
+        if name in teams or name in added:
+            raise ConfigError(f"{file}: team {name!r} is in the table already; give the model another name")
+        added[name] = values
+    return added
+
+
+def _team(entry: object, where: str) -> tuple[str, dict[str, float | None]]:
+    if not isinstance(entry, dict) or not {"team", "metrics"} <= entry.keys():
+        raise ConfigError(f'{where}: expected {{"team": "my-model", "metrics": {{"MMLU - EM": 0.6, …}}}}')
+    name, metrics = entry["team"], entry["metrics"]
+    if not isinstance(name, str) or not name.strip():
+        raise ConfigError(f"{where}: 'team' is {_short(name)}, expected a name")
+    if not isinstance(metrics, dict):
+        raise ConfigError(f"{where}: 'metrics' is {_short(metrics)}, expected metric names with their values")
+    values = {key: _value(value, key, where) for key, value in metrics.items() if key not in DERIVED}
+    return name, values
+
+
+def _value(value: object, metric: str, where: str) -> float | None:
+    if metric not in METRICS:
+        by_folded = {name.casefold(): name for name in METRICS}
+        (nearest,) = difflib.get_close_matches(metric.casefold(), by_folded, n=1, cutoff=0)
+        raise ConfigError(f"{where}: unknown metric {metric!r} (nearest: {by_folded[nearest]!r})")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:  # NaN too
+        raise ConfigError(f"{where}: {metric!r} is {_short(value)}, expected a number from 0 to 1, or null")
+    return float(value)
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_repeats)
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file}: can't be read as JSON ({error})") from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r} is there twice")
+        found[key] = value
+    return found
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:39] + "…"

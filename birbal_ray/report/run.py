@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from birbal_ray.evaluate import teams as team_files
-from birbal_ray.evaluate.leaderboard import METRICS, Standing, missing_metrics, placed, zeroed_scores
+from birbal_ray.evaluate import leaderboard as team_files
+from birbal_ray.evaluate.leaderboard import METRICS, Standing, missing_metrics, rank_with, zeroed_scores
 from birbal_ray.report import numbers
 from birbal_ray.report.conclusions import Verdict, verdicts
 from birbal_ray.report.load import RunFolder, find_steps, mismatches
@@ -85,7 +85,7 @@ def _board(added: Sequence[Path]) -> tuple[list[Standing], list[str]]:
     added = list({file.resolve(): file for file in added}.values())
     teams = team_files.load_published()
     models = team_files.load_added(added, teams)
-    places = placed(teams, models)
+    places = rank_with(teams, models)
     notes = []
     for name, file in zip(models, added, strict=True):
         if isinstance(remark := json.loads(file.read_text(encoding="utf-8-sig")).get("note"), str):

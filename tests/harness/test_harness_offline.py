@@ -11,8 +11,7 @@ from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
 from birbal_ray.evaluate.benchmarks import BENCHMARKS, FILE
-from birbal_ray.evaluate.leaderboard import METRICS, placed
-from birbal_ray.evaluate.teams import load_added, load_published
+from birbal_ray.evaluate.leaderboard import METRICS, load_added, load_published, rank_with
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'birbal-ray[harness]'")
 
@@ -169,15 +168,15 @@ def test_figures_equal_own_log_likelihoods_and_are_not_measured_twice(tiny_model
     def forbidden(*arguments: object, **settings: object) -> None:
         raise AssertionError("run again")
 
-    for name in ("manager", "load_model", "evaluate"):
-        monkeypatch.setattr(f"birbal_ray.evaluate.harness_run.{name}", forbidden)
+    for name in ("manager", "load_model", "run_tasks"):
+        monkeypatch.setattr(f"birbal_ray.evaluate.harness.{name}", forbidden)
     third = birbal(*command, "--task", "our_colours", "--benchmark", "truthfulqa", "--team", "renamed")
     assert third.exit_code == 0, third.output
     assert "up to date" in third.stderr
     published = load_published()
     team = load_added([out / "results.json"], published)
     assert team == {"renamed": {"TruthfulQA - EM": pytest.approx(acc)}}
-    assert len(placed(published, team)) == 9
+    assert len(rank_with(published, team)) == 9
     assert birbal("leaderboard", "--add", out / "results.json").exit_code == 0
 
     other = birbal(*command, "--task", "our_colours", "--limit", 2)
@@ -266,7 +265,7 @@ def test_dry_run_shows_what_would_run(tiny_model, include, tmp_path):
 
 
 def test_every_mapped_task_and_measure_is_in_the_installed_harness():
-    from birbal_ray.evaluate import harness_run as harness
+    from birbal_ray.evaluate import harness
 
     index = harness.manager(None, ["mmlu"])
     entries = index.task_index

@@ -11,16 +11,21 @@ import pytest
 from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
-from birbal_ray.evaluate import harness_run as harness
-from birbal_ray.evaluate.benchmarks import BENCHMARKS, FILE, chosen, listing, not_measured
-from birbal_ray.evaluate.harness_results import (
+from birbal_ray.evaluate import harness
+from birbal_ray.evaluate.benchmarks import (
+    BENCHMARKS,
+    BIG_BENCH,
+    BIG_BENCH_LEFT_OUT,
+    FILE,
+    choose,
     leaderboard_metrics,
+    listing,
+    not_measured,
     result_rows,
     results_file,
     sample_measure,
 )
-from birbal_ray.evaluate.leaderboard import METRICS, SCENARIOS
-from birbal_ray.evaluate.teams import load_results
+from birbal_ray.evaluate.leaderboard import METRICS, SCENARIOS, load_results
 from birbal_ray.run import RunError
 from birbal_ray.settings import ConfigError
 
@@ -45,6 +50,14 @@ def test_every_metric_is_measured_or_has_a_reason():
     assert all(benchmark.remark for benchmark in BENCHMARKS.values() if benchmark.source == FILE)
 
 
+def test_big_bench_is_the_organisers_list_and_what_the_harness_lacks_is_said():
+    assert len({*BIG_BENCH, *BIG_BENCH_LEFT_OUT}) == 18
+    assert BENCHMARKS["bigbench"].tasks == tuple(f"bigbench_{name}_multiple_choice" for name in BIG_BENCH)
+    (row,) = [row for row in listing() if row["benchmark"] == "bigbench"]
+    assert "14 of the organisers' 18 tasks" in row["remark"]
+    assert all(name in row["remark"] for name in BIG_BENCH_LEFT_OUT)
+
+
 def test_harness_results_become_metrics():
     found = leaderboard_metrics(
         {
@@ -57,8 +70,8 @@ def test_harness_results_become_metrics():
 
 def test_several_tasks_are_averaged_plainly():
     tasks = BENCHMARKS["bigbench"].tasks
-    values = {task: {"acc,none": number / 10} for number, task in enumerate(tasks)}
-    assert leaderboard_metrics({"bigbench": {"results": values}}) == {"BIG-bench - EM": pytest.approx(0.4)}
+    values = {task: {"acc,none": number / 20} for number, task in enumerate(tasks)}
+    assert leaderboard_metrics({"bigbench": {"results": values}}) == {"BIG-bench - EM": pytest.approx(0.325)}
     del values[tasks[3]]
     with pytest.raises(RunError, match=f"benchmark bigbench: task '{tasks[3]}' gave None as 'acc,none'.*nothing"):
         leaderboard_metrics({"bigbench": {"results": values}})
@@ -106,9 +119,9 @@ def test_own_measures_from_samples():
 
 
 def test_unknown_names_are_named_with_the_nearest():
-    assert [one.name for one in chosen(["gsm8k", "mmlu", "gsm8k"])] == ["gsm8k", "mmlu"]
+    assert [one.name for one in choose(["gsm8k", "mmlu", "gsm8k"])] == ["gsm8k", "mmlu"]
     with pytest.raises(ConfigError, match=r"unknown benchmark 'ethics_cm'.*see birbal harness --list"):
-        chosen(["ethics_cm"])
+        choose(["ethics_cm"])
 
     class Index:
         all_tasks = ("gsm8k", "mmlu")
@@ -131,12 +144,17 @@ def test_list_needs_no_harness():
 
 
 def test_without_the_harness_the_extra_is_named(tmp_path, monkeypatch):
-    def absent(name):
-        raise harness.importlib.metadata.PackageNotFoundError(name)
+    installed = {"lm_eval"}
 
-    monkeypatch.setattr("birbal_ray.evaluate.harness_run.importlib.metadata.version", absent)
+    def version(name):
+        if name not in installed:
+            raise harness.importlib.metadata.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr("birbal_ray.evaluate.harness.importlib.metadata.version", version)
     with pytest.raises(ConfigError, match="--backend vllm: needs the package vllm"):
-        harness.check_backend("vllm")
+        harness.check_installed("vllm")
+    installed.clear()
     done = CliRunner().invoke(main, ["harness", "--model", "m", "--output", str(tmp_path / "out")])
     assert done.exit_code == 2
     assert done.stderr.strip() == (

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from birbal_ray.evaluate.metrics import exact_match, normalised, quasi_exact_match, rouge_2
+from birbal_ray.evaluate.benchmarks import exact_match, normalised, quasi_exact_match, rouge_2
 
 
 @pytest.mark.parametrize(
