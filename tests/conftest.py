@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from birbal_ray.storage import Folder, open_folder
+from tests.fixtures.s3_server import BUCKET, s3_server
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SLOW = os.environ.get("BIRBAL_SLOW_TESTS") == "1"
@@ -55,6 +58,29 @@ def write_task(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def _s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with s3_server(tmp_path_factory.mktemp("moto") / "log") as environment:
+        yield environment
+
+
+@pytest.fixture
+def s3(_s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """An S3 server on this machine, which this process finds; gives the environment by which others find it."""
+    for name, value in _s3_server.items():
+        monkeypatch.setenv(name, value)
+    return _s3_server
+
+
+@pytest.fixture(params=["disk", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    """A folder that does not exist yet: on a disk, then in object storage."""
+    if request.param == "disk":
+        return open_folder(tmp_path / "folder")
+    request.getfixturevalue("s3")
+    return open_folder(f"s3://{BUCKET}/{tmp_path.name}")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,113 @@
+"""One writer at a time, on a disk and in object storage, however slow the store or however long a machine pauses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from birbal_ray import run
+from birbal_ray.run import open_run
+from birbal_ray.storage import RunError, open_folder
+from tests.fixtures.s3_server import BUCKET, python_at, s3_proxy
+
+HOLD = """
+import sys, time
+from birbal_ray import run
+run.LEASE_SECONDS, run.RENEW_SECONDS, run.LEASE_MARGIN_SECONDS = 1.2, 0.2, 0.1
+with run.open_run(sys.argv[1], "score", {}, owns=()) as opened:
+    print("held", flush=True)
+    end = time.monotonic() + float(sys.argv[2])
+    while time.monotonic() < end:
+        start = time.time()
+        opened.check()
+        print(start, time.time(), flush=True)
+        time.sleep(0.01)
+"""
+
+
+@pytest.fixture
+def short_lease(monkeypatch):
+    for name, value in (("LEASE_SECONDS", 1.2), ("RENEW_SECONDS", 0.2), ("LEASE_MARGIN_SECONDS", 0.1)):
+        monkeypatch.setattr(run, name, value)
+
+
+def test_the_holder_is_named_and_a_killed_ones_lock_is_taken_over(folder, short_lease):
+    holder = python_at({}, HOLD, folder.place, "60")
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    message = f"another run is writing here \\(pid {holder.pid} on"
+    with pytest.raises(RunError, match=message), open_run(folder, "score", {}, owns=()):
+        pass
+    assert run.lock_holder(folder)["pid"] == holder.pid
+    holder.kill()
+    holder.wait()
+    assert run.lock_holder(folder) is None
+    with open_run(folder, "score", {}, owns=()):
+        assert run.lock_holder(folder)["pid"] == os.getpid()
+    assert run.lock_holder(folder) is None
+
+
+def test_a_dead_holder_on_another_machine_is_waited_for(s3, short_lease):
+    folder = open_folder(f"s3://{BUCKET}/elsewhere")
+    folder.write_json(".lock.json", {**run.this_process(), "host": "gone", "beat": 3})
+    start = time.monotonic()
+    with open_run(folder, "score", {}, owns=()) as opened:
+        assert time.monotonic() - start >= run.LEASE_SECONDS
+        opened.check()
+
+
+def test_who_loses_the_lock_stops_and_publishes_nothing(s3, short_lease):
+    """As after a long pause of the machine: another run took the folder over."""
+    folder = open_folder(f"s3://{BUCKET}/lost")
+    with pytest.raises(RunError, match="took this folder over"), open_run(folder, "score", {}, owns=()) as opened:
+        folder.write_json(".lock.json", {**run.this_process(), "host": "other", "beat": 1})
+        time.sleep(20)  # interrupted by the thread that renews
+        opened.finish({}, [], summary="")
+    assert "manifest.json" not in folder.files()
+    assert folder.read_json(".lock.json")["host"] == "other", "and the lock stays the other's"
+    with (
+        pytest.raises(RunError, match="took this folder over"),
+        open_run(f"s3://{BUCKET}/lost-2", "score", {}, owns=()) as opened,
+    ):
+        opened.folder.write_json(".lock.json", {**run.this_process(), "host": "other", "beat": 1})
+        opened._lock._valid_until = 0.0
+        opened.finish({}, [], summary="")
+
+
+@pytest.mark.parametrize("delay", [0.4, 2.0])
+def test_two_runs_are_never_inside_at_once_however_slow_the_store_writes(s3, delay):
+    """PUTs of a third of the lease, and longer than it; the second starts while the first is at work."""
+    url = f"s3://{BUCKET}/slow-{delay}"
+    with s3_proxy(s3, lambda method, path: delay if method == "PUT" and "lock" in path else 0.0) as server:
+        first = python_at(server, HOLD, url, "2.5")
+        time.sleep(delay + 0.5)
+        second = python_at(server, HOLD, url, "2.5")
+        inside = []
+        for process in (first, second):
+            printed = process.communicate(timeout=60)[0].split("\n")
+            inside.append([tuple(map(float, line.split())) for line in printed if " " in line])
+    # A check that began at one's time and one that ended at the other's: no two may overlap.
+    spans = [(checks[0][1], checks[-1][1]) for checks in inside if checks]
+    assert len(spans) <= 1 or spans[0][1] < spans[1][0] or spans[1][1] < spans[0][0]
+    if delay < 1:
+        assert inside[0] and not inside[1], "the first keeps its folder, the second is refused"
+
+
+def test_a_paused_holder_does_not_come_back_inside(s3):
+    """SIGSTOP for longer than the lease, as a suspended machine: the second takes over, the first stops."""
+    url = f"s3://{BUCKET}/paused"
+    first = python_at(s3, HOLD.replace("run.LEASE", "run.is_alive = lambda holder: None\nrun.LEASE", 1), url, "30")
+    assert first.stdout is not None and first.stdout.readline() == "held\n"
+    first.stdout.readline()
+    os.kill(first.pid, signal.SIGSTOP)
+    second = python_at(s3, HOLD.replace("run.LEASE", "run.is_alive = lambda holder: None\nrun.LEASE", 1), url, "3")
+    assert second.stdout is not None and second.stdout.readline() == "held\n"
+    inside = float(second.stdout.readline().split()[0])
+    os.kill(first.pid, signal.SIGCONT)
+    checks = [line.split() for line in first.communicate(timeout=30)[0].split("\n") if " " in line]
+    assert first.returncode != 0
+    assert all(float(end) < inside for _, end in checks)
+    second.communicate(timeout=30)
+    assert second.returncode == 0

@@ -1,0 +1,278 @@
+"""Run folders, on a disk and in object storage: nothing destroyed, nothing half-finished read as complete."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from birbal_ray.run import RunMismatchError, check_input, open_run, read_input, read_manifest
+from birbal_ray.settings import ConfigError
+from birbal_ray.storage import RunError, open_folder
+
+OWNS = ("rows/*/*.parquet", "tasks.parquet")
+IDENTITY = {"config": {"seed": 1, "model": "a"}}
+
+
+def finished(folder, identity=IDENTITY, step="score", names=("rows/a/0.parquet", "tasks.parquet")):
+    """A finished run; gives its manifest."""
+    with open_run(folder, step, identity, owns=OWNS) as opened:
+        records = {name: folder.write_bytes(name, name.encode()) for name in names}
+        return opened.finish({"rows": 3}, records, summary="3 rows")
+
+
+def contents(folder):
+    return {name: folder.read_bytes(name) for name in folder.files(hidden=True) if "lock" not in name}
+
+
+def test_a_run_goes_from_its_record_through_progress_to_its_manifest(folder):
+    with open_run(folder, "score", IDENTITY, owns=OWNS) as opened:
+        assert (opened.resumed, opened.manifest, opened.files) == (False, None, {})
+        assert folder.read_json("run.json")["identity"] == IDENTITY
+        opened.progress(1, 4, text="1 of 4 rows", rate_per_second=2.0)
+        opened.progress(2, 4)  # too soon
+        opened.progress(4, 4, text="4 of 4 rows", final=True)
+        seen = folder.read_json("progress.json")
+        assert (seen["done"], seen["total"], seen["text"]) == (4, 4, "4 of 4 rows")
+        assert 0 <= seen["wall_seconds"] < 60 and seen["started_at"] <= seen["updated_at"] <= time.time()
+        opened.session({"prompts": 4})
+        record = folder.write_bytes("rows/a/0.parquet", b"rows")
+        folder.write_bytes("tasks.parquet", b"tasks")
+        with pytest.raises(FileNotFoundError):
+            opened.finish({}, ["absent"], summary="")
+        assert "manifest.json" not in folder.files()
+        opened.finish({"rows": 4}, ["tasks.parquet"], summary="4 rows")
+        manifest = opened.finish({"rows": 4}, {"rows/a/0.parquet": record}, summary="4 rows")
+    assert manifest == read_manifest(folder, "score") == json.loads(folder.read_text("manifest.json"))
+    assert (manifest["step"], manifest["rows"], manifest["summary"]) == ("score", 4, "4 rows")
+    assert manifest["files"] == {"rows/a/0.parquet": {"sha256": record.sha256, "size": 4}}
+    assert manifest["packages"]["pyarrow"] and manifest["wall_seconds"] >= 0
+    with open_run(folder, "score", IDENTITY, owns=OWNS) as opened:
+        assert (opened.resumed, opened.manifest) == (True, manifest)
+        assert opened.files["rows/a/0.parquet"].size == 4
+        opened.session({"prompts": 0})
+        assert opened.sessions() == [{"prompts": 4}, {"prompts": 0}]
+        opened.withdraw()
+    with pytest.raises(RunError, match="unfinished `birbal score` run"):
+        read_manifest(folder, "score")
+
+
+def test_wall_seconds_are_those_of_all_sessions(folder, monkeypatch):
+    with open_run(folder, "score", IDENTITY, owns=OWNS) as opened:
+        opened._started -= 100
+        opened.progress(1, 2, final=True)
+    with open_run(folder, "score", IDENTITY, owns=OWNS) as opened:
+        assert 100 <= opened.wall_seconds < 160
+
+
+def test_what_ended_a_session_is_recorded(folder):
+    with pytest.raises(RunError), open_run(folder, "train", {}, owns=()) as opened:
+        opened.progress(3, 9, text="step 3 of 9", final=True)
+        raise RunError("the card\nran out of memory")
+    seen = folder.read_json("progress.json")
+    assert (seen["error"], seen["done"], seen["text"]) == ("the card ran out of memory", 3, "step 3 of 9")
+
+
+def test_changed_identity_is_refused_with_the_difference(folder):
+    finished(folder)
+    before = contents(folder)
+    with (
+        pytest.raises(RunMismatchError) as caught,
+        open_run(folder, "score", {"config": {"seed": 2, "model": "a"}}, owns=OWNS),
+    ):
+        pass
+    assert caught.value.differences == ["config.seed: 1 → 2"]
+    assert "--overwrite" in str(caught.value)
+    assert contents(folder) == before
+
+
+def test_overwrite_deletes_a_finished_run_and_continues_an_unfinished_one(folder):
+    finished(folder)
+    with open_run(folder, "score", IDENTITY, owns=OWNS, overwrite=True) as opened:
+        assert (opened.resumed, opened.manifest, opened.files) == (False, None, {})
+        assert contents(folder).keys() == {"run.json"}
+        folder.write_bytes("tasks.parquet", b"1")
+    with open_run(folder, "score", IDENTITY, owns=OWNS, overwrite=True) as opened:
+        assert opened.resumed, "the same command, stopped and called again, loses nothing"
+        assert "tasks.parquet" in opened.files
+    with open_run(folder, "score", {"other": 1}, owns=OWNS, overwrite=True) as opened:
+        assert not opened.resumed and contents(folder).keys() == {"run.json"}
+    folder.write_bytes("run.json", b"{")
+    with open_run(folder, "score", IDENTITY, owns=OWNS, overwrite=True) as opened:
+        assert not opened.resumed and folder.read_json("run.json")["identity"] == IDENTITY
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_inputs_folder_is_refused(folder, overwrite):
+    scores = folder.subfolder("runs").subfolder("score")
+    finished(scores)
+    before = contents(folder)
+    for output, word in ((scores, "is"), (folder.subfolder("runs"), "holds"), (folder, "holds")):
+        message = f"this folder {word} an input"
+        with (
+            pytest.raises(ConfigError, match=message),
+            open_run(output.place, "mix", {}, owns=("*",), overwrite=overwrite, inputs=[scores.place, "org/model"]),
+        ):
+            pass
+    assert contents(folder) == before
+    with open_run(folder.subfolder("runs/score-2"), "mix", {}, owns=("*",), inputs=[scores.place]):
+        pass
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_another_steps_run_is_refused(folder, overwrite):
+    finished(folder, step="train")
+    before = contents(folder)
+    message = "holds the output of `birbal train`, not of `birbal score`; choose another --output"
+    with (
+        pytest.raises(ConfigError, match=message),
+        open_run(folder, "score", IDENTITY, owns=("*",), overwrite=overwrite),
+    ):
+        pass
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "rows/notes.txt", "sub/run.json", "rows.parquet"])
+def test_files_that_the_step_did_not_make_are_never_deleted(folder, name):
+    finished(folder)
+    folder.write_bytes(name, b"mine")
+    before = contents(folder)
+    with (
+        pytest.raises(ConfigError, match=rf"--overwrite deletes nothing here.*\(first: {name}\)"),
+        open_run(folder, "score", IDENTITY, owns=OWNS, overwrite=True),
+    ):
+        pass
+    assert contents(folder) == before
+    with open_run(folder, "score", IDENTITY, owns=OWNS) as opened:  # without it nothing would be deleted
+        assert opened.manifest
+
+
+def test_hidden_files_of_others_are_left_alone(folder):
+    finished(folder)
+    folder.write_bytes(".git/config", b"mine")
+    with open_run(folder, "score", IDENTITY, owns=OWNS, overwrite=True):
+        assert folder.read_bytes(".git/config") == b"mine"
+
+
+def test_a_strangers_folder_is_not_touched(folder):
+    folder.write_bytes("thesis.txt", b"mine")
+    message = r"not empty and not a birbal run.*thesis\.txt"
+    with pytest.raises(ConfigError, match=message), open_run(folder, "score", {}, owns=("*",), overwrite=True):
+        pass
+    assert contents(folder) == {"thesis.txt": b"mine"}
+
+
+def test_a_finished_run_that_lost_or_changed_a_file_is_made_again(folder, capsys):
+    finished(folder)
+    for spoil, reason in (
+        (lambda: folder.delete(["tasks.parquet"]), "tasks.parquet is missing"),
+        (lambda: folder.write_bytes("tasks.parquet", b""), "tasks.parquet has 0 bytes, not 13"),
+        (lambda: folder.write_bytes("manifest.json", b"{}"), "files"),
+        (lambda: folder.write_bytes("manifest.json", b"{half"), "not valid JSON"),
+    ):
+        finished(folder)
+        spoil()
+        if "manifest" not in reason and "JSON" not in reason and reason != "files":
+            with pytest.raises(RunError, match=reason):
+                read_manifest(folder, "score")
+        with open_run(folder, "score", IDENTITY, owns=OWNS) as opened:
+            assert (opened.resumed, opened.manifest) == (True, None)
+            assert "manifest.json" not in folder.files()
+        assert reason in capsys.readouterr().err
+
+
+def test_an_input_that_was_edited_is_refused(folder):
+    manifest = finished(folder)
+    assert read_input(folder, manifest, "tasks.parquet") == b"tasks.parquet"
+    check_input(folder, manifest, ["rows/a/0.parquet"])
+    folder.write_bytes("tasks.parquet", b"tasks.parqueT")
+    read_manifest(folder, "score")  # the sizes are right
+    for read in (
+        lambda: read_input(folder, manifest, "tasks.parquet"),
+        lambda: check_input(folder, manifest, ["tasks.parquet"]),
+    ):
+        with pytest.raises(RunError, match=r"tasks\.parquet: edited since its run finished") as caught:
+            read()
+    assert "\n" not in str(caught.value)
+    folder.delete(["tasks.parquet"])
+    with pytest.raises(RunError, match=r"tasks\.parquet: missing"):
+        check_input(folder, manifest, ["tasks.parquet"])
+
+
+def test_manifests_that_are_not_a_steps_finished_run_are_refused(folder):
+    with pytest.raises(RunError, match="no such folder"):
+        read_manifest(folder, "score")
+    folder.write_bytes("x", b"")
+    with pytest.raises(RunError, match=r"no manifest\.json here"):
+        read_manifest(folder, "score")
+    folder.delete(["x"])
+    finished(folder)
+    with pytest.raises(RunError, match="the output of `birbal score`, expected that of `birbal mix`"):
+        read_manifest(folder, "mix")
+    folder.write_bytes("manifest.json", b"[1]")
+    with pytest.raises(RunError, match="expected a JSON object, found list"):
+        read_manifest(folder, "score")
+    folder.write_bytes("manifest.json", b"{half")
+    with pytest.raises(RunError, match="not valid JSON"):
+        read_manifest(folder, "score")
+
+
+OLD = {"step": "mix", "identity": {"seed": 1}, "identity_hash": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"train.parquet": "4e388ab32b10dc8dbc7e28144f552830adc74787c1e2c0824032078a79f227fb"},  # a mix: name → sha256
+        {"quarantined": [], "excluded": []},  # score: counts
+        None,  # training: none
+    ],
+)
+def test_folders_of_the_previous_version_are_read_and_never_continued(folder, files):
+    folder.write_json("run.json", OLD)
+    folder.write_json("manifest.json", {**OLD, "rows": {"kept": 3}, **({} if files is None else {"files": files})})
+    folder.write_bytes("train.parquet", b"rows")
+    before = contents(folder)
+    manifest = read_manifest(folder, "mix")
+    assert manifest["rows"] == {"kept": 3}
+    with pytest.raises(RunError, match="earlier version of birbal_ray made this run"):
+        read_manifest(folder, "mix", oldest=2)
+    if files and "train.parquet" in files:
+        with pytest.raises(RunError, match="edited since"):
+            read_input(folder, manifest, "train.parquet")
+    else:
+        assert read_input(folder, manifest, "train.parquet") == b"rows"
+    message = "earlier version of birbal_ray made this run.*choose another --output"
+    with pytest.raises(ConfigError, match=message) as caught, open_run(folder, "mix", {"seed": 1}, owns=OWNS):
+        pass
+    assert "\n" not in str(caught.value)
+    assert contents(folder) == before
+
+
+def test_temporary_files_of_killed_processes_are_cleared_and_others_are_not(tmp_path):
+    folder = open_folder(tmp_path)
+    (tmp_path / ".tmp-1-2-run.json").write_text("{")
+    with open_run(folder, "score", IDENTITY, owns=OWNS):
+        folder.write_bytes("rows/a/.tmp-1-2-0.parquet", b"half")
+        folder.write_bytes(".tmp-1-2-tasks.parquet", b"half")
+        (tmp_path / ".tmp-adapter").mkdir()
+    with open_run(folder, "score", IDENTITY, owns=OWNS) as opened:
+        assert opened.resumed
+        assert set(folder.files(hidden=True)) == {"run.json", ".lock", ".lock.json"}
+        assert not (tmp_path / ".tmp-adapter").exists()
+
+
+def test_temporary_names_are_nobodys_where_no_run_was_begun(tmp_path):
+    (tmp_path / ".tmp-thesis").mkdir()
+    (tmp_path / ".tmp-thesis" / "chapter.txt").write_text("mine")
+    (tmp_path / ".tmp-notes").write_text("mine")
+    (tmp_path / ".tmp-1-2-.lock.json").write_text("{")
+    for overwrite in (False, True):
+        message = r"not a birbal run.*holds \.tmp-notes, \.tmp-thesis\)"
+        with (
+            pytest.raises(ConfigError, match=message),
+            open_run(tmp_path, "score", {}, owns=("*",), overwrite=overwrite),
+        ):
+            pass
+    assert (tmp_path / ".tmp-thesis" / "chapter.txt").read_text() == (tmp_path / ".tmp-notes").read_text() == "mine"

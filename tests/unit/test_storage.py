@@ -1,0 +1,256 @@
+"""A folder is the same on a disk and in object storage: nothing is half-written, nothing is deleted but by name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
+import threading
+
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+import pytest
+
+from birbal_ray import storage
+from birbal_ray.storage import FileRecord, RunError, Uploader, input_folder, open_folder
+from tests.fixtures.s3_server import BUCKET, s3_proxy
+
+NAMES = ["a.txt", "rows/task #1 [x] ü=1/0-9.parquet", "rows/b.bin"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_written_is_read_and_listed(folder, name):
+    data = os.urandom(100)
+    assert folder.write_bytes(name, data) == FileRecord(hashlib.sha256(data).hexdigest(), 100)
+    assert folder.read_bytes(name) == data
+    assert folder.files()[name].size == folder.stat(name).size == 100
+    assert folder.is_file(name) and not folder.is_file(name + "x")
+    assert folder.write_bytes(name, b"new").size == 3
+    assert folder.read_bytes(name) == b"new"
+    assert folder.subfolder("rows").files().keys() == {n.removeprefix("rows/") for n in {name} if "/" in n}
+    assert pickle.loads(pickle.dumps(folder)) == folder
+    assert pickle.loads(pickle.dumps(folder.subfolder("rows"))).at("x") == folder.at("rows/x")
+
+
+def test_a_folder_that_is_not_there_is_empty_and_its_files_are_absent(folder):
+    assert (folder.files(), folder.folders(), folder.is_file("x"), folder.stat("x")) == ({}, [], False, None)
+    for read in (folder.read_bytes, folder.read_json, folder.read_text, folder.read_table, folder.open_input):
+        with pytest.raises(FileNotFoundError):
+            read("x")
+    folder.delete(["x", "y/z"])
+
+
+def test_listings_leave_out_hidden_names(folder):
+    for name in ("a", ".lock.json", "rows/.tmp-1-b", ".git/config", "rows/c"):
+        folder.write_bytes(name, b"1")
+    assert list(folder.files()) == ["a", "rows/c"]
+    assert list(folder.files("rows")) == ["rows/c"]
+    assert folder.folders() == ["rows"]
+    assert len(folder.files(hidden=True)) == 5
+
+
+def test_damaged_files_are_named(folder):
+    folder.write_bytes("a.json", b"{")
+    folder.write_bytes("b.json", b"\xff\xfe")
+    folder.write_bytes("c.parquet", b"PAR1")
+    with pytest.raises(RunError, match=r"a\.json: not valid JSON"):
+        folder.read_json("a.json")
+    with pytest.raises(RunError, match=r"b\.json: not UTF-8"):
+        folder.read_json("b.json")
+    with pytest.raises(RunError, match=r"c\.parquet: not a Parquet file"):
+        folder.read_table("c.parquet")
+
+
+def test_tables_are_written_and_read_in_pieces_and_by_pyarrow(folder):
+    table = pa.table({"a": range(1000), "b": ["x"] * 1000})
+    record = folder.write_parquet("t/one.parquet", table)
+    with folder.writer("t/two.parquet") as sink, pq.ParquetWriter(sink, table.schema) as writer:
+        writer.write_table(table)
+        writer.write_table(table)
+    assert folder.read_table("t/one.parquet") == table
+    assert folder.read_table("t/two.parquet", ["a"]).num_rows == 2000
+    assert record == FileRecord(hashlib.sha256(data := folder.read_bytes("t/one.parquet")).hexdigest(), len(data))
+    assert sink.record.size == folder.stat("t/two.parquet").size
+    dataset = pyarrow.dataset.dataset(folder.path("t"), filesystem=folder.filesystem, format="parquet")
+    assert dataset.count_rows() == 3000
+
+
+def test_an_error_while_writing_publishes_nothing(folder):
+    folder.write_bytes("kept", b"old")
+    for name in ("kept", "new"):
+        with pytest.raises(ValueError, match="broken"), folder.writer(name) as sink:
+            sink.write(b"x" * 20_000_000)
+            sink.close()  # as a library's `with` does
+            raise ValueError("broken")
+    assert (folder.read_bytes("kept"), list(folder.files(hidden=True))) == (b"old", ["kept"])
+
+
+def test_a_large_file_goes_up_in_parts(folder, tmp_path):
+    data = os.urandom(20_000_000)
+    (tmp_path / "large").write_bytes(data)
+    assert folder.upload(tmp_path / "large", "a/large") == FileRecord(hashlib.sha256(data).hexdigest(), len(data))
+    folder.download("a/large", tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == data
+
+
+def test_deleting_takes_names_and_leaves_everything_else(folder):
+    for name in ("a", "rows/b", "rows/c", "other/d"):
+        folder.write_bytes(name, b"1")
+    folder.delete(["rows/b", "other/d", "absent"])
+    assert list(folder.files()) == ["a", "rows/c"]
+    folder.delete([])
+    assert folder.folders() == ["rows"]
+
+
+def test_killed_while_writing_keeps_the_old_content(tmp_path):
+    (tmp_path / "f.bin").write_bytes(b"old")
+    code = (
+        "import os, sys\nfrom birbal_ray.storage import open_folder\n"
+        "os.fsync = lambda descriptor: os.kill(os.getpid(), 9)\n"  # dies between writing and renaming
+        "open_folder(sys.argv[1]).write_bytes('f.bin', b'new' * 1000)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -9
+    assert (tmp_path / "f.bin").read_bytes() == b"old"
+    assert list(open_folder(tmp_path).files()) == ["f.bin"]
+
+
+def test_urls_are_checked(s3):
+    assert storage.is_url("s3://a/b") and storage.is_url("gs://a") and not storage.is_url("s3:/a")
+    assert storage.absolute("s3://a/b/") == "s3://a/b"
+    assert storage.join("s3://a/b/", "c") == "s3://a/b/c"
+    for wrong in ("s3://", "s3://bucket/../elsewhere", "s3://bucket//a"):
+        with pytest.raises(RunError, match="expected s3://bucket/folder"):
+            open_folder(wrong)
+    with pytest.raises(RunError, match="needed here, not a URL"):
+        open_folder("s3://bucket/a").local  # noqa: B018
+    with pytest.raises(RunError, match=r"s3://no-such-bucket/run/x: no such bucket"):
+        open_folder("s3://no-such-bucket/run").write_bytes("x", b"1")
+
+
+def test_a_store_that_refuses_is_named_in_one_line(s3, monkeypatch):
+    with s3_proxy(s3, lambda method, path: None) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server["AWS_ENDPOINT_URL"])
+        monkeypatch.setattr(storage, "RETRY_SECONDS", 0.1)
+        with pytest.raises(RunError, match=r"^s3://birbal-tests/x/a: .*check the bucket, AWS_") as caught:
+            open_folder(f"s3://{BUCKET}/x").write_bytes("a", b"1")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_outage_shorter_than_the_retries_costs_nothing(s3, monkeypatch):
+    refused = iter([None] * 4)
+    with s3_proxy(s3, lambda method, path: next(refused, 0.0)) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server["AWS_ENDPOINT_URL"])
+        open_folder(f"s3://{BUCKET}/outage").write_bytes("a", b"1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3["AWS_ENDPOINT_URL"])
+    assert open_folder(f"s3://{BUCKET}/outage").read_bytes("a") == b"1"
+
+
+def test_keys_may_come_from_the_shared_credentials_file(s3, monkeypatch, tmp_path):
+    (tmp_path / "credentials").write_text("[work]\naws_access_key_id = test\naws_secret_access_key = test\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    folder = open_folder(f"s3://{BUCKET}/credentials")
+    folder.write_bytes("a", b"1")
+    assert folder.read_bytes("a") == b"1"
+
+
+def test_an_input_at_a_url_is_copied_once_and_again_where_it_changed(s3, monkeypatch, tmp_path):
+    monkeypatch.setenv("BIRBAL_CACHE", str(tmp_path / "cache"))
+    folder = open_folder(f"s3://{BUCKET}/inputs/model")
+    for name in ("config.json", "weights/a.safetensors", "ray/x"):
+        folder.write_bytes(name, name.encode())
+    copy = input_folder(folder.place, lambda name: not name.startswith("ray/"))
+    assert {p.relative_to(copy).as_posix() for p in copy.rglob("*") if p.is_file()} == {
+        "config.json",
+        "weights/a.safetensors",
+    }
+    before = (copy / "config.json").stat().st_ino
+    folder.write_bytes("weights/a.safetensors", b"longer than it was before")
+    folder.delete(["ray/x"])
+    assert input_folder(folder.place) == copy
+    assert (copy / "weights/a.safetensors").read_bytes() == b"longer than it was before"
+    assert (copy / "config.json").stat().st_ino == before, "not fetched again"
+    assert input_folder(folder.at("config.json")).read_bytes() == b"config.json"
+    folder.delete(["config.json"])
+    assert not (input_folder(folder.place) / "config.json").exists()
+    with pytest.raises(RunError, match="nothing there"):
+        input_folder(f"s3://{BUCKET}/inputs/absent")
+    assert input_folder(tmp_path) == tmp_path
+
+
+def test_a_removed_cache_removes_nothing_at_the_url(s3, monkeypatch, tmp_path):
+    import shutil
+
+    monkeypatch.setenv("BIRBAL_CACHE", str(tmp_path / "cache"))
+    folder = open_folder(f"s3://{BUCKET}/inputs/many")
+    for number in range(50):
+        folder.write_bytes(f"rows/{number}", b"1")
+    copy = input_folder(folder.place)
+    shutil.rmtree(copy / "rows")
+    input_folder(folder.place)
+    shutil.rmtree(tmp_path / "cache")
+    with Uploader(folder, tmp_path / "working") as uploads:
+        uploads.add("rows")
+    assert len(folder.files()) == 50
+
+
+def test_uploads_go_up_in_order_the_marker_last(folder, tmp_path):
+    working = tmp_path / "working"
+    for number, name in enumerate(["z.bin", "a/b.bin", "files.json"]):
+        (working / "step-1" / name).parent.mkdir(parents=True, exist_ok=True)
+        (working / "step-1" / name).write_bytes(name.encode())
+        os.utime(working / "step-1" / name, (number, number))
+    (working / "metrics.jsonl").write_text("1\n")
+    seen: list[str] = []
+    upload = type(folder).upload
+
+    class Watched(type(folder)):
+        __slots__ = ()
+
+        def upload(self, file, name):
+            seen.append(name)
+            return upload(self, file, name)
+
+    with Uploader(Watched(folder.place, folder.filesystem, folder.root), working) as uploads:
+        uploads.add("step-1", "metrics.jsonl", "absent")
+        uploads.wait()
+        (working / "metrics.jsonl").write_text("1\n2\n")
+        uploads.add("metrics.jsonl")
+        uploads.add("step-1")
+    assert seen == ["step-1/z.bin", "step-1/a/b.bin", "step-1/files.json", "metrics.jsonl", "metrics.jsonl"]
+    assert folder.read_text("metrics.jsonl") == "1\n2\n"
+
+
+def test_uploads_go_on_through_an_outage_and_what_never_went_up_is_said(s3, monkeypatch, tmp_path, capsys):
+    away = threading.Event()
+    away.set()
+    monkeypatch.setattr(storage, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(storage, "FIRST_RETRY_SECONDS", 0.05)
+    (tmp_path / "a").write_text("a")
+    with s3_proxy(s3, lambda method, path: None if away.is_set() else 0.0) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server["AWS_ENDPOINT_URL"])
+        folder = open_folder(f"s3://{BUCKET}/uploads")
+        with Uploader(folder, tmp_path) as uploads:
+            uploads.add("a")
+            while "tried again" not in capsys.readouterr().err:
+                pass
+            away.clear()
+            uploads.wait()
+        assert folder.read_text("a") == "a"
+        (tmp_path / "b").write_text("b")
+        away.set()
+        message = rf"1 file\(s\) are not uploaded \(first: b: .*kept in {tmp_path}"
+        with pytest.raises(RunError, match=message), Uploader(folder, tmp_path) as uploads:
+            uploads.add("b")
+
+
+def test_a_working_folder_that_is_the_run_folder_needs_no_upload(tmp_path):
+    (tmp_path / "a").write_text("a")
+    with Uploader(open_folder(tmp_path), tmp_path) as uploads:
+        uploads.add("a")
+    assert (tmp_path / "a").read_text() == "a"
