@@ -87,7 +87,8 @@ class TrainModelSettings(ModelSettings):
         "auto", description="of computation and of what is not quantised; auto: bfloat16 on a GPU, float32 on a CPU"
     )
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = Field(
-        "auto", description="auto: flash_attention_2 where it is installed on a GPU, else sdpa"
+        "auto",
+        description="auto: torch's varlen FlashAttention on a GPU, else sdpa sample by sample; no mask is built",
     )
 
 

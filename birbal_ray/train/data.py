@@ -1,14 +1,22 @@
-"""Training sequences: token ids, labels, packs of several samples that fit one sequence length."""
+"""Training sequences: token ids, where their loss starts, and packs of samples that fill one sequence length.
+
+Index spaces: a *sample* is a kept row of the split, numbered in the mix's order; a *pack* is a list of sample numbers;
+a *layout* is one epoch's list of packs and holds every sample once.
+"""
 
 from __future__ import annotations
 
+import bisect
+import hashlib
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -16,15 +24,15 @@ from birbal_ray.run import write_json
 from birbal_ray.settings import ConfigError
 
 PACKED_FOLDER = "packed"
-FIGURES_FILE = "packing.json"
+FIGURES_FILE = "packs.json"
 IGNORED = -100  # the label of a token without loss
 BATCH_ROWS = 1000  # rows tokenised together
+MAX_LAYOUTS = 8  # epochs with packs of their own; later epochs use these again
 
-# One sample, or several in a row (`seq_lengths` says where each ends).
-SEQUENCES = pa.schema(
+SAMPLES = pa.schema(
     [
-        pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("labels", pa.list_(pa.int32()), nullable=False),
+        pa.field("input_ids", pa.large_list(pa.int32()), nullable=False),
+        pa.field("loss_start", pa.int32(), nullable=False),  # tokens before this position have no loss
     ]
 )
 
@@ -38,27 +46,62 @@ class Packing:
     num_samples: int  # kept
     num_tokens: int
     num_loss_tokens: int  # answers and their EOS
-    num_packs: int
+    num_packs: int  # in each epoch
     packing_efficiency_fraction: float  # tokens / (packs x sequence length)
+
+
+class PackedSamples:
+    """A split's packs of one epoch at a time, as TRL takes them: `input_ids`, `labels`, `seq_lengths` of each pack."""
+
+    def __init__(self, samples: pa.Table, layouts: Sequence[Sequence[Sequence[int]]]) -> None:
+        self._ids = samples["input_ids"].combine_chunks()
+        self._loss_starts = samples["loss_start"].to_numpy()
+        self._layouts, self._epoch = layouts, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the packs of that epoch, counted from 0."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._layouts[0])
+
+    def __getitem__(self, pack: int) -> dict[str, list[int]]:
+        if not 0 <= pack < len(self):
+            raise IndexError(pack)
+        found: dict[str, list[int]] = {"input_ids": [], "labels": [], "seq_lengths": []}
+        for sample in self._layouts[self._epoch % len(self._layouts)][pack]:
+            ids, start = self._ids[sample].as_py(), self._loss_starts[sample]
+            found["input_ids"] += ids
+            found["labels"] += [IGNORED] * start + ids[start:]
+            found["seq_lengths"].append(len(ids))
+        return found
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        return (self[pack] for pack in range(len(self)))
 
 
 def encode(tokenizer: Any, questions: Sequence[str], answers: Sequence[str]) -> Iterator[tuple[list[int], list[int]]]:
     """(token ids, labels) of BOS + question + answer + EOS; labels are IGNORED but on answer and EOS.
 
     The text is tokenised in one piece, as it will be continued at inference; a token that holds the
-    end of a question and the begin of its answer counts as answer. A tokenizer without BOS (or EOS)
-    gets none.
+    end of a question and the beginning of its answer counts as answer. Text that spells a special token stays text.
+    A tokenizer without BOS gets none. Raises ConfigError for a tokenizer without EOS.
     """
-    heads = tokenizer(list(questions), add_special_tokens=False)["input_ids"]
-    texts = [question + answer for question, answer in zip(questions, answers, strict=True)]
-    wholes = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for head, whole in zip(heads, wholes, strict=True):
-        shared = next(
-            (i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), min(len(head), len(whole))
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"model {tokenizer.name_or_path}: its tokenizer has no EOS token, so no answer would have an end; "
+            "name one as eos_token in its tokenizer_config.json"
         )
-        ids = [*begin, *whole, *end]
+    plain = {"add_special_tokens": False, "split_special_tokens": True}
+    heads = tokenizer(list(questions), **plain)["input_ids"]
+    texts = [question + answer for question, answer in zip(questions, answers, strict=True)]
+    full_texts = tokenizer(texts, **plain)["input_ids"]
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    for head, full in zip(heads, full_texts, strict=True):
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(head, full, strict=False)) if a != b), min(len(head), len(full))
+        )
+        ids = [*begin, *full, tokenizer.eos_token_id]
         start = len(begin) + shared
         yield ids, [IGNORED] * start + ids[start:]
 
@@ -72,78 +115,141 @@ def prepare(
     num_eval_rows: int,
     progress: Callable[[str], None] = lambda text: None,
     eval_split: str = "eval",
+    *,
+    seed: int = 0,
+    epochs: float = 1.0,
 ) -> dict[str, Packing]:
-    """Packed `train` and `eval` of a mix in `folder` (datasets' Arrow layout); figures by split.
+    """Tokenised samples and packs of a mix's `train` and `eval` in `folder`; figures by split. See `load_packs`.
 
-    `eval` is made of the mix's `eval_split`. What stands there from an earlier session is used again.
-    Raises ConfigError when nothing fits the sequence length or a split is empty.
+    `eval` is made of the mix's `eval_split`. Files of an earlier session are used again.
+    Raises ConfigError when nothing fits the sequence length, no token has a loss, or a split is empty.
     """
     figures_file = folder / FIGURES_FILE
     if figures_file.exists():
         return {split: Packing(**one) for split, one in json.loads(figures_file.read_text()).items()}
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     figures = {}
-    for split, limit in (("train", None), ("eval", num_eval_rows)):
+    for split, limit, num_layouts in (("train", None, min(math.ceil(epochs), MAX_LAYOUTS)), ("eval", num_eval_rows, 1)):
         file = mix / f"{eval_split if split == 'eval' else split}.parquet"
         table = pq.read_table(file, columns=["question", "answer"])
         if table.num_rows == 0:
-            raise ConfigError(f"{file}: no rows" + _EMPTY_EVAL * (split == "eval"))
+            hint = "; make the mix with eval_fraction above 0, the best adapter is chosen by its loss there"
+            raise ConfigError(f"{file}: no rows{hint * (split == 'eval')}")
         table = table.slice(0, limit) if limit else table
-        figures[split] = _pack_split(split, table, folder, tokenizer, sequence_length, long_samples, progress)
+        samples, num_long = _tokenise(split, table, tokenizer, sequence_length, long_samples, progress)
+        lengths = np.diff(samples["input_ids"].combine_chunks().offsets.to_numpy())
+        layouts = make_layouts(lengths.tolist(), sequence_length, seed, num_layouts)
+        _write(folder / f"{split}.arrow", samples)
+        packs = [{"epoch": epoch, "samples": pack} for epoch, layout in enumerate(layouts) for pack in layout]
+        types = {"epoch": pa.int32(), "samples": pa.list_(pa.int32())}
+        _write(folder / f"{split}_packs.arrow", pa.Table.from_pylist(packs, schema=pa.schema(types)))
+        num_tokens = int(lengths.sum())
+        figures[split] = Packing(
+            num_rows=table.num_rows,
+            num_long=num_long,
+            num_samples=len(lengths),
+            num_tokens=num_tokens,
+            num_loss_tokens=num_tokens - int(samples["loss_start"].to_numpy().sum()),
+            num_packs=len(layouts[0]),
+            packing_efficiency_fraction=num_tokens / (len(layouts[0]) * sequence_length),
+        )
+        if figures[split].num_loss_tokens == 0:
+            raise ConfigError(f"{file}: no token of any answer is left to train on; its answers are empty or cut off")
     write_json(figures_file, {split: asdict(one) for split, one in figures.items()})
     return figures
 
 
-_EMPTY_EVAL = "; make the mix with eval_fraction above 0, the best adapter is chosen by its loss there"
+def load_packs(folder: Path, split: str) -> PackedSamples:
+    """The packs that `prepare` wrote for `train` or `eval`; samples stay on disk until a pack is asked for."""
+    layouts: list[list[list[int]]] = []
+    for row in _read(folder / f"{split}_packs.arrow").to_pylist():
+        if row["epoch"] == len(layouts):
+            layouts.append([])
+        layouts[-1].append(row["samples"])
+    return PackedSamples(_read(folder / f"{split}.arrow"), layouts)
 
 
-def _pack_split(
+def make_layouts(lengths: Sequence[int], capacity: int, seed: int, num_layouts: int) -> list[list[list[int]]]:
+    """One layout for each epoch: packs of at most `capacity` tokens, the same number of packs in each.
+
+    The samples of an epoch come in the order of a hash of (seed, epoch, sample number).
+    """
+    layouts = []
+    for epoch in range(num_layouts):
+        key = {n: hashlib.blake2b(f"{seed}/{epoch}/{n}".encode(), digest_size=8).digest() for n in range(len(lengths))}
+        layouts.append(pack_in_order(sorted(key, key=key.__getitem__), lengths, capacity))
+    num_packs = max(map(len, layouts))
+    for layout in layouts:
+        while len(layout) < num_packs:  # an epoch that packs tighter: its fullest packs are halved
+            longest = max(range(len(layout)), key=lambda pack: len(layout[pack]))
+            half = len(layout[longest]) // 2
+            layout.append(layout[longest][half:])
+            del layout[longest][half:]
+    return layouts
+
+
+def pack_in_order(order: Iterable[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Best fit: each sample goes into the fullest pack that has room for it, else into a new one.
+
+    Samples are not sorted by length, so that lengths inside a pack vary as they do in the mix.
+    """
+    packs: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, pack), ascending
+    shortest = min(lengths)
+    for sample in order:
+        at = bisect.bisect_left(room, (lengths[sample], -1))
+        if at < len(room):
+            left, pack = room.pop(at)
+        else:
+            left, pack = capacity, len(packs)
+            packs.append([])
+        packs[pack].append(sample)
+        if left - lengths[sample] >= shortest:
+            bisect.insort(room, (left - lengths[sample], pack))
+    return packs
+
+
+def _tokenise(
     split: str,
     table: pa.Table,
-    folder: Path,
     tokenizer: Any,
     sequence_length: int,
     long_samples: str,
     progress: Callable[[str], None],
-) -> Packing:
-    from datasets import Dataset, disable_progress_bars
-    from trl import pack_dataset
-
-    disable_progress_bars()
-
+) -> tuple[pa.Table, int]:
+    """(samples that fit, number of rows over the sequence length)."""
     ids: list[list[int]] = []
-    labels: list[list[int]] = []
+    starts: list[int] = []
     num_long, shortest = 0, None
     for batch in table.to_batches(max_chunksize=BATCH_ROWS):
         rows = batch.to_pydict()
-        for one_ids, one_labels in encode(tokenizer, rows["question"], rows["answer"]):
-            shortest = min(len(one_ids), shortest or len(one_ids))
-            if len(one_ids) > sequence_length:
+        for one, labels in encode(tokenizer, rows["question"], rows["answer"]):
+            shortest = min(len(one), shortest or len(one))
+            start = next((at for at, label in enumerate(labels) if label != IGNORED), len(labels))
+            if len(one) > sequence_length:
                 num_long += 1
-                one_ids, one_labels = one_ids[:sequence_length], one_labels[:sequence_length]
-                if long_samples == "drop" or all(label == IGNORED for label in one_labels):
+                if long_samples == "drop" or start >= sequence_length:
                     continue
-            ids.append(one_ids)
-            labels.append(one_labels)
+                one = one[:sequence_length]
+            ids.append(one)
+            starts.append(start)
         progress(f"tokenised {len(ids) + num_long:,} of {table.num_rows:,} {split} rows")
     if not ids:
         raise ConfigError(
             f"batch.sequence_length is {sequence_length}: no {split} row fits (the shortest has {shortest} tokens); "
             f"set it to {shortest} or more, or batch.long_samples=truncate"
         )
-    samples = Dataset(pa.table({"input_ids": ids, "labels": labels}, schema=SEQUENCES))
-    packs = pack_dataset(samples, sequence_length, "bfd", {"load_from_cache_file": False, "keep_in_memory": True})
-    packs.save_to_disk(str(folder / split))
-    num_tokens = sum(map(len, ids))
-    return Packing(
-        num_rows=table.num_rows,
-        num_long=num_long,
-        num_samples=len(ids),
-        num_tokens=num_tokens,
-        num_loss_tokens=sum(label != IGNORED for one in labels for label in one),
-        num_packs=len(packs),
-        packing_efficiency_fraction=num_tokens / (len(packs) * sequence_length),
-    )
+    return pa.table({"input_ids": ids, "loss_start": starts}, schema=SAMPLES), num_long
+
+
+def _write(file: Path, table: pa.Table) -> None:
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def _read(file: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
 
 
 def preview(tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int]) -> list[dict[str, Any]]:

@@ -212,7 +212,7 @@ class Preflight:
 def run_preflight(config: TrainConfig, model: Model, packing: dict[str, Packing]) -> Preflight:
     """Memory and steps; nothing is loaded."""
     gpu = config.resources.device == "gpu"
-    attention = config.model.attention if config.model.attention != "auto" else "sdpa"
+    attention = config.model.attention
     shapes = shapes_of(model.path, config.lora.target_modules)
     parts = estimate(shapes, config, gpu=gpu, attention=attention)
     memory = device_memory_bytes(config)

@@ -73,6 +73,8 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: ProgressLin
             config.batch.long_samples,
             config.evaluation.num_rows,
             progress.update,
+            seed=config.seed,
+            epochs=config.epochs,
         )
         found = run_preflight(config, model, packing)
         for line in describe_preflight(found, config):
@@ -105,6 +107,7 @@ def dry_run(config: TrainConfig, *, calibrate: bool = False, progress: ProgressL
             config.batch.long_samples,
             config.evaluation.num_rows if not calibrate else 8,
             progress.update,
+            seed=config.seed,
         )
         found = run_preflight(config, model, packing)
         if calibrate and found.fits:

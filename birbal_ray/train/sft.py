@@ -11,20 +11,21 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
-from datasets import load_from_disk
+from datasets import Dataset
 from peft import LoraConfig
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
-from transformers.utils.import_utils import is_flash_attn_2_available
 from trl import SFTConfig, SFTTrainer
 
 from birbal_ray.run import read_json, write_atomic, write_json
+from birbal_ray.train.attention import choose_attention
 from birbal_ray.train.checkpoints import (
     BEST_FILE,
     CHECKPOINTS_FOLDER,
@@ -38,7 +39,7 @@ from birbal_ray.train.checkpoints import (
     remove_old,
 )
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.data import IGNORED, PACKED_FOLDER
+from birbal_ray.train.data import IGNORED, PACKED_FOLDER, PackedSamples, load_packs
 from birbal_ray.train.deadline import CLOCK_FILE, Clock, Deadline, learning_rate_factor
 
 TENSORBOARD_FOLDER, BEST_FOLDER = "tensorboard", "best"
@@ -67,7 +68,7 @@ def fine_tune(
 ) -> Outcome:
     """Train, or go on from the latest checkpoint in `folder`, until the data, the steps or the budget end.
 
-    `folder` holds `packed/` (see `samples.prepare`). Leaves checkpoints/, best/, metrics.jsonl,
+    `folder` holds `packed/` (see `data.prepare`). Leaves checkpoints/, best/, metrics.jsonl,
     tensorboard/. `report` gets each line of metrics.jsonl; `callbacks` are transformers', asked after
     the run's own. `started` (time.monotonic) is when the session's part of the budget began; None: now.
     On a CPU, without a budget and with the same number of threads, the losses repeat exactly,
@@ -92,8 +93,8 @@ def fine_tune(
         clock,
         model=load_base(model_path, config),
         args=arguments,
-        train_dataset=load_from_disk(str(folder / PACKED_FOLDER / "train")),
-        eval_dataset=load_from_disk(str(folder / PACKED_FOLDER / "eval")),
+        train_dataset=PackDataset(load_packs(folder / PACKED_FOLDER, "train")),
+        eval_dataset=PackDataset(load_packs(folder / PACKED_FOLDER, "eval")),
         processing_class=tokenizer,
         peft_config=LoraConfig(
             r=lora.r,
@@ -127,7 +128,7 @@ def load_base(path: Path, config: TrainConfig) -> Any:
         path,
         dtype=dtype,
         quantization_config=quantization,
-        attn_implementation=attention(config),
+        attn_implementation=choose_attention(config.model.attention),
         device_map={"": 0 if cuda else "cpu"},
         trust_remote_code=False,
         use_safetensors=True,
@@ -147,13 +148,6 @@ def compute_dtype(config: TrainConfig) -> torch.dtype:
     return getattr(torch, config.model.dtype)
 
 
-def attention(config: TrainConfig) -> str:
-    """The attention implementation in force."""
-    if config.model.attention != "auto":
-        return config.model.attention
-    return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
-
-
 def sft_config(config: TrainConfig, folder: Path) -> SFTConfig:
     """Our settings as TRL's. What to save and when to evaluate is decided by our callback."""
     cuda = torch.cuda.is_available()
@@ -165,7 +159,9 @@ def sft_config(config: TrainConfig, folder: Path) -> SFTConfig:
         packing=True,
         packing_strategy="bfd",
         max_length=config.batch.sequence_length,
-        dataset_kwargs={"skip_prepare_dataset": True},  # `samples.prepare` did
+        dataset_kwargs={"skip_prepare_dataset": True},  # `data.prepare` did
+        remove_unused_columns=False,
+        train_sampling_strategy="sequential",  # every epoch's packs are laid out in their order
         per_device_train_batch_size=config.batch.micro,
         per_device_eval_batch_size=config.batch.micro,
         gradient_accumulation_steps=config.batch.accumulation,
@@ -188,6 +184,23 @@ def sft_config(config: TrainConfig, folder: Path) -> SFTConfig:
         disable_tqdm=True,
         seed=config.seed,
     )
+
+
+class PackDataset(Dataset):
+    """Packs of `data.PackedSamples` as the `datasets.Dataset` that TRL asks for."""
+
+    def __init__(self, packs: PackedSamples) -> None:
+        super().__init__(pa.table({"pack": range(len(packs))}))
+        self.packs = packs
+
+    def __getitem__(self, key: int) -> Any:
+        return self.packs[key]
+
+    def __getitems__(self, keys: list[int]) -> list[Any]:
+        return [self.packs[key] for key in keys]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.packs)
 
 
 class BudgetTrainer(SFTTrainer):
@@ -273,6 +286,8 @@ class BudgetTrainer(SFTTrainer):
         return output
 
     def _run_epoch(self, **options: Any) -> None:
+        if isinstance(self.train_dataset, PackDataset):
+            self.train_dataset.packs.set_epoch(options["epoch"])
         if not self.control.should_training_stop:  # said when training began: nothing is left to do
             super()._run_epoch(**options)
 

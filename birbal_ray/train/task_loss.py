@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from birbal_ray.train.data import IGNORED, encode
 
-BATCH_TOKENS = 2048  # padding included
+BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +47,20 @@ def task_losses(model: Any, samples: Sequence[Sample]) -> dict[str, float]:
     device = next(model.parameters()).device
     with torch.no_grad():
         for batch in _batches(samples):
-            width = max(len(sample.input_ids) for sample in batch)
-            ids = torch.zeros(len(batch), width, dtype=torch.long)
-            labels = torch.full((len(batch), width), IGNORED)
-            mask = torch.zeros(len(batch), width, dtype=torch.long)
-            for row, sample in enumerate(batch):
-                length = len(sample.input_ids)
-                ids[row, :length] = torch.tensor(sample.input_ids)
-                labels[row, :length] = torch.tensor(sample.labels)
-                mask[row, :length] = 1
-            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+            # One row of T tokens, as in training: no padding, positions restart with each sample.
+            ids = torch.tensor([token for sample in batch for token in sample.input_ids])
+            positions = torch.cat([torch.arange(len(sample.input_ids)) for sample in batch])
+            labels = torch.tensor([label for sample in batch for label in (IGNORED, *sample.labels[1:])])
+            logits = model(
+                input_ids=ids[None].to(device), position_ids=positions[None].to(device), use_cache=False
+            ).logits[0]
             losses = torch.nn.functional.cross_entropy(
-                logits[:, :-1].float().flatten(0, 1),
-                labels[:, 1:].to(device).flatten(),
-                ignore_index=IGNORED,
-                reduction="none",
-            ).view(len(batch), width - 1)
-            for sample, loss in zip(batch, losses.sum(dim=1).tolist(), strict=True):
-                sums[sample.task] += loss
+                logits[:-1].float(), labels[1:].to(device), ignore_index=IGNORED, reduction="none"
+            )  # (T - 1,): losses[t] is of token t + 1
+            end = 0
+            for sample in batch:
+                start, end = end, end + len(sample.input_ids)
+                sums[sample.task] += float(losses[start : end - 1].sum())
                 tokens[sample.task] += sum(label != IGNORED for label in sample.labels[1:])
     model.train(training)
     return {task: sums[task] / tokens[task] for task in sorted(sums) if tokens[task]}
@@ -89,9 +85,11 @@ class AtSteps(TrainerCallback):
 
 def _batches(samples: Sequence[Sample]) -> list[list[Sample]]:
     batches: list[list[Sample]] = []
+    room = 0
     for sample in sorted(samples, key=lambda sample: (len(sample.input_ids), sample.task)):
-        if batches and (len(batches[-1]) + 1) * len(sample.input_ids) <= BATCH_TOKENS:
-            batches[-1].append(sample)
-        else:
-            batches.append([sample])
+        if len(sample.input_ids) > room:
+            batches.append([])
+            room = BATCH_TOKENS
+        batches[-1].append(sample)
+        room -= len(sample.input_ids)
     return batches

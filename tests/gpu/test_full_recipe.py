@@ -65,7 +65,7 @@ def mistral(card, tiny_model, tmp_path_factory):
 def test_peak_memory_is_what_the_preflight_says(card, mistral, tmp_path):
     from transformers import AutoTokenizer
 
-    from birbal_ray.train.sft import attention, fine_tune
+    from birbal_ray.train.sft import fine_tune
 
     flags = {"model.name": str(mistral), "budget": None, "max_steps": 3, "evaluation.num_rows": 40}
     config = load_config(TrainConfig, REPOSITORY / "configs" / "train" / "mistral-7b-qlora.yaml", flags=flags)
@@ -75,14 +75,14 @@ def test_peak_memory_is_what_the_preflight_says(card, mistral, tmp_path):
     packing = prepare(tmp_path / "mix", tmp_path / "packed", AutoTokenizer.from_pretrained(mistral), 8192, "drop", 400)
     assert packing["train"].num_packs >= 24  # 3 steps of 2 x 4
     shapes = preflight.shapes_of(mistral, config.lora.target_modules)
-    parts = preflight.estimate(shapes, config, gpu=True, attention=attention(config))
+    parts = preflight.estimate(shapes, config, gpu=True, attention=config.model.attention)
     estimate = preflight.total_bytes(parts)
 
     outcome = fine_tune(config, mistral, tmp_path)
     last = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line][-1]
     figures = {
         "card": card,
-        "attention": attention(config),
+        "attention": config.model.attention,
         "estimate_gib": round(estimate / preflight.GIB, 2),
         "peak_gib": round(outcome.peak_memory_bytes / preflight.GIB, 2),
         "tokens_per_second": round(last["tokens"] / last["step_seconds"]),

@@ -17,7 +17,7 @@ from birbal_ray.settings import load_config
 from birbal_ray.train.card import draw_loss_curve
 from birbal_ray.train.checkpoints import all_checkpoints, read_metrics
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.data import prepare
+from birbal_ray.train.data import load_packs, prepare
 
 SMALL = {
     "batch.sequence_length": 128,
@@ -80,14 +80,16 @@ def make_trainer(config, model, folder, train, evaluation):
     )
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["auto", "sdpa", "eager"])
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_packed_samples_do_not_see_each_other(tiny_model, packed, tmp_path, attention, quantization):
     """Training and eval loss of packs equal those of their samples alone, weighted by tokens."""
     import torch
-    from datasets import Dataset, load_from_disk
+    from datasets import Dataset
 
-    packs = load_from_disk(str(packed / "train")).select(range(3))
+    from birbal_ray.train.attention import choose_attention
+
+    packs = Dataset.from_list(list(load_packs(packed, "train"))[:3])
     assert any(len(pack["seq_lengths"]) > 1 for pack in packs)
     alone = []
     for pack in packs:
@@ -100,7 +102,7 @@ def test_packed_samples_do_not_see_each_other(tiny_model, packed, tmp_path, atte
             start += length
     config = settings(model__attention=attention, model__quantization=quantization, **STILL)
     trainer = make_trainer(config, tiny_model, tmp_path, packs, packs)
-    assert trainer.model.config._attn_implementation == attention
+    assert trainer.model.config._attn_implementation == choose_attention(attention)
 
     together = trainer.evaluate()["eval_loss"]
     apart = trainer.evaluate(Dataset.from_list(alone))["eval_loss"]
@@ -127,9 +129,9 @@ def test_an_evaluation_leaves_the_gradients_of_a_quantised_model_alone(tiny_mode
     """bitsandbytes has a CPU kernel without a backward pass that an evaluation would switch to."""
     import bitsandbytes
     import torch
-    from datasets import load_from_disk
+    from datasets import Dataset
 
-    packs = load_from_disk(str(packed / "train")).select(range(2))
+    packs = Dataset.from_list(list(load_packs(packed, "train"))[:2])
     trainer = make_trainer(settings(**STILL), tiny_model, tmp_path, packs, packs)
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide what flows into A
@@ -159,9 +161,9 @@ def test_an_evaluation_leaves_the_gradients_of_a_quantised_model_alone(tiny_mode
 
 def test_the_packing_check_would_see_a_leak(tiny_model, packed, tmp_path):
     """Positions that don't restart let samples see each other; then the losses differ."""
-    from datasets import Dataset, load_from_disk
+    from datasets import Dataset
 
-    packs = load_from_disk(str(packed / "train")).select(range(3))
+    packs = Dataset.from_list(list(load_packs(packed, "train"))[:3])
     leaking = [{**pack, "seq_lengths": [sum(pack["seq_lengths"])]} for pack in packs]
     trainer = make_trainer(settings(**STILL), tiny_model, tmp_path, packs, packs)
     whole, joined = trainer.evaluate()["eval_loss"], trainer.evaluate(Dataset.from_list(leaking))["eval_loss"]

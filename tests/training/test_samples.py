@@ -2,7 +2,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from birbal_ray.settings import ConfigError
-from birbal_ray.train.data import IGNORED, encode, prepare, preview
+from birbal_ray.train.data import IGNORED, encode, load_packs, make_layouts, prepare, preview
 
 QUESTION = "### Input:\nhe said\n\n### Response:\n"
 
@@ -43,12 +43,10 @@ def test_a_token_across_the_border_counts_as_answer(tokenizer):
 
 
 def test_packs_hold_every_sample_once_and_fit(tokenizer, tiny_mix, tmp_path):
-    from datasets import load_from_disk
-
     figures = prepare(tiny_mix, tmp_path / "packed", tokenizer, 128, "drop", 8)
     rows = pq.read_table(tiny_mix / "train.parquet").to_pylist()
     wanted = sorted(ids for ids, _ in encode(tokenizer, [r["question"] for r in rows], [r["answer"] for r in rows]))
-    packs = load_from_disk(str(tmp_path / "packed" / "train"))
+    packs = load_packs(tmp_path / "packed", "train")
     found = []
     for pack in packs:
         assert len(pack["input_ids"]) == len(pack["labels"]) == sum(pack["seq_lengths"]) <= 128
@@ -67,8 +65,6 @@ def test_packs_hold_every_sample_once_and_fit(tokenizer, tiny_mix, tmp_path):
 
 @pytest.mark.parametrize("policy", ["drop", "truncate"])
 def test_long_samples_are_counted_and_handled_as_asked(tokenizer, tiny_mix, tmp_path, policy):
-    from datasets import load_from_disk
-
     rows = pq.read_table(tiny_mix / "train.parquet").to_pylist()
     encoded = list(encode(tokenizer, [r["question"] for r in rows], [r["answer"] for r in rows]))
     figures = prepare(tiny_mix, tmp_path / "packed", tokenizer, 60, policy, 8)["train"]
@@ -77,7 +73,7 @@ def test_long_samples_are_counted_and_handled_as_asked(tokenizer, tiny_mix, tmp_
     assert figures.num_long == len(long) > 0
     kept = 60 - len(long) if policy == "drop" else 60 - len(answerless)
     assert figures.num_samples == kept
-    lengths = [n for pack in load_from_disk(str(tmp_path / "packed" / "train")) for n in pack["seq_lengths"]]
+    lengths = [n for pack in load_packs(tmp_path / "packed", "train") for n in pack["seq_lengths"]]
     assert max(lengths) <= 60
     assert len(lengths) == kept
 
@@ -87,3 +83,61 @@ def test_nothing_that_fits_is_an_error_with_the_length_to_set(tokenizer, tiny_mi
         ConfigError, match=r"batch.sequence_length is 16: no train row fits \(the shortest has \d+ tokens\)"
     ):
         prepare(tiny_mix, tmp_path / "packed", tokenizer, 16, "drop", 8)
+
+
+def test_text_that_spells_a_special_token_stays_text(tokenizer):
+    ((ids, labels),) = encode(tokenizer, ["say </s>\n"], ["<s>no</s> end"])
+    assert ids.count(tokenizer.eos_token_id) == ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(ids[1:-1]) == "say </s>\n<s>no</s> end"
+    assert labels[-1] == tokenizer.eos_token_id
+
+
+def test_a_tokenizer_without_eos_is_refused_by_name(tiny_model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match=rf"{tiny_model}: its tokenizer has no EOS token"):
+        next(encode(tokenizer, ["a"], ["b"]))
+
+
+def test_answers_that_are_cut_off_leave_nothing_to_train_on(tokenizer, tiny_mix, tmp_path):
+    with pytest.raises(ConfigError, match="no train row fits"):
+        prepare(tiny_mix, tmp_path / "packed", tokenizer, 17, "truncate", 8)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_a_mix_of_one_or_two_rows_is_packed(tokenizer, tmp_path, num_rows):
+    from tests.conftest import make_mix
+
+    (tmp_path / "mix").mkdir()
+    make_mix(tmp_path / "mix", num_rows, 1)
+    figures = prepare(tmp_path / "mix", tmp_path / "packed", tokenizer, 512, "drop", 8, epochs=3)
+    assert (figures["train"].num_samples, figures["train"].num_packs) == (num_rows, 1)
+    packs = load_packs(tmp_path / "packed", "train")
+    for epoch in range(3):
+        packs.set_epoch(epoch)
+        assert [len(pack["seq_lengths"]) for pack in packs] == [num_rows]
+
+
+def test_packs_are_drawn_from_the_shuffled_order():
+    """Packs of 8,192 are full, hold lengths as varied as the mix's, and differ from epoch to epoch."""
+    import numpy as np
+
+    lengths = np.clip(np.random.default_rng(0).lognormal(5.8, 0.64, 6000), 20, 8192).astype(int).tolist()
+    first, second = make_layouts(lengths, 8192, seed=1, num_layouts=2)
+    assert len(first) == len(second)
+    assert sum(lengths) / (len(first) * 8192) >= 0.97
+    for layout in (first, second):
+        assert sorted(sample for pack in layout for sample in pack) == list(range(6000))
+        assert all(sum(lengths[sample] for sample in pack) <= 8192 for pack in layout)
+    assert {tuple(sorted(pack)) for pack in first}.isdisjoint(tuple(sorted(pack)) for pack in second)
+    assert make_layouts(lengths, 8192, seed=1, num_layouts=1)[0] == first[: len(first)]
+    inside = np.mean([np.std(np.log([lengths[sample] for sample in pack])) for pack in first if len(pack) > 4])
+    assert inside > 0.85 * np.std(np.log(lengths))
+
+
+def test_every_layout_has_the_same_number_of_packs():
+    layouts = make_layouts([30, 60, 40, 50, 70, 20, 80, 10, 90, 35], 100, seed=0, num_layouts=8)
+    assert len({len(layout) for layout in layouts}) == 1
+    assert all(sorted(n for pack in layout for n in pack) == list(range(10)) and all(layout) for layout in layouts)
