@@ -23,6 +23,7 @@ COMMANDS = {  # name: its module, its line in `birbal --help`
     "train": ("steps", "QLoRA on a mix, within a wall-clock budget."),
     "merge": ("tools", "Fold an adapter into its base model's weights."),
     "evaluate": ("steps", "Held-out scores of base model, adapters, merged models."),
+    "serve": ("serve", "Answer prompts over HTTP, as the challenge's server."),
     "report": ("steps", "One page on what a run's steps did."),
     "status": ("status", "What is done, running and next in a run folder."),
     "harness": ("tools", "Measure a model on public benchmarks."),
@@ -106,4 +107,5 @@ def main() -> None:
       birbal report runs
       birbal status runs
       birbal merge --run runs/train --output models/merged
+      birbal serve --run runs/train
     """

@@ -54,8 +54,9 @@ def arguments(root, output, *more):
 
 
 def rows_of(run):
+    """File → its rows, without what the cache happened to hold when they were asked."""
     return {
-        str(file.relative_to(run / "rows")): pq.read_table(file).to_pylist()
+        str(file.relative_to(run / "rows")): pq.read_table(file).drop_columns("num_cached_tokens").to_pylist()
         for file in sorted((run / "rows").rglob("[!.]*.parquet"))
     }
 

@@ -9,12 +9,14 @@ import pytest
 from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.score.config import ScoreConfig
+from birbal_ray.serve.config import ServeConfig
 from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.tune.config import TuneConfig
 from tests.conftest import REPOSITORY
 
 SCHEMAS = {"score": ScoreConfig, "mix": MixConfig, "train": TrainConfig, "evaluate": EvaluateConfig, "tune": TuneConfig}
+SCHEMAS |= {"serve": ServeConfig}
 
 
 @pytest.fixture

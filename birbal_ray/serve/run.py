@@ -1,0 +1,178 @@
+"""Serve: a model, with or without an adapter, behind the challenge's submission API."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from birbal_ray.evaluate.models import NOT_NEEDED, resolve_models
+from birbal_ray.models import resolve
+from birbal_ray.run import RunError, read_json, read_manifest
+from birbal_ray.score.config import ResourceSettings
+from birbal_ray.score.engine import Adapter, load_engine, vllm_arguments
+from birbal_ray.score.engine_loop import EngineLoop
+from birbal_ray.serve.app import COUNTED, Service, is_loopback, make_app
+from birbal_ray.serve.config import ServeConfig, ServedEngine
+from birbal_ray.settings import ConfigError
+from birbal_ray.storage import local_copy
+
+STEP = "serve"
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a server loads. `path`: the model's folder; `num_embeddings`: token ids it knows, from 0 on."""
+
+    name: str
+    path: Path
+    num_embeddings: int
+    engine: ServedEngine
+    resources: ResourceSettings
+    adapters: tuple[Adapter, ...] = ()
+
+
+def serve(config: ServeConfig, tell: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C; requests in flight are answered first.
+
+    `tell` gets one line when the server is ready. Raises ConfigError (settings, an adapter of another model),
+    ModelError, OSError (the port is taken), RunError (the engine failed).
+    """
+    check_access(config)
+    with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as bound, _meters() as meters:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((config.host, config.port))  # a port that is taken shows before minutes of loading
+        served = load_served(config)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        tell(f"loading {served.name}")
+        loop = EngineLoop(lambda: load_engine(served.path, served.engine, served.resources, served.adapters))
+        import uvicorn
+
+        service = Service(
+            loop,
+            _tokenizer(served),
+            served.num_embeddings,
+            adapter=served.adapters[0].name if served.adapters else "",
+            compat=config.compat,
+            token=config.token,
+            allow_anyone=config.allow_anyone,
+            meters=meters,
+            on_death=lambda: setattr(server, "should_exit", True),
+        )
+        server = uvicorn.Server(uvicorn.Config(make_app(service), log_level="warning", access_log=False))
+        for name in (signal.SIGTERM, signal.SIGINT):  # uvicorn drains, then raises the signal again: nothing to add
+            signal.signal(name, lambda *_: None)
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        tell(f"serving {served.name} at http://{host}:{bound.getsockname()[1]} (POST /process, /tokenize, /decode)")
+        server.run(sockets=[bound])
+        if loop.death is not None:
+            raise RunError(f"the engine failed: {loop.death}")
+
+
+def openai_command(config: ServeConfig) -> list[str]:
+    """The command of vLLM's own OpenAI server for the same model, adapter, address and engine.
+
+    The token is not part of it, where every user of the machine could read it: VLLM_API_KEY takes it.
+    """
+    check_access(config)
+    if config.engine.backend != "vllm":
+        raise ConfigError("--openai starts vLLM's own server; engine.backend must be vllm")
+    served = load_served(config)
+    arguments = vllm_arguments(served.path, served.engine, served.resources, served.adapters)
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(arguments.pop("model"))]
+    command += ["--host", config.host, "--port", str(config.port), "--served-model-name", served.name]
+    for adapter in served.adapters:
+        command += ["--lora-modules", f"{adapter.name}={adapter.path}"]
+    for name, value in arguments.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            command += [f"--{flag}", json.dumps(value) if isinstance(value, (dict, list)) else str(value)]
+    return command
+
+
+def serve_openai(config: ServeConfig) -> None:
+    """Become vLLM's own OpenAI server; doesn't return."""
+    command = openai_command(config)
+    if config.token:
+        os.environ["VLLM_API_KEY"] = config.token
+    if config.engine.device != "gpu":
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.resources.kv_cache_gib))))
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.execv(command[0], command)  # noqa: S606
+
+
+def check_access(config: ServeConfig) -> None:
+    """Raise ConfigError where strangers could reach a server that asks for no token."""
+    if not is_loopback(config.host) and not config.token and not config.allow_anyone:
+        raise ConfigError(f"--host {config.host}: other machines reach it; give --token TOKEN, or --allow-anyone")
+
+
+def load_served(config: ServeConfig) -> Served:
+    """Find model and adapter, and decide what the settings leave to this machine."""
+    given = config.model
+    if config.merged and (config.run or given.name or given.adapter):
+        raise ConfigError("--merged is a model of its own; leave out --run, --model and --adapter")
+    engine = config.engine
+    if engine.device == "auto":
+        import torch
+
+        engine = engine.model_copy(update={"device": "gpu" if torch.cuda.is_available() else "cpu"})
+    if engine.backend == "simulated":
+        from birbal_ray.score.simulated import NUM_EMBEDDINGS
+
+        return Served("simulated", Path(), NUM_EMBEDDINGS, engine, config.resources)
+    name, revision = config.merged or given.name, given.revision
+    if config.run:
+        trained = read_manifest(local_copy(config.run, NOT_NEEDED), "train")["model"]
+        name, revision = (name, revision) if name else (trained["name"], trained["revision"])
+    if not name:
+        raise ConfigError("give what to serve: --run runs/train, --model NAME, or --merged DIR")
+    model = resolve(name, revision)
+    given_adapter = given.adapter or config.run
+    found = resolve_models(model, [given_adapter] if given_adapter else [], [])[1:]
+    threads = config.resources.threads_per_replica or len(os.sched_getaffinity(0))
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is loaded
+    shape = read_json(model.path / "config.json")
+    shape = shape.get("text_config", shape)
+    length = min(engine.max_model_len, shape.get("max_position_embeddings") or engine.max_model_len)
+    return Served(
+        f"{model.name} with {given_adapter}" if given_adapter else model.name,
+        model.path,
+        shape["vocab_size"],
+        engine.model_copy(update={"max_model_len": length}),
+        config.resources.model_copy(update={"threads_per_replica": threads}),
+        tuple(Adapter(one.name, one.path, one.rank or 0) for one in found),
+    )
+
+
+def _tokenizer(served: Served) -> Any:
+    if served.engine.backend == "simulated":
+        from birbal_ray.score.simulated import SimulatedTokenizer
+
+        return SimulatedTokenizer()
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(served.path, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def _meters() -> Iterator[Mapping[str, Callable[[float], None]]]:
+    """Ray's counters of what is served, where this runs on a Ray cluster (as a job); else none."""
+    if not os.environ.get("RAY_ADDRESS"):
+        yield {}
+        return
+    from birbal_ray.cluster import ray_session
+
+    with ray_session(0):
+        from ray.util.metrics import Counter
+
+        yield {name: Counter(f"birbal_{name}", f"{name.replace('_', ' ')} of a server").inc for name in COUNTED}
