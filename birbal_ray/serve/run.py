@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.evaluate.models import NOT_NEEDED, resolve_models
+from birbal_ray.evaluate.models import resolve_models
 from birbal_ray.models import resolve
 from birbal_ray.run import RunError, read_json, read_manifest
 from birbal_ray.score.config import ResourceSettings
@@ -22,7 +22,6 @@ from birbal_ray.score.engine_loop import EngineLoop
 from birbal_ray.serve.app import COUNTED, Service, is_loopback, make_app
 from birbal_ray.serve.config import ServeConfig, ServedEngine
 from birbal_ray.settings import ConfigError
-from birbal_ray.storage import local_copy
 
 STEP = "serve"
 
@@ -132,7 +131,7 @@ def load_served(config: ServeConfig) -> Served:
         return Served("simulated", Path(), NUM_EMBEDDINGS, engine, config.resources)
     name, revision = config.merged or given.name, given.revision
     if config.run:
-        trained = read_manifest(local_copy(config.run, NOT_NEEDED), "train")["model"]
+        trained = read_manifest(config.run, "train")["model"]
         name, revision = (name, revision) if name else (trained["name"], trained["revision"])
     if not name:
         raise ConfigError("give what to serve: --run runs/train, --model NAME, or --merged DIR")

@@ -56,7 +56,7 @@ def test_wrong_usage_is_exit_code_2_with_one_line(arguments, message):
 def test_a_run_that_is_not_there_fails():
     result = run("--run", "nowhere", "--port", "0", "--device", "cpu")
     assert result.exit_code == 1
-    assert "error: nowhere: no such folder; expected the output of `birbal train`" in result.stderr
+    assert "nowhere: no such folder; expected the output of `birbal train`" in result.stderr
 
 
 def test_a_port_that_is_taken_is_said_before_anything_is_loaded():
