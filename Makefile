@@ -1,5 +1,10 @@
 # Everything happens in .venv/; a second call reuses it in seconds.
-PYTHON ?= python3.11
+# The first Python on the PATH that fits; `make PYTHON=/path/to/python` names another.
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+ifndef PYTHON
+PYTHON := $(shell for name in python3.11 python3.12 python3.13 python3; do \
+	$$name -c '$(FITS)' 2>/dev/null && echo $$name && break; done)
+endif
 VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.9
@@ -29,7 +34,8 @@ setup: $(STAMP)
 # Bytecode is compiled once, here: where PYTHONDONTWRITEBYTECODE is set, each of a run's twenty processes
 # would compile Ray or vLLM again (import ray.data: 6 s, not 1; vllm: 18, not 8).
 $(STAMP): pyproject.toml Makefile
-	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed: $(PYTHON) is not on the PATH (make PYTHON=/path/to/python3.11)"; exit 2; }
+	@$(or $(PYTHON),false) -c '$(FITS)' 2>/dev/null || \
+		{ echo "Python 3.11, 3.12 or 3.13 is needed; found $(or $(PYTHON),none) (make PYTHON=/path/to/python3.11)"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/uv --version 2>/dev/null | grep -q " $(UV_VERSION)" || $(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -e ".[$(EXTRA),train,tune,harness,dev]" $(TORCH)

@@ -37,7 +37,7 @@ class TaskSettings(Settings):
     """Which task files, and what is taken of them."""
 
     path: str | None = Field(
-        None, description="folder of task files, one .json file, a .tar.gz archive, or a URL of one"
+        None, description="folder of task files, one .json file, a .tar.gz archive, a URL of one, or sample-tasks"
     )
     select: str | list[str] = Field(
         "all", description="which tasks: all, selected (the 462 of Birbal), a file of names, or a list"
@@ -51,6 +51,15 @@ class TaskSettings(Settings):
         None, ge=1, description="take the first N of each task, in hash order; null takes all"
     )
     strict: bool = Field(False, description="stop at the first task file that can't be used")
+
+    @field_validator("path")
+    @classmethod
+    def _sample_tasks(cls, path: str | None) -> str | None:
+        if path != "sample-tasks":  # those that come with the package, wherever it is installed
+            return path
+        from birbal_ray.ni.catalog import sample_tasks_folder
+
+        return str(sample_tasks_folder())
 
 
 class ModelSettings(Settings):
