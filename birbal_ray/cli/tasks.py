@@ -48,9 +48,9 @@ def list_tasks(path: Path | None, label: str | None, output_format: str) -> None
     Example:
       birbal tasks list --tasks natural-instructions/ --label exact_match --format csv
     """
-    from birbal_ray.ni.survey import survey
+    from birbal_ray.ni.catalog import summarise_tasks
 
-    rows = [row for row in survey(path) if label in (None, row["label"])]
+    rows = [row for row in summarise_tasks(path) if label in (None, row["label"])]
     columns = ["task", "label", "instances", "shots", "category", "selected"]
     print_table(rows, output_format, columns)
     note(f"{len(rows)} tasks, {sum(row['instances'] or 0 for row in rows):,} instances")
@@ -67,9 +67,9 @@ def show(name: str, path: Path | None, num_shots: int) -> None:
     Example:
       birbal tasks show sample002_list_operation
     """
-    from birbal_ray.ni.survey import describe
+    from birbal_ray.ni.catalog import describe_task
 
-    click.echo(describe(path, name, num_shots))
+    click.echo(describe_task(path, name, num_shots))
 
 
 @tasks.command()
@@ -77,15 +77,17 @@ def show(name: str, path: Path | None, num_shots: int) -> None:
 @format_option
 @click.pass_context
 def validate(context: click.Context, path: Path | None, output_format: str) -> None:
-    """Read every task file and say what was mended and what can't be used; exit 1 if any file can't.
+    """Read every task file; say what was repaired, what can't be used and what can't score 1.
+
+    The exit code is 1 if a file can't be used.
 
     \b
     Example:
       birbal tasks validate --tasks my-tasks/
     """
-    from birbal_ray.ni.survey import findings
+    from birbal_ray.ni.catalog import find_faults
 
-    rows, num_files, num_bad = findings(path)
+    rows, num_files, num_bad = find_faults(path)
     print_table(rows, output_format, ["file", "kind", "count", "finding"])
     note(f"{num_files} files read, {num_bad} can't be used")
     if num_bad:
@@ -105,9 +107,9 @@ def label_tasks(path: Path | None, compare: Path | None, output_format: str) -> 
     Example:
       birbal tasks label --tasks my-tasks/ --format csv > labels.csv
     """
-    from birbal_ray.ni.survey import compare_labels, survey
+    from birbal_ray.ni.catalog import compare_labels, summarise_tasks
 
-    surveyed = survey(path)
+    surveyed = summarise_tasks(path)
     rows = [
         {"name": row["task"], "label": row["label"], "reason": row["label reason"]} for row in surveyed if row["label"]
     ]

@@ -1,13 +1,18 @@
-"""Which tasks a run takes: named sets, exclusion rules, names checked against what is there."""
+"""Which tasks there are, what each is like, which of them a run takes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import csv
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from rapidfuzz import process as fuzzy
 
+from birbal_ray.ni import labels, metrics, prompt, reader
 from birbal_ray.ni.schema import Task, TaskError, read_text
 
 MMLU, TRANSLATION = "mmlu", "translation"
@@ -36,7 +41,7 @@ def choose_names(available: Sequence[str], select: str | Sequence[str], path: Pa
     if select == "selected":
         wanted: Iterable[str] = selected_names()
     elif isinstance(select, str):
-        wanted = _names_in(Path(select))
+        wanted = _names_in(Path(select), available)
     else:
         wanted = select
     present = set(available)
@@ -70,8 +75,119 @@ def excluded_by(task: Task, families: Sequence[str]) -> str | None:
     return None
 
 
-def _names_in(file: Path) -> list[str]:
+def summarise_tasks(path: Path | None) -> list[dict[str, Any]]:
+    """One record per task file, by name; a file that can't be used has null fields and its reason.
+
+    `path` None is the sample tasks; the same holds below.
+    """
+    overrides, selected = labels.default_overrides(), set(selected_names())
+    rows = []
+    for file, task in _tasks(path):
+        name = reader.printable(file.name)
+        if isinstance(task, TaskError):
+            rows.append(dict.fromkeys(_SUMMARY_KEYS) | {"task": name, "label reason": str(task)})
+            continue
+        label = labels.label_task(task, overrides)
+        values = (
+            name,
+            label.value,
+            label.reason,
+            len(task.instances),
+            len(task.positive_examples),
+            ", ".join(task.categories),
+            name in selected,
+            excluded_by(task, FAMILIES),
+        )
+        rows.append(dict(zip(_SUMMARY_KEYS, values, strict=True)))
+    return sorted(rows, key=lambda row: str(row["task"]))
+
+
+def describe_task(path: Path | None, name: str, num_shots: int) -> str:
+    """A page about one task. Raises TaskError with the nearest name when it isn't there."""
+    root = path or sample_tasks_folder()
+    files = {file.name: file for file in reader.find_task_files(root)}
+    if name not in files:
+        raise TaskError(unknown_task(name, list(files), root))
+    _, task = next(reader.read_tasks([files[name]]))
+    if isinstance(task, TaskError):
+        raise task
+    label = labels.label_task(task, labels.default_overrides())
+    instance = next((instance for instance in task.instances if instance.error is None), task.instances[0])
+    examples = prompt.examples_of(task, num_shots)
+    return "\n".join(
+        [
+            f"{task.name}",
+            f"label       {label.value} ({label.reason})",
+            f"categories  {', '.join(task.categories) or '-'}",
+            f"sources     {', '.join(task.sources) or '-'}",
+            f"instances   {len(task.instances)}, positive examples {len(task.positive_examples)}",
+            f"repaired    {'; '.join(f'{count} × {kind}' for kind, count in task.repairs.items()) or 'nothing'}",
+            f"unreachable {_unreachable_finding(task, label.value) or 'nothing'}",
+            "",
+            f"--- few-shot prompt of {instance.row_id}, {len(examples)} shots ---",
+            prompt.render_prompt(task.definition, examples, instance.input),
+            "--- references ---",
+            *instance.references,
+        ]
+    )
+
+
+def find_faults(path: Path | None) -> tuple[list[dict[str, Any]], int, int]:
+    """(rows of file, kind, count, finding; files read; files that can't be used).
+
+    Kinds: unusable file, repaired, unusable instance, and unreachable (no answer can score 1 there).
+    """
+    rows: list[dict[str, Any]] = []
+    num_files = num_bad = 0
+    overrides = labels.default_overrides()
+    for file, task in _tasks(path):
+        num_files += 1
+        num_bad += isinstance(task, TaskError)
+        found: list[tuple[str, int, str]] = []
+        if isinstance(task, TaskError):
+            found.append(("unusable file", 1, str(task)))
+        else:
+            found += [("repaired", count, kind) for kind, count in task.repairs.items()]
+            errors = [one for one in task.instances if one.error]
+            found += [("unusable instance", 1, f"{one.row_id}: {one.error}") for one in errors]
+            if unreachable := _unreachable_finding(task, labels.label_task(task, overrides).value):
+                found.append(("unreachable", int(unreachable.split()[0]), unreachable))
+        name = f"{reader.printable(file.name)}.json"
+        rows += [{"file": name, "kind": kind, "count": count, "finding": finding} for kind, count, finding in found]
+    return rows, num_files, num_bad
+
+
+def compare_labels(rows: list[dict[str, Any]], file: Path) -> tuple[int, list[dict[str, Any]]]:
+    """(labels that agree, rows that differ with both labels) over the tasks that both sides have."""
+    try:
+        with io.StringIO(read_text(file), newline="") as handle:
+            others = {row["name"]: row["label"] for row in csv.DictReader(handle)}
+    except (OSError, KeyError) as error:
+        raise TaskError(f"{file}: can't be read as a CSV with the columns name,label ({error!r})") from None
+    common = [row for row in rows if row["name"] in others]
+    differing = [row | {"other label": others[row["name"]]} for row in common if others[row["name"]] != row["label"]]
+    return len(common) - len(differing), differing
+
+
+_SUMMARY_KEYS = ("task", "label", "label reason", "instances", "shots", "category", "selected", "excluded")
+
+
+def _tasks(path: Path | None) -> Iterator[tuple[reader.TaskFile, Task | TaskError]]:
+    return reader.read_tasks(reader.find_task_files(path or sample_tasks_folder()))
+
+
+def _unreachable_finding(task: Task, label: str) -> str:
+    found = metrics.find_unreachable(task, label, prompt.extract_answer)
+    if not found.num_instances:
+        return ""
+    share = "; the task gets no share by its errors" * (found.fraction > metrics.MAX_UNREACHABLE_FRACTION)
+    return f"{found.num_instances} of its instances, on which no answer can score 1: {found.reason}{share}"
+
+
+def _names_in(file: Path, available: Sequence[str]) -> list[str]:
     if not file.is_file():
         raise TaskError(f"{file}: no such file of task names (or use 'all' or 'selected')")
-    lines = read_text(file).splitlines()
-    return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
+    lines = [line.strip() for line in read_text(file).splitlines()]
+    # A comment starts a line or follows white space; a name may hold a # itself.
+    names = [line if line in available else re.sub(r"(^|\s)#.*", "", line).strip() for line in lines]
+    return [name for name in names if name]

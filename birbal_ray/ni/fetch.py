@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import errno
-import gzip
 import hashlib
 import http.client
 import json
 import os
 import shutil
-import tarfile
 import urllib.error
 import urllib.parse
 import urllib.request
-import zlib
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
+from birbal_ray.ni import reader
 from birbal_ray.ni.schema import TaskError
 
 # The maintainers' main branch, which Birbal used too; what was fetched is recorded with its checksum.
 DEFAULT_URL = "https://github.com/allenai/natural-instructions/archive/refs/heads/master.tar.gz"
 CHUNK_BYTES = 1 << 20
-MAX_FILE_BYTES = 1 << 30
-MAX_TOTAL_BYTES = 16 << 30
 TIMEOUT_SECONDS = 60
 RECORD_FILE = "fetch.json"
 
@@ -35,8 +31,8 @@ def fetch_archive(
     """Fill `output/tasks` from the archive at `url`; the record {url, sha256, num_files, num_bytes}.
 
     https only, except from this machine. A download that was cut off continues where it stopped. An
-    archive whose checksum is not `sha256` is deleted and refused. Only regular `tasks/*.json`
-    members are unpacked, under their own base name; the folder appears whole or not at all.
+    archive whose checksum is not `sha256` is deleted and refused. Only task files
+    (`reader.find_task_files`) are unpacked, under their own base name; the folder appears complete or not at all.
     Raises TaskError saying what failed and what to do.
     """
     _check_url(url)
@@ -130,25 +126,17 @@ def _unpack(archive: Path, output: Path, progress: Callable[[str], None]) -> tup
     working = output / ".tmp-tasks"
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir()
-    num_files = num_bytes = 0
+    num_files = 0
     try:
-        with gzip.open(archive) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
-            for member in tar:
-                path = PurePosixPath(member.name)
-                if not member.isreg() or path.suffix != ".json" or path.parent.name != "tasks":
-                    continue
-                num_bytes += member.size
-                if member.size > MAX_FILE_BYTES or num_bytes > MAX_TOTAL_BYTES:
-                    raise TaskError(f"{archive}: unpacks to more than it should ({member.name}); not unpacked")
-                source = tar.extractfile(member)
-                assert source is not None  # a regular file
-                with (working / path.name).open("xb") as file:  # the base name alone: nothing leaves the folder
-                    shutil.copyfileobj(source, file)
-                num_files += 1
-                progress(f"unpacking {num_files} task files")
-            while plain.read(CHUNK_BYTES):  # to gzip's checksum: tarfile takes a damaged header for the archive's end
-                pass
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, FileExistsError) as error:
+        for file, data in reader.read_files(reader.find_task_files(archive)):
+            target = working / f"{file.name}.json"  # the base name alone: nothing leaves the folder
+            if target.exists():
+                raise TaskError(f"two files are named {target.name}")
+            assert isinstance(data, bytes)  # archives raise as a whole
+            target.write_bytes(data)
+            num_files += 1
+            progress(f"unpacking {num_files} task files")
+    except TaskError as error:
         archive.unlink()
         raise TaskError(f"the archive can't be unpacked ({error}) and was deleted; fetch it again") from None
     except OSError as error:  # the disk's fault, not the archive's
@@ -158,6 +146,4 @@ def _unpack(archive: Path, output: Path, progress: Callable[[str], None]) -> tup
             f"{archive}: unpacking broke off after {num_files} files ({cause}); the download is kept, "
             "the same command unpacks it"
         ) from None
-    if num_files == 0:
-        raise TaskError("the archive holds no tasks/*.json")
     return working, num_files

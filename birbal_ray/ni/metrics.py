@@ -43,8 +43,9 @@ def score_answer(label: str, answer: str, references: Sequence[str]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Unreachable:
-    """The fraction of a task's usable instances on which not even a reference scores 1, and the commonest cause."""
+    """The instances on which not even a reference scores 1, as a fraction of the usable ones; the commonest cause."""
 
+    num_instances: int
     fraction: float
     reason: str | None
 
@@ -66,9 +67,8 @@ def find_unreachable(
                 break
         if cause is not None:
             causes[cause] += 1
-    if not causes:
-        return Unreachable(0.0, None)
-    return Unreachable(causes.total() / len(usable), causes.most_common(1)[0][0])
+    count = causes.total()
+    return Unreachable(count, count / len(usable) if count else 0.0, causes.most_common(1)[0][0] if count else None)
 
 
 def _why_below_one(

@@ -1,26 +1,31 @@
 """Read task files as they are in the wild.
 
-What real files hold is mended where the meaning is plain (counted in `Task.repairs`), becomes an
-instance with an `error` where one instance is unusable, or raises TaskError where the file is.
+The reader repairs what a file holds where the meaning is plain (counted in `Task.repairs`), makes an
+instance with an `error` of one that can't be scored, and raises TaskError where the file can't be used.
 """
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import json
 import math
 import tarfile
+import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from birbal_ray.ni.schema import Example, Instance, Task, TaskError
 
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
+MAX_NAME_BYTES = 200  # a result file has the task's name and some more; file systems allow 255
+MAX_FILE_BYTES = 1 << 30  # of one archive member
+MAX_ARCHIVE_BYTES = 16 << 30  # of all its task files, unpacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +38,27 @@ class TaskFile:
 
     @property
     def label(self) -> str:
-        return f"{self.path.name}:{self.member}" if self.member else self.path.name
+        """As messages and result files name it: printable."""
+        return printable(f"{self.path.name}:{self.member}" if self.member else self.path.name)
 
 
 def find_task_files(path: Path) -> list[TaskFile]:
     """The task files of a folder (or its `tasks/`), one `.json` file, or a tar archive; by name.
 
-    Raises TaskError when the path is absent or holds no task file.
+    Of an archive: the .json files in a folder `tasks`, or, without one, those nearest to its root. Hidden
+    files are left out. Raises TaskError when the path is absent or holds no task file.
     """
     if not path.exists():
         raise TaskError(f"{path}: no such file or folder")
     if path.is_dir():
         folder = path / "tasks" if (path / "tasks").is_dir() else path
-        files = [TaskFile(file.stem, file) for file in folder.glob("*.json")]
+        files = [TaskFile(file.stem, file) for file in folder.glob("*.json") if not file.name.startswith(".")]
     elif is_archive(path):
-        files = [TaskFile(Path(member).stem, path, member) for member, _ in _members(path, read=False)]
+        members = [PurePosixPath(member) for member, _ in _members(path)]
+        inside = [member for member in members if member.parent.name == "tasks"]
+        depth = min((len(member.parts) for member in members), default=0)
+        chosen = inside or [member for member in members if len(member.parts) == depth]
+        files = [TaskFile(member.stem, path, str(member)) for member in chosen]
     elif path.suffix == ".json":
         files = [TaskFile(path.stem, path)]
     else:
@@ -82,7 +93,7 @@ def read_files(files: list[TaskFile]) -> Iterator[tuple[TaskFile, bytes | OSErro
     archives = {file.path for file in files if file.member is not None}
     for archive in sorted(archives):
         wanted = {file.member: file for file in files if file.member and file.path == archive}
-        for member, data in _members(archive, read=True, only=set(wanted)):
+        for member, data in _members(archive, wanted):
             yield wanted[member], data
 
 
@@ -97,41 +108,64 @@ def parse_task(name: str, data: bytes | OSError) -> Task:
     Instances with the same input become one with the references of all, in order. Row ids follow
     DESIGN: the file's ids, positions (from 0) where there are none, `#n` on repeats.
     """
+    shown = printable(name)
     if isinstance(data, OSError):
-        raise TaskError(f"{name}.json: can't be read ({data.strerror})")
+        raise TaskError(f"{shown}.json: can't be read ({data.strerror})")
+    if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
+        raise TaskError(f"{shown[:40]}….json: the name is longer than {MAX_NAME_BYTES} bytes; rename the file")
+    if shown != name or ":" in name:
+        what = "a ':', which ends the task's name in row ids" if shown == name else "bytes that are no text in UTF-8"
+        raise TaskError(f"{shown}.json: the name holds {what}; rename the file")
     repairs: Counter[str] = Counter()
-    values = _parse_json(name, data, repairs)
-    task = Task(
-        name=name,
-        definition=_definition(name, values.get("Definition")),
-        positive_examples=_examples(name, values.get("Positive Examples"), repairs),
-        instances=_instances(name, values.get("Instances"), repairs),
-        categories=_strings(values.get("Categories")),
-        sources=_strings(values.get("Source")),
-        domains=_strings(values.get("Domains")),
-        input_languages=_strings(values.get("Input_language")),
-        output_languages=_strings(values.get("Output_language")),
-        licenses=_strings(values.get("Instance License")),
-        sha256=hashlib.sha256(data).hexdigest(),
-        num_bytes=len(data),
-        repairs={},
-    )
+    try:
+        values = _parse_json(name, data, repairs)
+        task = Task(
+            name=name,
+            definition=_definition(name, values.get("Definition")),
+            positive_examples=_examples(name, values.get("Positive Examples"), repairs),
+            instances=_instances(name, values.get("Instances"), repairs),
+            categories=_strings(values.get("Categories")),
+            sources=_strings(values.get("Source")),
+            domains=_strings(values.get("Domains")),
+            input_languages=_strings(values.get("Input_language")),
+            output_languages=_strings(values.get("Output_language")),
+            licenses=_strings(values.get("Instance License")),
+            sha256=hashlib.sha256(data).hexdigest(),
+            num_bytes=len(data),
+            repairs={},
+        )
+    except RecursionError:
+        raise TaskError(f"{name}.json: not a task file (nested too deeply)") from None
     return replace(task, repairs=dict(repairs))
 
 
-def _members(archive: Path, *, read: bool, only: set[str] | None = None) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes) of the archive's task files; bytes are empty unless `read`. Nothing is extracted."""
+def printable(name: str) -> str:
+    """The name with escapes for what no terminal or UTF-8 file can hold."""
+    unprintable = ("Cc", "Cs", "Zl", "Zp")  # control characters, surrogates (bytes that are not UTF-8), line ends
+    escaped = (ascii(one)[1:-1] if unicodedata.category(one) in unprintable else one for one in name)
+    return name if name.isascii() and name.isprintable() else "".join(escaped)
+
+
+def _members(archive: Path, wanted: Collection[str] | None = None) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of the archive's .json files, or of the `wanted` ones; nothing is extracted.
+
+    Without `wanted` bytes are empty. Names are normal: without a leading `./`.
+    """
     unpacked = open if archive.suffix == ".tar" else gzip.open
+    num_bytes = 0
     try:
         with unpacked(archive, "rb") as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
             for member in tar:
-                path = Path(member.name)
-                if not member.isreg() or path.suffix != ".json" or path.parent.name != "tasks":
+                path = PurePosixPath(member.name)
+                if not member.isreg() or path.suffix != ".json" or path.name.startswith("."):
                     continue
-                if only is not None and member.name not in only:
+                if wanted is not None and str(path) not in wanted:
                     continue
-                file = tar.extractfile(member) if read else None
-                yield member.name, file.read() if file else b""
+                num_bytes += member.size
+                if member.size > MAX_FILE_BYTES or num_bytes > MAX_ARCHIVE_BYTES:
+                    raise TaskError(f"{archive}: unpacks to more than it should ({printable(member.name)})")
+                file = tar.extractfile(member) if wanted is not None else None
+                yield str(path), file.read() if file else b""
             while plain.read(1 << 20):  # to gzip's checksum: tarfile takes a damaged header for the archive's end
                 pass
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
@@ -141,26 +175,37 @@ def _members(archive: Path, *, read: bool, only: set[str] | None = None) -> Iter
 def _parse_json(name: str, data: bytes, repairs: Counter[str]) -> dict[str, Any]:
     if not data.strip():
         raise TaskError(f"{name}.json: the file is empty")
-    if data.startswith(b"\xef\xbb\xbf"):
+    if data.startswith(codecs.BOM_UTF8):
         repairs["byte order mark"] += 1
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise TaskError(f"{name}.json: not UTF-8 at byte {error.start}") from None
+        which = " (it looks like UTF-16 or UTF-32)" if b"\0" in data[:4] else ""
+        raise TaskError(f"{name}.json: not UTF-8 at byte {error.start}{which}; save it as UTF-8") from None
+    if "\0" in text[:4]:
+        raise TaskError(f"{name}.json: not UTF-8 (it looks like UTF-16 or UTF-32); save it as UTF-8")
     try:
-        values = json.loads(text)  # not orjson: real files hold bare NaN and unpaired surrogates
+        # Not orjson: real files hold bare NaN and unpaired surrogates.
+        values = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         ends_there = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated string")
         truncated = ", the file ends there: truncated?" if ends_there else ""
         raise TaskError(
             f"{name}.json: not valid JSON at line {error.lineno} column {error.colno} ({error.msg}{truncated})"
         ) from None
-    except ValueError as error:  # an integer of more than 4,300 digits
+    except ValueError as error:  # an integer of more than 4,300 digits, a key given twice
         raise TaskError(f"{name}.json: not valid JSON ({error})") from None
-    except RecursionError:
-        raise TaskError(f"{name}.json: not a task file (nested too deeply)") from None
     if not isinstance(values, dict):
-        raise TaskError(f"{name}.json: expected an object at the top, found {type(values).__name__}")
+        raise TaskError(f"{name}.json: expected an object at the top, found {_kind(values)}")
+    return values
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; json itself would keep the last of several values for one key in silence."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} is given twice in one object")
     return values
 
 
@@ -176,13 +221,11 @@ def _examples(name: str, value: Any, repairs: Counter[str]) -> tuple[Example, ..
         raise TaskError(f"{name}.json: 'Positive Examples' is {_kind(value)}, expected a list")
     examples = []
     for entry in value:
-        output = entry.get("output") if isinstance(entry, dict) else None
-        if isinstance(output, list) and output:
-            output = output[0]
-        if not isinstance(output, str) or not isinstance(entry.get("input"), str):
+        outputs = list(_texts(entry.get("output"), repairs)) if isinstance(entry, dict) else []
+        if not outputs or not isinstance(entry.get("input"), str):
             repairs["positive example dropped (no input and output text)"] += 1
             continue
-        examples.append(Example(_clean(entry["input"], repairs), _clean(output, repairs)))
+        examples.append(Example(_clean(entry["input"], repairs), outputs[0]))
     return tuple(examples)
 
 
@@ -225,11 +268,9 @@ def _instance(name: str, position: int, entry: Any, repairs: Counter[str]) -> In
         return Instance("", instance_id, "", (), f"'input' is {_kind(text)}, expected a text")
     text = _clean(text, repairs)
     output = entry.get("output")
-    if not isinstance(output, list):
-        if output is not None:
-            repairs["output given as a single value, not a list"] += 1
-        output = [] if output is None else [output]
-    references = [reference for reference in (_reference(value, repairs) for value in output) if reference is not None]
+    if output is not None and not isinstance(output, list):
+        repairs["output given as a single value, not a list"] += 1
+    references = list(_texts(output, repairs)) if output is not None else []
     unique = tuple(dict.fromkeys(references))
     if len(unique) < len(references):
         repairs["repeated reference dropped"] += len(references) - len(unique)
@@ -242,15 +283,26 @@ def _instance(name: str, position: int, entry: Any, repairs: Counter[str]) -> In
     return Instance("", instance_id, text, filled)
 
 
-def _reference(value: Any, repairs: Counter[str]) -> str | None:
+def _texts(value: Any, repairs: Counter[str]) -> Iterator[str]:
+    """The texts of an output: a text, a number, a list of them, a list of such lists."""
     if isinstance(value, str):
-        return _clean(value, repairs)
-    is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
-    if isinstance(value, bool) or not is_number:
-        repairs[f"reference dropped (a {_kind(value).removeprefix('a ')}, not a text)"] += 1
-        return None
-    repairs["number taken as a reference text"] += 1
-    return str(value)
+        yield _clean(value, repairs)
+    elif isinstance(value, list):
+        for entry in value:
+            if isinstance(entry, list):
+                repairs["list inside an output taken apart"] += 1
+            yield from _texts(entry, repairs)
+    elif _is_number(value):
+        repairs["number taken as a reference text"] += 1
+        yield str(value)
+    else:
+        repairs[f"reference dropped ({_kind(value)}, not a text)"] += 1
+
+
+def _is_number(value: Any) -> bool:
+    return (isinstance(value, int) and not isinstance(value, bool)) or (
+        isinstance(value, float) and math.isfinite(value)
+    )
 
 
 def _strings(value: Any) -> tuple[str, ...]:
@@ -269,9 +321,9 @@ def _clean(text: str, repairs: Counter[str]) -> str:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "a boolean", type(None): "missing or null"}
-    if isinstance(value, list) and not value:
-        return "an empty list"
-    if isinstance(value, float) and math.isnan(value):
-        return "a NaN"
-    return names.get(type(value), f"a {type(value).__name__}")
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "not a finite number"
+    names = {dict: "an object", str: "a text", bool: "a boolean", type(None): "missing or null"}
+    return names.get(type(value), "a number")

@@ -45,7 +45,7 @@ class Instance:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One task file. `repairs` counts what the reader mended, by kind."""
+    """One task file. `repairs` counts what the reader repaired, by kind."""
 
     name: str
     definition: str

@@ -187,11 +187,11 @@ def test_a_damaged_archive_is_deleted(server, tmp_path, place):
 
 
 def test_a_disk_that_is_full_while_unpacking_keeps_the_download(server, tmp_path, monkeypatch):
-    def full(source, target):
+    def full(path, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("birbal_ray.ni.fetch.shutil.copyfileobj", full)
+        patch.setattr("birbal_ray.ni.fetch.Path.write_bytes", full)
         with pytest.raises(TaskError, match=r"no space left on the disk\); the download is kept"):
             fetch_archive(server.url, tmp_path / "ni")
     assert [file.suffix for file in (tmp_path / "ni").iterdir()] == [".gz"], "what was unpacked is gone"
