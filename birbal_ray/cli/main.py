@@ -6,6 +6,8 @@ A command's module, with the settings' schemas, is imported when that command is
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import Any
 
 import click
@@ -36,6 +38,13 @@ COMMANDS = {  # name: its module, its line in `birbal --help`
 
 class Commands(click.Group):
     """The commands of COMMANDS. Known errors end as one line on stderr: exit 2 for settings and inputs, 1 for a run."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        """Run with a stdout and a stderr: Python has None for a closed one, and `print` then writes to the other."""
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:
+                setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123
+        return super().main(*arguments, **options)
 
     def list_commands(self, context: click.Context) -> list[str]:
         """In the order of the recipe."""
