@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from birbal_ray.score.config import ModelSettings
-from birbal_ray.settings import Settings
-
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-
-
-def seconds_of(value: object) -> float | None:
-    """`24h`, `90m`, `1h30m`, `45s`, `1d` or a number of seconds, as seconds; None stays None."""
-    if value is None or isinstance(value, (int, float)):
-        return value
-    text = str(value).strip().lower()
-    if re.fullmatch(r"\d+(\.\d+)?", text):
-        return float(text)
-    parts = re.findall(r"(\d+(?:\.\d+)?)\s*([smhd])\s*", text)
-    if not parts or "".join(f"{number}{unit}" for number, unit in parts) != re.sub(r"\s", "", text):
-        raise ValueError("a duration like 24h, 90m, 1h30m or 45s is wanted")
-    return sum(float(number) * _UNITS[unit] for number, unit in parts)
-
-
-Duration = Annotated[float, BeforeValidator(seconds_of)]
+from birbal_ray.settings import Duration, Settings
 
 
 class LoraSettings(Settings):
