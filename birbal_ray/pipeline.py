@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from birbal_ray.cluster import ray_session, told
@@ -14,13 +13,13 @@ from birbal_ray.evaluate.run import evaluate
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import mix
 from birbal_ray.ni.catalog import sample_tasks_folder
-from birbal_ray.report.run import NOT_REPORTED, report
+from birbal_ray.report.run import report
 from birbal_ray.run import LOG_FOLDER, MANIFEST_FILE, stoppable
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.pipeline import logical_cpus
 from birbal_ray.score.run import score
 from birbal_ray.settings import Settings, load_config
-from birbal_ray.storage import added_to, child, is_url, working_copy
+from birbal_ray.storage import cache_folder, join, open_folder
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.launch import logical_cpus as train_logical_cpus
 from birbal_ray.train.run import train
@@ -100,13 +99,13 @@ def make_recipe(
     shared = {"tasks.path": tasks, "model.name": model}
     joined: dict[str, dict[str, Any]] = {
         "score": {**shared, "tasks.exclude": list(held_out_tasks) or None},
-        "mix": {"scores": child(output, "score")},
-        "train": {"mix": child(output, "mix"), "model.name": model},
-        "evaluate": {**shared, "adapters": [f"adapter={child(output, 'train')}"], "mix": child(output, "mix")},
+        "mix": {"scores": join(output, "score")},
+        "train": {"mix": join(output, "mix"), "model.name": model},
+        "evaluate": {**shared, "adapters": [f"adapter={join(output, 'train')}"], "mix": join(output, "mix")},
     }
 
     def config(step: str, schema: type[Settings]) -> Any:
-        flags = {**joined[step], **settings.get(step, {}), "output": child(output, step)}
+        flags = {**joined[step], **settings.get(step, {}), "output": join(output, step)}
         return load_config(schema, files.get(step), flags=flags)
 
     return Recipe(
@@ -124,8 +123,8 @@ def run_pipeline(
     overwrite: bool,
     announce: Callable[[str], None],
     show: Mapping[str, Callable[[Any], None]],
-) -> Path:
-    """Run every step, those that are up to date excepted; the report's file. Raises as the steps do.
+) -> str:
+    """Run every step, those that are up to date excepted; the report's path or URL. Raises as the steps do.
 
     `show` gets each step's result under its name. The steps share one Ray.
     """
@@ -133,9 +132,10 @@ def run_pipeline(
         *(("score", score), ("mix", mix), ("train", train)),
         ("evaluate", evaluate),
     )
+    folder = open_folder(recipe.output)
     with ExitStack() as stack:
-        here = working_copy(recipe.output) if is_url(recipe.output) else Path(recipe.output)
-        if overwrite or not all((here / step / MANIFEST_FILE).exists() for step, _ in work):
+        if overwrite or not all(folder.is_file(f"{step}/{MANIFEST_FILE}") for step, _ in work):
+            here = folder.local if folder.is_local else cache_folder() / "pipeline"
             stack.enter_context(stoppable())
             stack.enter_context(
                 ray_session(_logical_cpus(recipe), here / LOG_FOLDER / "ray.log", about=told("pipeline", recipe.output))
@@ -144,8 +144,7 @@ def run_pipeline(
             announce(f"{number}/{len(work) + 1} {step}: {ABOUT[step]}")
             show[step](run(getattr(recipe, step), overwrite=overwrite))
     announce(f"{len(work) + 1}/{len(work) + 1} report: {ABOUT['report']}")
-    with added_to(recipe.output, NOT_REPORTED) as folder:
-        return report(folder).file
+    return report(recipe.output).file
 
 
 def _logical_cpus(recipe: Recipe) -> float:

@@ -472,7 +472,7 @@ def evaluate(config: EvaluateConfig, per_task: bool, overwrite: bool, dry_run: b
 
 def print_evaluate(result: EvaluateResult, output_format: str, *, per_task: bool = False) -> None:
     """Comparisons (or every task's scores) on stdout, the conclusions on stderr."""
-    from birbal_ray.report.conclusions import model_of, verdict
+    from birbal_ray.report.conclusions import conclusion_of, model_of
 
     if output_format != "text":
         print_table(result.evaluation if per_task else result.comparisons, output_format)
@@ -506,7 +506,7 @@ def print_evaluate(result: EvaluateResult, output_format: str, *, per_task: bool
         print_table(rows, output_format)
     for row in result.comparisons:
         if row["scope"] == "all":
-            found = verdict(row)
+            found = conclusion_of(row)
             note(f"{found.title}. {found.text}")
     counts = result.manifest["rows"]
     note(f"{counts['scored']} rows scored of {counts['planned']}, {counts['errors']} errors; results: {result.folder}")
@@ -517,7 +517,7 @@ def print_evaluate(result: EvaluateResult, output_format: str, *, per_task: bool
 
 @click.command()
 @click.argument("run")
-@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="The page; default: RUN/report.html.")
+@click.option("--output", metavar="FILE", help="The page, a path or a URL; default: RUN/report.html.")
 @click.option(
     "--add",
     "added",
@@ -526,7 +526,7 @@ def print_evaluate(result: EvaluateResult, output_format: str, *, per_task: bool
     metavar="FILE",
     help="A model's results, placed on the leaderboard; see `birbal leaderboard`. Repeatable.",
 )
-def report(run: str, output: Path | None, added: tuple[Path, ...]) -> None:
+def report(run: str, output: str | None, added: tuple[Path, ...]) -> None:
     """Write one HTML page on the score, mix, train and evaluate steps in RUN, with plots as PNG and SVG beside it.
 
     RUN is a folder that holds the steps' output folders, or one of these. Steps that are not there
@@ -537,14 +537,11 @@ def report(run: str, output: Path | None, added: tuple[Path, ...]) -> None:
       birbal report runs/demo
       birbal report runs/demo --output demo.html --add results.json
     """
-    from birbal_ray.report.run import NOT_REPORTED
     from birbal_ray.report.run import report as step
-    from birbal_ray.storage import added_to
 
-    with added_to(run, NOT_REPORTED) as folder:
-        result = step(folder, output, added)
-    for verdict in result.verdicts:
-        note(verdict.title)
+    result = step(run, output, added)
+    for conclusion in result.conclusions:
+        note(conclusion.title)
     for name, state in result.missing.items():
         note(f"{name}: {state}")
     note(f"plots: {result.plots}")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from birbal_ray.report.numbers import Evaluated, Row, Scored, Trained
+from birbal_ray.report.load import Row
 from birbal_ray.statistics import MIN_TASKS
 
 FORMAT_WORDS = {"zero_shot": "zero-shot", "few_shot": "few-shot"}
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Conclusion:
     """`kind`: better | worse | open (no difference found) | none (nothing was compared)."""
 
     kind: str
@@ -19,20 +21,23 @@ class Verdict:
     text: str
 
 
-def verdicts(evaluated: Evaluated | None, trained: Trained | None, scored: Scored | None) -> list[Verdict]:
-    """One for each contender: zero-shot over all tasks, or the first prompt format there is."""
-    found = [verdict(row) for name in (evaluated.contenders if evaluated else ()) if (row := main_row(evaluated, name))]
-    return found or [_nothing_compared(evaluated, trained, scored)]
+def conclude(sections: Mapping[str, Mapping[str, Any]]) -> list[Conclusion]:
+    """One for each evaluated model: over all tasks, zero-shot where that was run, else the first prompt format.
+
+    `sections`: step → what load's readers give.
+    """
+    evaluated = sections.get("evaluate", {"names": []})
+    found = []
+    for name in evaluated["names"]:
+        rows = [row for row in evaluated["comparisons"] if (row["model"], row["scope"]) == (name, "all")]
+        if rows:
+            order = list(evaluated["formats"])
+            found.append(conclusion_of(min(rows, key=lambda row: order.index(row["prompt_format"]))))
+    return found or [_nothing_compared(sections)]
 
 
-def main_row(evaluated: Evaluated | None, contender: str) -> Row | None:
-    """The COMPARISONS row over all tasks, zero-shot where there is one."""
-    rows = [r for r in evaluated.comparisons if (model_of(r), r["scope"]) == (contender, "all")] if evaluated else []
-    return min(rows, key=lambda row: (row["prompt_format"] != "zero_shot", row["prompt_format"]), default=None)
-
-
-def verdict(row: Row) -> Verdict:
-    """What a COMPARISONS row says. An interval that touches 0, or that comes from one task, shows no difference."""
+def conclusion_of(row: Row) -> Conclusion:
+    """Say what a COMPARISONS row shows: no difference where its interval touches 0, or over fewer than MIN_TASKS."""
     name, low, high = model_of(row), row["difference_low"], row["difference_high"]
     text = (
         f"{words(row['prompt_format']).capitalize()} over {_tasks(row['num_tasks'])}, the mean task score is "
@@ -42,14 +47,14 @@ def verdict(row: Row) -> Verdict:
     )
     if row["num_tasks"] < MIN_TASKS:
         few = "one task" if row["num_tasks"] == 1 else f"{row['num_tasks']} tasks"
-        return Verdict("open", f"{name}: {few} can't tell whether it is better than the base model", text)
-    if low > 0:
-        amount = f"{row['difference']:.3f} ({_bound(low)} to {high:.3f})"
-        return Verdict("better", f"{name} is better than the base model by {amount}", text)
-    if high < 0:
-        amount = f"{-row['difference']:.3f} ({_bound(-high)} to {-low:.3f})"
-        return Verdict("worse", f"{name} is worse than the base model by {amount}", text)
-    return Verdict("open", f"{name}: no difference from the base model found; the interval contains 0", text)
+        return Conclusion("open", f"{name}: {few} can't tell whether it is better than the base model", text)
+    if low > 0 or high < 0:
+        kind, sign = ("better", 1) if low > 0 else ("worse", -1)
+        near, far = sorted((sign * low, sign * high))
+        bound = f"{near:.3f}" if near >= 0.0005 else "less than 0.001"  # never 0.000: the interval excludes 0
+        amount = f"{sign * row['difference']:.3f} ({bound} to {far:.3f})"
+        return Conclusion(kind, f"{name} is {kind} than the base model by {amount}", text)
+    return Conclusion("open", f"{name}: no difference from the base model found; the interval contains 0", text)
 
 
 def model_of(row: Row) -> str:
@@ -67,28 +72,34 @@ def signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "\u2212") if value else "0.000"
 
 
-def _bound(value: float) -> str:
-    """The end of an interval that keeps off 0, even where three decimals would not show it."""
-    return f"{value:.3f}" if value >= 0.0005 else "less than 0.001"
-
-
-def _nothing_compared(evaluated: Evaluated | None, trained: Trained | None, scored: Scored | None) -> Verdict:
-    title = "Nothing to compare: no contender was evaluated" if evaluated else "There is no finished evaluation yet"
-    if trained:
-        base, best = trained.result["base_eval_loss"], trained.result["best_eval_loss"]
+def _nothing_compared(sections: Mapping[str, Mapping[str, Any]]) -> Conclusion:
+    title = (
+        "Nothing to compare: no model but the base model was evaluated"
+        if "evaluate" in sections
+        else "There is no finished evaluation yet"
+    )
+    if "train" in sections:
+        result = sections["train"]["result"]
         text = (
-            f"Whether training helped on tasks is not known. The eval loss on held-back rows of the mix went from "
-            f"{base:.3f} (base model) to {best:.3f} (best adapter, step {trained.result['best_step']})."
+            "Whether training helped on tasks is not known. The eval loss on held-back rows of the mix went from "
+            f"{result['base_eval_loss']:.3f} (base model) to {result['best_eval_loss']:.3f} (best adapter, step "
+            f"{result['best_step']})."
         )
-    elif scored and scored.labels:
+    elif "score" in sections and (labels := sections["score"]["labels"]):
         means = ", ".join(
             f"{row['mean_task_score']:.3f} over {_tasks(row['num_tasks'])} ({row['label'].replace('_', ' ')})"
-            for row in scored.labels
+            for row in labels
         )
-        text = f"Mean task scores of {scored.model or 'the model'}: {means}."
+        text = f"Mean task scores of {model_name(sections['score']) or 'the model'}: {means}."
     else:
         text = "The sections below say what there is."
-    return Verdict("none", title, text)
+    return Conclusion("none", title, text)
+
+
+def model_name(manifest: Row) -> str | None:
+    """The name of the model that a manifest is about."""
+    model = manifest.get("model")
+    return model.get("name") if isinstance(model, Mapping) else model
 
 
 def _tasks(number: int) -> str:

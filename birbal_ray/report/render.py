@@ -1,46 +1,24 @@
-"""One HTML page from a report's values."""
+"""One HTML page: sections, conclusions and plots go to the template as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from birbal_ray.evaluate.leaderboard import Standing
 from birbal_ray.progress import duration
-from birbal_ray.report import facts, tables
-from birbal_ray.report.conclusions import Verdict, signed, words
-from birbal_ray.report.load import RunFolder
-from birbal_ray.report.numbers import Evaluated, Mixed, Scored, Trained
-from birbal_ray.report.origins import Origin
+from birbal_ray.report.conclusions import model_name, signed, words
+from birbal_ray.report.load import Row
 from birbal_ray.report.plots import Plot, tasks_name
 
 TEMPLATE = "report.html.j2"
-STEP_TITLES = {"score": "Score", "mix": "Mix", "train": "Train", "evaluate": "Evaluate"}
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """Everything on the page. `board_notes`: what to know of the added models' places."""
-
-    run: RunFolder
-    verdicts: Sequence[Verdict]
-    warnings: Sequence[str]
-    scored: Scored | None
-    mixed: Mixed | None
-    trained: Trained | None
-    evaluated: Evaluated | None
-    origins: Sequence[Origin]
-    board: Sequence[Standing]
-    board_notes: Sequence[str]
-
-
-def render(report: Report, plots: Mapping[str, Plot]) -> str:
-    """The page: no script, nothing from outside, every text from data escaped; the same for the same report."""
+def render(plots: Mapping[str, Plot], **values: Any) -> str:
+    """The page: no script, nothing from outside, every text from data escaped; the same for the same values."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -53,20 +31,15 @@ def render(report: Report, plots: Mapping[str, Plot]) -> str:
         "shown": shown,
         "exact": repr,
         "words": words,
-        "spaced": _spaced,
-        "breakable": _breakable,
+        # A browser may break the line after these; the cell's text stays what it is.
+        "breakable": lambda text: Markup("_<wbr>").join(text.split("_")),
         "duration": duration,
+        "percent": lambda fraction: f"{100 * fraction:.1f} %",
+        "model_name": model_name,
     }
-    environment.tests["numeric"] = lambda value: isinstance(value, (int, float))
-    return environment.get_template(TEMPLATE).render(
-        report=report,
-        steps=STEP_TITLES,
-        tables=_tables(report),
-        facts=_facts(report),
-        plots={name: {"drawing": Markup(plot.inline), "caption": plot.caption} for name, plot in plots.items()},  # noqa: S704 (our own SVG)
-        added=[place for place in report.board if place.added],
-        tasks_name=tasks_name,
-    )
+    environment.tests |= {"numeric": lambda value: isinstance(value, (int, float)), "numbers": has_numbers}
+    drawings = {name: {"drawing": Markup(plot.inline), "caption": plot.caption} for name, plot in plots.items()}  # noqa: S704 (our own SVG)
+    return environment.get_template(TEMPLATE).render(plots=drawings, tasks_name=tasks_name, **values)
 
 
 def shown(value: Any, with_sign: bool = False) -> str:
@@ -80,38 +53,6 @@ def shown(value: Any, with_sign: bool = False) -> str:
     return str(value)
 
 
-def _tables(report: Report) -> dict[str, tables.Table]:
-    found = []
-    if report.scored:
-        found.append(tables.scores(report.scored))
-    if mixed := report.mixed:
-        found += [make(mixed) for make in (tables.composition, tables.mix_tasks, tables.dropped, tables.licenses)]
-    if report.trained:
-        found.append(tables.evaluations(report.trained))
-    if evaluated := report.evaluated:
-        found.append(tables.comparisons(evaluated))
-        found += [tables.tasks(evaluated, name, tasks_name(name)) for name in evaluated.formats]
-    found.append(tables.leaderboard(report.board, win_rates=any(place.added for place in report.board)))
-    return tables.by_name(found)
-
-
-def _facts(report: Report) -> dict[str, list[facts.Fact]]:
-    found = {}
-    if report.scored:
-        found["score"] = facts.of_scores(report.scored)
-    if report.mixed:
-        found["mix"] = facts.of_mix(report.mixed)
-    if report.trained:
-        found["train"] = facts.of_training(report.trained)
-    if report.evaluated:
-        found["evaluate"] = facts.of_evaluation(report.evaluated)
-    return found | {f"origin:{origin.name}": facts.of_origin(origin) for origin in report.origins}
-
-
-def _breakable(text: str) -> Markup:
-    # A browser may break the line after these; the cell's text stays what it is.
-    return Markup("_<wbr>").join(text.split("_"))
-
-
-def _spaced(name: str) -> str:
-    return name.replace("_", " ")
+def has_numbers(rows: Sequence[Row], key: str) -> bool:
+    """Whether a column's values are numbers, where there are any."""
+    return any(isinstance(row.get(key), (int, float)) for row in rows)

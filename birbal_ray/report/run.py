@@ -4,87 +4,86 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from birbal_ray.evaluate import leaderboard as team_files
-from birbal_ray.evaluate.leaderboard import METRICS, Standing, missing_metrics, rank_with, zeroed_scores
-from birbal_ray.report import numbers
-from birbal_ray.report.conclusions import Verdict, verdicts
-from birbal_ray.report.load import RunFolder, find_steps, mismatches
-from birbal_ray.report.origins import origins_of
-from birbal_ray.report.plots import NAMES, Plot, draw
-from birbal_ray.report.render import Report, render
-from birbal_ray.run import read_json, write_atomic
+from birbal_ray.evaluate.leaderboard import (
+    METRICS,
+    Standing,
+    load_added,
+    load_published,
+    missing_metrics,
+    rank_with,
+    zeroed_scores,
+)
+from birbal_ray.report.conclusions import Conclusion, conclude
+from birbal_ray.report.load import READERS, Found, find_steps, mismatches
+from birbal_ray.report.plots import NAMES, draw
+from birbal_ray.report.render import render
 from birbal_ray.settings import ConfigError
+from birbal_ray.storage import input_folder, open_folder
 
-NOT_REPORTED = ("checkpoints", "best", "packed", "tensorboard", "inputs")  # of a run at a URL: not fetched
-REPORT_FILE, PLOTS_FOLDER = "report.html", "report"
+REPORT_FILE, PLOTS_FOLDER, RESULTS_FILE = "report.html", "report", "results.json"
 
 
 @dataclass(frozen=True, slots=True)
 class ReportResult:
-    """The page, the folder of its plots, what it says first, the steps it lacks."""
+    """The page and the folder of its plots (paths or URLs), what it says first, the steps it lacks."""
 
-    file: Path
-    plots: Path
-    verdicts: Sequence[Verdict]
+    file: str
+    plots: str
+    conclusions: Sequence[Conclusion]
     missing: dict[str, str]
 
 
-def report(run: Path, output: Path | None = None, added: Sequence[Path] = ()) -> ReportResult:
+def report(
+    run: str | os.PathLike[str], output: str | os.PathLike[str] | None = None, added: Sequence[Path] = ()
+) -> ReportResult:
     """Write `run`/report.html and its plots in `run`/report; with `output`, there and in {name}-plots beside it.
 
-    `added`: results files of models to be placed on the leaderboard; those of `birbal harness` runs in
-    `run` are placed, too. The same inputs give the same
-    bytes. Raises RunError (no finished step, a damaged file), ConfigError (options, results files).
+    `run` and `output` are paths or URLs. `added`: results files of models to be placed on the leaderboard;
+    those of `birbal harness` runs in `run` are placed, too. The same inputs give the same bytes.
+    Raises RunError (no finished step, a damaged file), ConfigError (options, results files).
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError('the plots need matplotlib, which is not installed: pip install "birbal_ray[train]"')
-    file = output or run / REPORT_FILE
-    if file.suffix not in (".html", ".htm"):
-        raise ConfigError(f"--output {file}: expected a file name that ends in .html")
-    if file.is_dir():
-        raise ConfigError(f"--output {file}: is a folder, expected a file name")
-    found = find_steps(run)
-    steps = found.finished
-    board, notes = _board([*_measured(found), *added])
-    scored = numbers.scored_of(steps["score"]) if "score" in steps else None
-    mixed = numbers.mixed_of(steps["mix"]) if "mix" in steps else None
-    trained = numbers.trained_of(steps["train"]) if "train" in steps else None
-    evaluated = numbers.evaluated_of(steps["evaluate"]) if "evaluate" in steps else None
-    content = Report(
+    folder, _, name = os.fspath(output).rpartition("/") if output is not None else (os.fspath(run), "", REPORT_FILE)
+    target = open_folder(folder or ".")
+    if not name.endswith((".html", ".htm")):
+        raise ConfigError(f"--output {output}: expected a file name that ends in .html")
+    if target.is_local and (target.local / name).is_dir():
+        raise ConfigError(f"--output {output}: is a folder, expected a file name")
+    found = find_steps(open_folder(run))
+    sections = {step: READERS[step](one) for step, one in found.finished.items()}
+    conclusions = conclude(sections)
+    board, notes = rank_models([*_harness_results(found), *added])
+    plots = draw(sections)
+    page = render(
+        plots,
         run=found,
-        verdicts=verdicts(evaluated, trained, scored),
+        conclusions=conclusions,
         warnings=mismatches(found),
-        scored=scored,
-        mixed=mixed,
-        trained=trained,
-        evaluated=evaluated,
-        origins=origins_of(found),
-        board=board,
+        board=[{**asdict(one), **{f"win_rate:{name}": rate for name, rate in one.win_rates.items()}} for one in board],
         board_notes=notes,
+        **{step: sections.get(step) for step in READERS},
     )
-    plots = draw(scored, mixed, trained, evaluated)
-    page = render(content, plots)
-    folder = run / PLOTS_FOLDER if output is None else file.with_name(f"{file.stem}-plots")
-    _write_plots(folder, plots)
-    write_atomic(file, page.encode())
-    return ReportResult(file, folder, content.verdicts, dict(found.missing))
+    pictures = PLOTS_FOLDER if output is None else f"{name.rpartition('.')[0]}-plots"
+    files = {f"{pictures}/{plot.name}.svg": plot.svg.encode() for plot in plots.values()}
+    files |= {f"{pictures}/{plot.name}.png": plot.png for plot in plots.values()}
+    ours = (*(f"{pictures}/{plot}." for plot in NAMES), f"{pictures}/tasks-")
+    target.delete([file for file in target.files(pictures) if file.startswith(ours) and file not in files])
+    for file, data in {**files, name: page.encode()}.items():
+        target.write_bytes(file, data)
+    return ReportResult(target.at(name), target.at(pictures), conclusions, dict(found.missing))
 
 
-def _measured(run: RunFolder) -> list[Path]:
-    """Results files of finished `birbal harness` runs in the folder that hold a metric."""
-    files = [step.path / "results.json" for step in run.others if step.step == "harness"]
-    return [file for file in files if file.exists() and read_json(file).get("metrics")]
-
-
-def _board(added: Sequence[Path]) -> tuple[list[Standing], list[str]]:
+def rank_models(added: Sequence[Path]) -> tuple[list[Standing], list[str]]:
     """The published teams with the added models among them, and what to know of these."""
     added = list({file.resolve(): file for file in added}.values())
-    teams = team_files.load_published()
-    models = team_files.load_added(added, teams)
+    teams = load_published()
+    models = load_added(added, teams)
     places = rank_with(teams, models)
     notes = []
     for name, file in zip(models, added, strict=True):
@@ -104,11 +103,7 @@ def _board(added: Sequence[Path]) -> tuple[list[Standing], list[str]]:
     return places, notes
 
 
-def _write_plots(folder: Path, plots: dict[str, Plot]) -> None:
-    for name in (*NAMES, "tasks-*"):  # an earlier report's, of steps that are gone
-        for file in folder.glob(f"{name}.*"):
-            if file.stem not in plots:
-                file.unlink()
-    for plot in plots.values():
-        write_atomic(folder / f"{plot.name}.svg", plot.svg.encode())
-        write_atomic(folder / f"{plot.name}.png", plot.png)
+def _harness_results(found: Found) -> list[Path]:
+    """Results files of finished `birbal harness` runs in the folder that hold a metric."""
+    runs = [one.folder for one in found.others if one.step == "harness" and one.folder.is_file(RESULTS_FILE)]
+    return [input_folder(run.at(RESULTS_FILE)) for run in runs if run.read_json(RESULTS_FILE).get("metrics")]

@@ -7,6 +7,7 @@ import shutil
 import xml.etree.ElementTree as ET
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,12 +17,14 @@ from click.testing import CliRunner
 from birbal_ray.cli.main import main
 from birbal_ray.evaluate.leaderboard import METRICS
 from birbal_ray.evaluate.models import adapter_fingerprint
-from birbal_ray.report.conclusions import verdict
+from birbal_ray.report.conclusions import conclusion_of
 from birbal_ray.report.run import report
 from birbal_ray.run import MANIFEST_FILE, RunError, read_json, write_json
 from birbal_ray.schemas import EVALUATION
 from birbal_ray.settings import ConfigError
+from birbal_ray.storage import open_folder
 from tests.fixtures.made_run import NASTY, make_run
+from tests.fixtures.s3_server import BUCKET
 
 PLOTS = ("scores", "mix", "training", "differences", "tasks-zero_shot", "tasks-few_shot")
 
@@ -109,7 +112,7 @@ def assert_same(cells, row):
     [
         ("scores", "score/task_scores.parquet", 7),
         ("mix-tasks", "mix/tasks.parquet", 7),
-        ("comparisons", "evaluate/comparisons.parquet", 11),
+        ("comparisons", "evaluate/comparisons.parquet", 13),
     ],
 )
 def test_a_table_holds_its_file(run, page, table, file, num_columns):
@@ -130,10 +133,10 @@ def test_before_and_after_holds_the_evaluation(run, page, prompt_format):
     for cells in found:
         task = cells["task"][0]
         scores = {}
-        for contender in ("base", "adapter"):
-            row = expected[task, contender]
-            mine = {name.partition(":")[2]: cell for name, cell in cells.items() if name.startswith(f"{contender}:")}
-            scores[contender] = row["task_score"]
+        for model in ("base", "adapter"):
+            row = expected[task, model]
+            mine = {name.partition(":")[2]: cell for name, cell in cells.items() if name.startswith(f"{model}:")}
+            scores[model] = row["task_score"]
             assert_same({name: cell for name, cell in mine.items() if name != "difference"}, row)
         assert float(cells["adapter:difference"][1]) == scores["adapter"] - scores["base"]
         assert cells["held_out"][0] == expected[task, "base"]["held_out"]
@@ -199,7 +202,7 @@ def test_the_same_inputs_give_the_same_bytes(run, copy):
     shutil.rmtree(copy / "report")
     (copy / "report.html").unlink()
     result = report(copy)
-    names = sorted(path.name for path in result.plots.iterdir())
+    names = sorted(path.name for path in Path(result.plots).iterdir())
     assert names == sorted(f"{name}.{kind}" for name in PLOTS for kind in ("png", "svg"))
     for name in ("report.html", *(f"report/{name}" for name in names)):
         assert (copy / name).read_bytes() == (run / name).read_bytes(), name
@@ -212,20 +215,20 @@ def test_steps_that_are_not_there_are_named(copy):
     (copy / "evaluate" / MANIFEST_FILE).unlink()
     result = report(copy)
     assert result.missing == {"mix": "not run", "train": "not run", "evaluate": "not finished"}
-    page = Page(result.file.read_text(encoding="utf-8"))
+    page = Page(Path(result.file).read_text(encoding="utf-8"))
     for text in ("Mix: not run", "Train: not run", "Evaluate: not finished", "holds no finished train step"):
         assert text in page.text
     assert page.tables.keys() == {"scores", "leaderboard"}
-    assert result.verdicts[0].title == "There is no finished evaluation yet"
-    assert sorted(path.stem for path in result.plots.glob("*.svg")) == ["scores"]  # the others' plots are gone
-    assert "Mean task scores of" in result.verdicts[0].text
+    assert result.conclusions[0].title == "There is no finished evaluation yet"
+    assert sorted(path.stem for path in Path(result.plots).glob("*.svg")) == ["scores"]  # the others' plots are gone
+    assert "Mean task scores of" in result.conclusions[0].text
 
 
 def test_a_step_s_own_folder_is_a_run_too(copy):
     result = report(copy / "train")
-    assert result.file == copy / "train" / "report.html"
+    assert Path(result.file) == copy / "train" / "report.html"
     assert set(result.missing) == {"score", "mix", "evaluate"}
-    assert "from 3.300 (base model) to 2.059 (best adapter, step 30)" in result.verdicts[0].text
+    assert "from 3.300 (base model) to 2.059 (best adapter, step 30)" in result.conclusions[0].text
 
 
 def test_a_folder_without_steps_is_refused(tmp_path):
@@ -235,7 +238,7 @@ def test_a_folder_without_steps_is_refused(tmp_path):
         report(tmp_path)
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "run.json").write_text('{"step": "train", "identity": {}}')
-    with pytest.raises(RunError, match=r"begun, not finished: train"):
+    with pytest.raises(RunError, match=r"started, not finished: train"):
         report(tmp_path)
     assert not (tmp_path / "report.html").exists()
 
@@ -251,7 +254,7 @@ def test_several_folders_of_a_step(copy, without_plots):
 def test_steps_of_other_runs_are_pointed_out(copy, without_plots):
     manifest = read_json(copy / "train" / MANIFEST_FILE)
     write_json(copy / "train" / MANIFEST_FILE, {**manifest, "mix": {"path": "mix", "identity_hash": "f" * 64}})
-    page = Page(report(copy).file.read_text(encoding="utf-8"))
+    page = Page(Path(report(copy).file).read_text(encoding="utf-8"))
     assert "train was made from another mix run than the one in this folder" in page.text
 
 
@@ -281,9 +284,9 @@ def test_an_added_model_is_placed(run, tmp_path):
     results = tmp_path / "results.json"
     results.write_text(json.dumps({"team": name, "metrics": dict.fromkeys(list(METRICS)[:20], 0.5)}))
     result = report(run, tmp_path / "out" / "page.html", [results])
-    assert result.plots == tmp_path / "out" / "page-plots"
-    assert (result.plots / "scores.png").read_bytes().startswith(b"\x89PNG")
-    page = Page(result.file.read_text(encoding="utf-8"))
+    assert Path(result.plots) == tmp_path / "out" / "page-plots"
+    assert (Path(result.plots) / "scores.png").read_bytes().startswith(b"\x89PNG")
+    page = Page(Path(result.file).read_text(encoding="utf-8"))
     assert page.tags["b"] == 0
     board = {cells["team"][0]: cells for cells in page.rows("leaderboard")}
     assert len(board) == 9
@@ -312,8 +315,8 @@ def test_without_an_added_model_none_is_placed(page):
         (0.05, 0.05, 0.05, 1, "open", "a: one task can't tell whether it is better than the base model"),
     ],
 )
-def test_the_verdict_is_honest(low, difference, high, num_tasks, kind, title):
-    found = verdict(
+def test_the_conclusion_is_honest(low, difference, high, num_tasks, kind, title):
+    found = conclusion_of(
         {
             **{"model": "a", "prompt_format": "zero_shot", "scope": "all", "num_tasks": num_tasks},
             **{"base_score": 0.3, "score": 0.3 + difference, "difference": difference},
@@ -324,11 +327,11 @@ def test_the_verdict_is_honest(low, difference, high, num_tasks, kind, title):
     assert found.text.startswith("Zero-shot over ")
 
 
-def test_each_contender_gets_a_verdict(tmp_path):
+def test_each_model_gets_a_conclusion(tmp_path):
     folder = make_run(tmp_path / "run", num_tasks=4, adapters=("first", "second"))
     result = report(folder)
-    assert [verdict.title.split()[0].rstrip(":") for verdict in result.verdicts] == ["first", "second"]
-    page = Page(result.file.read_text(encoding="utf-8"))
+    assert [conclusion.title.split()[0].rstrip(":") for conclusion in result.conclusions] == ["first", "second"]
+    page = Page(Path(result.file).read_text(encoding="utf-8"))
     assert {cells["model"][0] for cells in page.rows("comparisons")} == {"first", "second"}
     assert page.tags["h1"] == 1
 
@@ -381,8 +384,8 @@ def test_an_evaluation_without_a_mix_is_not_called_held_out(copy, without_plots)
     file = copy / "evaluate" / "evaluation.parquet"
     rows = [{**row, "held_out": "unknown"} for row in pq.read_table(file).to_pylist()]
     pq.write_table(pa.Table.from_pylist(rows, schema=EVALUATION), file)
-    text = " ".join(Page(report(copy).file.read_text(encoding="utf-8")).text.split())
-    assert "the contenders may have been trained on these instances" in text
+    text = " ".join(Page(Path(report(copy).file).read_text(encoding="utf-8")).text.split())
+    assert "the evaluated models may have been trained on these instances" in text
     assert "none was among the mix's candidates" not in text
 
 
@@ -392,7 +395,39 @@ def test_results_of_the_harness_are_placed_with_their_caveat(copy, without_plots
         write_json(copy / name / "results.json", results)
         write_json(copy / name / MANIFEST_FILE, {"step": "harness", "identity": {}, "identity_hash": name})
     result = report(copy, added=[copy / "harness-adapter" / "results.json"])
-    page = Page(result.file.read_text(encoding="utf-8"))
+    page = Page(Path(result.file).read_text(encoding="utf-8"))
     assert len(page.rows("leaderboard")) == 9  # the run without a metric has no place
     assert "harness-adapter: an indication." in page.text
     assert "harness-base/manifest.json" in page.text
+
+
+def test_a_run_at_a_url_gives_the_same_page_there(run, s3):
+    folder = open_folder(f"s3://{BUCKET}/report/run")
+    for file in run.rglob("*"):
+        if file.is_file() and not file.is_relative_to(run / "report"):
+            folder.upload(file, file.relative_to(run).as_posix())
+    folder.write_bytes("report/mix.png", b"an earlier one")
+    folder.write_bytes("report/tasks-chat.png", b"of a prompt format that is gone")
+    folder.write_bytes("report/notes.txt", b"somebody's")
+    result = report(folder.place)
+    assert (result.file, result.plots) == (folder.at("report.html"), folder.at("report"))
+    assert folder.read_bytes("report.html") == (run / "report.html").read_bytes()
+    expected = {f"report/{name}.{kind}" for name in PLOTS for kind in ("svg", "png")}
+    assert folder.files("report").keys() == {*expected, "report/notes.txt"}
+    assert folder.read_bytes("report/mix.png") == (run / "report" / "mix.png").read_bytes()
+
+
+def test_an_evaluation_of_version_0_1_is_read(copy, without_plots):
+    new = ("is_primary", "p_value", "p_adjusted", "detectable_difference")
+    for name in ("evaluation.parquet", "comparisons.parquet"):
+        table = pq.read_table(copy / "evaluate" / name)
+        table = table.drop_columns([column for column in new if column in table.column_names])
+        table = table.rename_columns(["contender" if column == "model" else column for column in table.column_names])
+        pq.write_table(table, copy / "evaluate" / name)
+    manifest = read_json(copy / "evaluate" / MANIFEST_FILE)
+    write_json(copy / "evaluate" / MANIFEST_FILE, {**manifest, "contenders": manifest.pop("models")})
+    result = report(copy)
+    page = Page(Path(result.file).read_text(encoding="utf-8"))
+    assert "adapter" in result.conclusions[0].title
+    assert len(page.rows("comparisons")[0]) == 11
+    assert "adapter:difference" in page.rows("tasks-zero_shot")[0]
