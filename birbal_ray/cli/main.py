@@ -18,7 +18,7 @@ EXIT_FAILED, EXIT_USAGE = 1, 2
 COMMANDS = {  # name: its module, its line in `birbal --help`
     "demo": ("steps", "The whole recipe, small, on this machine."),
     "pipeline": ("steps", "The whole recipe on your tasks and model."),
-    "tasks": ("tasks", "List, show, check, label, download tasks."),
+    "tasks": ("tasks", "List, show, check, label, import, download tasks."),
     "score": ("steps", "Few-shot inference over task files, scored."),
     "mix": ("steps", "A training set from the scores and outside datasets."),
     "tune": ("steps", "The sampling ratios that a short fine-tune learns most from."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,9 +12,9 @@ from birbal_ray.cli.options import format_option, note, print_table, refuse_url
 
 
 def _local(context: click.Context, option: click.Parameter, path: str | None) -> Path | None:
-    from birbal_ray.storage import local_copy
+    from birbal_ray.storage import input_folder
 
-    return None if path is None else local_copy(path)
+    return None if path is None else input_folder(path)
 
 
 tasks_option = click.option(
@@ -27,7 +28,7 @@ tasks_option = click.option(
 
 @click.group()
 def tasks() -> None:
-    """List, show, check, label and download task files.
+    """List, show, check, label, import and download task files.
 
     \b
     Examples:
@@ -122,6 +123,111 @@ def label_tasks(path: Path | None, compare: Path | None, output_format: str) -> 
         uncompared = f"; {left} tasks are not in {compare}" if left else ""
         note(f"{agreed} labels agree, {len(rows)} differ" + (" (listed)" if rows else "") + uncompared)
     print_table(rows, output_format)
+
+
+@tasks.command("import")
+@click.argument("source")
+@click.option(
+    "--input", "inputs", multiple=True, required=True, metavar="COLUMN", help="Input; repeat it to join some."
+)
+@click.option("--output", "outputs", multiple=True, required=True, metavar="COLUMN", help="Right answers; repeatable.")
+@click.option("--definition", required=True, help="What is asked, in words; {group} stands for the group.")
+@click.option("--name", help="The task's name; default: that of the file or dataset.")
+@click.option("--group-by", metavar="COLUMN", help="Make one task for each value of this column.")
+@click.option("--folder", default="my-tasks", type=click.Path(path_type=Path), callback=refuse_url, help="To write to.")
+@click.option("--num-examples", type=click.IntRange(min=0), default=4, help="Rows that become positive examples.")
+@click.option("--category", default="", help="Kind of task, e.g. 'Title Generation'; the label rule reads it.")
+@click.option("--language", default="English", help="Of inputs and outputs.")
+@click.option("--license", default="unknown", help="Of the rows; mix and model card name it.")
+@click.option("--split", default="train", help="Of a dataset on the Hub.")
+@click.option("--subset", help="Of a dataset on the Hub: its configuration.")
+@click.option("--revision", help="Of a dataset on the Hub.")
+@click.option("--overwrite", is_flag=True, help="Replace task files of the same names.")
+@format_option
+def import_tasks(
+    source: str,
+    name: str | None,
+    folder: Path,
+    split: str,
+    subset: str | None,
+    revision: str | None,
+    overwrite: bool,
+    output_format: str,
+    **options: Any,
+) -> None:
+    """Make task files of your own rows: a CSV, TSV, JSONL, JSON or Parquet file, or a dataset on the Hub.
+
+    A few rows become the positive examples, the others instances. Prints each task with its label, and says
+    which rows it left out and why.
+
+    \b
+    Examples:
+      birbal tasks import reviews.csv --input review --output mood --definition "Say the review's mood." --name mood
+      birbal tasks import squad --input context --input question --output answers --definition "Answer." --split train
+    """
+    import json
+
+    from birbal_ray.ni import catalog
+    from birbal_ray.ni.importing import ImportOptions, make_tasks
+    from birbal_ray.ni.reader import parse_task
+    from birbal_ray.ni.schema import TaskError
+    from birbal_ray.storage import write_atomic
+
+    name = name or Path(source).name.split(".")[0]
+    settings = ImportOptions(name=name, source=source, **options)
+    columns, rows = _read_source(source, settings, split, subset, revision)
+    files, dropped = make_tasks(columns, rows, settings)
+    texts = {name: json.dumps(values, indent=1, ensure_ascii=False).encode() for name, values in files.items()}
+    for name, text in texts.items():
+        parse_task(name, text)  # raises where the name can't be a task's
+        if (folder / f"{name}.json").exists() and not overwrite:
+            raise TaskError(f"{folder / name}.json exists; give another --name or --folder, or --overwrite")
+    for name, text in texts.items():
+        write_atomic(folder / f"{name}.json", text)
+    written = [row for row in catalog.summarise_tasks(folder) if row["task"] in files]
+    print_table(written, output_format, ["task", "label", "label reason", "instances", "shots"])
+    for reason, count in dropped.counts.items():
+        note(f"left out {count:,} of {len(rows):,} rows (the first is row {dropped.first[reason]}): {reason}")
+    note(f"{len(files)} task files in {folder}; next: birbal tasks validate --tasks {folder}")
+
+
+def _read_source(
+    source: str, settings: Any, split: str, subset: str | None, revision: str | None
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """(columns, rows) of a file, or of a dataset on the Hub or in a folder."""
+    from birbal_ray.ni.importing import read_rows
+    from birbal_ray.ni.schema import TaskError
+
+    file = Path(source)
+    if file.suffix in (".csv", ".tsv", ".jsonl", ".json", ".parquet") or file.is_file():
+        if not file.is_file():
+            raise TaskError(f"{source}: no such file")
+        if file.suffix != ".parquet":
+            group = [settings.group_by] if settings.group_by else []
+            return read_rows(file, [*settings.inputs, *settings.outputs, *group])
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.ParquetFile(file).read()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise TaskError(f"{source}: not a readable Parquet file ({' '.join(str(error).split())})") from None
+        return table.column_names, table.to_pylist()
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(source, subset, split=split, revision=revision)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise TaskError(f"{source}: no such file, and not a dataset that the Hub gives ({reason})") from None
+    for column, feature in rows.features.items():
+        if isinstance(feature, datasets.ClassLabel):  # numbers that stand for names
+            names = feature.names
+            rows = rows.cast_column(column, datasets.Value("string")).map(
+                lambda row, column=column, names=names: {column: row[column] and names[int(row[column])]}
+            )
+    return rows.column_names, list(rows)
 
 
 @tasks.command()

@@ -1,0 +1,206 @@
+"""Task files from a table of one's own: rows of inputs and outputs become examples and instances."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import decimal
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rapidfuzz import process as fuzzy
+
+from birbal_ray.ni.reader import MAX_NAME_BYTES
+from birbal_ray.ni.schema import TaskError, hash_order, read_text
+from birbal_ray.ni.text import count_words
+
+CSV_DELIMITERS = (",", ";", "\t", "|")
+MAX_CELL_CHARACTERS = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class ImportOptions:
+    """What the columns of a table mean, and what the task files say."""
+
+    name: str
+    inputs: tuple[str, ...]  # several: lines of `column: text`
+    outputs: tuple[str, ...]  # each is a reference, and each entry of a list
+    definition: str  # {group} stands for the group
+    group_by: str | None = None  # one task for each value of this column
+    num_examples: int = 4
+    category: str = ""
+    language: str = "English"
+    license: str = "unknown"
+    source: str = ""
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class Dropped:
+    """Rows that are in no task, by reason: how many, and the first one's number."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    first: dict[str, int] = field(default_factory=dict)
+
+    def add(self, reason: str, number: int) -> None:
+        """One more row, by its number from 1."""
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        self.first.setdefault(reason, number)
+
+
+def read_rows(file: Path, columns: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """(columns found, rows) of a .csv, .tsv, .jsonl or .json file (a list of objects).
+
+    A CSV may be separated by another sign than the comma: the first of CSV_DELIMITERS is taken that
+    gives all of `columns`. Raises TaskError naming file and line.
+    """
+    text = read_text(file)
+    if file.suffix in (".csv", ".tsv"):
+        return _read_csv(file, text, columns)
+    if file.suffix == ".json":
+        lines = [(1, text)]
+    else:  # split at \n alone: U+2028 and the like may stand in a JSON text
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    rows: list[Any] = []
+    for number, line in lines:
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise TaskError(f"{file} line {number}: not valid JSON ({error})") from None
+        rows += value if file.suffix == ".json" and isinstance(value, list) else [value]
+        if not all(isinstance(row, dict) for row in (rows if file.suffix == ".json" else rows[-1:])):
+            raise TaskError(f"{file} line {number}: expected JSON objects, one for each row")
+    return list(dict.fromkeys(key for row in rows for key in row)), rows
+
+
+def make_tasks(
+    columns: Sequence[str], rows: Iterable[Mapping[str, Any]], options: ImportOptions
+) -> tuple[dict[str, dict[str, Any]], Dropped]:
+    """(task files by name, rows that are in none). The same rows give the same files, whatever their order in time.
+
+    Rows with the same input become one instance with the outputs of all. Examples are taken in hash
+    order from the shorter half of a task's rows, of different outputs as far as there are, at most half
+    of the rows; they are no instances. Raises TaskError when a column is missing or no row is left.
+    """
+    wanted = [*options.inputs, *options.outputs, *([options.group_by] if options.group_by else [])]
+    for column in wanted:
+        if column not in columns:
+            match = fuzzy.extractOne(column, columns)
+            hint = f" (nearest: {match[0]!r})" if match else ""
+            raise TaskError(f"{options.source}: no column {column!r}{hint}; it has {', '.join(columns) or 'none'}")
+    dropped = Dropped()
+    groups: dict[str, dict[str, tuple[int, list[str]]]] = {}  # group → input → (row number, outputs)
+    for number, row in enumerate(rows, 1):
+        group = _text(row.get(options.group_by)) if options.group_by else ""
+        inputs = [_text(row.get(column)) for column in options.inputs]
+        outputs = [text for column in options.outputs for text in _texts(row.get(column)) if text.strip()]
+        if None in row:  # csv's key for what is beyond the header
+            dropped.add("more cells than the header has", number)
+        elif group is None or (options.group_by and not group.strip()):
+            dropped.add(f"no text in column {options.group_by!r}", number)
+        elif not all(text and text.strip() for text in inputs):
+            column = next(
+                name for name, text in zip(options.inputs, inputs, strict=True) if not (text and text.strip())
+            )
+            dropped.add(f"no text in column {column!r}", number)
+        elif not outputs:
+            dropped.add(f"no text in {' or '.join(f'column {name!r}' for name in options.outputs)}", number)
+        else:
+            one = inputs[0] if len(inputs) == 1 else _lines(options.inputs, inputs)
+            known = groups.setdefault(group, {}).setdefault(str(one), (number, []))[1]
+            if known:
+                new = not set(outputs) <= set(known)
+                dropped.add("same input as an earlier row" + (": its output became a reference" if new else ""), number)
+            known += [text for text in dict.fromkeys(outputs) if text not in known]
+    tasks: dict[str, dict[str, Any]] = {}
+    for group, instances in sorted(groups.items()):
+        if len(instances) == 1 and options.num_examples:
+            dropped.add(
+                "the only row of its task: nothing is left beside an example", next(iter(instances.values()))[0]
+            )
+            continue
+        name = _task_name(options.name, group, tasks) if options.group_by else options.name
+        tasks[name] = _task_values(name, group, instances, options)
+    if not tasks:
+        reasons = "; ".join(f"{count:,} rows: {reason}" for reason, count in dropped.counts.items()) or "it has no rows"
+        raise TaskError(f"{options.source}: no task can be made ({reasons})")
+    return tasks, dropped
+
+
+def _task_values(
+    name: str, group: str, instances: Mapping[str, tuple[int, list[str]]], options: ImportOptions
+) -> dict[str, Any]:
+    lengths = {text: count_words(f"{text} {outputs[0]}") for text, (_, outputs) in instances.items()}
+    median = sorted(lengths.values())[(len(lengths) - 1) // 2]
+    candidates = sorted(
+        (text for text in instances if lengths[text] <= median),
+        key=lambda text: hash_order(f"{name}:{text}", options.seed),
+    )
+    first_of = {instances[text][1][0]: text for text in reversed(candidates)}  # output → its first candidate
+    candidates.sort(key=lambda text: first_of[instances[text][1][0]] != text)  # stable: one of each output first
+    examples = candidates[: min(options.num_examples, len(instances) // 2)]
+    return {
+        "Contributors": [],
+        "Source": [options.source],
+        "Categories": [options.category] if options.category else [],
+        "Domains": [],
+        "Input_language": [options.language],
+        "Output_language": [options.language],
+        "Definition": [options.definition.replace("{group}", group)],
+        "Positive Examples": [{"input": text, "output": instances[text][1][0], "explanation": ""} for text in examples],
+        "Negative Examples": [],
+        "Instances": [
+            {"id": f"{name}-{number}", "input": text, "output": outputs}
+            for text, (number, outputs) in instances.items()
+            if text not in examples
+        ],
+        "Instance License": [options.license],
+    }
+
+
+def _task_name(name: str, group: str, taken: Mapping[str, Any]) -> str:
+    slug = re.sub(r"[^\w.-]+", "_", group).strip("_.") or "group"
+    while len(f"{name}_{slug}".encode()) > MAX_NAME_BYTES - 10:
+        slug = slug[:-1]
+    candidates = (f"{name}_{slug}" + (f"_{n}" if n > 1 else "") for n in range(1, len(taken) + 2))
+    return next(one for one in candidates if one not in taken)
+
+
+def _read_csv(file: Path, text: str, columns: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    csv.field_size_limit(MAX_CELL_CHARACTERS)
+    delimiters = ("\t",) if file.suffix == ".tsv" else CSV_DELIMITERS
+    headers = {one: next(csv.reader(io.StringIO(text, newline=""), delimiter=one), []) for one in delimiters}
+    delimiter = next((one for one, header in headers.items() if set(columns) <= set(header)), delimiters[0])
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    found = list(reader.fieldnames or [])
+    if repeated := {name for name in found if found.count(name) > 1}.intersection(columns):
+        raise TaskError(f"{file}: two columns are named {sorted(repeated)[0]!r}; rename one")
+    try:
+        return found, list(reader)
+    except csv.Error as error:
+        raise TaskError(f"{file} line {reader.line_num}: not valid CSV ({error})") from None
+
+
+def _lines(columns: Sequence[str], texts: Sequence[str | None]) -> str:
+    return "\n".join(f"{column}: {text}" for column, text in zip(columns, texts, strict=True))
+
+
+def _texts(value: Any) -> list[str]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [text for text in map(_text, values) if text is not None]
+
+
+def _text(value: Any) -> str | None:
+    """The cell as a text; None for what is none: a list, an object, nothing, not a finite number."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    kinds = (str, int, float, decimal.Decimal, datetime.date, datetime.time, datetime.datetime)
+    return str(value) if isinstance(value, kinds) else None
