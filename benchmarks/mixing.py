@@ -1,10 +1,10 @@
-"""Mixing a million scored rows: birbal_ray on Ray Data against pandas, and what each corrected defect changes.
+"""Mixing a million scored rows: in one process, on Ray's workers, with pandas; what each corrected defect changes.
 
     .venv/bin/python benchmarks/mixing.py scale [--rows 1000000] [--json FILE]
     .venv/bin/python benchmarks/mixing.py corrections [--tasks shared/data/….tar.gz] [--json FILE]
 
-`scale` makes score folders of a quarter of the rows and of all of them, mixes each with both (every
-measurement in a process of its own), checks that both chose the same rows in the same order, and prints
+`scale` makes score folders of a quarter of the rows and of all of them, mixes each with all three (every
+measurement in a process of its own), checks that all chose the same rows in the same order, and prints
 rows/s, peak memory of the whole process tree (proportional set size, shared memory counted once) and ratios.
 """
 
@@ -42,7 +42,7 @@ def main() -> None:
     corrections.add_argument("--tasks", type=Path, help="real task files; made-up rows without it")
     corrections.add_argument("--json", type=Path)
     child = parts.add_parser("child")
-    child.add_argument("kind", choices=["make", "ray", "pandas"])
+    child.add_argument("kind", choices=["make", "birbal", "ray", "pandas"])
     child.add_argument("scores", type=Path)
     child.add_argument("output", type=Path)
     child.add_argument("rows", type=int)
@@ -71,26 +71,41 @@ def measure_scale(arguments: argparse.Namespace) -> dict[str, Any]:
                 made = in_child("make", scores, scores, rows, 0)
                 print(f"made {rows:,} scored rows in {made['seconds']:.0f} s", flush=True)
             found = {}
-            for kind in ("ray", "pandas"):
+            for kind in KINDS:
                 output = Path(scratch) / f"{kind}-{rows}"
                 found[kind] = {"kind": kind, "rows": rows, **in_child(kind, scores, output, rows, budget)}
                 runs.append(found[kind])
                 print(line(found[kind]), flush=True)
-            same = found["ray"]["digest"] == found["pandas"]["digest"]
-            print(f"{rows:,} rows: {'the same' if same else 'OTHER'} train and eval rows in the same order", flush=True)
-            if not same:
-                raise SystemExit("the two versions differ")
+            if len({found[kind]["digest"] for kind in KINDS}) > 1:
+                raise SystemExit(f"{rows:,} rows: the versions chose other train and eval rows, or in another order")
+            ours = [mix_bytes(Path(scratch) / f"{kind}-{rows}") for kind in ("birbal", "ray")]
+            if ours[0] != ours[1]:
+                raise SystemExit(f"{rows:,} rows: Ray's workers gave other bytes")
+            print(
+                f"{rows:,} rows: all chose the same rows in the same order; birbal and ray: the same bytes", flush=True
+            )
     by = {(run["kind"], run["rows"]): run for run in runs}
     small, large = arguments.rows // 4, arguments.rows
     ratios = {
         f"{kind}_memory_{large}_over_{small}": by[kind, large]["peak_mib"] / by[kind, small]["peak_mib"]
-        for kind in ("ray", "pandas")
+        for kind in KINDS
     }
-    for name, key in (("rows_per_second", "rows_per_second"), ("peak_memory", "peak_mib")):
-        ratios[f"{name}_ray_over_pandas"] = by["ray", large][key] / by["pandas", large][key]
+    for rows in (small, large):
+        for kind in ("birbal", "ray"):
+            for key in ("rows_per_second", "peak_mib"):
+                ratios[f"{key}_{kind}_over_pandas_{rows}"] = by[kind, rows][key] / by["pandas", rows][key]
     for name, value in ratios.items():
         print(f"{name}: {value:.2f}")
     return {"cpus": os.cpu_count(), "load_before": os.getloadavg(), "runs": runs, "ratios": ratios}
+
+
+def mix_bytes(folder: Path) -> dict[str, bytes]:
+    """SHA-256 of each file of a mix that holds data."""
+    import hashlib
+
+    from birbal_ray.mix.write import TASKS_FILE, mix_files
+
+    return {name: hashlib.sha256((folder / name).read_bytes()).digest() for name in [*mix_files(), TASKS_FILE]}
 
 
 def line(run: dict[str, Any]) -> str:
@@ -162,8 +177,17 @@ def make(scores: Path, output: Path, rows: int, budget: int) -> None:
     print(json.dumps({"seconds": time.perf_counter() - started}))
 
 
+def in_process(scores: Path, output: Path, rows: int, budget: int) -> None:
+    """`birbal mix` as it is: one process, no Ray."""
+    from birbal_ray.mix.run import mix
+
+    started = time.perf_counter()
+    mix(settings(scores, output, budget))
+    report(rows, time.perf_counter() - started, 0.0, output)
+
+
 def with_ray(scores: Path, output: Path, rows: int, budget: int) -> None:
-    """`birbal mix`, Ray's start apart, on an object store too small for the rows."""
+    """`birbal mix` on Ray's workers, Ray's start apart."""
     import ray
 
     from birbal_ray.cluster import QUIET_ENVIRONMENT
@@ -174,7 +198,7 @@ def with_ray(scores: Path, output: Path, rows: int, budget: int) -> None:
         started = time.perf_counter()
         ray.init(
             address="local",
-            num_cpus=max(4, (os.cpu_count() or 2) + 2),
+            num_cpus=os.cpu_count() or 2,
             object_store_memory=OBJECT_STORE_MIB << 20,
             include_dashboard=False,
             log_to_driver=False,
@@ -182,20 +206,18 @@ def with_ray(scores: Path, output: Path, rows: int, budget: int) -> None:
             _temp_dir=folder,
         )
         ready = time.perf_counter()
-        mix(settings(scores, output, budget))
+        mix(settings(scores, output, budget, in_process_mib=0, chunk_mib=4))
         done = time.perf_counter()
         ray.shutdown()
-    report(rows, done - ready, ready - started, kept_ids(output / "train.parquet") + kept_ids(output / "eval.parquet"))
+    report(rows, done - ready, ready - started, output)
 
 
-def settings(scores: Path, output: Path, budget: int) -> Any:
-    """The mix that both versions make."""
+def settings(scores: Path, output: Path, budget: int, **resources: int) -> Any:
+    """The mix that all versions make."""
     from birbal_ray.mix.config import MixConfig
 
     budgets = {"exact_match_budget": budget, "generation_budget": budget}
-    return MixConfig(
-        scores=str(scores), output=str(output), task_score=budgets, resources={"in_process_mib": 0, "chunk_mib": 4}
-    )
+    return MixConfig(scores=str(scores), output=str(output), task_score=budgets, resources=resources)
 
 
 def with_pandas(scores: Path, output: Path, rows: int, budget: int) -> None:
@@ -205,7 +227,7 @@ def with_pandas(scores: Path, output: Path, rows: int, budget: int) -> None:
     import pyarrow.parquet as pq
 
     from birbal_ray.mix.allocation import TaskDemand, allocate, train_size
-    from birbal_ray.mix.look import repeat_key, row_hash, shuffle_hash
+    from birbal_ray.mix.features import repeat_keys, row_hashes, shuffle_hashes
     from birbal_ray.mix.rows import question_of
 
     started = time.perf_counter()
@@ -214,10 +236,9 @@ def with_pandas(scores: Path, output: Path, rows: int, budget: int) -> None:
     tasks = pd.read_parquet(scores / "tasks.parquet")[["task", "definition"]]
     frame = frame.merge(tasks, on="task", how="left")
     frame["output"] = frame["answer"].str[0].fillna("")
-    frame["row_hash"] = [row_hash(i, 0) for i in frame["row_id"]]
-    frame["shuffle_hash"] = [shuffle_hash(i, 0) for i in frame["row_id"]]
-    pairs = zip(frame["definition"], frame["orig_input"], strict=True)
-    frame["key"] = [repeat_key(definition, text, "instruction_input") for definition, text in pairs]
+    frame["row_hash"] = row_hashes(frame["row_id"], 0)
+    frame["shuffle_hash"] = shuffle_hashes(frame["row_id"], 0)
+    frame["key"] = repeat_keys(frame["definition"], frame["orig_input"], "instruction_input")
     input_words = frame["orig_input"].str.count(" ") + 1
     words = frame["definition"].str.count(" ") + 1 + input_words
     reason = pd.Series("", index=frame.index)
@@ -254,26 +275,24 @@ def with_pandas(scores: Path, output: Path, rows: int, budget: int) -> None:
         pq.write_table(table, output / f"{split}.parquet", compression="zstd")
         part[["question", "answer"]].to_json(output / f"{split}.jsonl", orient="records", lines=True, force_ascii=False)
         part[["instruction", "input", "output"]].to_json(output / f"{split}.json", orient="records", force_ascii=False)
-    report(rows, time.perf_counter() - started, 0.0, alive["row_id"].tolist())
+    report(rows, time.perf_counter() - started, 0.0, output)
 
 
-def kept_ids(file: Path) -> list[str]:
-    """Row ids in file order."""
-    import pyarrow.parquet as pq
-
-    return list(pq.read_table(file, columns=["row_id"])["row_id"].to_pylist())
-
-
-def report(rows: int, seconds: float, start_seconds: float, ids: list[str]) -> None:
-    """What the parent reads."""
+def report(rows: int, seconds: float, start_seconds: float, output: Path) -> None:
+    """What the parent reads; the digest is that of the train and eval rows' ids in order."""
     import hashlib
 
+    import pyarrow.parquet as pq
+
+    files = (pq.ParquetFile(output / f"{split}.parquet") for split in ("train", "eval"))
+    ids = [row_id for file in files for row_id in file.read(["row_id"])["row_id"].to_pylist()]
     digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()
     record = {"seconds": seconds, "rows_per_second": rows / seconds, "start_seconds": start_seconds}
     print(json.dumps({**record, "kept": len(ids), "digest": digest}))
 
 
-CHILDREN = {"make": make, "ray": with_ray, "pandas": with_pandas}
+KINDS = ("birbal", "ray", "pandas")
+CHILDREN = {"make": make, "birbal": in_process, "ray": with_ray, "pandas": with_pandas}
 
 
 # --- corrections ----------------------------------------------------------------------------------
@@ -283,40 +302,43 @@ def measure_corrections(arguments: argparse.Namespace) -> dict[str, Any]:
     """How many rows of a birbal_2023 mix each corrected defect of the published scripts changes."""
     import numpy as np
 
-    from birbal_ray.mix import build, look, select
+    from birbal_ray.mix import select
     from birbal_ray.mix.config import MixConfig
-    from birbal_ray.mix.rows import NATURAL_INSTRUCTIONS, Bits, Reason
+    from birbal_ray.mix.plan import plan_mix
+    from birbal_ray.mix.rows import Flags, Reason
     from birbal_ray.mix.scores import open_scores
     from tests.fixtures.score_folder import made_up_rows, write_score_folder
 
     with tempfile.TemporaryDirectory(prefix="birbal-bench-") as scratch:
-        rows: Any = real_rows(arguments.tasks) if arguments.tasks else made_up_rows(100, 1000, seed=3)
+        rows: Any = list(real_rows(arguments.tasks)) if arguments.tasks else made_up_rows(100, 1000, seed=3)
         definitions = real_definitions(arguments.tasks) if arguments.tasks else None
         folder = write_score_folder(Path(scratch) / "s", rows, definitions=definitions, shard_rows=4000)
         scores = open_scores(folder)
-        groups = [select.Group(t.name, NATURAL_INSTRUCTIONS, t.label, t.task_score) for t in scores.tasks]
-        chunks = build.plan_chunks(None, scores.files, 16 << 20)
-        columns = {}
-        for compat in (True, False):
-            config = MixConfig(policy="birbal_2023", birbal_2023={"compat": compat})
-            texts = {
-                t.name: look.TaskText(i, t.definition, t.license, t.label, False) for i, t in enumerate(scores.tasks)
-            }
-            lookup = look.Lookup(config, texts, {}, None)
-            tables = (table for chunk in chunks for table in look.features(chunk, lookup))
-            columns[compat] = build.gather(tables, len(chunks), False, Path(scratch)).candidates
-        empty = empty_answers(chunks, lookup)
+        plans = {
+            compat: plan_mix(
+                MixConfig(policy="birbal_2023", birbal_2023={"compat": compat}), scores, [], Path(scratch) / "work"
+            )
+            for compat in (True, False)
+        }
+        columns = {compat: plan.candidates for compat, plan in plans.items()}
+        groups = plans[True].context.groups
+        by_id = {f"{row['task']}:{row['instance_id']}": row for row in rows}
+        texts = [
+            (row["prediction"].split("\n\n")[0].strip(), *row["answer"])
+            for row in (by_id[row_id] for row_id in plans[True].row_ids.to_pylist())
+        ]
+        empty = np.array([any(not text.replace(".", "") for text in group) for group in texts])
         old, new = columns[True], columns[False]
-        unfiltered = old.bits & ~np.uint16(Bits.EMPTY_OUTPUT)
-        published = dataclasses.replace(old, bits=unfiltered)
-        only_empty = np.where(empty, new.ladder, old.ladder)
+        unfiltered = old.flags & ~np.uint16(Flags.EMPTY_OUTPUT)
+        published = dataclasses.replace(old, flags=unfiltered)
+        only_empty = np.where(empty, new.published, old.published)
         steps = {
-            "an empty answer is not perfect": dataclasses.replace(published, ladder=only_empty),
+            "an empty answer is not perfect": dataclasses.replace(published, published=only_empty),
             "ROUGE-L counts every word, not distinct ones": dataclasses.replace(
-                published, ladder=np.where(empty, old.ladder, new.ladder)
+                published, published=np.where(empty, old.published, new.published)
             ),
             "repeats need the same instruction": dataclasses.replace(published, key=new.key),
-            "empty outputs are dropped": dataclasses.replace(published, bits=old.bits),
+            "empty outputs are dropped": dataclasses.replace(published, flags=old.flags),
             "all of them": new,
         }
         plain = MixConfig(policy="birbal_2023")
@@ -329,17 +351,6 @@ def measure_corrections(arguments: argparse.Namespace) -> dict[str, Any]:
             print(f"{name}: +{added:,} −{removed:,} rows")
             result["corrections"][name] = {"added": added, "removed": removed}
         return result
-
-
-def empty_answers(chunks: list[Any], lookup: Any) -> Any:
-    """Whether a row's answer, or any of its references, is empty to the published scripts."""
-    import numpy as np
-
-    from birbal_ray.mix import look
-
-    rows = (row for chunk in chunks for batch in look.candidates(chunk, lookup) for row in batch)
-    texts = ((row.prediction.split("\n\n")[0].strip(), *row.references) for row in rows)
-    return np.array([any(not text.replace(".", "") for text in group) for group in texts])
 
 
 def real_tasks(path: Path) -> Iterator[tuple[Any, str]]:

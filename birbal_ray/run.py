@@ -256,7 +256,7 @@ def _claim(
     same = earlier.get("identity") == identity and earlier.get("format") == FORMAT
     if same and not (overwrite and MANIFEST_FILE in visible):
         _remove_leftovers(folder, leftovers)
-        return True, _complete_manifest(folder, visible) if MANIFEST_FILE in visible else None, visible
+        return True, _complete_manifest(folder, files) if MANIFEST_FILE in visible else None, visible
     if not overwrite:
         raise RunMismatchError(folder, identity_differences(earlier, record))
     listed = _listed_files(folder) if MANIFEST_FILE in visible else set()
@@ -356,7 +356,7 @@ def read_manifest(place: str | os.PathLike[str] | Folder, step: str, *, oldest: 
     files or none. Raises RunError when there is no such run, it is unfinished, or files are missing or have changed.
     """
     folder = open_folder(place)
-    files = folder.files()
+    files = folder.files(hidden=True)  # a task's name may begin with a dot
     if MANIFEST_FILE not in files:
         if RUN_FILE in files:
             started = folder.read_json(RUN_FILE)

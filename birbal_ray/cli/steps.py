@@ -206,9 +206,8 @@ def explain_row(row_id: str, mix_folder: str, output_format: str) -> None:
       birbal mix explain sample001_review_sentiment:sample001-007 --mix runs/mix
     """
     from birbal_ray.mix.inspect import explain
-    from birbal_ray.storage import local_copy
 
-    answer = explain(local_copy(mix_folder), row_id)
+    answer = explain(mix_folder, row_id)
     text = output_format == "text"
     # Counts keep their plain digits here: beside them stand ids.
     cells = [{"": name, " ": str(value) if type(value) is int else shown(value)} for name, value in answer.items()]
@@ -229,9 +228,8 @@ def diff_mixes(first: str, second: str, output_format: str) -> None:
     import json
 
     from birbal_ray.mix.inspect import diff
-    from birbal_ray.storage import local_copy
 
-    result = diff(local_copy(first), local_copy(second))
+    result = diff(first, second)
     if output_format == "json":
         click.echo(json.dumps(result, indent=1, ensure_ascii=False))
         return
@@ -271,6 +269,8 @@ def print_mix(result: MixResult, output_format: str) -> None:
             more = f", and {len(short) - 3} more" if len(short) > 3 else ""
             why = f"too few candidates{f': {some}{more}' if short else ''}"
             note(f"{label}: {entry['allocated']:,} of {entry['budget']:,} rows; {why}")
+    for task, text in result.manifest["notes"].items():
+        note(f"{task}: {text}")
     for kind, count in result.manifest["contamination"]["found"].items():
         note(f"contamination: {count:,} candidates {kind} ({result.manifest['contamination']['action']})")
     note(f"mix: {result.folder}" if result.folder else "nothing was written (--dry-run)")

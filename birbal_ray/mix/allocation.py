@@ -1,8 +1,9 @@
-"""How many rows each task gives to the mix, by either selection policy.
+"""How many rows each task gives to the mix, by each selection policy.
 
-Pure functions on plain values. `task_score` spreads a budget by what the model gets wrong;
-`birbal_2023` is the ladder of the published 2023 recipe (data_prep/process_one_word_response_file.py
-and prepare_generation_tasks_dataset.py of Upaya07/NeurIPS-llm-efficiency-challenge).
+Pure functions on plain values. `task_score` spreads a budget by what the model gets wrong, `uniform` evenly,
+`proportional` by the tasks' sizes; `birbal_2023` is the ladder of the published 2023 recipe
+(data_prep/process_one_word_response_file.py and prepare_generation_tasks_dataset.py of
+Upaya07/NeurIPS-llm-efficiency-challenge).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-TASK_SCORE, BIRBAL_2023 = "task_score", "birbal_2023"
+TASK_SCORE, BIRBAL_2023, UNIFORM, PROPORTIONAL = "task_score", "birbal_2023", "uniform", "proportional"
 
 LADDER_CAPS = (350, 350, 300, 300, 250, 250, 200, 150, 100, 50)  # by accuracy decile, 0..9
 BAND_EDGES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # ROUGE-L; band 0 lies below the first edge
@@ -47,14 +48,19 @@ class TaskShortfall:
 class Allocation:
     """Rows per task (every task of the demand, zeros included).
 
-    `shortfall` is budget − rows given; `short_tasks` names the tasks that could not give their
-    proportional share (empty when the budget is met).
+    `shortfall` is budget − rows given. `capped_tasks` have fewer candidates than their proportional
+    share, which went to other tasks as far as those have candidates.
     """
 
     budget: int
     counts: dict[str, int]
     shortfall: int
-    short_tasks: tuple[TaskShortfall, ...]
+    capped_tasks: tuple[TaskShortfall, ...]
+
+    @property
+    def short_tasks(self) -> tuple[TaskShortfall, ...]:
+        """The tasks that left the budget unmet; empty when it is met."""
+        return self.capped_tasks if self.shortfall else ()
 
 
 def allocate(budget: int, demands: Sequence[TaskDemand], gamma: float = 1.0) -> Allocation:
@@ -66,15 +72,29 @@ def allocate(budget: int, demands: Sequence[TaskDemand], gamma: float = 1.0) -> 
     A task with weight 0 gets nothing. Raises ValueError on a repeated name, a negative budget, or a
     score outside [0, 1].
     """
-    _check(budget, demands)
+    if budget < 0:
+        raise ValueError(f"budget is {budget}, expected 0 or more")
+    names = [demand.name for demand in demands]
+    if len(set(names)) != len(names):
+        raise ValueError(f"task {next(n for n in names if names.count(n) > 1)!r} is named twice")
+    for demand in demands:
+        if not 0.0 <= demand.task_score <= 1.0:
+            raise ValueError(f"task {demand.name!r}: task score {demand.task_score}, expected 0 to 1")
     ordered = sorted(demands, key=lambda demand: demand.name)
     weights = {d.name: Fraction((1.0 - d.task_score) ** gamma if d.weight is None else d.weight) for d in ordered}
     limits = {d.name: d.num_candidates if weights[d.name] else 0 for d in ordered}
+    capped, total = [], sum(weights.values(), Fraction(0))
+    wanted = _whole({name: budget * weight / (total or 1) for name, weight in weights.items()}, budget if total else 0)
+    if budget:
+        capped = [
+            TaskShortfall(d.name, wanted[d.name], d.num_candidates)
+            for d in ordered
+            if wanted[d.name] > d.num_candidates or not total
+        ]
     available = sum(limits.values())
     if available <= budget:
-        short = _short_tasks(budget, ordered, weights) if available < budget else ()
-        return Allocation(budget, limits, budget - available, short)
-    return Allocation(budget, _whole(_water_fill(budget, limits, weights), budget), 0, ())
+        return Allocation(budget, limits, budget - available, tuple(capped))
+    return Allocation(budget, _whole(_water_fill(budget, limits, weights), budget), 0, tuple(capped))
 
 
 def ladder_cap(accuracy: float, factor: float = 1.0) -> int:
@@ -106,19 +126,8 @@ def band_name(number: int) -> str:
 
 
 def train_size(num_rows: int, eval_fraction: float) -> int:
-    """Rows of the training side; the rest, in the same order, is the evaluation side."""
-    return int((1 - eval_fraction) * num_rows)
-
-
-def _check(budget: int, demands: Sequence[TaskDemand]) -> None:
-    if budget < 0:
-        raise ValueError(f"budget is {budget}, expected 0 or more")
-    names = [demand.name for demand in demands]
-    if len(set(names)) != len(names):
-        raise ValueError(f"task {next(n for n in names if names.count(n) > 1)!r} is named twice")
-    for demand in demands:
-        if not 0.0 <= demand.task_score <= 1.0:
-            raise ValueError(f"task {demand.name!r}: task score {demand.task_score}, expected 0 to 1")
+    """Rows of the training side, at least one of any; the rest, in the same order, is the evaluation side."""
+    return max(int((1 - eval_fraction) * num_rows), min(1, num_rows))
 
 
 def _water_fill(budget: int, limits: dict[str, int], weights: dict[str, Fraction]) -> dict[str, Fraction]:
@@ -144,13 +153,3 @@ def _whole(shares: dict[str, Fraction], budget: int) -> dict[str, int]:
     for name in by_remainder[:seats]:
         counts[name] += 1
     return counts
-
-
-def _short_tasks(budget: int, ordered: Sequence[TaskDemand], weights: dict[str, Fraction]) -> tuple[TaskShortfall, ...]:
-    total = sum(weights.values(), Fraction(0))
-    if not total:
-        return tuple(TaskShortfall(d.name, 0, d.num_candidates) for d in ordered) if budget else ()
-    wanted = _whole({name: budget * weight / total for name, weight in weights.items()}, budget)
-    return tuple(
-        TaskShortfall(d.name, wanted[d.name], d.num_candidates) for d in ordered if wanted[d.name] > d.num_candidates
-    )

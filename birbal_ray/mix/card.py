@@ -35,6 +35,7 @@ def dataset_card(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> st
             ],
         ),
         _shortfalls(manifest["allocation"]),
+        _notes(manifest["notes"]),
         "## Sources and licences\n",
         "Every row carries its own `license`; the strictest one binds the mix as a whole.\n",
         _table(["source", "origin", "revision", "licences"], manifest["licenses"]),
@@ -50,8 +51,9 @@ def dataset_card(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> st
 
 FILES = f"""- `train.parquet`, `eval.parquet`: {", ".join(f"`{name}`" for name in MIX_ROWS.names)}
 - `train.jsonl`, `eval.jsonl`: `question` and `answer`, the training text (loss on the answer only)
-- `alpaca/train.json`, `alpaca/eval.json`: `instruction`, `input`, `output`, for axolotl (`type: alpaca`)
-  and LLaMA-Factory (`dataset_dir` is the `alpaca` folder)
+- `alpaca/train.json`, `alpaca/eval.json`: `instruction`, `input`, `output`; their trainers' `alpaca` prompts have a
+  preamble that the training text lacks. `alpaca/README.md` says which prompt gives the training text in axolotl and
+  LLaMA-Factory
 - `audit.parquet`: every candidate, kept or dropped, with one reason; `tasks.parquet`: counts per task
 - with `validation_rows_per_task`: `validation.*`, rows kept out to judge mixes by
 """
@@ -88,6 +90,11 @@ def _shortfalls(allocation: Mapping[str, Any]) -> str:
         if entry["shortfall"]
     ]
     return "## Budgets not met\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _notes(notes: Mapping[str, str]) -> str:
+    lines = [f"- {task}: {note}" for task, note in notes.items()]
+    return "## Tasks below their share\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def _first(tasks: Sequence[Mapping[str, Any]]) -> str:

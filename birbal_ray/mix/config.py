@@ -8,17 +8,17 @@ from pydantic import Field, model_validator
 
 from birbal_ray.settings import Settings
 
-UPSTREAMS = ("lima", "open_platypus", "math_instruct", "quac", "openbookqa", "cnn_dailymail")
+HUB_NAMES = ("lima", "open_platypus", "math_instruct", "quac", "openbookqa", "cnn_dailymail")
 
 
 class TaskScoreSettings(Settings):
-    """Policy task_score: more from what the model gets wrong."""
+    """Policy task_score: more from what the model gets wrong.
+
+    `uniform` and `proportional` draw both budgets together at random, from whatever tasks.
+    """
 
     exact_match_budget: int = Field(50_000, ge=0, description="rows from exact-match tasks")
     generation_budget: int = Field(50_000, ge=0, description="rows from generation tasks")
-    weights: Literal["score", "size"] = Field(
-        "score", description="size: tasks give in proportion to their usable rows, gamma and scores don't matter"
-    )
     gamma: float = Field(1.0, ge=0, le=16, description="0 spreads evenly; larger leans towards badly answered tasks")
     failed_first: bool = Field(True, description="inside a task, rows the model failed are drawn before others")
     failed_below: float = Field(0.2, ge=0, le=1, description="generation rows under this ROUGE-L count as failed")
@@ -28,7 +28,7 @@ class TaskScoreSettings(Settings):
 class Birbal2023Settings(Settings):
     """Policy birbal_2023: the published ladder."""
 
-    factor: float = Field(1.0, gt=0, description="multiplies the caps of exact-match tasks")
+    factor: float = Field(1.0, gt=0, allow_inf_nan=False, description="multiplies the caps of exact-match tasks")
     compat: bool = Field(False, description="also reproduce the published scripts' defects")
 
 
@@ -43,7 +43,9 @@ class DedupSettings(Settings):
     """What counts as a repeat."""
 
     key: Literal["instruction_input", "input"] = Field("instruction_input")
-    near: bool = Field(False, description="also drop near-duplicate inputs under the same instruction (MinHash)")
+    near: bool = Field(
+        False, description="also drop near-duplicate inputs with the same instruction, numbers and signs (MinHash)"
+    )
     near_threshold: float = Field(0.8, gt=0.5, lt=1, description="estimated Jaccard similarity of word 3-grams")
 
 
@@ -77,22 +79,24 @@ class ColumnMapping(Settings):
 class SourceSettings(Settings):
     """One outside dataset: an upstream by name, or a local file with a column mapping."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="an upstream's name, or yours for a local file")
-    path: str | None = Field(None, description="local .jsonl, .json or .parquet; for an upstream: a copy in its layout")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="a known dataset's name, or yours for a file")
+    path: str | None = Field(
+        None, description="a .jsonl, .json or .parquet file or its URL; for a known dataset: a copy in its layout"
+    )
     columns: ColumnMapping | None = None
     revision: str | None = Field(None, description="Hub revision instead of the pinned one")
     max_rows: int | None = Field(None, ge=0, description="at most so many, the first in hash order")
-    license: str | None = Field(None, description="overrides the upstream's")
+    license: str | None = Field(None, description="overrides the dataset's")
     llm_written: bool = Field(False, description="every row was written by a language model")
     instruction: str | None = Field(None, description="fixed instruction of every row")
 
     @model_validator(mode="after")
     def _complete(self) -> SourceSettings:
-        if self.name in UPSTREAMS:
+        if self.name in HUB_NAMES:
             if self.columns is not None:
-                raise ValueError(f"{self.name} is a known upstream and takes no columns")
+                raise ValueError(f"{self.name} is a known dataset and takes no columns")
         elif self.path is None or self.columns is None:
-            raise ValueError(f"{self.name!r} is no known upstream ({', '.join(UPSTREAMS)}): give path and columns")
+            raise ValueError(f"{self.name!r} is no known dataset ({', '.join(HUB_NAMES)}): give path and columns")
         return self
 
 
@@ -101,7 +105,7 @@ class MixResources(Settings):
 
     num_cpus: int | None = Field(None, ge=1, description="logical CPUs of a local Ray; null: cores + 2, at least 4")
     chunk_mib: int = Field(16, ge=1, description="score files read by one Ray task")
-    in_process_mib: int = Field(32, ge=0, description="up to so much input is read without Ray; 0 always uses Ray")
+    in_process_mib: int = Field(512, ge=0, description="up to so much of scores is read without Ray; 0 always uses Ray")
 
 
 class MixConfig(Settings):
@@ -111,7 +115,11 @@ class MixConfig(Settings):
     output: str | None = Field(None, description="run folder; the same command on a finished one does nothing")
     model: str | None = Field(None, description="refuse scores made by any other model; null takes any")
     seed: int = Field(0, ge=0, description="another seed gives another draw and another order")
-    policy: Literal["task_score", "birbal_2023"] = Field("task_score", description="how rows are chosen")
+    policy: Literal["task_score", "birbal_2023", "uniform", "proportional"] = Field(
+        "task_score",
+        description="how rows are chosen: by what the model gets wrong, by the published ladder, as many of every "
+        "task, or in proportion to the tasks' sizes",
+    )
     task_score: TaskScoreSettings = TaskScoreSettings()
     birbal_2023: Birbal2023Settings = Birbal2023Settings()
     filters: FilterSettings = FilterSettings()

@@ -1,8 +1,8 @@
-"""Row schemas of a mix, the reasons a candidate can have, the training text."""
+"""Row schemas of a mix, what is known of a candidate, and the reasons it can have."""
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 
 import pyarrow as pa
 
@@ -40,8 +40,7 @@ AUDIT = pa.schema(
         pa.field("bucket", pa.string(), nullable=False),
         pa.field("split", pa.string()),  # train | eval; null when dropped
         pa.field("contamination", pa.string()),  # family, ngram, or both; whatever was done about it
-        pa.field("row_hash", pa.uint64(), nullable=False),
-        pa.field("twin_hash", pa.uint64()),  # row_hash of the row that a repeat repeats
+        pa.field("duplicate_of", pa.string()),  # row_id of the row that this one repeats
     ]
 )
 
@@ -56,10 +55,11 @@ MIX_TASKS = pa.schema(
         pa.field("num_usable", pa.int64(), nullable=False),  # what the policy could draw from
         pa.field("num_allocated", pa.int64(), nullable=False),  # what the policy asked for
         pa.field("num_kept", pa.int64(), nullable=False),
+        pa.field("note", pa.string()),  # why the policy gave it less than its share, null where it didn't
     ]
 )
 
-# An outside dataset after its adapter; kept in the run's work folder while it runs.
+# An outside dataset after its adapter; kept in a work folder while the mix is made.
 OUTSIDE_ROWS = pa.schema(
     [
         pa.field("instruction", pa.string(), nullable=False),
@@ -75,7 +75,7 @@ OUTSIDE_ROWS = pa.schema(
 
 
 class Reason(IntEnum):
-    """Why a candidate is in the mix or not; the first that applies. `describe` says it in words."""
+    """Why a candidate is in the mix or not; the first that applies."""
 
     KEPT = 0
     ERROR = 1
@@ -126,8 +126,8 @@ DESCRIPTIONS = {
 }
 
 
-class Bits(IntEnum):
-    """What one look at a candidate's text tells, whatever the policy makes of it (or-ed into a uint16)."""
+class Flags(IntFlag):
+    """What is known of a candidate from its text, whatever the policy makes of it (a uint16)."""
 
     ERROR = 1
     LLM_WRITTEN = 2
@@ -138,8 +138,8 @@ class Bits(IntEnum):
     SHORT_INPUT = 64
     EMPTY_OUTPUT = 128
     SEVERAL_REFERENCES = 256
-    LADDER_TOO_LONG = 512  # birbal_2023: ≥ 800 words together
-    LADDER_LONG_INPUT = 1024  # birbal_2023, generation: > 1,100 words of input
+    PUBLISHED_TOO_LONG = 512  # birbal_2023: ≥ 800 words together
+    PUBLISHED_LONG_INPUT = 1024  # birbal_2023, generation: > 1,100 words of input
 
 
 # Name of the part of a task or source a candidate was looked for in; the index is what arrays hold.
@@ -157,8 +157,3 @@ BUCKET_OF = {name: number for number, name in enumerate(BUCKETS)}
 def question_of(instruction: str, text: str) -> str:
     """Training text without loss; the instruction part is left out when it is blank."""
     return training_prefix(instruction) + own_part(text)
-
-
-def num_words(text: str) -> int:
-    """Words as the published scripts count them: parts between single spaces (an empty text has 1)."""
-    return text.count(" ") + 1

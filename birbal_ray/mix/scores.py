@@ -1,23 +1,34 @@
-"""A finished score folder: its tasks, its model, its files."""
+"""A finished score folder, local or at a URL: its tasks, its model, its files, and every doubt about them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from birbal_ray.run import RunError, read_manifest
+from birbal_ray.ni.metrics import EXACT_MATCH, GENERATION, MAX_UNREACHABLE_FRACTION
+from birbal_ray.run import RunError, one_line, read_manifest, sha256_of
 from birbal_ray.schemas import ROWS_FOLDER, SCORE_ROWS, TASK_SCORES, TASK_SCORES_FILE, TASKS, TASKS_FILE
 from birbal_ray.settings import ConfigError, canonical_hash
+from birbal_ray.storage import Folder, open_folder
+
+AGAIN = "run `birbal score` again, or copy the folder again"
+# Columns of tasks.parquet that runs of earlier versions lack.
+LATER_COLUMNS = ("unreachable_fraction", "unreachable_reason", "stop_reason", "definition_is_text")
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredTask:
-    """One task of a score run; `task_score` is None when no row was scored."""
+    """One task of a score run; `task_score` in [0, 1], None when no row was scored.
+
+    `unreachable`: why the metric can't give a right answer 1. `stop_reason`: why scoring ended before the task's
+    instances did. Either is None where it doesn't apply. `definition_is_text`: its file holds no list there.
+    """
 
     name: str
     label: str
@@ -27,18 +38,30 @@ class ScoredTask:
     num_instances: int
     num_errors: int
     task_score: float | None
+    unreachable: str | None = None
+    stop_reason: str | None = None
+    definition_is_text: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreFile:
+    """One file of SCORE_ROWS; `sha256` None where the run's manifest doesn't list it."""
+
+    name: str
+    size: int
+    sha256: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreFolder:
     """A finished score run. `tasks` by name, `files` by file name."""
 
-    path: Path
+    folder: Folder
     model: str | None
     identity_hash: str
     content_hash: str
     tasks: tuple[ScoredTask, ...]
-    files: tuple[Path, ...]
+    files: tuple[ScoreFile, ...]
 
     @property
     def num_rows(self) -> int:
@@ -46,12 +69,13 @@ class ScoreFolder:
         return sum(task.num_instances for task in self.tasks)
 
 
-def open_scores(folder: Path, model: str | None = None) -> ScoreFolder:
-    """The finished score run in `folder`.
+def open_scores(place: str | os.PathLike[str] | Folder, model: str | None = None) -> ScoreFolder:
+    """The finished score run at `place`.
 
-    Raises RunError when it is missing, unfinished, of another step, or lacks a table; ConfigError
-    when `model` is given and another model made the scores.
+    Raises RunError when it is missing, unfinished, of another step, lacks a table, or holds one that was
+    edited or makes no sense; ConfigError when `model` is given and another model made the scores.
     """
+    folder = place if isinstance(place, Folder) else open_folder(place)
     manifest = read_manifest(folder, "score")
     made_by = model_of(manifest)
     if model is not None and made_by != model:
@@ -59,58 +83,119 @@ def open_scores(folder: Path, model: str | None = None) -> ScoreFolder:
             f"{folder}: scored by {made_by or 'an unnamed model'}, the configuration says model = {model!r}; "
             "point --scores at that model's run, or correct model (null takes any)"
         )
-    files = tuple(sorted(p for p in (folder / ROWS_FOLDER).glob("*.parquet") if not p.name.startswith(".tmp-")))
-    if not files:
-        raise RunError(f"{folder / ROWS_FOLDER}: no Parquet files; the score run's rows are gone, rerun `birbal score`")
-    tasks = _tasks(folder)
-    return ScoreFolder(
-        folder,
-        made_by,
-        str(manifest.get("identity_hash", "")),
-        canonical_hash([[p.name, p.stat().st_size] for p in files]),
-        tasks,
-        files,
+    listed = _listed_hashes(manifest)
+    # A task's name may begin with a dot; what a killed writer left begins with .tmp-.
+    files = tuple(
+        ScoreFile(name, stat.size, listed.get(name))
+        for name, stat in folder.files(ROWS_FOLDER, hidden=True).items()
+        if name.endswith(".parquet") and "/.tmp-" not in name
     )
+    if not files:
+        raise RunError(f"{folder.at(ROWS_FOLDER)}: no Parquet files; the score run's rows are gone, {AGAIN}")
+    content = canonical_hash([[file.name, file.sha256 or file.size] for file in files])
+    tasks = _tasks(folder, listed)
+    return ScoreFolder(folder, made_by, str(manifest.get("identity_hash", "")), content, tasks, files)
 
 
 def model_of(manifest: Mapping[str, Any]) -> str | None:
     """The model's name in a score manifest, None where it has none."""
-    return manifest.get("model", {}).get("name")
+    model = manifest.get("model")
+    return model.get("name") if isinstance(model, Mapping) else None
 
 
-def read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """A small Parquet table with at least the schema's columns. Raises RunError naming file and column."""
-    if not path.is_file():
-        raise RunError(f"{path}: no such file; the run before is incomplete, rerun it")
+def read_table(
+    folder: Folder, name: str, schema: pa.Schema, sha256: str | None = None, optional: Sequence[str] = ()
+) -> pa.Table:
+    """The schema's columns, and the `optional` ones that are there; the bytes are checked against `sha256`, if given.
+
+    Raises RunError naming the file and the column, or that the file was edited.
+    """
+    place = folder.at(name)
     try:
-        table = pq.read_table(path, partitioning=None)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise RunError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
-    check_columns(path, table.schema, schema)
+        data = folder.read_bytes(name)
+    except FileNotFoundError:
+        raise RunError(f"{place}: no such file; the run before is incomplete, run it again") from None
+    try:
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
+            check_columns(place, file.schema_arrow, schema)
+            table = file.read(columns=[*schema.names, *(name for name in optional if name in file.schema_arrow.names)])
+    except (pa.ArrowException, OSError) as error:
+        raise RunError(f"{place}: not a readable Parquet file ({one_line(error)}); run its step again") from None
+    if sha256 is not None and sha256_of(data) != sha256:
+        raise RunError(
+            f"{place}: edited since its run finished (the manifest has another sha256); restore it or {AGAIN}"
+        )
     return table
 
 
-def check_columns(path: Path, found: pa.Schema, wanted: pa.Schema) -> None:
+def check_columns(place: str, found: pa.Schema, wanted: pa.Schema) -> None:
     """Raise RunError when a column of `wanted` is missing or of another type."""
     for field in wanted:
         if field.name not in found.names:
-            raise RunError(f"{path}: column {field.name!r} is missing (found {', '.join(found.names)})")
+            raise RunError(f"{place}: column {field.name!r} is missing (found {', '.join(found.names)})")
         if found.field(field.name).type != field.type:
-            raise RunError(f"{path}: column {field.name!r} is {found.field(field.name).type}, expected {field.type}")
+            raise RunError(f"{place}: column {field.name!r} is {found.field(field.name).type}, expected {field.type}")
 
 
-def check_score_file(path: Path, found: pa.Schema, columns: list[str]) -> None:
-    """Raise RunError unless a score shard has these columns of SCORE_ROWS."""
-    check_columns(path, found, pa.schema([SCORE_ROWS.field(name) for name in columns]))
+def read_scored(scores: ScoreFolder, file: ScoreFile, columns: Sequence[str]) -> pa.Table:
+    """Columns of one file of SCORE_ROWS. Raises RunError when it is damaged or was edited."""
+    schema = pa.schema([SCORE_ROWS.field(name) for name in columns])
+    return read_table(scores.folder, file.name, schema, file.sha256).combine_chunks()
 
 
-def _tasks(folder: Path) -> tuple[ScoredTask, ...]:
-    scores = {row["task"]: row for row in read_table(folder / TASK_SCORES_FILE, TASK_SCORES).to_pylist()}
+def check_rows(place: str, rows: pa.Table) -> None:
+    """Raise RunError, with file and row (from 1), for the first value that no score run writes."""
+    for name in rows.column_names:
+        if name not in ("score", "error"):
+            _refuse(place, pc.is_null(rows[name]), f"{name} is null")
+    references = rows["answer"].combine_chunks()
+    if references.flatten().null_count:
+        owners = pc.list_parent_indices(references).filter(pc.is_null(references.flatten()))
+        raise RunError(f"{place}, row {owners[0].as_py() + 1}: a reference is null; {AGAIN}")
+    _refuse(place, pc.invert(pc.is_in(rows["label"], pa.array([EXACT_MATCH, GENERATION]))), "label is unknown")
+    score = rows["score"]
+    within = pc.and_(pc.greater_equal(score, 0.0), pc.less_equal(score, 1.0))
+    _refuse(place, pc.fill_null(pc.invert(within), False), "score is no number from 0 to 1")
+    _refuse(place, pc.and_(pc.is_null(score), pc.is_null(rows["error"])), "score is null without an error")
+
+
+def _refuse(place: str, is_wrong: pa.ChunkedArray, problem: str) -> None:
+    row = pc.index(is_wrong, True).as_py()
+    if row >= 0:
+        raise RunError(f"{place}, row {row + 1}: {problem}; {AGAIN}")
+
+
+def _listed_hashes(manifest: Mapping[str, Any]) -> dict[str, str]:
+    files = manifest.get("files")
+    entries = files.items() if isinstance(files, Mapping) else ()
+    hashes = {name: entry.get("sha256") if isinstance(entry, Mapping) else entry for name, entry in entries}
+    return {name: sha256 for name, sha256 in hashes.items() if isinstance(sha256, str)}
+
+
+def _tasks(folder: Folder, listed: Mapping[str, str]) -> tuple[ScoredTask, ...]:
+    place = folder.at(TASK_SCORES_FILE)
+    table = read_table(folder, TASK_SCORES_FILE, TASK_SCORES, listed.get(TASK_SCORES_FILE))
+    scores = {row["task"]: (number, row) for number, row in enumerate(table.to_pylist(), 1)}
+    needed = pa.schema([field for field in TASKS if field.name not in LATER_COLUMNS])
     tasks = []
-    for row in read_table(folder / TASKS_FILE, TASKS).to_pylist():
+    described = read_table(folder, TASKS_FILE, needed, listed.get(TASKS_FILE), LATER_COLUMNS)
+    for line, row in enumerate(described.to_pylist(), 1):
+        for name in ("task", "label", "definition", "licenses", "sources"):
+            if row[name] is None:
+                raise RunError(f"{folder.at(TASKS_FILE)}, row {line}: {name} is null; {AGAIN}")
         if row["task"] not in scores:
-            raise RunError(f"{folder / TASK_SCORES_FILE}: no row for task {row['task']!r} of {TASKS_FILE}")
-        score = scores[row["task"]]
+            raise RunError(f"{place}: no row for task {row['task']!r} of {TASKS_FILE}; {AGAIN}")
+        number, score = scores[row["task"]]
+        value, num_scored = score["task_score"], score["num_scored"]
+        if row["label"] not in (EXACT_MATCH, GENERATION) or score["label"] != row["label"]:
+            raise RunError(
+                f"{place}, row {number}: label {score['label']!r} of task {row['task']!r} is not known; {AGAIN}"
+            )
+        if (value is None) if num_scored else (value is not None):
+            raise RunError(f"{place}, row {number}: task_score is {value} with {num_scored} scored rows; {AGAIN}")
+        if value is not None and not 0.0 <= value <= 1.0:
+            raise RunError(f"{place}, row {number}: task_score is {value}, expected 0 to 1; {AGAIN}")
+        fraction = row.get("unreachable_fraction") or 0.0
         tasks.append(
             ScoredTask(
                 row["task"],
@@ -120,7 +205,12 @@ def _tasks(folder: Path) -> tuple[ScoredTask, ...]:
                 tuple(row["sources"]),
                 score["num_instances"],
                 score["num_errors"],
-                score["task_score"],
+                value,
+                unreachable=f"{row.get('unreachable_reason')} (in {fraction:.0%} of its instances)"
+                if fraction > MAX_UNREACHABLE_FRACTION
+                else None,
+                stop_reason=row.get("stop_reason"),
+                definition_is_text=bool(row.get("definition_is_text")),
             )
         )
     return tuple(sorted(tasks, key=lambda task: task.name))

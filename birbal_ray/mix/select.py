@@ -3,21 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from birbal_ray.mix import allocation
 from birbal_ray.mix.allocation import Allocation, TaskDemand
-from birbal_ray.mix.candidates import NO_TWIN, Candidates, Decisions, Group
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.mix.rows import BUCKET_OF, Bits, Reason
+from birbal_ray.mix.rows import BUCKET_OF, Flags, Reason
 from birbal_ray.ni.metrics import EXACT_MATCH, GENERATION
 from birbal_ray.settings import ConfigError
 
 UNDECIDED = 255
+NO_DUPLICATE = -1
+ANY_LABEL = "any label"
 
 NearDuplicates = Callable[[NDArray[np.int64]], dict[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A task of the score run, or an outside source (`label` None). `unfit`: why no error-driven share is due to it."""
+
+    name: str
+    source: str
+    label: str | None = None
+    task_score: float | None = None
+    max_rows: int | None = None
+    families: tuple[str, ...] = ()
+    unfit: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """All candidates as columns, each of shape (candidates,); 46 bytes a row, texts stay on disk."""
+
+    group: NDArray[np.int32]  # index into the groups
+    row_hash: NDArray[np.uint64]  # order inside a task
+    shuffle_hash: NDArray[np.uint64]  # order of the mix
+    key: NDArray[np.uint64]  # equal for repeats
+    score: NDArray[np.float64]  # NaN where there is none
+    published: NDArray[np.float64]  # birbal_2023's view of the answer; NaN where there is none
+    flags: NDArray[np.uint16]  # Flags
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """What was decided: arrays of shape (candidates,) in the candidates' order, and (groups,) for the last two.
+
+    `rank` is the row's place in the audit: kept rows first, in the mix's order, then validation rows.
+    """
+
+    reason: NDArray[np.uint8]  # Reason
+    bucket: NDArray[np.uint8]  # index into BUCKETS
+    duplicate_of: NDArray[np.int64]  # candidate index, NO_DUPLICATE for none
+    rank: NDArray[np.int64]
+    num_kept: int
+    num_validation: int
+    usable: NDArray[np.int64]  # rows that the policy could draw from
+    allocated: NDArray[np.int64]  # rows that it asked for
+    allocations: dict[str, Allocation] = field(default_factory=dict)
 
 
 def decide(
@@ -25,60 +74,60 @@ def decide(
 ) -> Decisions:
     """Apply filters, repeats and the policy; the same for any order of the candidates.
 
-    `near` maps row numbers (best first) to `{dropped: the row it resembles}`. Raises ConfigError
+    `near` maps candidate indices (best first) to `{dropped: the row it resembles}`. Raises ConfigError
     when a budget can't be met and task_score.allow_shortfall is false.
     """
     table = _Table(candidates, groups, config)
     table.drop_unusable()
-    if config.policy == allocation.TASK_SCORE:
-        table.drop_texts()
+    allocations: dict[str, Allocation] = {}
+    if config.policy == allocation.BIRBAL_2023:
         table.keep_out_validation()
-        table.drop_repeats(near)
-        allocations = table.take_by_task_score()
+        table.take_published_exact_match()
+        table.take_published_generation()
         table.limit_sources()
+        table.drop_texts()
+        table.drop_repeats(near)
     else:
-        allocations = {}
-        table.keep_out_validation()
-        table.take_by_ladder()
-        table.limit_sources()
         table.drop_texts()
+        table.keep_out_validation()
         table.drop_repeats(near)
+        allocations = table.take_by_budget()
+        table.limit_sources()
     return table.close(allocations)
 
 
 class _Table:
-    """Decisions as they fall; a decided row is never touched again."""
+    """Decisions as they fall; a decided row is never touched again. Index arrays hold candidate indices."""
 
     def __init__(self, candidates: Candidates, groups: Sequence[Group], config: MixConfig) -> None:
         self.rows, self.groups, self.config = candidates, groups, config
         count = len(candidates)
         self.reason = np.full(count, UNDECIDED, np.uint8)
         self.bucket = np.zeros(count, np.uint8)
-        self.twin = np.full(count, NO_TWIN, np.int64)
+        self.duplicate_of = np.full(count, NO_DUPLICATE, np.int64)
         self.usable = np.zeros(len(groups), np.int64)
         self.allocated = np.zeros(len(groups), np.int64)
-        self.is_label = {
+        self.is_label = {  # label → (groups,)
             label: np.array([group.label == label for group in groups], bool)
             for label in (EXACT_MATCH, GENERATION, None)
         }
 
     def drop_unusable(self) -> None:
         """Rows that no policy may use."""
-        drop_contaminated = self.config.contamination.action == "drop"
-        self._drop_bit(Bits.ERROR, Reason.ERROR)
+        self._drop_flagged(Flags.ERROR, Reason.ERROR)
         if not self.config.include_llm_written:
-            self._drop_bit(Bits.LLM_WRITTEN, Reason.LLM_WRITTEN)
-        self._drop_bit(Bits.SOURCE_FILTER, Reason.SOURCE_FILTER)
-        if drop_contaminated:
-            self._drop_bit(Bits.FAMILY, Reason.CONTAMINATED_FAMILY)
-            self._drop_bit(Bits.NGRAM, Reason.CONTAMINATED_NGRAM)
+            self._drop_flagged(Flags.LLM_WRITTEN, Reason.LLM_WRITTEN)
+        self._drop_flagged(Flags.SOURCE_FILTER, Reason.SOURCE_FILTER)
+        if self.config.contamination.action == "drop":
+            self._drop_flagged(Flags.FAMILY, Reason.CONTAMINATED_FAMILY)
+            self._drop_flagged(Flags.NGRAM, Reason.CONTAMINATED_NGRAM)
 
     def drop_texts(self) -> None:
         """Rows whose text is too long, too short, or empty."""
-        self._drop_bit(Bits.TOO_LONG, Reason.TOO_LONG)
-        self._drop_bit(Bits.SHORT_INPUT, Reason.SHORT_INPUT)
+        self._drop_flagged(Flags.TOO_LONG, Reason.TOO_LONG)
+        self._drop_flagged(Flags.SHORT_INPUT, Reason.SHORT_INPUT)
         if not self.config.compat:  # the published filter asks for fewer than 1 word, which no text has
-            self._drop_bit(Bits.EMPTY_OUTPUT, Reason.EMPTY_OUTPUT)
+            self._drop_flagged(Flags.EMPTY_OUTPUT, Reason.EMPTY_OUTPUT)
 
     def keep_out_validation(self) -> None:
         """The first rows of each group by text hash that no other candidate repeats.
@@ -88,13 +137,13 @@ class _Table:
         per_group = self.config.validation_rows_per_task
         if not per_group:
             return
-        texts = Bits.TOO_LONG | Bits.SHORT_INPUT | Bits.EMPTY_OUTPUT
-        unique = np.ones(len(self.rows), bool)
+        texts = Flags.TOO_LONG | Flags.SHORT_INPUT | Flags.EMPTY_OUTPUT
         order = np.argsort(self.rows.key, kind="stable")
-        same = self.rows.key[order[1:]] == self.rows.key[order[:-1]]
-        unique[order[1:][same]] = unique[order[:-1][same]] = False
+        same = np.diff(self.rows.key[order]) == 0
+        is_unique = np.ones(len(self.rows), bool)
+        is_unique[order[1:][same]] = is_unique[order[:-1][same]] = False
         alive = self._alive()
-        usable = alive[unique[alive] & ((self.rows.bits[alive] & texts) == 0)]
+        usable = alive[is_unique[alive] & ((self.rows.flags[alive] & np.uint16(texts)) == 0)]
         order = np.lexsort((self.rows.key[usable], self.rows.group[usable]))
         group = self.rows.group[usable][order]
         place = np.arange(len(order)) - np.searchsorted(group, group, side="left")
@@ -103,43 +152,85 @@ class _Table:
     def drop_repeats(self, near: NearDuplicates | None) -> None:
         """All but the first row, in the mix's order, of each key."""
         alive = self._alive()
-        order = alive[np.lexsort((self.rows.row_hash[alive], self.rows.shuffle_hash[alive], self.rows.key[alive]))]
+        # Few rows repeat: sort all by key alone, and only those fully.
+        alive = alive[np.argsort(self.rows.key[alive], kind="stable")]
+        same = np.diff(self.rows.key[alive]) == 0
+        shared = alive[np.r_[same, False] | np.r_[False, same]] if len(alive) else alive
+        keys = self.rows.key[shared]
+        order = shared[np.lexsort((self.rows.row_hash[shared], self.rows.shuffle_hash[shared], keys))]
         if len(order):
-            keys = self.rows.key[order]
-            starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
+            starts = np.flatnonzero(np.r_[True, np.diff(self.rows.key[order]) != 0])
             first = np.repeat(order[starts], np.diff(np.r_[starts, len(order)]))
             repeats = first != order
             self._drop(order[repeats], Reason.DUPLICATE)
-            self.twin[order[repeats]] = first[repeats]
+            self.duplicate_of[order[repeats]] = first[repeats]
         if near is not None:
             alive = self._alive()
             found = near(alive[np.lexsort((self.rows.row_hash[alive], self.rows.shuffle_hash[alive]))])
-            for row, twin in found.items():
-                self.reason[row], self.twin[row] = Reason.NEAR_DUPLICATE, twin
+            for row, other in found.items():
+                self.reason[row], self.duplicate_of[row] = Reason.NEAR_DUPLICATE, other
 
-    def take_by_task_score(self) -> dict[str, Allocation]:
-        """Fill each label's budget; inside a task what the model failed comes first."""
+    def take_by_budget(self) -> dict[str, Allocation]:
+        """Fill the budgets; under task_score one for each label, and inside a task failed rows come first."""
         settings, rows = self.config.task_score, self.rows
         alive = self._alive()
         alive = alive[~self.is_label[None][rows.group[alive]]]
         self._count(alive, self.usable)
-        allocations = {}
-        for label, budget in ((EXACT_MATCH, settings.exact_match_budget), (GENERATION, settings.generation_budget)):
-            members = np.flatnonzero(self.is_label[label])
-            allocations[label] = self._allocate(label, budget, members)
-            for number in members:
+        budgets = {EXACT_MATCH: settings.exact_match_budget, GENERATION: settings.generation_budget}
+        members = {label: np.flatnonzero(self.is_label[label]) for label in budgets}
+        by_score = self.config.policy == allocation.TASK_SCORE
+        if not by_score:
+            budgets = {ANY_LABEL: sum(budgets.values())}
+            members = {ANY_LABEL: np.flatnonzero(~self.is_label[None])}
+        allocations = {label: self._allocate(label, budget, members[label]) for label, budget in budgets.items()}
+        for label, numbers in members.items():
+            for number in numbers:
                 self.allocated[number] = allocations[label].counts.get(self.groups[number].name, 0)
-        score = rows.score[alive]
-        failed = np.where(self.is_label[EXACT_MATCH][rows.group[alive]], score == 0, score < settings.failed_below)
-        self.bucket[alive] = np.where(failed, BUCKET_OF["failed"], BUCKET_OF["rest"])
-        later = ~failed if settings.failed_first else None
-        self._drop(self._beyond(alive, rows.group[alive], self.allocated, later), Reason.OVER_ALLOCATION)
+        is_later = None
+        if by_score:
+            score, is_exact = rows.score[alive], self.is_label[EXACT_MATCH][rows.group[alive]]
+            is_failed = np.where(is_exact, score == 0, score < settings.failed_below)
+            self.bucket[alive] = np.where(is_failed, BUCKET_OF["failed"], BUCKET_OF["rest"])
+            is_later = ~is_failed if settings.failed_first else None
+        else:
+            self.bucket[alive] = BUCKET_OF["all"]
+        self._drop(self._beyond(alive, rows.group[alive], self.allocated, is_later), Reason.OVER_ALLOCATION)
         return allocations
 
-    def take_by_ladder(self) -> None:
-        """The published ladder: caps by accuracy decile, shares by ROUGE-L band."""
-        self._ladder_exact_match()
-        self._ladder_generation()
+    def take_published_exact_match(self) -> None:
+        """The published caps by accuracy decile."""
+        rows, num_groups = self.rows, len(self.groups)
+        mine = self._of_label(EXACT_MATCH)
+        is_right = rows.published[mine] == 1.0
+        scored = np.bincount(rows.group[mine], minlength=num_groups)
+        correct = np.bincount(rows.group[mine[is_right]], minlength=num_groups)
+        decile = np.zeros(num_groups, np.int64)
+        for number in np.flatnonzero(scored):
+            accuracy = int(correct[number]) / int(scored[number])
+            decile[number] = allocation.ladder_decile(accuracy)
+            self.allocated[number] = allocation.ladder_cap(accuracy, self.config.birbal_2023.factor)
+        self.bucket[mine] = decile[rows.group[mine]] + BUCKET_OF["accuracy_0"]
+        self._drop(mine[is_right], Reason.ANSWERED_CORRECTLY)
+        wrong = self._drop_among(mine[~is_right], Flags.PUBLISHED_TOO_LONG, Reason.TOO_LONG)
+        self._count(wrong, self.usable)
+        self._drop(self._beyond(wrong, rows.group[wrong], self.allocated), Reason.OVER_CAP)
+
+    def take_published_generation(self) -> None:
+        """The published shares by ROUGE-L band; rows are drawn first, then filtered."""
+        rows, num_bands = self.rows, len(allocation.BAND_EDGES)
+        mine = self._of_label(GENERATION)
+        band = np.searchsorted(np.array(allocation.BAND_EDGES), rows.published[mine], side="right")
+        self.bucket[mine] = band + BUCKET_OF["rouge_0.0"]
+        self._drop(mine[band == num_bands], Reason.ANSWERED_WELL)
+        mine, band = mine[band < num_bands], band[band < num_bands]
+        self._count(mine, self.usable)
+        cell = rows.group[mine].astype(np.int64) * num_bands + band  # a task's band: index into `quotas`
+        sizes = np.bincount(cell, minlength=len(self.groups) * num_bands)
+        quotas = np.array([allocation.band_quota(i % num_bands, int(size)) for i, size in enumerate(sizes)], np.int64)
+        self.allocated += quotas.reshape(len(self.groups), num_bands).sum(axis=1)
+        self._drop(self._beyond(mine, cell, quotas), Reason.NOT_DRAWN)
+        mine = self._drop_among(self._of_label(GENERATION), Flags.SEVERAL_REFERENCES, Reason.SEVERAL_REFERENCES)
+        self._drop_among(mine, Flags.PUBLISHED_LONG_INPUT | Flags.PUBLISHED_TOO_LONG, Reason.TOO_LONG)
 
     def limit_sources(self) -> None:
         """At most max_rows of each outside source, the first in hash order."""
@@ -147,9 +238,7 @@ class _Table:
         alive = alive[self.is_label[None][self.rows.group[alive]]]
         if self.config.policy == allocation.BIRBAL_2023:
             # Published: each source drops its long rows before it is sampled.
-            long = (self.rows.bits[alive] & Bits.TOO_LONG) != 0
-            self._drop(alive[long], Reason.TOO_LONG)
-            alive = alive[~long]
+            alive = self._drop_among(alive, Flags.TOO_LONG, Reason.TOO_LONG)
         self.bucket[alive] = BUCKET_OF["all"]
         self._count(alive, self.usable)
         limits = np.array([g.max_rows if g.max_rows is not None else len(self.rows) for g in self.groups], np.int64)
@@ -160,83 +249,44 @@ class _Table:
     def close(self, allocations: dict[str, Allocation]) -> Decisions:
         """Everything still undecided is kept."""
         self.reason[self.reason == UNDECIDED] = Reason.KEPT
-        kept, validation = self.reason == Reason.KEPT, self.reason == Reason.VALIDATION
-        place = np.where(validation, self.rows.key, self.rows.shuffle_hash)  # whatever the seed, the same order
-        order = np.lexsort((self.rows.row_hash, place, ~validation, ~kept))
+        is_validation = self.reason == Reason.VALIDATION
+        place = np.where(is_validation, self.rows.key, self.rows.shuffle_hash)  # whatever the seed, the same order
+        part = np.where(self.reason == Reason.KEPT, 0, np.where(is_validation, 1, 2)).astype(np.uint8)
+        order = np.lexsort((self.rows.row_hash, place, part))
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order))
+        counts = np.bincount(part, minlength=3)
         return Decisions(
             self.reason,
             self.bucket,
-            self.twin,
+            self.duplicate_of,
             rank,
-            int(kept.sum()),
-            int(validation.sum()),
+            int(counts[0]),
+            int(counts[1]),
             self.usable,
             self.allocated,
             allocations,
         )
 
-    def _ladder_exact_match(self) -> None:
-        rows, groups = self.rows, self.groups
-        mine = self._of_label(EXACT_MATCH)
-        scored, correct = np.zeros(len(groups), np.int64), np.zeros(len(groups), np.int64)
-        right = rows.ladder[mine] == 1.0
-        self._count(mine, scored)
-        self._count(mine[right], correct)
-        decile = np.zeros(len(groups), np.int64)
-        for number in np.flatnonzero(scored):
-            accuracy = int(correct[number]) / int(scored[number])
-            decile[number] = allocation.ladder_decile(accuracy)
-            self.allocated[number] = allocation.ladder_cap(accuracy, self.config.birbal_2023.factor)
-        self.bucket[mine] = decile[rows.group[mine]] + BUCKET_OF["accuracy_0"]
-        self._drop(mine[right], Reason.ANSWERED_CORRECTLY)
-        wrong = mine[~right]
-        long = (rows.bits[wrong] & Bits.LADDER_TOO_LONG) != 0
-        self._drop(wrong[long], Reason.TOO_LONG)
-        self._count(wrong[~long], self.usable)
-        self._drop(self._beyond(wrong[~long], rows.group[wrong[~long]], self.allocated), Reason.OVER_CAP)
-
-    def _ladder_generation(self) -> None:
-        rows = self.rows
-        mine = self._of_label(GENERATION)
-        band = np.searchsorted(np.array(allocation.BAND_EDGES), rows.ladder[mine], side="right")
-        num_bands = len(allocation.BAND_EDGES)
-        self.bucket[mine] = band + BUCKET_OF["rouge_0.0"]
-        self._drop(mine[band == num_bands], Reason.ANSWERED_WELL)
-        mine, band = mine[band < num_bands], band[band < num_bands]
-        self._count(mine, self.usable)
-        cell = rows.group[mine].astype(np.int64) * num_bands + band
-        sizes = np.bincount(cell, minlength=len(self.groups) * num_bands)
-        quotas = np.array([allocation.band_quota(i % num_bands, int(size)) for i, size in enumerate(sizes)], np.int64)
-        if len(quotas):
-            self.allocated += quotas.reshape(len(self.groups), num_bands).sum(axis=1)
-        self._drop(self._beyond(mine, cell, quotas), Reason.NOT_DRAWN)
-        mine = self._of_label(GENERATION)
-        bits = rows.bits[mine]
-        self._drop(mine[(bits & Bits.SEVERAL_REFERENCES) != 0], Reason.SEVERAL_REFERENCES)
-        long = (bits & (Bits.LADDER_LONG_INPUT | Bits.LADDER_TOO_LONG)) != 0
-        self._drop(mine[long], Reason.TOO_LONG)
-
     def _allocate(self, label: str, budget: int, members: NDArray[np.int64]) -> Allocation:
-        settings = self.config.task_score
-        demands = [
-            TaskDemand(
-                self.groups[number].name,
-                int(self.usable[number]),
-                self.groups[number].task_score or 0.0,
-                int(self.usable[number]) if settings.weights == "size" else None,
-            )
-            for number in members
-            if self.usable[number]
-        ]
+        policy, settings = self.config.policy, self.config.task_score
+        demands = []
+        for number in members[self.usable[members] > 0]:
+            group, usable = self.groups[number], int(self.usable[number])
+            weight = {allocation.UNIFORM: 1, allocation.PROPORTIONAL: usable}.get(policy, 0 if group.unfit else None)
+            demands.append(TaskDemand(group.name, usable, group.task_score or 0.0, weight))
         result = allocation.allocate(budget, demands, settings.gamma)
         if result.shortfall and not settings.allow_shortfall:
             there = budget - result.shortfall
+            if label == ANY_LABEL:
+                what, kind = "exact_match_budget + task_score.generation_budget", "scored"
+            else:
+                what, kind = f"{label}_budget", label
+            of = int(np.isin(self.rows.group, members).sum())
             raise ConfigError(
-                f"task_score.{label}_budget = {budget}: only {there} {label} candidates can be drawn (of "
-                f"{int(self.is_label[label][self.rows.group].sum())} scored; the rest are filtered, repeats, or of "
-                f"tasks with score 1); lower it to at most {there}, or set task_score.allow_shortfall=true"
+                f"task_score.{what} = {budget}: only {there} {kind} candidates can be drawn (of {of} scored; the rest "
+                f"are filtered, repeats, or of tasks with score 1); lower it to at most {there}, or set "
+                "task_score.allow_shortfall=true"
             )
         return result
 
@@ -245,10 +295,10 @@ class _Table:
         rows: NDArray[np.int64],
         cell: NDArray[np.integer],
         limits: NDArray[np.int64],
-        later: NDArray[np.bool_] | None = None,
+        is_later: NDArray[np.bool_] | None = None,
     ) -> NDArray[np.int64]:
-        """The rows past the first `limits[cell]` of their cell, `later` rows last, else in hash order."""
-        last = np.zeros(len(rows), bool) if later is None else later
+        """The rows past the first `limits[cell]` of their cell, `is_later` rows last, else in hash order."""
+        last = np.zeros(len(rows), bool) if is_later is None else is_later
         order = np.lexsort((self.rows.shuffle_hash[rows], self.rows.row_hash[rows], last, cell))
         cells = cell[order]
         place = np.arange(len(order)) - np.searchsorted(cells, cells, side="left")
@@ -266,9 +316,14 @@ class _Table:
     def _count(self, rows: NDArray[np.int64], into: NDArray[np.int64]) -> None:
         into += np.bincount(self.rows.group[rows], minlength=len(self.groups))
 
-    def _drop_bit(self, bit: Bits, reason: Reason) -> None:
-        self._drop(np.flatnonzero((self.rows.bits & bit) != 0), reason)
+    def _drop_flagged(self, flag: Flags, reason: Reason) -> None:
+        self._drop(np.flatnonzero((self.rows.flags & np.uint16(flag)) != 0), reason)
+
+    def _drop_among(self, rows: NDArray[np.int64], flags: Flags, reason: Reason) -> NDArray[np.int64]:
+        """Drop those of `rows` that have any of the flags; the others."""
+        has = (self.rows.flags[rows] & np.uint16(flags)) != 0
+        self._drop(rows[has], reason)
+        return rows[~has]
 
     def _drop(self, rows: NDArray[np.int64], reason: Reason) -> None:
-        open_rows = rows[self.reason[rows] == UNDECIDED]
-        self.reason[open_rows] = reason
+        self.reason[rows[self.reason[rows] == UNDECIDED]] = reason

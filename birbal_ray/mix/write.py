@@ -1,29 +1,33 @@
-"""The files of a mix, written row by row in the mix's order."""
+"""The files of a mix, written batch by batch in the mix's order, straight to the run folder."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from json.encoder import encode_basestring as quoted
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.mix.rows import AUDIT, MIX_ROWS, NATURAL_INSTRUCTIONS, question_of
-from birbal_ray.run import RunError, write_json
+from birbal_ray.mix.plan import MixPlan
+from birbal_ray.mix.rows import AUDIT, BUCKETS, MIX_ROWS, NATURAL_INSTRUCTIONS, Flags, Reason, question_of
+from birbal_ray.mix.select import NO_DUPLICATE
+from birbal_ray.storage import FileRecord, Folder
 
 SPLITS = ("train", "eval")
 VALIDATION = "validation"
 AUDIT_FILE = "audit.parquet"
 TASKS_FILE = "tasks.parquet"
+CARD_FILE = "README.md"
 ALPACA_FOLDER = "alpaca"
-WORK_FOLDER = ".work"
+ALPACA_INFO, ALPACA_CARD = f"{ALPACA_FOLDER}/dataset_info.json", f"{ALPACA_FOLDER}/README.md"
+# Everything that a mix may hold beside the standard files of a run.
+OWN_FILES = ("*.parquet", "*.jsonl", CARD_FILE, f"{ALPACA_FOLDER}/*", ".work/**")
 BATCH_ROWS = 8192  # rows a Parquet row group; fixed, so that files don't depend on how rows arrive
 
 
@@ -33,108 +37,201 @@ def splits_of(config: MixConfig) -> tuple[str, ...]:
 
 
 def mix_files(splits: Sequence[str] = SPLITS) -> list[str]:
-    """Relative paths of everything written here besides the card and the manifest."""
-    names = [AUDIT_FILE]
-    for split in splits:
-        names += [f"{split}.parquet", f"{split}.jsonl", f"{ALPACA_FOLDER}/{split}.json"]
-    return names
+    """Relative paths of everything written here besides the small tables, cards and the manifest."""
+    return [AUDIT_FILE, *(name for s in splits for name in (f"{s}.parquet", f"{s}.jsonl", f"{ALPACA_FOLDER}/{s}.json"))]
 
 
-class MixWriter:
-    """Takes OUTCOMES tables in rank order; `close` makes all files appear, an exception leaves none.
+def write_mix(
+    plan: MixPlan, texts: Iterator[pa.Table], folder: Folder, report: Callable[[int], None] = lambda rows: None
+) -> tuple[dict[str, FileRecord], dict[str, set[str]]]:
+    """Write the audit, and the rows of `texts` (TEXTS in rank order, BATCH_ROWS at a time) to their splits.
 
-    Tables must have BATCH_ROWS rows (the last may have fewer). Memory: one table.
+    All files appear together at the end, none after an exception. Returns the files with their hashes, and
+    source → the licences of its rows.
     """
+    licenses: dict[str, set[str]] = {}
+    config, view = plan.context.config, _View(plan)
+    splits = splits_of(config)
+    with ExitStack() as stack:
+        sinks = {name: stack.enter_context(folder.writer(name)) for name in mix_files(splits)}
 
-    def __init__(self, folder: Path, policy: str, splits: Sequence[str] = SPLITS) -> None:
-        self.folder, self.policy, self.splits = folder, policy, splits
-        self.num_rows = 0
-        self.reasons: Counter[str] = Counter()
-        self.split_rows: Counter[str] = Counter()
-        self.licenses: dict[str, set[str]] = {}
+        def parquet(name: str, schema: pa.Schema) -> pq.ParquetWriter:
+            return stack.enter_context(pq.ParquetWriter(sinks[name], schema, compression="zstd"))
 
-    @contextmanager
-    def writing(self) -> Iterator[MixWriter]:
-        """Open the files under temporary names; rename them all at the end of a successful block."""
-        work = self.folder / WORK_FOLDER / "out"
-        (work / ALPACA_FOLDER).mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            self._audit = stack.enter_context(pq.ParquetWriter(work / AUDIT_FILE, AUDIT, compression="zstd"))
-            self._parquet = {
-                s: stack.enter_context(pq.ParquetWriter(work / f"{s}.parquet", MIX_ROWS, compression="zstd"))
-                for s in self.splits
-            }
-            self._jsonl = {s: stack.enter_context(_text_file(work / f"{s}.jsonl")) for s in self.splits}
-            self._alpaca = {s: stack.enter_context(_text_file(work / ALPACA_FOLDER / f"{s}.json")) for s in self.splits}
-            for file in self._alpaca.values():
-                file.write("[")
-            yield self
-            for file in self._alpaca.values():
-                file.write("\n]\n")
-        (self.folder / ALPACA_FOLDER).mkdir(exist_ok=True)
-        for name in mix_files(self.splits):
-            _sync(work / name)
-            (work / name).replace(self.folder / name)
-        write_json(self.folder / ALPACA_FOLDER / "dataset_info.json", _llama_factory_info(self.splits))
+        audit = parquet(AUDIT_FILE, AUDIT)
+        files = {s: parquet(f"{s}.parquet", MIX_ROWS) for s in splits}
+        lines = {s: sinks[f"{s}.jsonl"] for s in splits}
+        alpaca = {s: sinks[f"{ALPACA_FOLDER}/{s}.json"] for s in splits}
+        for sink in alpaca.values():
+            sink.write(b"[")
+        for table in texts:
+            rank = table["rank"].to_numpy()
+            for split, first, end in view.split_ranges:
+                part = table.slice(*_overlap(rank, first, end))
+                if len(part):
+                    rows = _mix_rows(part, view, VALIDATION if split == VALIDATION else config.policy)
+                    files[split].write_table(rows, row_group_size=BATCH_ROWS)
+                    text = {name: rows[name].to_pylist() for name in ("instruction", "input", "output", "question")}
+                    lines[split].write(_json_lines(text).encode())
+                    alpaca[split].write(_json_records(text, is_first=part["rank"][0].as_py() == first).encode())
+                    for source, license in set(
+                        zip(rows["source"].to_pylist(), rows["license"].to_pylist(), strict=True)
+                    ):
+                        licenses.setdefault(source, set()).add(license)
+        for sink in alpaca.values():
+            sink.write(b"\n]\n")
+        for start in range(0, len(plan.candidates), BATCH_ROWS):
+            audit.write_table(view.audit(start, start + BATCH_ROWS), row_group_size=BATCH_ROWS)
+            report(start)
+    records = {name: sink.record for name, sink in sinks.items()}
+    records[ALPACA_INFO] = folder.write_json(ALPACA_INFO, _llama_factory_info(splits))
+    records[ALPACA_CARD] = folder.write_bytes(ALPACA_CARD, ALPACA_TEXT.encode())
+    return records, licenses
 
-    def add(self, table: pa.Table) -> None:
-        """Write one table. Raises RunError when its rows are not the next ones by rank."""
-        ranks = table["rank"].to_numpy()
-        if len(ranks) and (ranks[0] != self.num_rows or ranks[-1] != self.num_rows + len(ranks) - 1):
-            raise RunError(
-                f"{self.folder}: rows {ranks[0]} to {ranks[-1]} arrived where row {self.num_rows} was due; "
-                "rerun the command (nothing was written)"
+
+class _View:
+    """The plan by rank: a row's rank is its place in the audit, its candidate index its place in the plan's arrays."""
+
+    def __init__(self, plan: MixPlan) -> None:
+        self.plan, decided, groups = plan, plan.decisions, plan.context.groups
+        self.order = np.empty(len(plan.candidates), np.int64)  # rank → candidate index
+        self.order[decided.rank] = np.arange(len(self.order))
+        end = decided.num_kept + decided.num_validation
+        self.split_ranges = (
+            ("train", 0, plan.num_train),
+            ("eval", plan.num_train, decided.num_kept),
+            (VALIDATION, decided.num_kept, end),
+        )
+        self.sources = pa.array([group.source for group in groups], pa.string())
+        self.labels = pa.array([group.label for group in groups], pa.string())
+        self.names = pa.array([group.name for group in groups], pa.string())
+        self.families = [",".join(group.families) for group in groups]
+
+    def audit(self, start: int, end: int) -> pa.Table:
+        """The AUDIT rows of ranks start to end."""
+        plan, decided = self.plan, self.plan.decisions
+        row = self.order[start:end]
+        rank = np.arange(start, start + len(row))
+        other = decided.duplicate_of[row]
+        split: list[NDArray[np.bool_]] = [(rank >= first) & (rank < last) for _, first, last in self.split_ranges]
+        return (
+            pa.table(
+                {
+                    **self.columns(row),
+                    "label": self.labels.take(pa.array(plan.candidates.group[row])),
+                    "kept": decided.reason[row] == Reason.KEPT,
+                    "reason": _named([reason.word for reason in Reason], decided.reason[row]),
+                    "bucket": _named(BUCKETS, decided.bucket[row]),
+                    "split": _named(
+                        [s for s, *_ in self.split_ranges], np.argmax(split, axis=0), ~np.any(split, axis=0)
+                    ),
+                    "contamination": self._contamination(row),
+                    "duplicate_of": plan.row_ids.take(pa.array(other, mask=other == NO_DUPLICATE)).cast(pa.string()),
+                }
             )
-        self.num_rows += len(ranks)
-        self._audit.write_table(table.select(AUDIT.names).cast(AUDIT), row_group_size=BATCH_ROWS)
-        self.reasons.update(table["reason"].to_pylist())
-        for split in self.splits:
-            rows = table.filter(pc.fill_null(pc.equal(table["split"], split), False)).to_pylist()
-            if rows:
-                self._write_split(split, rows)
+            .select(AUDIT.names)
+            .cast(AUDIT)
+        )
 
-    def _write_split(self, split: str, rows: list[dict[str, Any]]) -> None:
-        full = [_mix_row(row, VALIDATION if split == VALIDATION else self.policy) for row in rows]
-        self._parquet[split].write_table(pa.Table.from_pylist(full, schema=MIX_ROWS), row_group_size=BATCH_ROWS)
-        self._jsonl[split].writelines(_line({"question": r["question"], "answer": r["answer"]}) + "\n" for r in full)
-        for number, row in enumerate(full, self.split_rows[split]):
-            record = {name: row[name] for name in ("instruction", "input", "output")}
-            self._alpaca[split].write(("," if number else "") + "\n" + _line(record))
-        self.split_rows[split] += len(full)
-        for row in full:
-            self.licenses.setdefault(row["source"], set()).add(row["license"])
+    def columns(self, row: NDArray[np.int64]) -> dict[str, Any]:
+        """What the audit and the mix both say of candidates `row`."""
+        plan = self.plan
+        group, score = pa.array(plan.candidates.group[row]), plan.candidates.score[row]
+        return {
+            "row_id": plan.row_ids.take(pa.array(row)).cast(pa.string()),
+            "source": self.sources.take(group),
+            "task": pc.coalesce(plan.subtasks.take(pa.array(row)).cast(pa.string()), self.names.take(group)),
+            "score": pa.array(score, mask=np.isnan(score)),
+        }
 
-
-def _mix_row(row: Mapping[str, Any], policy: str) -> dict[str, Any]:
-    chooser = policy if row["source"] == NATURAL_INSTRUCTIONS or policy == VALIDATION else row["source"]
-    return {
-        "instruction": row["instruction"],
-        "input": row["input"],
-        "output": row["output"],
-        "question": question_of(row["instruction"], row["input"]),
-        "answer": row["output"],
-        "source": row["source"],
-        "task": row["task"],
-        "row_id": row["row_id"],
-        "score": row["score"],
-        "selected_by": f"{chooser}:{row['bucket']}",
-        "license": row["license"],
-    }
+    def _contamination(self, rows: NDArray[np.int64]) -> pa.Array:
+        flags, group = self.plan.candidates.flags[rows], self.plan.candidates.group[rows]
+        found: list[str | None] = [None] * len(rows)
+        for place in np.flatnonzero((flags & np.uint16(Flags.FAMILY | Flags.NGRAM)) != 0):
+            parts = [f"family:{self.families[group[place]]}"] if flags[place] & Flags.FAMILY else []
+            found[place] = ";".join([*parts, *(["ngram"] if flags[place] & Flags.NGRAM else [])])
+        return pa.array(found, pa.string())
 
 
-def _line(record: Mapping[str, str]) -> str:
-    return json.dumps(record, ensure_ascii=False)
+def _mix_rows(texts: pa.Table, view: _View, policy: str) -> pa.Table:
+    row = view.order[texts["rank"].to_numpy()]
+    columns = view.columns(row)
+    pairs = zip(texts["instruction"].to_pylist(), texts["input"].to_pylist(), strict=True)
+    is_ours = pc.or_(pc.equal(columns["source"], NATURAL_INSTRUCTIONS), policy == VALIDATION)
+    chooser = pc.if_else(is_ours, policy, columns["source"])
+    buckets = _named(BUCKETS, view.plan.decisions.bucket[row])
+    return (
+        pa.table(
+            {
+                **columns,
+                **{name: texts[name] for name in ("instruction", "input", "output", "license")},
+                "question": pa.array([question_of(*pair) for pair in pairs], pa.string()),
+                "answer": texts["output"],
+                "selected_by": pc.binary_join_element_wise(chooser, buckets, ":"),
+            }
+        )
+        .select(MIX_ROWS.names)
+        .cast(MIX_ROWS)
+    )
 
 
-def _text_file(path: Path) -> IO[str]:
-    return path.open("w", encoding="utf-8", newline="\n")
+def _json_lines(text: Mapping[str, Sequence[str]]) -> str:
+    pairs = zip(text["question"], text["output"], strict=True)
+    return "".join([f'{{"question": {quoted(q)}, "answer": {quoted(a)}}}\n' for q, a in pairs])
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _json_records(text: Mapping[str, Sequence[str]], is_first: bool) -> str:
+    rows = zip(text["instruction"], text["input"], text["output"], strict=True)
+    records = [f'{{"instruction": {quoted(i)}, "input": {quoted(x)}, "output": {quoted(o)}}}' for i, x, o in rows]
+    return ("\n" if is_first else ",\n") + ",\n".join(records)
+
+
+def _overlap(rank: NDArray[np.int32], first: int, end: int) -> tuple[int, int]:
+    """(start, length) of the part of a run of ranks that lies in [first, end)."""
+    start = int(np.clip(first - rank[0], 0, len(rank)))
+    return start, int(np.clip(end - rank[0], start, len(rank))) - start
+
+
+def _named(names: Sequence[str], codes: NDArray[Any], is_missing: NDArray[np.bool_] | None = None) -> pa.Array:
+    return pa.array(list(names), pa.string()).take(pa.array(codes, mask=is_missing))
 
 
 def _llama_factory_info(splits: Sequence[str]) -> dict[str, Any]:
     # LLaMA-Factory finds datasets through this file; its default column names are the alpaca ones.
-    return {f"birbal_mix_{split}": {"file_name": f"{split}.json"} for split in splits}
+    rows = {f"birbal_mix_{split}": {"file_name": f"{split}.json"} for split in splits}
+    columns = {"prompt": "question", "response": "answer"}
+    return rows | {f"birbal_text_{s}": {"file_name": f"../{s}.jsonl", "columns": columns} for s in splits}
+
+
+# Checked against axolotl's user_defined.py and LLaMA-Factory's template.py; see docs/decisions.
+ALPACA_TEXT = """# Which prompt is the training text?
+
+`birbal train` trains on BOS + question + answer + EOS: `### Instruction:`, `### Input:` and `### Response:`
+without any preamble, and without the instruction part where a row has none. The files here hold the three
+fields alone; each trainer puts its own prompt around them. `../train.jsonl` holds question and answer as they are.
+
+**axolotl**: `type: alpaca` puts a preamble in front. This gives our training text:
+
+```yaml
+datasets:
+  - path: train.jsonl
+    ds_type: json
+    type:
+      field_instruction: question
+      field_output: answer
+      format: "{instruction}"
+      no_input_format: "{instruction}"
+train_on_inputs: false
+```
+
+**LLaMA-Factory**: `template: alpaca` puts a preamble in front and `### Input:` nowhere; `template: empty` adds neither
+BOS nor EOS, so that the model never learns to stop. `dataset_dir` is this folder, `dataset: birbal_text_train`,
+and a template of your own gives our training text (the defaults are the text as it is, and answer + EOS):
+
+```python
+from llamafactory.data.formatter import EmptyFormatter
+from llamafactory.data.template import register_template
+
+register_template(name="birbal", format_prefix=EmptyFormatter(slots=[{"bos_token"}]))
+```
+"""

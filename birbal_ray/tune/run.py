@@ -27,7 +27,7 @@ from birbal_ray.run import (
     write_parquet,
 )
 from birbal_ray.settings import ConfigError
-from birbal_ray.storage import absolute, is_url, local_copy, refresh, run_folder
+from birbal_ray.storage import absolute, is_url, refresh, run_folder
 from birbal_ray.train.config import TrainResources
 from birbal_ray.tune.config import TuneConfig
 from birbal_ray.tune.plots import draw_search, draw_verdict
@@ -103,7 +103,7 @@ def dry_run(config: TuneConfig) -> list[dict[str, Any]]:
 def resolved(config: TuneConfig) -> tuple[TuneConfig, ScoreFolder, Model]:
     """(configuration with paths absolute and the device decided, its scores, its model)."""
     path = absolute(_required(config.scores, "--scores"))
-    scores = open_scores(local_copy(path), config.mix.model)
+    scores = open_scores(path, config.mix.model)
     model = resolve(config.train.model.name, config.train.model.revision)
     resources = config.resources
     threads = resources.num_threads or max(1, (os.cpu_count() or 1) // resources.max_concurrent)

@@ -111,7 +111,7 @@ class Plan:
         self._again = [job for job in begun if job.key not in self.records]
         for job in self._again:
             self._jobs[job.key] = job
-        settings = {name: baseline_mix(name, config.mix, counts) for name in config.baselines}
+        settings = {name: baseline_mix(name, config.mix) for name in config.baselines}
         self._baselines: dict[str, Job] = {BASE_MODEL: Job(BASE_MODEL, BASE, BASE_MODEL, config.seed, {})}
         for name, mix in settings.items():
             values = self._start.values() if name == "task_score" else {}

@@ -91,27 +91,12 @@ def settings_of(mix: MixConfig) -> dict[str, Any]:
     return mix.model_dump(mode="json", exclude={"scores", "output", "resources"})
 
 
-def baseline_mix(name: str, base: MixConfig, counts: TaskCounts) -> dict[str, Any]:
-    """A mix nobody searched for, with the rows and outside sources of `base`.
+def baseline_mix(name: str, base: MixConfig) -> dict[str, Any]:
+    """A mix nobody searched for, with the rows and outside sources of `base`: that policy, with the settings of `base`.
 
-    uniform: the same from every task. proportional: in proportion to the task's rows. task_score:
-    `base` itself. birbal_2023: the published ladder, which decides its number of rows alone.
+    task_score is `base` itself; birbal_2023 decides its number of rows alone.
     """
-    settings = mix_of(base, point_of(base))
-    if name in ("uniform", "proportional"):
-        of = counts.tasks if name == "uniform" else counts.rows
-        from_tasks = base.task_score.exact_match_budget + base.task_score.generation_budget
-        exact_match = round(from_tasks * of.get("exact_match", 0) / sum(of.values()))
-        settings["task_score"] |= {
-            "gamma": 0.0,
-            "weights": "score" if name == "uniform" else "size",
-            "failed_first": False,
-            "exact_match_budget": exact_match,
-            "generation_budget": from_tasks - exact_match,
-        }
-    elif name == "birbal_2023":
-        settings["policy"] = name
-    return settings
+    return mix_of(base, point_of(base)) | {"policy": name}
 
 
 def distributions(search: SearchSettings) -> dict[str, Any]:

@@ -89,8 +89,8 @@ def judge(job: Job, config: TuneConfig, model: Model, folder: Path, made: dict[s
         )
     figures = {
         "num_rows": made["rows"]["train"],
-        "mix_sha256": made["files"]["train.parquet"],
-        "validation_sha256": made["files"]["validation.parquet"],
+        "mix_sha256": made["files"]["train.parquet"]["sha256"],
+        "validation_sha256": made["files"]["validation.parquet"]["sha256"],
     }
     if job.kind == BASE:
         base = load_base(model.path, train)

@@ -1,4 +1,4 @@
-"""The mix on Ray Data equals the mix in one process, byte for byte; a killed run leaves nothing half-written."""
+"""The mix on Ray's workers equals the mix in one process, byte for byte; a killed run leaves nothing half-written."""
 
 import os
 import shutil
@@ -6,16 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from birbal_ray.cluster import ray_session
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.mix.run import mix
-from birbal_ray.mix.write import WORK_FOLDER, mix_files
+from birbal_ray.mix.run import WORK_FOLDER, mix
+from birbal_ray.mix.write import mix_files
 from birbal_ray.run import MANIFEST_FILE, RunError
-from tests.fixtures.score_folder import made_up_rows, write_score_folder
+from tests.fixtures.score_folder import forget_files, made_up_rows, write_score_folder
 
 BUDGETS = {"exact_match_budget": 6_000, "generation_budget": 5_000}
 
@@ -62,7 +61,7 @@ def test_same_bytes_with_near_duplicates_and_one_chunk(local_ray, scores, tmp_pa
 
 
 def test_an_error_in_a_worker_is_one_line(local_ray, scores, tmp_path):
-    folder = shutil.copytree(scores, tmp_path / "s")
+    folder = forget_files(shutil.copytree(scores, tmp_path / "s"))
     shard = sorted((folder / "rows").glob("*.parquet"))[7]
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(RunError, match=f"{shard.name}: not a readable Parquet file") as caught:
@@ -79,7 +78,7 @@ mix(MixConfig.model_validate_json(sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize("wait_for", ["run.json", f"{WORK_FOLDER}/out/audit.parquet", "train.parquet"])
+@pytest.mark.parametrize("wait_for", ["run.json", f"{WORK_FOLDER}/texts/0.arrow", "train.parquet"])
 def test_killed_and_run_again(scores, expected, tmp_path, wait_for):
     settings = config(scores, tmp_path / "m", 32)
     arguments = [sys.executable, "-c", PROGRAM, settings.model_dump_json()]
@@ -90,7 +89,7 @@ def test_killed_and_run_again(scores, expected, tmp_path, wait_for):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     result = mix(settings)
-    assert data_of(Path(result.folder)) == data_of(expected)
+    assert data_of(result.folder.local) == data_of(expected)
     assert not (tmp_path / "m" / WORK_FOLDER).exists()
 
 

@@ -91,8 +91,12 @@ def test_published_bands():
 
 
 def test_split_is_the_published_one():
-    sizes = (0, 1, 49, 50, 100, 100_000)
+    sizes = (0, 2, 49, 50, 100, 100_000)
     assert [train_size(n, 0.02) for n in sizes] == [int(0.98 * n) for n in sizes]
+
+
+def test_a_mix_of_one_row_trains_on_it():
+    assert [train_size(n, fraction) for n in (1, 2) for fraction in (0.02, 0.5, 0.99)] == [1] * 6
 
 
 demand_lists = st.lists(st.tuples(st.integers(0, 400), st.floats(0, 1)), min_size=1, max_size=30).map(

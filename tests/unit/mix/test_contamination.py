@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from birbal_ray.mix import near
+from birbal_ray.mix import dedup
 from birbal_ray.mix.contamination import build_index, chosen_families, families_of
 from birbal_ray.settings import ConfigError
 
@@ -64,7 +64,7 @@ def test_every_file_kind_gives_the_same_index(tmp_path):
     ("name", "content", "message"),
     [
         ("gone.txt", None, "no such file"),
-        ("a.csv", "x", "expected .txt, .jsonl or .parquet"),
+        ("a.csv", "x", "expected .txt, .json, .jsonl, .parquet"),
         ("a.jsonl", "{broken", "line 1: not JSON"),
         ("a.parquet", "broken", "not a Parquet file"),
     ],
@@ -109,29 +109,29 @@ def test_near_duplicates_under_the_same_instruction():
     base = "the committee will meet on the second floor of the old town hall every first monday of the month at nine"
     other_text = "an entirely different text about growing tomatoes in cold weather"
     texts = [base, base + " sharp", other_text, base.upper() + "!"]
-    table = near.signatures(texts)
+    table = dedup.signatures(texts)
     same = np.array([1, 1, 1, 1], np.uint64)
-    order, place = np.array([1, 0, 2, 3]), np.arange(4)
-    assert near.near_duplicates(order, same, table, place, 0.8) == {0: 1, 3: 1}
+    order = np.array([1, 0, 2, 3])
+    assert dedup.near_duplicates(order, same, table, 0.8) == {0: 1, 3: 1}
     other = np.array([1, 2, 1, 1], np.uint64)
-    assert near.near_duplicates(order, other, table, place, 0.8) == {3: 0}
-    assert near.near_duplicates(np.empty(0, np.int64), same, table, place, 0.8) == {}
+    assert dedup.near_duplicates(order, other, table, 0.8) == {3: 0}
+    assert dedup.near_duplicates(np.empty(0, np.int64), same, table, 0.8) == {}
 
 
 def test_near_duplicates_do_not_depend_on_the_rows_place():
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(list("abcdefgh"), 30)) for _ in range(40)]
     texts += [text.replace("a", "b", 1) for text in texts]
-    table, ones = near.signatures(texts), np.ones(len(texts), np.uint64)
+    table, ones = dedup.signatures(texts), np.ones(len(texts), np.uint64)
     order = np.arange(len(texts))
-    found = near.near_duplicates(order, ones, table, order, 0.7)
+    found = dedup.near_duplicates(order, ones, table, 0.7)
     shuffled = rng.permutation(len(texts))  # row i is now text shuffled[i]
     back = np.argsort(shuffled)
-    again = near.near_duplicates(back[order], ones, table[shuffled], order, 0.7)
+    again = dedup.near_duplicates(back[order], ones, table[shuffled], 0.7)
     assert {int(shuffled[a]): int(shuffled[b]) for a, b in again.items()} == found and found
 
 
 def test_bands_sit_below_the_threshold():
     for threshold in (0.55, 0.7, 0.8, 0.9, 0.99):
-        bands, rows = near.bands_for(threshold)
-        assert bands * rows == near.NUM_HASHES and (1 / bands) ** (1 / rows) < threshold
+        bands, rows = dedup.bands_for(threshold)
+        assert bands * rows == dedup.NUM_HASHES and (1 / bands) ** (1 / rows) < threshold

@@ -8,14 +8,16 @@ scripts shuffle with an unseeded global generator; here the shuffle is handed in
 import math
 import random
 from collections import Counter
-from pathlib import Path
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from birbal_ray.mix import build, look, select
+from birbal_ray.mix import features
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.mix.ladder_score import distinct_word_rouge_l, ladder_score
-from birbal_ray.mix.rows import NATURAL_INSTRUCTIONS, Reason
+from birbal_ray.mix.features import birbal_2023_score, distinct_word_rouge_l
+from birbal_ray.mix.plan import plan_mix
+from birbal_ray.mix.rows import Reason
 from birbal_ray.mix.scores import open_scores
 from tests.fixtures.score_folder import made_up_rows, write_score_folder
 
@@ -116,17 +118,12 @@ def scored(tmp_path_factory):
     return open_scores(folder), rows
 
 
-def decide(scored, config, reverse=False):
+def decide(scored, config, work, reverse=False):
+    """Row ids by candidate index, the decisions, the groups."""
     folder, _ = scored
-    groups = [select.Group(t.name, NATURAL_INSTRUCTIONS, t.label, t.task_score) for t in folder.tasks]
-    texts = {t.name: look.TaskText(i, t.definition, t.license, t.label, False) for i, t in enumerate(folder.tasks)}
-    lookup = look.Lookup(config, texts, {}, None)
-    files = folder.files[::-1] if reverse else folder.files
-    chunks = build.plan_chunks(None, files, 1 << 20)
-    tables = (table for chunk in chunks for table in look.features(chunk, lookup))
-    gathered = build.gather(tables, len(chunks), False, Path("unused"))
-    rows = [row for chunk in chunks for batch in look.candidates(chunk, lookup) for row in batch]
-    return rows, select.decide(gathered.candidates, groups, config), groups
+    folder = replace(folder, files=folder.files[::-1]) if reverse else folder
+    plan = plan_mix(config, folder, [], work)
+    return plan.row_ids.to_pylist(), plan.decisions, plan.context.groups
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +134,9 @@ def oracle_scores(scored):
 
 
 @pytest.fixture(scope="module")
-def compat(scored):
-    return decide(scored, MixConfig(policy="birbal_2023", birbal_2023={"compat": True}, seed=SEED))
+def compat(scored, tmp_path_factory):
+    config = MixConfig(policy="birbal_2023", birbal_2023={"compat": True}, seed=SEED)
+    return decide(scored, config, tmp_path_factory.mktemp("work"))
 
 
 def oracle_inputs(scored):
@@ -165,14 +163,16 @@ def run_oracle(scored, oracle_scores, shuffle_task, shuffle_all):
     return drawn, published_combine(sampled, definitions, shuffle_all)
 
 
-def by_hash(order):
-    return lambda rows: sorted(rows, key=lambda row: order(row["row_id"], SEED))
+def by_hash(hashes):
+    return lambda rows: [rows[i] for i in np.argsort(hashes([row["row_id"] for row in rows], SEED), kind="stable")]
 
 
 def test_same_rows_as_the_published_scripts(scored, oracle_scores, compat):
-    _, (train, evaluation) = run_oracle(scored, oracle_scores, by_hash(look.row_hash), by_hash(look.shuffle_hash))
-    rows, decisions, _ = compat
-    ours = [rows[i].row_id for i in decisions.rank.argsort()[: decisions.num_kept]]
+    _, (train, evaluation) = run_oracle(
+        scored, oracle_scores, by_hash(features.row_hashes), by_hash(features.shuffle_hashes)
+    )
+    ids, decisions, _ = compat
+    ours = [ids[i] for i in decisions.rank.argsort()[: decisions.num_kept]]
     assert ours == [row["row_id"] for row in train + evaluation]
     assert Counter(r.split(":")[0] for r in ours) == Counter(row["task"] for row in train + evaluation)
     assert 5_000 < len(ours) < NUM_ROWS
@@ -193,26 +193,27 @@ def test_same_counts_per_task_whatever_the_published_shuffle(scored, oracle_scor
     assert ours == dict(drawn)
 
 
-def test_corrected_defects_change_only_what_they_should(scored, compat):
-    rows, decisions, _ = compat
-    _, corrected, _ = decide(scored, MixConfig(policy="birbal_2023", seed=SEED))
-    changed = {rows[i].row_id for i in (decisions.reason != corrected.reason).nonzero()[0]}
-    assert changed
-    empty = [i for i, row in enumerate(rows) if not row.output.strip() and corrected.reason[i] == Reason.KEPT]
+def test_corrected_defects_change_only_what_they_should(scored, compat, tmp_path):
+    ids, decisions, _ = compat
+    _, corrected, _ = decide(scored, MixConfig(policy="birbal_2023", seed=SEED), tmp_path)
+    rows = {f"{row['task']}:{row['instance_id']}": row for row in scored[1]}
+    rows = [rows[i] for i in ids]  # by candidate index
+    assert (decisions.reason != corrected.reason).any()
+    empty = [i for i, row in enumerate(rows) if not row["answer"][0].strip() and corrected.reason[i] == Reason.KEPT]
     assert empty == []
-    assert any(not rows[i].output.strip() for i in (decisions.reason == Reason.KEPT).nonzero()[0])
-    unanswered = [i for i, row in enumerate(rows) if row.text.label == "generation" and row.prediction == ""]
+    assert any(not rows[i]["answer"][0].strip() for i in (decisions.reason == Reason.KEPT).nonzero()[0])
+    unanswered = [i for i, row in enumerate(rows) if row["label"] == "generation" and row["prediction"] == ""]
     assert all(decisions.reason[i] in (Reason.ANSWERED_WELL, Reason.ERROR) for i in unanswered)
     assert not any(corrected.reason[i] == Reason.ANSWERED_WELL for i in unanswered)
 
 
 @pytest.mark.parametrize("policy", ["task_score", "birbal_2023"])
-def test_file_order_changes_nothing(scored, policy):
+def test_file_order_changes_nothing(scored, policy, tmp_path):
     config = MixConfig(policy=policy, seed=SEED, task_score={"exact_match_budget": 9_000, "generation_budget": 8_000})
-    rows, decisions, _ = decide(scored, config)
-    other_rows, other, _ = decide(scored, config, reverse=True)
-    ours = [(rows[i].row_id, decisions.reason[i], decisions.bucket[i]) for i in decisions.rank.argsort()]
-    theirs = [(other_rows[i].row_id, other.reason[i], other.bucket[i]) for i in other.rank.argsort()]
+    ids, decisions, _ = decide(scored, config, tmp_path)
+    other_ids, other, _ = decide(scored, config, tmp_path, reverse=True)
+    ours = [(ids[i], decisions.reason[i], decisions.bucket[i]) for i in decisions.rank.argsort()]
+    theirs = [(other_ids[i], other.reason[i], other.bucket[i]) for i in other.rank.argsort()]
     assert ours == theirs
 
 
@@ -233,13 +234,13 @@ def test_distinct_word_rouge_against_the_real_package():
         assert distinct_word_rouge_l(left, right) == rouge.get_scores(left, right)[0]["rouge-l"]["f"]
 
 
-def test_ladder_score():
-    assert ladder_score("exact_match", "yes\n\nInput", ["no", "yes"], False) == 1.0
-    assert ladder_score("exact_match", "yes ", ["yes"], False) == 0.0  # raw strings
-    assert ladder_score("generation", "", ["a b"], False) == 0.0
-    assert ladder_score("generation", "", ["a b"], True) == pytest.approx(1.0)
-    assert ladder_score("generation", "a b", [""], True) == pytest.approx(1.0)
-    assert ladder_score("generation", "A. B", ["a b.", "c"], False) == 1.0
+def test_birbal_2023_score():
+    assert birbal_2023_score("exact_match", "yes\n\nInput", ["no", "yes"], False) == 1.0
+    assert birbal_2023_score("exact_match", "yes ", ["yes"], False) == 0.0  # raw strings
+    assert birbal_2023_score("generation", "", ["a b"], False) == 0.0
+    assert birbal_2023_score("generation", "", ["a b"], True) == pytest.approx(1.0)
+    assert birbal_2023_score("generation", "a b", [""], True) == pytest.approx(1.0)
+    assert birbal_2023_score("generation", "A. B", ["a b.", "c"], False) == 1.0
     # 4 words, 2 distinct: the package sees full agreement
-    assert ladder_score("generation", "a b a b", ["a b"], True) == pytest.approx(1.0)
-    assert ladder_score("generation", "a b a b", ["a b"], False) == pytest.approx(2 / 3)
+    assert birbal_2023_score("generation", "a b a b", ["a b"], True) == pytest.approx(1.0)
+    assert birbal_2023_score("generation", "a b a b", ["a b"], False) == pytest.approx(2 / 3)

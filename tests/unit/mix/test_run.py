@@ -9,12 +9,13 @@ import pytest
 
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.inspect import diff, explain
+from birbal_ray.mix.plan import MixPlan
 from birbal_ray.mix.rows import AUDIT, DESCRIPTIONS, MIX_ROWS, Reason
 from birbal_ray.mix.run import dry_run, mix
 from birbal_ray.run import MANIFEST_FILE, RUN_FILE, RunError, RunMismatchError
 from birbal_ray.schemas import SCORE_ROWS
 from birbal_ray.settings import ConfigError, load_config
-from tests.fixtures.score_folder import made_up_rows, write_score_folder
+from tests.fixtures.score_folder import forget_files, made_up_rows, write_score_folder
 
 DATA_FILES = [
     *("audit.parquet", "train.parquet", "eval.parquet", "train.jsonl", "eval.jsonl", "tasks.parquet"),
@@ -72,8 +73,8 @@ def test_budgets_are_met_to_the_row(made):
 
 
 def test_audit_reconciles_with_everything(made, rows):
-    audit = read(made.folder, "audit.parquet")
-    assert pq.read_schema(made.folder / "audit.parquet").equals(AUDIT)
+    audit = read(made.folder.local, "audit.parquet")
+    assert pq.read_schema(made.folder.local / "audit.parquet").equals(AUDIT)
     counts = made.manifest["rows"]
     assert len(audit) == counts["candidates"] == len(rows) + 80
     assert counts["kept"] + sum(counts["dropped"].values()) == counts["candidates"]
@@ -82,21 +83,21 @@ def test_audit_reconciles_with_everything(made, rows):
     assert len({row["row_id"] for row in audit}) == len(audit)
     assert [row["kept"] for row in audit] == sorted((row["kept"] for row in audit), reverse=True)
     assert counts["dropped"]["llm_written"] == 8
-    tasks = read(made.folder, "tasks.parquet")
+    tasks = read(made.folder.local, "tasks.parquet")
     assert sum(task["num_candidates"] for task in tasks) == len(audit)
     assert sum(task["num_kept"] for task in tasks) == counts["kept"]
 
 
 def test_kept_rows_are_the_files_rows(made):
-    audit = [row for row in read(made.folder, "audit.parquet") if row["kept"]]
+    audit = [row for row in read(made.folder.local, "audit.parquet") if row["kept"]]
     for split in ("train", "eval"):
-        table = pq.read_table(made.folder / f"{split}.parquet")
+        table = pq.read_table(made.folder.local / f"{split}.parquet")
         assert table.schema.equals(MIX_ROWS)
         full = table.to_pylist()
         assert [row["row_id"] for row in full] == [row["row_id"] for row in audit if row["split"] == split]
-        lines = [json.loads(line) for line in (made.folder / f"{split}.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (made.folder.local / f"{split}.jsonl").read_text().splitlines()]
         assert lines == [{"question": row["question"], "answer": row["answer"]} for row in full]
-        alpaca = json.loads((made.folder / "alpaca" / f"{split}.json").read_text())
+        alpaca = json.loads((made.folder.local / "alpaca" / f"{split}.json").read_text())
         assert alpaca == [{name: row[name] for name in ("instruction", "input", "output")} for row in full]
         for row in full:
             head = f"### Instruction:\n{row['instruction']}\n\n" if row["instruction"] else ""
@@ -107,7 +108,7 @@ def test_kept_rows_are_the_files_rows(made):
 
 
 def test_failed_rows_come_first_inside_a_task(made):
-    audit = read(made.folder, "audit.parquet")
+    audit = read(made.folder.local, "audit.parquet")
     for task in {row["task"] for row in audit if row["label"]}:
         mine = [row for row in audit if row["task"] == task]
         if any(row["reason"] == "over_allocation" and row["bucket"] == "failed" for row in mine):
@@ -116,7 +117,7 @@ def test_failed_rows_come_first_inside_a_task(made):
 
 def test_every_row_explains_itself(made):
     seen = set()
-    for row in read(made.folder, "audit.parquet"):
+    for row in read(made.folder.local, "audit.parquet"):
         if row["reason"] in seen and not row["kept"]:
             continue
         seen.add(row["reason"])
@@ -134,17 +135,19 @@ def test_every_row_explains_itself(made):
 def test_loads_as_a_dataset(made, tmp_path):
     import datasets
 
-    loaded = datasets.load_dataset(str(made.folder), cache_dir=str(tmp_path))
+    loaded = datasets.load_dataset(str(made.folder.local), cache_dir=str(tmp_path))
     assert {name: len(split) for name, split in loaded.items()} == {"train": 578, "eval": 12}
     assert loaded["train"].column_names == MIX_ROWS.names
-    lines = datasets.load_dataset("json", data_files=str(made.folder / "train.jsonl"), cache_dir=str(tmp_path))
+    lines = datasets.load_dataset("json", data_files=str(made.folder.local / "train.jsonl"), cache_dir=str(tmp_path))
     assert lines["train"].column_names == ["question", "answer"]
-    alpaca = datasets.load_dataset("json", data_files=str(made.folder / "alpaca/train.json"), cache_dir=str(tmp_path))
+    alpaca = datasets.load_dataset(
+        "json", data_files=str(made.folder.local / "alpaca/train.json"), cache_dir=str(tmp_path)
+    )
     assert set(alpaca["train"].column_names) == {"instruction", "input", "output"} and len(alpaca["train"]) == 578
 
 
 def test_card_says_what_is_inside(made):
-    card = (made.folder / "README.md").read_text()
+    card = (made.folder.local / "README.md").read_text()
     for expected in ("590 instruction rows", "| notes |", "CC0-1.0", "`task_score`", "seed 5", "llm_written"):
         assert expected in card
 
@@ -154,7 +157,7 @@ def test_order_of_files_and_their_cut_change_nothing(made, rows, outside, scores
     shuffled = [row for task in tasks for row in reversed(rows) if row["task"] == task]
     other = write_score_folder(tmp_path / "s", shuffled, shard_rows=37)
     again = mix(config(other, tmp_path / "m", sources=[outside]))
-    assert data_of(again.folder) == data_of(made.folder)
+    assert data_of(again.folder.local) == data_of(made.folder.local)
 
 
 def test_another_seed_is_another_draw(made, scores, outside, tmp_path):
@@ -176,34 +179,35 @@ def test_diff_counts_tasks(made, scores, tmp_path):
 
 
 def test_rerun_does_nothing_and_other_settings_are_refused(made, scores, outside):
-    before = (made.folder / MANIFEST_FILE).stat().st_mtime_ns
+    before = (made.folder.local / MANIFEST_FILE).stat().st_mtime_ns
     again = mix(config(scores, made.folder, sources=[outside]))
-    assert (made.folder / MANIFEST_FILE).stat().st_mtime_ns == before and again.composition == made.composition
+    assert (made.folder.local / MANIFEST_FILE).stat().st_mtime_ns == before and again.composition == made.composition
     with pytest.raises(RunMismatchError, match=r"settings\.seed: 5 → 9"):
         mix(config(scores, made.folder, sources=[outside], seed=9))
 
 
 def test_overwrite_and_unfinished_start_anew(scores, tmp_path):
     first = mix(config(scores, tmp_path / "m"))
-    data = data_of(first.folder)
+    data = data_of(first.folder.local)
     second = mix(config(scores, tmp_path / "m", seed=9), overwrite=True)
-    assert data_of(second.folder) != data
+    assert data_of(second.folder.local) != data
     (tmp_path / "m" / MANIFEST_FILE).unlink()
     (tmp_path / "m" / "train.parquet").write_bytes(b"half")
     (tmp_path / "m" / ".work" / "out").mkdir(parents=True)
     third = mix(config(scores, tmp_path / "m"))
-    assert data_of(third.folder) == data and not (tmp_path / "m" / ".work").exists()
+    assert data_of(third.folder.local) == data and not (tmp_path / "m" / ".work").exists()
 
 
 def test_nothing_appears_when_writing_fails(scores, tmp_path, monkeypatch):
-    from birbal_ray.mix import run as step
+    def lose_a_row(plan):
+        *tables, last = read_texts(plan)
+        yield from [*tables, last.slice(1)]
 
-    def lose_rows(*args, **kwargs):
-        yield from list(step_read(*args, **kwargs))[:-1]
-
-    step_read = step.read_texts
-    monkeypatch.setattr(step, "read_texts", lose_rows)
-    with pytest.raises(RunError, match="2,400 candidates were decided on, 0 arrived"):
+    read_texts = MixPlan.read_texts
+    monkeypatch.setattr(MixPlan, "read_texts", lose_a_row)
+    with pytest.raises(
+        RunError, match=r"550 rows were to be written from rank 0 on, 549 arrived; .*nothing was written"
+    ):
         mix(config(scores, tmp_path / "m"))
     assert not any((tmp_path / "m" / name).exists() for name in [*DATA_FILES, MANIFEST_FILE, "README.md"])
 
@@ -217,7 +221,7 @@ def test_dry_run_writes_nothing(scores, made, outside, tmp_path):
 
 def test_birbal_2023_end_to_end(scores, tmp_path):
     result = mix(config(scores, tmp_path / "m", policy="birbal_2023"))
-    audit = read(result.folder, "audit.parquet")
+    audit = read(result.folder.local, "audit.parquet")
     buckets = {row["bucket"].rsplit("_", 1)[0] for row in audit if row["reason"] not in ("error",)}
     assert buckets == {"accuracy", "rouge"}
     reasons = {row["reason"] for row in audit}
@@ -247,7 +251,7 @@ def test_contamination_gate(action, rows, scores, tmp_path):
     result = mix(config(scores, tmp_path / "m", contamination=gate, task_score=budgets))
     found = result.manifest["contamination"]["found"]
     assert found["family:mine"] == 200 and found["ngram"] >= 1
-    audit = {row["row_id"]: row for row in read(result.folder, "audit.parquet")}
+    audit = {row["row_id"]: row for row in read(result.folder.local, "audit.parquet")}
     hit = audit[f"{long['task']}:{long['instance_id']}"]
     assert "ngram" in hit["contamination"]
     family = [row for row in audit.values() if row["task"] == rows[0]["task"] and row["reason"] != "error"]
@@ -257,7 +261,7 @@ def test_contamination_gate(action, rows, scores, tmp_path):
         assert hit["reason"] in ("contaminated_ngram", "contaminated_family")
     else:
         assert any(row["kept"] for row in family)
-    assert f"Action: `{action}`" in (result.folder / "README.md").read_text()
+    assert f"Action: `{action}`" in (result.folder.local / "README.md").read_text()
 
 
 def test_near_duplicates(rows, tmp_path):
@@ -269,7 +273,7 @@ def test_near_duplicates(rows, tmp_path):
     folder = write_score_folder(tmp_path / "s", [*rows[:200], *twins])
     budgets = {"exact_match_budget": 150, "generation_budget": 0}
     result = mix(config(folder, tmp_path / "m", dedup={"near": True}, task_score=budgets))
-    near = [row for row in read(result.folder, "audit.parquet") if "near-" in row["row_id"]]
+    near = [row for row in read(result.folder.local, "audit.parquet") if "near-" in row["row_id"]]
     assert sorted(row["reason"] == "near_duplicate" for row in near) == [False, True, True]
     dropped = next(row["row_id"] for row in near if row["reason"] == "near_duplicate")
     assert "near-" in explain(result.folder, dropped)["repeats"]
@@ -291,11 +295,11 @@ def test_shortfall_is_named_when_allowed(scores, tmp_path):
     entry = result.manifest["allocation"]["exact_match"]
     assert entry["allocated"] + entry["shortfall"] == 5000 and entry["short_tasks"]
     assert result.manifest["allocation"]["generation"]["shortfall"] == 0
-    assert "Budgets not met" in (result.folder / "README.md").read_text()
+    assert "Budgets not met" in (result.folder.local / "README.md").read_text()
 
 
 def damaged(scores, tmp_path):
-    return shutil.copytree(scores, tmp_path / "damaged")
+    return forget_files(shutil.copytree(scores, tmp_path / "damaged"))
 
 
 def test_score_folder_that_is_not_there_or_unfinished(scores, made, tmp_path):
@@ -381,7 +385,7 @@ def test_output_folder_of_something_else(scores, tmp_path):
         (["task_score.gama=2"], "unknown key 'task_score.gama' .did you mean 'gamma'"),
         (["task_score.gamma=-1"], "task_score.gamma = -1"),
         (["policy=best"], "policy = 'best'"),
-        (["sources=[{name: nobody}]"], "'nobody' is no known upstream"),
+        (["sources=[{name: nobody}]"], "'nobody' is no known dataset"),
         (["sources=[{name: lima}, {name: lima}]"], "source name 'lima' is taken"),
         (["eval_fraction=1"], "eval_fraction = 1"),
     ],

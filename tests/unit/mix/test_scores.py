@@ -8,7 +8,7 @@ from birbal_ray.mix.scores import open_scores
 from birbal_ray.run import RunError
 from birbal_ray.score.export import export_published_json
 from birbal_ray.score.run import SESSIONS_FILE, _record_session, _sessions
-from tests.fixtures.score_folder import made_up_rows, write_score_folder
+from tests.fixtures.score_folder import forget_files, made_up_rows, write_score_folder
 
 
 def test_a_half_written_session_is_skipped(tmp_path):
@@ -20,7 +20,7 @@ def test_a_half_written_session_is_skipped(tmp_path):
 
 
 def test_lost_or_damaged_rows_are_not_exported_as_if_whole(tmp_path):
-    folder = write_score_folder(tmp_path / "scores", made_up_rows(2, 20), shard_rows=10)
+    folder = forget_files(write_score_folder(tmp_path / "scores", made_up_rows(2, 20), shard_rows=10))
     file = sorted((folder / "rows").iterdir())[1]
     whole = file.read_bytes()
     file.write_bytes(whole[:100])
@@ -39,7 +39,11 @@ def test_tasks_whose_names_begin_with_an_underscore_or_a_dot_are_read_and_export
     folder = write_score_folder(tmp_path / "scores", rows)
     (folder / "rows" / ".tmp-1-2-third-00000.parquet").write_bytes(b"half")  # of a writer that was killed
     scores = open_scores(folder)
-    assert [file.name.partition("-")[0] for file in scores.files] == [".second", "_first", "third"]
+    assert [file.name.removeprefix("rows/").partition("-")[0] for file in scores.files] == [
+        ".second",
+        "_first",
+        "third",
+    ]
     assert export_published_json(folder, tmp_path / "out") == (3, 60)
     for name in names:
         records = json.loads((tmp_path / "out" / f"{name}.json").read_text())

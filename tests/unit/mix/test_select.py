@@ -5,10 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from birbal_ray.mix.candidates import NO_TWIN, Candidates, Group
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.mix.rows import BUCKETS, Bits, Reason
-from birbal_ray.mix.select import decide
+from birbal_ray.mix.rows import BUCKETS, Flags, Reason
+from birbal_ray.mix.select import NO_DUPLICATE, Candidates, Group, decide
 from birbal_ray.settings import ConfigError
 
 GROUPS = [
@@ -18,7 +17,7 @@ GROUPS = [
     Group("d", "natural_instructions", "generation", 0.1),
     Group("out", "out", None, None, max_rows=7),
 ]
-BITS = [0, 0, 0, 0, Bits.ERROR, Bits.TOO_LONG, Bits.SHORT_INPUT, Bits.EMPTY_OUTPUT, Bits.LLM_WRITTEN, Bits.NGRAM]
+FLAGS = [0, 0, 0, 0, Flags.ERROR, Flags.TOO_LONG, Flags.SHORT_INPUT, Flags.EMPTY_OUTPUT, Flags.LLM_WRITTEN, Flags.NGRAM]
 
 
 def columns(count, seed, keys=None):
@@ -33,8 +32,8 @@ def columns(count, seed, keys=None):
         shuffle_hash=rng.permutation(count).astype(np.uint64),
         key=rng.integers(0, keys or 4 * count + 1, count).astype(np.uint64),
         score=score,
-        ladder=score.copy(),
-        bits=np.array([BITS[i] for i in rng.integers(0, len(BITS), count)], np.uint16),
+        published=score.copy(),
+        flags=np.array([FLAGS[i] for i in rng.integers(0, len(FLAGS), count)], np.uint16),
     )
 
 
@@ -61,10 +60,10 @@ def test_the_order_of_the_rows_changes_nothing(count, seed, policy, budget, keys
     assert (straight.reason[order] == mixed.reason).all()
     assert (straight.bucket[order] == mixed.bucket).all()
     assert (straight.rank[order] == mixed.rank).all()
-    twins = np.where(straight.twin == NO_TWIN, NO_TWIN, straight.twin)
+    repeats = np.where(straight.duplicate_of == NO_DUPLICATE, NO_DUPLICATE, straight.duplicate_of)
     back = np.argsort(order) if count else order
-    expected = np.array([NO_TWIN if t == NO_TWIN else back[t] for t in twins[order]], np.int64)
-    assert (expected == mixed.twin).all()
+    expected = np.array([NO_DUPLICATE if t == NO_DUPLICATE else back[t] for t in repeats[order]], np.int64)
+    assert (expected == mixed.duplicate_of).all()
 
 
 @settings(max_examples=150, deadline=None)
@@ -80,7 +79,7 @@ def test_budgets_and_buckets(count, seed, exact, generation):
         mine = np.isin(rows.group, [i for i, g in enumerate(GROUPS) if g.label == label])
         assert kept[mine].sum() == budget - result.allocations[label].shortfall
     assert kept[rows.group == 4].sum() <= 7
-    assert not kept[(rows.bits & (Bits.ERROR | Bits.LLM_WRITTEN | Bits.TOO_LONG)) != 0].any()
+    assert not kept[(rows.flags & (Flags.ERROR | Flags.LLM_WRITTEN | Flags.TOO_LONG)) != 0].any()
     assert len(np.unique(rows.key[kept])) == kept.sum()
     failed = np.array([BUCKETS[b] == "failed" for b in result.bucket], bool)
     for number in range(4):  # a kept "rest" row means no failed row of the task was left over
@@ -101,8 +100,8 @@ def test_hand_computed_mix():
         shuffle_hash=np.array([0, 1, 2, 3, 4, 5, 6], np.uint64),
         key=np.array([1, 2, 3, 4, 5, 6, 6], np.uint64),
         score=np.array([0.0, 1.0, 1.0, 0.0, 0.1, 0.9, 0.2]),
-        ladder=np.full(7, np.nan),
-        bits=np.zeros(7, np.uint16),
+        published=np.full(7, np.nan),
+        flags=np.zeros(7, np.uint16),
     )
     config = MixConfig(task_score={"exact_match_budget": 3, "generation_budget": 2})
     result = decide(rows, GROUPS, config)
@@ -111,7 +110,7 @@ def test_hand_computed_mix():
         *("kept", "over_allocation", "kept", "kept", "kept", "kept", "duplicate")
     ]
     assert [BUCKETS[b] for b in result.bucket[:6]] == ["failed", "rest", "rest", "failed", "failed", "rest"]
-    assert result.twin.tolist() == [-1, -1, -1, -1, -1, -1, 5]
+    assert result.duplicate_of.tolist() == [-1, -1, -1, -1, -1, -1, 5]
     assert result.rank.tolist() == [0, 5, 1, 2, 3, 4, 6]
     assert result.usable.tolist() == [4, 0, 2, 0, 0] and result.allocated.tolist() == [3, 0, 2, 0, 0]
 
@@ -127,8 +126,8 @@ def test_published_ladder_by_hand():
         shuffle_hash=np.arange(count, dtype=np.uint64),
         key=np.arange(count, dtype=np.uint64),
         score=np.array(ladder),
-        ladder=np.array(ladder),
-        bits=np.array([0] * 10 + [Bits.SEVERAL_REFERENCES] + [0] * 10, np.uint16),
+        published=np.array(ladder),
+        flags=np.array([0] * 10 + [Flags.SEVERAL_REFERENCES] + [0] * 10, np.uint16),
     )
     result = decide(rows, GROUPS, MixConfig(policy="birbal_2023", birbal_2023={"factor": 0.01}))
     words = [Reason(r).word for r in result.reason]

@@ -6,10 +6,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from birbal_ray.mix import sources
 from birbal_ray.mix.config import SourceSettings
+from birbal_ray.mix.datasets import (
+    ANSWER_FROM_TEXT,
+    CANNOT_ANSWER,
+    CHOOSE_COMPLETION,
+    HUB_DATASETS,
+    SUMMARIZE,
+    origin_of,
+    read_source,
+)
 from birbal_ray.mix.rows import OUTSIDE_ROWS
-from birbal_ray.mix.upstreams import ANSWER_FROM_TEXT, CANNOT_ANSWER, CHOOSE_COMPLETION, SUMMARIZE, UPSTREAMS
 from birbal_ray.settings import ConfigError
 
 RECORDS = {
@@ -107,10 +114,9 @@ EXPECTED = {
 }
 
 
-def load(source, folder):
-    origin = sources.origin_of(source)
-    files = sources.write_source(source, origin, folder)
-    table = pa.concat_tables(pq.read_table(file) for file in files)
+def load(source):
+    origin = origin_of(source)
+    table = pa.concat_tables(read_source(source, origin))
     assert table.schema.equals(OUTSIDE_ROWS)
     return table.to_pylist(), origin
 
@@ -128,32 +134,40 @@ def write(tmp_path, records, kind):
 @pytest.mark.parametrize("name", sorted(RECORDS))
 def test_upstream_layout(name, kind, tmp_path):
     path = write(tmp_path, RECORDS[name], kind)
-    rows, origin = load(SourceSettings(name=name, path=path), tmp_path / "out")
+    rows, origin = load(SourceSettings(name=name, path=path))
     assert [(r["instruction"], r["input"], r["output"], r["task"]) for r in rows] == EXPECTED[name]
     assert origin.revision.startswith("sha256:")
     assert all(r["row_id"].startswith(f"{name}:") for r in rows)
 
 
 def test_llm_written_rows_are_marked(tmp_path):
-    for name, expected in (("open_platypus", [False, False, True]), ("math_instruct", [False, False, True])):
+    for name, expected in (("open_platypus", [True, False, True]), ("math_instruct", [False, False, True])):
         path = write(tmp_path, RECORDS[name], "jsonl")
-        rows, _ = load(SourceSettings(name=name, path=path), tmp_path / name)
+        rows, _ = load(SourceSettings(name=name, path=path))
         assert [row["llm_written"] for row in rows] == expected
     assert [r["license"] for r in rows] == ["MIT"] * 3
 
 
+def test_each_part_of_math_instruct_carries_its_licence(tmp_path):
+    parts = ("gsm_train", "aqua_rat", "MATH_train")
+    records = [{"source": f"data/CoT/{part}.json", "instruction": "How many?", "output": "7"} for part in parts]
+    rows, _ = load(SourceSettings(name="math_instruct", path=write(tmp_path, records, "jsonl")))
+    assert [row["license"] for row in rows] == ["MIT", "Apache-2.0", "MIT"]
+    assert not any(row["llm_written"] for row in rows)
+
+
 def test_platypus_rows_carry_their_own_licence(tmp_path):
     path = write(tmp_path, RECORDS["open_platypus"], "jsonl")
-    rows, _ = load(SourceSettings(name="open_platypus", path=path), tmp_path / "out")
+    rows, _ = load(SourceSettings(name="open_platypus", path=path))
     assert [row["license"] for row in rows] == ["MIT", "non-commercial", "other"]
 
 
 def test_every_upstream_has_a_fixture_and_states_its_layout():
-    assert set(RECORDS) == set(UPSTREAMS)
-    for name, upstream in UPSTREAMS.items():
+    assert set(RECORDS) == set(HUB_DATASETS)
+    for name, upstream in HUB_DATASETS.items():
         assert set(upstream.columns) <= set(RECORDS[name][0])
         assert upstream.layout
-        assert upstream.pinned == (len(upstream.revision) == 40)
+        assert upstream.is_pinned == (upstream.revision not in ("main",))
 
 
 def test_local_file_with_a_mapping(tmp_path):
@@ -170,7 +184,7 @@ def test_local_file_with_a_mapping(tmp_path):
         instruction="Answer in one word.",
         license="CC0-1.0",
     )
-    rows, _ = load(source, tmp_path / "out")
+    rows, _ = load(source)
     assert [(r["instruction"], r["input"], r["output"]) for r in rows] == [
         ("Answer in one word.", "What grows on vines in autumn?", "grapes"),
         ("Answer in one word.", "What grows on vines in autumn?", "grapes"),
@@ -179,7 +193,7 @@ def test_local_file_with_a_mapping(tmp_path):
     assert rows[1]["row_id"] == rows[0]["row_id"] + "#2"
     assert [r["llm_written"] for r in rows] == [False, True, False]
     assert {r["license"] for r in rows} == {"CC0-1.0"}
-    reordered, _ = load(source.model_copy(update={"path": write(tmp_path, records[::-1], "jsonl")}), tmp_path / "b")
+    reordered, _ = load(source.model_copy(update={"path": write(tmp_path, records[::-1], "jsonl")}))
     assert {r["row_id"] for r in reordered} == {r["row_id"] for r in rows}
 
 
@@ -191,7 +205,7 @@ def test_local_file_with_a_mapping(tmp_path):
         (
             {"name": "mine", "columns": {"output": "answer"}},
             [{"anwser": "x"}],
-            r"source mine: column 'answer' is missing \(did you mean 'anwser'\?\); found anwser",
+            r"source mine: .*data\.jsonl: column 'answer' is missing \(did you mean 'anwser'\?\); found anwser",
         ),
         ({"name": "mine", "columns": {"output": "n"}}, [{"n": 3}], "output is int, expected text"),
     ],
@@ -199,22 +213,22 @@ def test_local_file_with_a_mapping(tmp_path):
 def test_other_columns_are_a_clear_error(settings, records, message, tmp_path):
     path = write(tmp_path, records, "jsonl")
     with pytest.raises(ConfigError, match=message):
-        load(SourceSettings(path=path, **settings), tmp_path / "out")
+        load(SourceSettings(path=path, **settings))
 
 
 def test_unreadable_files(tmp_path):
     columns = {"output": "a"}
     with pytest.raises(ConfigError, match=r"source mine: .*gone\.jsonl: no such file"):
-        sources.origin_of(SourceSettings(name="mine", path=str(tmp_path / "gone.jsonl"), columns=columns))
+        origin_of(SourceSettings(name="mine", path=str(tmp_path / "gone.jsonl"), columns=columns))
     (tmp_path / "a.csv").write_text("a\n1\n")
     with pytest.raises(ConfigError, match=r"expected .json, .jsonl, .parquet"):
-        sources.origin_of(SourceSettings(name="mine", path=str(tmp_path / "a.csv"), columns=columns))
+        origin_of(SourceSettings(name="mine", path=str(tmp_path / "a.csv"), columns=columns))
     (tmp_path / "a.parquet").write_bytes(b"PAR1 broken")
-    with pytest.raises(ConfigError, match=r"source mine: .*a\.parquet can't be read"):
-        load(SourceSettings(name="mine", path=str(tmp_path / "a.parquet"), columns=columns), tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"source mine: .*a\.parquet, after row 0: not a Parquet file"):
+        load(SourceSettings(name="mine", path=str(tmp_path / "a.parquet"), columns=columns))
     (tmp_path / "a.jsonl").write_text('{"a": "x"}\n{"a": \n')
-    with pytest.raises(ConfigError, match=r"source mine: .*a\.jsonl can't be read"):
-        load(SourceSettings(name="mine", path=str(tmp_path / "a.jsonl"), columns=columns), tmp_path / "out2")
+    with pytest.raises(ConfigError, match=r"source mine: .*a\.jsonl, line 2: not JSON"):
+        load(SourceSettings(name="mine", path=str(tmp_path / "a.jsonl"), columns=columns))
 
 
 def test_hub_out_of_reach_says_how_to_use_a_file(monkeypatch):
@@ -225,7 +239,7 @@ def test_hub_out_of_reach_says_how_to_use_a_file(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
     with pytest.raises(ConfigError, match=r"GAIR/lima can't be had from the Hub \(no route to host\).*path: FILE"):
-        sources.origin_of(SourceSettings(name="lima"))
+        origin_of(SourceSettings(name="lima"))
 
 
 def test_a_branch_is_resolved_to_its_commit(monkeypatch):
@@ -237,7 +251,12 @@ def test_a_branch_is_resolved_to_its_commit(monkeypatch):
         asked.append((repository, revision))
         return type("Info", (), {"sha": "a" * 40})()
 
+    def commits(self, repository, repo_type):
+        return [type("Commit", (), {"commit_id": commit * 6})() for commit in ("1234567", "f0afadd")]
+
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
-    assert sources.origin_of(SourceSettings(name="quac")).revision == "a" * 40
-    sources.origin_of(SourceSettings(name="quac", revision="main"))
-    assert asked == [("allenai/quac", "refs/convert/parquet"), ("allenai/quac", "main")]
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_commits", commits)
+    assert origin_of(SourceSettings(name="lima")).revision == "a" * 40
+    assert origin_of(SourceSettings(name="quac")).revision == "f0afadd" * 6  # a short hash is completed
+    origin_of(SourceSettings(name="quac", revision="main"))
+    assert asked == [("GAIR/lima", "main"), ("allenai/quac", None), ("allenai/quac", "main")]

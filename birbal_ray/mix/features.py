@@ -1,0 +1,204 @@
+"""What the selection must know of each candidate, found column by column: about 46 bytes a row, and its id."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from rapidfuzz.distance import LCSseq
+
+from birbal_ray.mix import dedup
+from birbal_ray.mix.allocation import BIRBAL_2023, LADDER_MAX_INPUT_WORDS, LADDER_MAX_WORDS
+from birbal_ray.mix.config import MixConfig
+from birbal_ray.mix.contamination import NgramIndex
+from birbal_ray.mix.rows import Flags
+from birbal_ray.ni.metrics import EXACT_MATCH, rouge_l
+from birbal_ray.ni.prompt import STOP
+from birbal_ray.ni.text import count_words
+
+_SPACELESS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Khmer}\p{Lao}\p{Myanmar}]"
+
+FEATURES = pa.schema(
+    [
+        pa.field("group", pa.int32()),
+        pa.field("row_hash", pa.uint64()),
+        pa.field("shuffle_hash", pa.uint64()),
+        pa.field("key", pa.uint64()),
+        pa.field("score", pa.float64()),
+        pa.field("published", pa.float64()),
+        pa.field("flags", pa.uint16()),
+        pa.field("row_id", pa.string()),
+        pa.field("task", pa.string()),  # outside rows only
+    ]
+)
+NEAR_FEATURES = pa.schema(
+    [*FEATURES, pa.field("exact_key", pa.uint64()), pa.field("signature", pa.binary(4 * dedup.NUM_HASHES))]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some candidates as columns of equal length; a row's index in the block is its index in each of them."""
+
+    group: NDArray[np.int32]
+    flags: NDArray[np.uint16]
+    score: NDArray[np.float64]  # NaN where there is none
+    row_id: pa.Array
+    instruction: pa.Array
+    input: pa.Array
+    output: pa.Array
+    task: pa.Array | None = None  # outside rows only
+    # Only for birbal_2023, one a row: label, raw completion, references; None where nothing is to be compared.
+    answers: Sequence[tuple[str, str, Sequence[str]] | None] = ()
+
+
+def extract_features(block: Block, config: MixConfig, ngrams: NgramIndex | None) -> pa.Table:
+    """FEATURES of a block (NEAR_FEATURES when near-duplicates are sought), rows in the block's order."""
+    inputs = block.input.to_pylist()
+    flags = block.flags | _text_flags(block, config)
+    if ngrams is not None:
+        hits = ngrams.overlaps(list(zip(inputs, block.output.to_pylist(), strict=True)))
+        flags[hits] |= np.uint16(Flags.NGRAM)
+    ids, instructions = block.row_id.to_pylist(), block.instruction.to_pylist()
+    columns = {
+        "group": block.group,
+        "row_hash": row_hashes(ids, config.seed),
+        "shuffle_hash": shuffle_hashes(ids, config.seed),
+        "key": repeat_keys(instructions, inputs, config.dedup_key),
+        "score": block.score,
+        "published": _published_scores(block, config),
+        "flags": flags,
+        "row_id": block.row_id,
+        "task": pa.nulls(len(ids), pa.string()) if block.task is None else block.task,
+    }
+    if not config.dedup.near:
+        return pa.table(columns, schema=FEATURES)
+    pairs = zip(instructions, inputs, strict=True)
+    columns["exact_key"] = hash_texts(f"{instruction}\x1f{dedup.exact_parts(text)}" for instruction, text in pairs)
+    signatures = dedup.signatures(inputs)  # (rows, NUM_HASHES)
+    columns["signature"] = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(4 * dedup.NUM_HASHES), len(inputs), [None, pa.py_buffer(np.ascontiguousarray(signatures))]
+    )
+    return pa.table(columns, schema=NEAR_FEATURES)
+
+
+def hash_texts(texts: Iterable[str]) -> NDArray[np.uint64]:
+    """The first 64 bits of each text's BLAKE2b; among a million texts two agree by accident once in 4·10^7 runs."""
+    digest = hashlib.blake2b
+    joined = b"".join([digest(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in texts])
+    return np.frombuffer(joined, ">u8").astype(np.uint64)
+
+
+def row_hashes(row_ids: Iterable[str], seed: int) -> NDArray[np.uint64]:
+    """The order inside a task: the project's hash order of (seed, row_id), see ni.schema.hash_order."""
+    return hash_texts(f"{seed}\x1f{row_id}" for row_id in row_ids)
+
+
+def shuffle_hashes(row_ids: Iterable[str], seed: int) -> NDArray[np.uint64]:
+    """The order of the mix. With `row_hashes` the rows of the most thinned-out tasks would come first."""
+    return hash_texts(f"{seed}\x1fshuffle\x1f{row_id}" for row_id in row_ids)
+
+
+def repeat_keys(instructions: Iterable[str], inputs: Iterable[str], key: str) -> NDArray[np.uint64]:
+    """Equal for rows that repeat each other under the dedup key."""
+    if key == "input":
+        return hash_texts(inputs)
+    return hash_texts(f"{instruction}\x1f{text}" for instruction, text in zip(instructions, inputs, strict=True))
+
+
+def num_words(texts: pa.Array, published: bool = False) -> NDArray[np.int64]:
+    """Words of each text: parts between single spaces, as the published scripts count them (an empty text has 1).
+
+    Text in a script without spaces is counted by character instead, unless `published`.
+    """
+    words: NDArray[np.int64] = pc.count_substring(texts, " ").to_numpy(zero_copy_only=False).astype(np.int64) + 1
+    if not published and not pc.all(pc.string_is_ascii(texts)).as_py():
+        for row in np.flatnonzero(pc.match_substring_regex(texts, _SPACELESS).to_numpy(zero_copy_only=False)):
+            words[row] = count_words(texts[int(row)].as_py())
+    return words
+
+
+def birbal_2023_score(label: str, completion: str, references: Sequence[str], compat: bool) -> float:
+    """How well the published 2023 selection thinks a row was answered.
+
+    Exact match: 1.0 if the raw answer equals a reference as a string, else 0.0. Generation: ROUGE-L in
+    [0, 1] of the lower-cased texts without dots. `compat` also reproduces two defects: an empty answer (or
+    reference) counts as perfect, and ROUGE-L is that of the `rouge` package 1.0.1, which counts distinct words only.
+    """
+    answer = completion.split(STOP, 1)[0]
+    if label == EXACT_MATCH:
+        return float(answer in references)
+    plain = [reference.replace(".", "").lower() for reference in references]
+    answer = answer.strip().replace(".", "").lower()
+    if not compat:
+        return rouge_l(answer, plain)
+    # Published: whichever side is empty is replaced by the other, so the pair scores 1 (less 5e-9). That
+    # substitution also stays for the row's later references; as the maximum is taken, the score is the same.
+    pairs = [(answer or reference or "dummy", reference or answer or "dummy") for reference in plain]
+    return max((distinct_word_rouge_l(left, right) for left, right in pairs), default=0.0)
+
+
+def distinct_word_rouge_l(answer: str, reference: str) -> float:
+    """F1 of the `rouge` package 1.0.1 (rouge-l, no dots in the texts): over sets of distinct words."""
+    hypothesis, target = " ".join(answer.split()).split(" "), " ".join(reference.split()).split(" ")
+    words, others = set(target), set(hypothesis)
+    # A word can be in the subsequence twice only if it is twice in both; otherwise its length is the
+    # number of distinct words, and the fast library gives it.
+    if any(target.count(word) > 1 and hypothesis.count(word) > 1 for word in words & others):
+        common = len(set(_subsequence(target, hypothesis)))
+    else:
+        common = int(LCSseq.similarity(target, hypothesis))
+    recall, precision = common / len(words), common / len(others)
+    return 2.0 * ((precision * recall) / (precision + recall + 1e-8))
+
+
+def _subsequence(first: list[str], second: list[str]) -> list[str]:
+    # Which of the longest subsequences is taken decides how many distinct words it has, so the way
+    # back must turn as the package does: up only where that is strictly longer.
+    width = len(second) + 1
+    table = [[0] * width]  # (len(first) + 1, len(second) + 1): length of the longest one up to there
+    for word in first:
+        above, row = table[-1], [0] * width
+        for column, other in enumerate(second, 1):
+            row[column] = above[column - 1] + 1 if word == other else max(above[column], row[column - 1])
+        table.append(row)
+    i, j, found = len(first), len(second), []
+    while i and j:
+        if first[i - 1] == second[j - 1]:
+            found.append(first[i - 1])
+            i, j = i - 1, j - 1
+        elif table[i - 1][j] > table[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return found
+
+
+def _text_flags(block: Block, config: MixConfig) -> NDArray[np.uint16]:
+    input_words = num_words(block.input, config.compat)
+    words = num_words(block.instruction, config.compat) + input_words
+    conditions: Mapping[Flags, NDArray[np.bool_]] = {
+        Flags.TOO_LONG: words >= config.filters.max_words,
+        Flags.PUBLISHED_TOO_LONG: words >= LADDER_MAX_WORDS,
+        Flags.PUBLISHED_LONG_INPUT: input_words > LADDER_MAX_INPUT_WORDS,
+        Flags.SHORT_INPUT: input_words <= config.filters.max_short_input_words,
+        Flags.EMPTY_OUTPUT: pc.equal(pc.utf8_trim_whitespace(block.output), "").to_numpy(zero_copy_only=False),
+    }
+    flags = np.zeros(len(words), np.uint16)
+    for flag, condition in conditions.items():
+        flags[condition] |= np.uint16(flag)
+    return flags
+
+
+def _published_scores(block: Block, config: MixConfig) -> NDArray[np.float64]:
+    if config.policy != BIRBAL_2023 or not block.answers:
+        return np.full(len(block.group), math.nan)
+    return np.array(
+        [math.nan if one is None else birbal_2023_score(*one, config.compat) for one in block.answers], np.float64
+    )

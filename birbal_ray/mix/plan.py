@@ -1,0 +1,275 @@
+"""A mix that is decided but not written: inputs, candidates, decisions, and what is said about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from birbal_ray.mix import dedup, reading
+from birbal_ray.mix.allocation import TASK_SCORE, train_size
+from birbal_ray.mix.config import MixConfig
+from birbal_ray.mix.contamination import build_index, chosen_families, families_of
+from birbal_ray.mix.datasets import Origin, read_source
+from birbal_ray.mix.reading import Chunk, Context
+from birbal_ray.mix.rows import NATURAL_INSTRUCTIONS, Flags, Reason
+from birbal_ray.mix.scores import AGAIN, ScoreFolder
+from birbal_ray.mix.select import Candidates, Decisions, Group, decide
+from birbal_ray.run import RunError
+from birbal_ray.settings import ConfigError
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class MixPlan:
+    """Everything that writing needs, and what a dry run prints. Chunk k holds candidates offsets[k] to offsets[k + 1].
+
+    `row_ids` and `subtasks` (the task of an outside row, else null) have shape (candidates,). The
+    `outside_files` hold the rows of one source each and follow the chunks in `offsets`.
+    """
+
+    context: Context
+    chunks: tuple[Chunk, ...]
+    outside_files: tuple[Path, ...]
+    offsets: NDArray[np.int64]
+    candidates: Candidates
+    row_ids: pa.Array
+    subtasks: pa.Array
+    decisions: Decisions
+    num_train: int
+    in_process: bool
+
+    def read_texts(self) -> Iterator[pa.Table]:
+        """TEXTS of all rows of a split, in file order: the second reading, of the files that hold any."""
+        num_texts = self.decisions.num_kept + self.decisions.num_validation
+        ranks = np.where(self.decisions.rank < num_texts, self.decisions.rank, -1).astype(np.int32)
+        parts = [ranks[start:end] for start, end in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
+        chunks = [(chunk, part) for chunk, part in zip(self.chunks, parts, strict=False) if (part >= 0).any()]
+        yield from reading.run_in_order(reading.read_chunk_texts, chunks, self.context, self.in_process)
+        for file, part in zip(self.outside_files, parts[len(self.chunks) :], strict=True):
+            if (part >= 0).any():
+                yield from reading.read_outside_texts(file, part)
+
+    def dropped(self) -> dict[str, int]:
+        """Candidates not kept, by reason, most first."""
+        counts = np.bincount(self.decisions.reason, minlength=len(Reason))
+        found = {Reason(i).word: int(n) for i, n in enumerate(counts) if n and i != Reason.KEPT}
+        return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+    def task_table(self) -> list[dict[str, Any]]:
+        """MIX_TASKS rows: every task, then every outside source."""
+        candidates = self._per_group(np.ones(len(self.candidates), bool))
+        kept = self._per_group(self.decisions.reason == Reason.KEPT)
+        notes = self.notes()
+        return [
+            {
+                "source": group.source,
+                "task": group.name,
+                "label": group.label,
+                "task_score": group.task_score,
+                "num_candidates": int(candidates[i]),
+                "num_usable": int(self.decisions.usable[i]),
+                "num_allocated": int(self.decisions.allocated[i]),
+                "num_kept": int(kept[i]),
+                "note": notes.get(group.name) if group.source == NATURAL_INSTRUCTIONS else None,
+            }
+            for i, group in enumerate(self.context.groups)
+        ]
+
+    def composition(self) -> list[dict[str, Any]]:
+        """One row per source and label: tasks, candidates, kept, train, eval, share of the mix."""
+        kept = self.decisions.reason == Reason.KEPT
+        train = self._per_group(kept & (self.decisions.rank < self.num_train))
+        rows: dict[tuple[str, str], dict[str, Any]] = {}
+        for number, task in enumerate(self.task_table()):
+            row = rows.setdefault(
+                (task["source"], task["label"] or ""),
+                {"source": task["source"], "label": task["label"], "tasks": 0, "candidates": 0, "kept": 0, "train": 0},
+            )
+            row["tasks"] += 1
+            row["candidates"] += task["num_candidates"]
+            row["kept"] += task["num_kept"]
+            row["train"] += int(train[number])
+        total = max(1, self.decisions.num_kept)
+        return [{**row, "eval": row["kept"] - row["train"], "share": row["kept"] / total} for row in rows.values()]
+
+    def contaminated(self) -> dict[str, int]:
+        """Candidates per finding: `family:{evaluation}` for each, `ngram`."""
+        found: dict[str, int] = {}
+        sizes = self._per_group(np.ones(len(self.candidates), bool))
+        for number, group in enumerate(self.context.groups):
+            for family in group.families:
+                found[f"family:{family}"] = found.get(f"family:{family}", 0) + int(sizes[number])
+        ngram = int(((self.candidates.flags & np.uint16(Flags.NGRAM)) != 0).sum())
+        return dict(sorted(found.items())) | ({"ngram": ngram} if ngram else {})
+
+    def shortfalls(self) -> dict[str, dict[str, Any]]:
+        """Label → budget, rows given, and the tasks that could not give their share."""
+        return {
+            label: {
+                "budget": a.budget,
+                "allocated": a.budget - a.shortfall,
+                "shortfall": a.shortfall,
+                "short_tasks": [
+                    {"task": t.name, "wanted": t.wanted, "candidates": t.num_candidates} for t in a.short_tasks
+                ],
+            }
+            for label, a in self.decisions.allocations.items()
+        }
+
+    def notes(self) -> dict[str, str]:
+        """Task → why the policy gave it less than its share: its metric, or scoring that stopped early."""
+        notes = {}
+        if self.context.config.policy == TASK_SCORE:
+            notes = {g.name: f"no error-driven share: {g.unfit}" for g in self.context.groups if g.unfit}
+        stopped = {task.name: task.stop_reason for task in self.context.scores.tasks if task.stop_reason}
+        for allocation in self.decisions.allocations.values():
+            for task in allocation.capped_tasks:
+                if task.name in stopped:
+                    notes[task.name] = (
+                        f"its share was {task.wanted} rows, {task.num_candidates} can be drawn: scoring stopped "
+                        f"({stopped[task.name]})"
+                    )
+        return dict(sorted(notes.items()))
+
+    def _per_group(self, is_chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
+        return np.bincount(self.candidates.group[is_chosen], minlength=len(self.context.groups))
+
+
+def plan_mix(
+    config: MixConfig,
+    scores: ScoreFolder,
+    origins: Sequence[Origin],
+    work: Path,
+    report: Report = lambda text: None,
+    start_ray: Callable[[], object] = lambda: None,
+) -> MixPlan:
+    """Read every candidate once and decide; `work` is a folder for files, needed until the mix is written.
+
+    `start_ray` is called before the reading, unless there is so little input that none is needed.
+    Raises ConfigError (a source's columns, a budget that can't be met, nothing kept), RunError (damaged scores).
+    """
+    context = _context(config, scores, origins)
+    chunks = reading.plan_chunks(scores.files, config.resources.chunk_mib << 20)
+    in_process = sum(file.size for file in scores.files) <= config.resources.in_process_mib << 20
+    if not in_process:
+        start_ray()
+    collected = _Collected(work, config.dedup.near)
+    for table in reading.run_in_order(reading.read_chunk_features, chunks, context, in_process):
+        collected.add([table])
+        report(f"read {collected.offsets[-1]:,} of {scores.num_rows:,} candidates")
+    outside_files = []
+    for number, (source, origin) in enumerate(zip(config.sources, origins, strict=True), len(scores.tasks)):
+        report(f"reading source {source.name} ({origin.location})")
+        outside_files.append(work / f"{source.name}.parquet")
+        collected.add(reading.keep_outside_rows(read_source(source, origin), number, context, outside_files[-1]))
+    candidates = Candidates(**{name: collected.column(name) for name in Candidates.__dataclass_fields__})
+    row_ids = collected.texts("row_id")
+    _check_complete(candidates, row_ids, context)
+    decisions = decide(candidates, context.groups, config, collected.near_duplicates(config.dedup.near_threshold))
+    if not decisions.num_kept:
+        dropped = ", ".join(f"{int(n):,} {Reason(i).word}" for i, n in enumerate(np.bincount(decisions.reason)) if n)
+        raise ConfigError(f"the mix would be empty: {len(candidates):,} candidates ({dropped}); raise the budgets")
+    return MixPlan(
+        context,
+        tuple(chunks),
+        tuple(outside_files),
+        np.array(collected.offsets),
+        candidates,
+        row_ids,
+        collected.texts("task"),
+        decisions,
+        train_size(decisions.num_kept, config.eval_fraction),
+        in_process,
+    )
+
+
+class _Collected:
+    """Feature tables as they come, in the candidates' order; signatures go to a file (512 bytes a row)."""
+
+    def __init__(self, work: Path, has_signatures: bool) -> None:
+        work.mkdir(parents=True, exist_ok=True)
+        self.offsets = [0]
+        self.tables: list[pa.Table] = []
+        self.signatures = work / "signatures" if has_signatures else None
+        if self.signatures:
+            self.signatures.unlink(missing_ok=True)
+
+    def add(self, tables: Iterator[pa.Table] | list[pa.Table]) -> None:
+        """The tables of one chunk or source."""
+        count = 0
+        for table in tables:
+            count += len(table)
+            if self.signatures:
+                with self.signatures.open("ab") as file:
+                    for part in table["signature"].chunks:
+                        file.write(part.buffers()[1].slice(4 * dedup.NUM_HASHES * part.offset)[: part.nbytes])
+                table = table.drop_columns("signature")
+            self.tables.append(table)
+        self.offsets.append(self.offsets[-1] + count)
+
+    def column(self, name: str) -> NDArray[Any]:
+        """One numeric column, shape (candidates,); it is dropped from the tables."""
+        values = np.concatenate([table[name].to_numpy() for table in self.tables])
+        self.tables = [table.drop_columns(name) for table in self.tables]
+        return values
+
+    def texts(self, name: str) -> pa.Array:
+        """One text column, shape (candidates,)."""
+        pieces = [piece for table in self.tables for piece in table[name].chunks]
+        return pa.chunked_array(pieces, pa.string()).cast(pa.large_string()).combine_chunks()
+
+    def near_duplicates(self, threshold: float) -> Callable[[NDArray[np.int64]], dict[int, int]] | None:
+        """`dedup.near_duplicates` of these candidates, None where none are sought."""
+        if self.signatures is None:
+            return None
+        exact_key = self.column("exact_key")
+        table = np.memmap(self.signatures, np.uint32, "r", shape=(len(exact_key), dedup.NUM_HASHES))
+        return lambda order: dedup.near_duplicates(order, exact_key, table, threshold)
+
+
+def _context(config: MixConfig, scores: ScoreFolder, origins: Sequence[Origin]) -> Context:
+    families = chosen_families(config.contamination.evaluations, config.contamination.families)
+    tasks = [
+        Group(
+            task.name,
+            NATURAL_INSTRUCTIONS,
+            task.label,
+            task.task_score,
+            families=families_of([task.name, *task.sources], families),
+            unfit=task.unreachable,
+        )
+        for task in scores.tasks
+    ]
+    outside = [
+        Group(s.name, s.name, max_rows=s.max_rows, families=families_of([s.name], families)) for s in config.sources
+    ]
+    files = config.contamination.files
+    ngrams = build_index(files, config.contamination.ngram) if files else None
+    return Context(config, scores, (*tasks, *outside), ngrams)
+
+
+def _check_complete(rows: Candidates, row_ids: pa.Array, context: Context) -> None:
+    scores = context.scores
+    found = np.bincount(rows.group, minlength=len(context.groups))
+    for number, task in enumerate(scores.tasks):
+        if found[number] != task.num_instances:
+            raise RunError(
+                f"{scores.folder}: {found[number]} rows of task {task.name!r}, its task_scores.parquet says "
+                f"{task.num_instances}; the folder is damaged or half copied, {AGAIN}"
+            )
+    order = np.argsort(rows.row_hash, kind="stable")
+    ids, others = rows.row_hash[order], rows.shuffle_hash[order]
+    repeated = np.flatnonzero((ids[1:] == ids[:-1]) & (others[1:] == others[:-1]))
+    if len(repeated):
+        row = int(order[repeated[0]])
+        raise RunError(
+            f"{scores.folder}: {len(repeated)} row ids occur twice, one of them in "
+            f"{context.groups[int(rows.group[row])].name!r} ({row_ids[row]}); {AGAIN}"
+        )
