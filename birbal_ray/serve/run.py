@@ -17,7 +17,7 @@ from birbal_ray.evaluate.models import resolve_models
 from birbal_ray.models import resolve
 from birbal_ray.run import RunError, read_json, read_manifest
 from birbal_ray.score.config import ResourceSettings
-from birbal_ray.score.engine import Adapter, load_engine, vllm_arguments
+from birbal_ray.score.engine import Adapter, Request, Sampling, load_engine, vllm_arguments
 from birbal_ray.score.engine_loop import EngineLoop
 from birbal_ray.serve.app import COUNTED, Service, is_loopback, make_app
 from birbal_ray.serve.config import ServeConfig, ServedEngine
@@ -52,6 +52,7 @@ def serve(config: ServeConfig, tell: Callable[[str], None]) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         tell(f"loading {served.name}")
         loop = EngineLoop(lambda: load_engine(served.path, served.engine, served.resources, served.adapters))
+        _warm_up(loop, served)
         import uvicorn
 
         service = Service(
@@ -151,6 +152,18 @@ def load_served(config: ServeConfig) -> Served:
         config.resources.model_copy(update={"threads_per_replica": threads}),
         tuple(Adapter(one.name, one.path, one.rank or 0) for one in found),
     )
+
+
+def _warm_up(loop: EngineLoop, served: Served) -> None:
+    """Ask once for each kind of answer: vLLM compiles what log probabilities need at the first (20 s on two cores)."""
+    adapter = served.adapters[0].name if served.adapters else ""
+    for sampling in (
+        Sampling(temperature=1.0, top_k=200, seed=0, stop=(), logprobs=True),
+        Sampling(stop=(), prompt_logprobs=True),
+    ):
+        (future,) = loop.submit([Request("warm-up", [0, 1, 2, 3], 2, adapter, sampling)])
+        if error := future.result().error:
+            raise RunError(f"{served.name}: {error}")
 
 
 def _tokenizer(served: Served) -> Any:
