@@ -78,19 +78,26 @@ def merge(run: str, output: str, dtype: str, prompts: int, overwrite: bool, outp
 )
 @click.option("--team", metavar="NAME", help="The model's name in results.json; default: the model's and adapter's.")
 @click.option("--overwrite", is_flag=True, help="Start anew where the folder holds another run.")
+@click.option(
+    "--helm",
+    is_flag=True,
+    help="Ask through HELM, the challenge's client; --task is then a run entry, --include-path a folder of plugins.",
+)
 @click.option("--list", "list_only", is_flag=True, help="Show the leaderboard's metrics and how each is measured.")
 @click.option("--dry-run", is_flag=True, help="Check names and show what would run; load no model, write nothing.")
 @format_option
-def harness(list_only: bool, dry_run: bool, overwrite: bool, output_format: str, **settings: Any) -> None:
+def harness(helm: bool, list_only: bool, dry_run: bool, overwrite: bool, output_format: str, **settings: Any) -> None:
     """Measure a model with lm-evaluation-harness on the benchmarks of the challenge's leaderboard.
 
     A finished benchmark stands in the output folder and is not run again: the same command continues,
     further --benchmark add to it. results.json there goes to `birbal leaderboard --add`. The harness's
     definitions are not HELM's, by which the published figures were made: an indication, not the same.
+    --helm makes an environment for HELM (600 MB, once), starts `birbal serve` and measures through it.
 
     \b
     Example:
       birbal harness --model mistralai/Mistral-7B-v0.1 --adapter runs/train/adapter --output runs/harness
+      birbal harness --helm --model smollm2-135m --limit 20 --output runs/helm
       birbal harness --list
     """
     if list_only:
@@ -101,6 +108,15 @@ def harness(list_only: bool, dry_run: bool, overwrite: bool, output_format: str,
     from birbal_ray.evaluate.leaderboard import METRICS
 
     request = step.HarnessOptions(**settings)
+    if helm:
+        from birbal_ray.evaluate.helm import RESULTS_FILE, check_options, run_helm
+
+        check_options(request, dry_run=dry_run)
+        measured = run_helm(request, overwrite=overwrite)
+        columns = ["entry", "metric", "measure", "value", "instances"]
+        print_table(measured.rows, output_format, columns)
+        note(f"place it: birbal leaderboard --add {measured.folder / RESULTS_FILE}")
+        return
     if dry_run:
         print_table(step.dry_run(request), output_format)
         return
@@ -164,6 +180,9 @@ def leaderboard(raw_file: Path | None, added_files: tuple[Path, ...], sensitivit
     everybody = {**teams, **added}
     if sensitivity and len(everybody) < 2:
         raise ConfigError("--leave-one-out needs at least 2 teams, found 1")
+    for file in added_files:
+        if remark := files.load_remark(file):
+            note(f"{file}: {remark}")
     for name, values in (added if raw_file is None else everybody).items():
         if missing := missing_metrics(values):
             note(f"{name}: {len(missing)} of {len(METRICS)} metrics missing, counted as worst: {', '.join(missing)}")

@@ -68,16 +68,15 @@ def run_helm(
     Raises ConfigError, ModelError, RunFailedError when an entry could not be run or HELM had to repeat a request.
     """
     progress = progress or ProgressLine()
-    if not options.model or not options.output:
-        raise ConfigError("--model and --output are required")
-    model = resolve(options.model)
+    check_options(options)
+    model = resolve(options.model or "")
     adapter = resolve_models(model, [options.adapter], [])[1] if options.adapter else None
     entries = options.tasks or OFFLINE_ENTRIES
     identity = {"model": model.fingerprint, "limit": options.limit, "helm": HELM, "packages": list(PACKAGES)}
     identity["adapter"] = adapter.fingerprint if adapter else None
     name = Path(model.name).name
     team = options.team or (f"{name} + {adapter.name}" if adapter else name)
-    with open_run(options.output, STEP, identity, owns=OWNS, overwrite=overwrite) as run, sigterm_as_interrupt():
+    with open_run(options.output or "", STEP, identity, owns=OWNS, overwrite=overwrite) as run, sigterm_as_interrupt():
         folder = run.folder.local
         run.withdraw()
         helm = environment(progress)
@@ -101,6 +100,19 @@ def run_helm(
         }
         rows = [{"entry": name, **figure} for name, figure in figures.items()]
         return HarnessResult(folder, run.finish(manifest, [RESULTS_FILE], summary=f"{len(rows)} entries"), rows)
+
+
+def check_options(options: HarnessOptions, *, dry_run: bool = False) -> None:
+    """Raise ConfigError for what is missing, or means nothing to HELM."""
+    for flag, value in (("--model", options.model), ("--output", options.output)):
+        if value is None:
+            raise ConfigError(f"{flag} is required")
+    unused = {"--benchmark": options.benchmarks, "--num-fewshot": options.num_fewshot is not None, "--dry-run": dry_run}
+    for flag, given in unused.items():
+        if given:
+            raise ConfigError(f"{flag} has no meaning with --helm; give HELM's run entries with --task")
+    if options.include_path and not any(options.include_path.glob("*.py")):
+        raise ConfigError(f"--include-path {options.include_path}: no *.py there; expected a folder of HELM plugins")
 
 
 def environment(progress: ProgressLine) -> Path:

