@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.progress import ProgressLine, duration
 from birbal_ray.score.config import ScoreConfig
+from birbal_ray.storage import open_folder
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.tune.config import TuneConfig
 
@@ -617,10 +620,7 @@ def pipeline(
 
 def run_recipe(recipe: Recipe, overwrite: bool) -> None:
     """Run every step, print what each one found, and how to ask why a row is in the mix."""
-    import pyarrow.parquet as pq
-
     from birbal_ray.pipeline import run_pipeline
-    from birbal_ray.storage import local_copy
 
     page = run_pipeline(
         recipe,
@@ -634,7 +634,11 @@ def run_recipe(recipe: Recipe, overwrite: bool) -> None:
         },
     )
     note(f"\nthe adapter is in {recipe.output}/train/adapter, everything else on one page: {page}")
-    mix_folder = str(recipe.mix.output)
-    row_id = pq.read_table(local_copy(mix_folder) / "train.parquet", columns=["row_id"])["row_id"][0].as_py()
-    note("ask why a row is in the mix:")
-    note(f"  {shlex.join(['birbal', 'mix', 'explain', row_id, '--mix', mix_folder])}")
+    on_path = "" if shutil.which("birbal") else f" (birbal is in {Path(sys.argv[0]).parent}, which is not on the PATH)"
+    note(f"ask why a row is in the mix{on_path}:\n  {explain_command(str(recipe.mix.output))}")
+
+
+def explain_command(mix_folder: str) -> str:
+    """The command that explains the first training row of a mix."""
+    row_id = open_folder(mix_folder).read_table("train.parquet", ["row_id"])["row_id"][0].as_py()
+    return shlex.join(["birbal", "mix", "explain", row_id, "--mix", mix_folder])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -62,6 +63,8 @@ def recipe(tmp_path_factory) -> tuple[Path, list[object], str]:
     for step, stamp in finished.items():
         assert (folder / "run" / step / "manifest.json").stat().st_mtime_ns == stamp
     assert "INFO" not in errors, "library logs belong in the log file"
+    explanation, _ = finish(birbal(*shlex.split(errors.strip().splitlines()[-1])[1:]))
+    assert "in the mix" in explanation, "the command that is printed last works as it is"
     return folder / "run", command, output
 
 
