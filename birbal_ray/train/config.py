@@ -19,6 +19,11 @@ class LoraSettings(Settings):
     target_modules: list[str] | Literal["all-linear"] = Field(
         "all-linear", description="all-linear: q k v o gate up down; or names of modules"
     )
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(r): larger ranks learn more")
+    use_dora: bool = Field(False, description="train the size of each weight column apart from its direction; slower")
+    from_adapter: str | None = Field(
+        None, description="adapter folder to continue from (of the same base model); its r, alpha and modules count"
+    )
 
 
 class OptimizerSettings(Settings):

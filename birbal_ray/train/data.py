@@ -76,6 +76,16 @@ class PackedSamples:
             found["seq_lengths"].append(len(ids))
         return found
 
+    def prompts(self, count: int, max_tokens: int) -> list[list[int]]:
+        """Token ids before the loss of the first samples: 1 to `count` prompts, at most `max_tokens` together."""
+        found: list[list[int]] = []
+        for sample, start in enumerate(self._loss_starts.tolist()):
+            if len(found) == count:
+                break
+            if start and start + sum(map(len, found)) <= max_tokens:
+                found.append(self._ids[sample].as_py()[:start])
+        return found or [self._ids[0].as_py()[:1]]
+
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
         return (self[pack] for pack in range(len(self)))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +36,9 @@ class Clock:
         self._before, self._setup_before = earlier.get("elapsed_seconds", 0.0), earlier.get("setup_seconds", 0.0)
         self.eval_seconds: float = earlier.get("eval_seconds", 0.0)
         self.save_seconds: float = earlier.get("save_seconds", 0.0)
+        self.best_seconds: float = earlier.get("best_seconds", 0.0)  # to keep the adapter of the lowest eval loss
         self.step_seconds: float = earlier.get("step_seconds", 0.0)  # the longest of the latest
+        self._lock = threading.Lock()
         self._saved_at = now()
         self._started = self._saved_at if started is None else started
         self._stepping_since: float | None = None
@@ -55,11 +59,32 @@ class Clock:
 
     def save(self, *, force: bool = False) -> None:
         """Write the time down, at most every two seconds."""
-        if force or self._now() - self._saved_at >= HEARTBEAT_SECONDS:
-            self._saved_at = self._now()
-            spent = {"elapsed_seconds": self.elapsed_seconds, "setup_seconds": self.setup_seconds}
-            taken = {name: getattr(self, name) for name in ("eval_seconds", "save_seconds", "step_seconds")}
-            write_json(self._file, spent | taken)
+        with self._lock:
+            if force or self._now() - self._saved_at >= HEARTBEAT_SECONDS:
+                self._saved_at = self._now()
+                spent = {"elapsed_seconds": self.elapsed_seconds, "setup_seconds": self.setup_seconds}
+                names = ("eval_seconds", "save_seconds", "best_seconds", "step_seconds")
+                write_json(self._file, spent | {name: getattr(self, name) for name in names})
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Save every two seconds while the block runs, also while a model loads or a checkpoint is written."""
+        done = threading.Event()
+
+        def work() -> None:
+            while not done.wait(HEARTBEAT_SECONDS):
+                with contextlib.suppress(OSError):  # a full disk; the main thread says so
+                    self.save()
+
+        thread = threading.Thread(target=work, name="clock", daemon=True)
+        thread.start()
+        try:
+            self.save(force=True)
+            yield
+            self.save(force=True)
+        finally:
+            done.set()
+            thread.join()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +115,9 @@ class Deadline:
 
     @property
     def reserve_seconds(self) -> float:
-        """Kept for the final evaluation and checkpoint."""
-        return MARGIN * (self.clock.eval_seconds + self.clock.save_seconds) + CLOSING_SECONDS
+        """Kept for the final evaluation, its adapter if it is the best, and the checkpoint."""
+        clock = self.clock
+        return MARGIN * (clock.eval_seconds + clock.best_seconds + clock.save_seconds) + CLOSING_SECONDS
 
     def remaining_seconds(self) -> float:
         """Training time left; infinite without a budget."""
@@ -102,7 +128,8 @@ class Deadline:
     def evaluation_fits(self) -> bool:
         """Whether an evaluation that begins now ends within the budget."""
         return self.budget_seconds is None or (
-            self.clock.elapsed_seconds + MARGIN * self.clock.eval_seconds <= self.budget_seconds
+            self.clock.elapsed_seconds + MARGIN * (self.clock.eval_seconds + self.clock.best_seconds)
+            <= self.budget_seconds
         )
 
     def progress(self, steps_done: int, due_seconds: float = 0.0) -> float:
@@ -119,11 +146,18 @@ class Deadline:
         used = self.clock.elapsed_seconds - self.clock.setup_seconds + due_seconds + self.clock.step_seconds
         return min(1.0, max(by_steps, used / (used + left)))
 
-    def forecast(self, steps_done: int, steps_per_epoch: float, steps_per_eval: int) -> Forecast | None:
-        """Steps and epochs that will fit; None before any step was timed."""
+    def least_budget_seconds(self) -> float:
+        """The shortest budget that trains a step: loading with the first evaluation, the step, the reserve."""
+        return self.clock.setup_seconds + self.clock.step_seconds + self.reserve_seconds
+
+    def forecast(
+        self, steps_done: int, steps_per_epoch: float, steps_per_eval: int, steps_per_save: int
+    ) -> Forecast | None:
+        """Steps and epochs that will fit, evaluations and checkpoints counted; None before any step was timed."""
         if not self._steps:
             return None
-        mean = sum(self._steps) / len(self._steps) + self.clock.eval_seconds / steps_per_eval
+        mean = sum(self._steps) / len(self._steps)
+        mean += self.clock.eval_seconds / steps_per_eval + self.clock.save_seconds / steps_per_save
         fitting = steps_done + self.remaining_seconds() / mean if self.budget_seconds is not None else math.inf
         num_steps = int(max(steps_done, min(self.total_steps, fitting)))
         return Forecast(num_steps, num_steps / steps_per_epoch, fitting < self.total_steps)

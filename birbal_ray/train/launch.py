@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from birbal_ray.object_store import filesystem_of
 from birbal_ray.progress import ProgressLine, duration
 from birbal_ray.rates import remember
 from birbal_ray.run import LOG_FOLDER, RunError, RunFailedError, read_json, write_json
+from birbal_ray.settings import ConfigError
 from birbal_ray.storage import absolute, child, elsewhere, is_url, refresh
 from birbal_ray.train.checkpoints import (
     CHECKPOINTS_FOLDER,
+    EASED_FILE,
     METRICS_FILE,
     SESSION_FILE,
     STATUS_FILE,
@@ -96,31 +98,56 @@ def train_on_cluster(
             progress.update(f"waiting (at most {duration(left)} more, resources.wait): {reason}")
             time.sleep(min(POLL_SECONDS, left))
         progress.update(f"starting the worker; logs in {folder / LOG_FOLDER}")
-        # A future, not Thread.join: interrupted, join takes a living thread for a dead one (gh-90882).
-        done: concurrent.futures.Future[dict[str, Any]] = concurrent.futures.Future()
-        threading.Thread(target=_fit, args=(config, model, folder, done), name="train", daemon=True).start()
-        shown = _Status(folder, config)
-        checked, reason = time.monotonic(), None
-        try:
-            while not concurrent.futures.wait([done], POLL_SECONDS).done:
-                if time.monotonic() - checked > NODES_SECONDS:
-                    checked, reason = time.monotonic(), missing()
-                # Its node was taken away; Ray places the worker as soon as another one joins.
-                progress.update(f"waiting: {reason}" if reason else shown.text(progress))
-        except KeyboardInterrupt:
-            (folder / STOP_FILE).touch()
-            grace = config.resources.stop_grace
-            progress.message(f"stopping: the worker saves a checkpoint first (at most {grace:.0f} s)")
-            concurrent.futures.wait([done], grace)
-            if not done.done() or done.exception():
-                raise
-        finally:
-            progress.close()
-    outcome = done.result()
+        while "eased" in (result := _run_worker(config, model, folder, progress, missing)):
+            config = ease(config, folder)
+            progress.message(
+                f"{result['eased']}; continuing with batch.micro={config.batch.micro} "
+                f"batch.accumulation={config.batch.accumulation}, from the last checkpoint"
+            )
     steps = [line for line in read_metrics(folder / METRICS_FILE) if "loss" in line and line.get("step_seconds")]
     if seconds := sum(line["step_seconds"] for line in steps[1:]):  # the first step warms up
         remember(rate_key(config), sum(line["tokens"] for line in steps[1:]) / seconds)
-    return outcome
+    return result
+
+
+def ease(config: TrainConfig, folder: Path) -> TrainConfig:
+    """The configuration with the smaller micro batch that eased.json asks for, if the run has one."""
+    file = folder / EASED_FILE
+    if not file.exists():
+        return config
+    micro = min(config.batch.micro, read_json(file)["micro"])
+    product = config.batch.micro * config.batch.accumulation
+    while product % micro:
+        micro -= 1
+    batch = config.batch.model_copy(update={"micro": micro, "accumulation": product // micro})
+    return config.model_copy(update={"batch": batch})
+
+
+def _run_worker(
+    config: TrainConfig, model: Model, folder: Path, progress: ProgressLine, missing: Callable[[], str | None]
+) -> dict[str, Any]:
+    """One worker until it ends, with its progress on the line; its result."""
+    # A future, not Thread.join: interrupted, join takes a living thread for a dead one (gh-90882).
+    done: concurrent.futures.Future[dict[str, Any]] = concurrent.futures.Future()
+    threading.Thread(target=_fit, args=(config, model, folder, done), name="train", daemon=True).start()
+    shown = _Status(folder, config)
+    checked, reason = time.monotonic(), None
+    try:
+        while not concurrent.futures.wait([done], POLL_SECONDS).done:
+            if time.monotonic() - checked > NODES_SECONDS:
+                checked, reason = time.monotonic(), missing()
+            # Its node was taken away; Ray places the worker as soon as another one joins.
+            progress.update(f"waiting: {reason}" if reason else shown.text(progress))
+    except KeyboardInterrupt:
+        (folder / STOP_FILE).touch()
+        grace = config.resources.stop_grace
+        progress.message(f"stopping: the worker saves a checkpoint first (at most {grace:.0f} s)")
+        concurrent.futures.wait([done], grace)
+        if not done.done() or done.exception():
+            raise
+    finally:
+        progress.close()
+    return done.result()
 
 
 class _Status:
@@ -236,15 +263,21 @@ def run_session(config: TrainConfig, fingerprint: str, folder: Path, node: str, 
     """One worker's session in `folder`; see `train_on_worker`. Raises what a new worker may get past."""
     for name in _WORLD:
         os.environ.pop(name, None)
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # packs vary in shape
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every training to its makers otherwise
     try:
         log_to(folder / "logs" / "worker.log")
         os.write(1, f"worker pid {os.getpid()}\n".encode())
         write_json(folder / "worker.json", {"pid": os.getpid(), "node": node})
         result = fine_tune_here(config, fingerprint, folder, started)
-    except (ModelError, RunError) as error:
+    except (ModelError, RunError, ConfigError) as error:
         result = {"error": str(error)}
     except Exception as error:
+        if out_of_memory(error) and config.batch.micro > 1:
+            # A new process starts with an empty card; the driver starts it with what eased.json says.
+            smaller = {"micro": config.batch.micro // 2, "reason": " ".join(str(error).split())[:300]}
+            write_json(folder / EASED_FILE, smaller)
+            return {"eased": f"the card ran out of memory at batch.micro={config.batch.micro}"}
         reason = lasting_reason(error, folder)
         if reason is None:
             raise
@@ -310,10 +343,15 @@ def lasting_reason(error: BaseException, folder: Path) -> str | None:
             f"{folder}: no space left on the disk; the last checkpoint is complete. "
             "Free some space and run the same command again"
         )
-    if type(error).__name__ == "OutOfMemoryError":
+    if out_of_memory(error):
         return (
-            f"the card ran out of memory ({text[:160]}); the last checkpoint is kept. Lower batch.micro and raise "
-            "batch.accumulation by the same factor, or set gradient_checkpointing=true: the run then continues; "
-            "`birbal train --dry-run` estimates the need"
+            f"the card ran out of memory at batch.micro=1 ({text[:160]}); the last checkpoint is kept. "
+            "The run continues with gradient_checkpointing=true or on a larger card; `birbal train --dry-run` estimates "
+            "the need"
         )
     return None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the card, not the machine, ran out of memory."""
+    return type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in str(error)

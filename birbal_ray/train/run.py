@@ -30,11 +30,11 @@ from birbal_ray.run import (
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import absolute, is_url, local_copy, run_folder
 from birbal_ray.train.card import adapter_card, draw_loss_curve
-from birbal_ray.train.checkpoints import BEST_FILE, METRICS_FILE, STOP_FILE, read_metrics
+from birbal_ray.train.checkpoints import BEST_FILE, EASED_FILE, METRICS_FILE, SELF_CHECK_FILE, STOP_FILE, read_metrics
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import PACKED_FOLDER, Packing, prepare
 from birbal_ray.train.deadline import CLOCK_FILE
-from birbal_ray.train.launch import STEP, mark_diverged, train_on_cluster
+from birbal_ray.train.launch import STEP, ease, mark_diverged, train_on_cluster
 from birbal_ray.train.preflight import Preflight, describe_preflight, refuse_if_too_large, run_preflight
 
 ADAPTER_FOLDER, CURVE_FILE = "adapter", "loss_curve.png"
@@ -83,7 +83,7 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: ProgressLin
         (folder / STOP_FILE).unlink(missing_ok=True)
         if resumed and read_metrics(folder / METRICS_FILE):
             progress.message(f"continuing from the last checkpoint in {folder}")
-        outcome = train_on_cluster(config, model, folder, progress, found.steps_per_epoch)
+        outcome = train_on_cluster(ease(config, folder), model, folder, progress, found.steps_per_epoch)
         if outcome["ended_by"] == "stop":
             progress.message(f"stopped after step {outcome['num_steps']}, checkpoint saved; the same command continues")
             raise KeyboardInterrupt
@@ -189,10 +189,14 @@ def _required(value: str | None, flag: str) -> str:
 
 
 def _identity(config: TrainConfig, model: Model, mix_manifest: dict[str, Any]) -> dict[str, Any]:
-    """Everything that decides the adapter; paths and resources don't."""
-    settings = config.model_dump(exclude={"resources", "output", "mix", "trackers", "model"}, mode="json")
-    settings["model"] = config.model.model_dump(exclude={"name", "revision"})
+    """Everything that decides the adapter; paths and resources don't, nor does how a step's sequences are split."""
+    settings = config.model_dump(
+        exclude={"resources", "output", "mix", "trackers", "model", "gradient_checkpointing", "kernels"}, mode="json"
+    )
+    settings["model"] = config.model.model_dump(exclude={"name", "revision", "attention"})
     settings["checkpoint"].pop("keep")
+    batch = settings["batch"]
+    batch["sequences_per_step"] = batch.pop("micro") * batch.pop("accumulation")
     versions = package_versions()
     return {
         "settings": settings,
@@ -221,6 +225,7 @@ def _finish(
         progress.message(f"warning: no adapter beats the base model's eval loss of {base_loss:.4f}")
     clock = read_json(folder / CLOCK_FILE)
     settings = config.model_dump(mode="json")
+    eased, checked = folder / EASED_FILE, folder / SELF_CHECK_FILE
     manifest = {
         "settings": settings,
         "seed": config.seed,
@@ -234,6 +239,8 @@ def _finish(
         },
         "result": {
             **outcome,
+            "eased": read_json(eased) if eased.exists() else None,
+            "self_check": read_json(checked) if checked.exists() else None,
             "train_tokens": sum(line["tokens"] for line in metrics if "loss" in line),
             "base_eval_loss": base_loss,
             "best_eval_loss": best["eval_loss"],

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -19,18 +20,20 @@ from typing import Any
 import pyarrow as pa
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from birbal_ray.run import read_json, write_atomic, write_json
-from birbal_ray.train.attention import choose_attention
+from birbal_ray.run import RunError, read_json, write_atomic, write_json
+from birbal_ray.train.attention import choose_attention, name_kernel
 from birbal_ray.train.checkpoints import (
     BEST_FILE,
     CHECKPOINTS_FOLDER,
     METRICS_FILE,
     OUTCOME_FILE,
+    REFERENCE_FILE,
+    SELF_CHECK_FILE,
     STATUS_FILE,
     STOP_FILE,
     WORK_FOLDER,
@@ -41,10 +44,13 @@ from birbal_ray.train.checkpoints import (
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import IGNORED, PACKED_FOLDER, PackedSamples, load_packs
 from birbal_ray.train.deadline import CLOCK_FILE, Clock, Deadline, learning_rate_factor
+from birbal_ray.train.self_check import check_model
 
 TENSORBOARD_FOLDER, BEST_FOLDER = "tensorboard", "best"
 STATUS_SECONDS = 1.0  # between two writes of status.json
 ENDS = ("epochs", "max_steps", "budget")
+WRITE_BYTES_PER_SECOND = 200e6  # of a slow disk: what saving is expected to take before it was measured
+REFERENCE_PROMPTS, REFERENCE_TOKENS, REFERENCE_CHOICES = 4, 1024, 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +60,9 @@ class Outcome:
     ended_by: str  # one of ENDS, or stop (asked to; to be continued)
     num_steps: int
     epochs: float
-    peak_memory_bytes: int | None  # of the device; None on a CPU
+    peak_memory_bytes: int | None  # of torch's allocator; None on a CPU
+    peak_device_bytes: int | None = None  # used on the card after a step at most, paged optimizer state included
+    attention: str = ""  # the kernel in force
 
 
 def fine_tune(
@@ -77,39 +85,60 @@ def fine_tune(
     Where the folder's run has ended already, its outcome is all that happens.
     """
     clock = Clock(folder / CLOCK_FILE, started=started)
-    clock.save(force=True)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / TENSORBOARD_FOLDER)
-    shutil.rmtree(folder / CHECKPOINTS_FOLDER / WORK_FOLDER, ignore_errors=True)
-    checkpoint = latest_checkpoint(folder / CHECKPOINTS_FOLDER)
-    if checkpoint and (checkpoint / OUTCOME_FILE).exists():
-        return Outcome(**read_json(checkpoint / OUTCOME_FILE))
-    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
+    with clock.running():
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / TENSORBOARD_FOLDER)
+        shutil.rmtree(folder / CHECKPOINTS_FOLDER / WORK_FOLDER, ignore_errors=True)
+        checkpoint = latest_checkpoint(folder / CHECKPOINTS_FOLDER)
+        if checkpoint and (checkpoint / OUTCOME_FILE).exists():
+            return Outcome(**read_json(checkpoint / OUTCOME_FILE))
+        trainer = make_trainer(config, model_path, folder, clock)
+        record_self_check(trainer)
+        trainer.args.eval_on_start = checkpoint is None
+        for callback in (SftCallback(trainer, report), *callbacks):
+            trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer.outcome()
+
+
+def make_trainer(config: TrainConfig, model_path: Path, folder: Path, clock: Clock) -> BudgetTrainer:
+    """The trainer on the packs in `folder`, its model loaded, with a new adapter or the one of `lora.from_adapter`."""
     lora = config.lora
-    arguments = sft_config(config, folder)
-    arguments.eval_on_start = checkpoint is None
-    trainer = BudgetTrainer(
-        config,
-        folder,
-        clock,
-        model=load_base(model_path, config),
-        args=arguments,
-        train_dataset=PackDataset(load_packs(folder / PACKED_FOLDER, "train")),
-        eval_dataset=PackDataset(load_packs(folder / PACKED_FOLDER, "eval")),
-        processing_class=tokenizer,
-        peft_config=LoraConfig(
+    model = load_base(model_path, config)
+    peft_config = None
+    if lora.from_adapter:
+        model = PeftModel.from_pretrained(model, lora.from_adapter, is_trainable=True)
+    else:
+        peft_config = LoraConfig(
             r=lora.r,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules=lora.target_modules,
+            use_rslora=lora.use_rslora,
+            use_dora=lora.use_dora,
             task_type="CAUSAL_LM",
-        ),
+        )
+    return BudgetTrainer(
+        config,
+        folder,
+        clock,
+        model=model,
+        args=sft_config(config, folder),
+        train_dataset=PackDataset(load_packs(folder / PACKED_FOLDER, "train")),
+        eval_dataset=PackDataset(load_packs(folder / PACKED_FOLDER, "eval")),
+        processing_class=AutoTokenizer.from_pretrained(model_path, trust_remote_code=False),
+        peft_config=peft_config,
     )
-    watch = SftCallback(trainer, report)
-    for callback in (watch, *callbacks):
-        trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    clock.save(force=True)
-    return trainer.outcome()
+
+
+def record_self_check(trainer: BudgetTrainer) -> None:
+    """Check the model (see `self_check`) unless an earlier session did, on the same kernel; leaves self_check.json."""
+    file = trainer.folder / SELF_CHECK_FILE
+    kernel = trainer.kernel
+    if file.exists() and read_json(file)["kernel"] == kernel:
+        return
+    settings = trainer.settings.model
+    found = check_model(trainer.model, compute_dtype(trainer.settings), settings.quantization)
+    write_json(file, {"kernel": kernel, **asdict(found)})
 
 
 def load_base(path: Path, config: TrainConfig) -> Any:
@@ -219,6 +248,23 @@ class BudgetTrainer(SFTTrainer):
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        base = self.model.get_base_model()
+        text = base.config.get_text_config()
+        head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        device = next(self.model.parameters()).device
+        self.kernel = name_kernel(base.config._attn_implementation, device, compute_dtype(settings), head_size)
+        self.peak_device_bytes: int | None = None
+        self._base_log_probs: Any = None
+        adapter_bytes = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        clock.best_seconds = clock.best_seconds or adapter_bytes / WRITE_BYTES_PER_SECOND
+        clock.save_seconds = clock.save_seconds or 3 * adapter_bytes / WRITE_BYTES_PER_SECOND  # and two Adam states
+
+    def create_optimizer(self, *arguments: Any, **options: Any) -> Any:
+        """Trainer's; paged state stays paged when a checkpoint is loaded."""
+        optimizer = super().create_optimizer(*arguments, **options)
+        if getattr(optimizer, "is_paged", False):
+            optimizer.load_state_dict = functools.partial(load_paged_state, optimizer, optimizer.load_state_dict)
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """Cosine to the deadline, or to the last step where that comes first."""
@@ -252,6 +298,8 @@ class BudgetTrainer(SFTTrainer):
             num_steps=self.state.global_step,
             epochs=self.state.epoch or 0.0,
             peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            peak_device_bytes=self.peak_device_bytes,
+            attention=self.kernel,
         )
 
     def _due_seconds(self, step: int) -> float:
@@ -274,7 +322,6 @@ class BudgetTrainer(SFTTrainer):
         num_tokens = int((inputs["labels"] != IGNORED).sum())
         self._eval_loss_sum += float(loss) * num_tokens
         self._eval_tokens += num_tokens
-        self.deadline.clock.save()
         return loss, logits, labels
 
     def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
@@ -302,6 +349,63 @@ class BudgetTrainer(SFTTrainer):
         remove_old(checkpoints, self.settings.checkpoint.keep)
         self._saved_at = time.monotonic()
         self.deadline.clock.save_seconds = self._saved_at - started
+
+    def reference(self) -> dict[str, Any]:
+        """What the adapter does to a few prompts of the eval split, as PEFT computes it; see docs/fidelity.md.
+
+        `prompts`: of each, `token_ids`, the adapter's 20 likeliest `next_token_ids`, and the log probabilities (nats)
+        that the adapter and the base model give to these. `evaluate` compares vLLM's answers with it.
+        """
+        prompts = self.eval_dataset.packs.prompts(REFERENCE_PROMPTS, REFERENCE_TOKENS)
+        lengths = [len(prompt) for prompt in prompts]
+        ids = [token for prompt in prompts for token in prompt]
+        batch = self.data_collator([{"input_ids": ids, "labels": ids, "seq_lengths": lengths}])
+        batch.pop("labels")
+        inputs = self._prepare_inputs(dict(batch))
+        last = torch.tensor(lengths).cumsum(0) - 1  # positions of the prompts' last tokens in the pack
+
+        def log_probs() -> torch.Tensor:  # (prompts, vocabulary)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                return self.model(**inputs, use_cache=False).logits[0, last].float().log_softmax(-1).cpu()
+
+        training = self.model.training
+        self.model.eval()
+        try:
+            adapter = log_probs()
+            if self._base_log_probs is None:
+                with self.model.disable_adapter():
+                    self._base_log_probs = log_probs()
+        finally:
+            self.model.train(training)
+        found, chosen = adapter.topk(min(REFERENCE_CHOICES, adapter.shape[-1]))
+        base = self._base_log_probs.gather(-1, chosen)
+        rows = zip(prompts, chosen.tolist(), found.tolist(), base.tolist(), strict=True)
+        keys = ("token_ids", "next_token_ids", "adapter_log_probs", "base_log_probs")
+        settings = self.settings.model
+        return {
+            "format": 1,
+            "quantization": settings.quantization,
+            "dtype": str(compute_dtype(self.settings)).removeprefix("torch."),
+            "prompts": [dict(zip(keys, row, strict=True)) for row in rows],
+        }
+
+
+def load_paged_state(optimizer: Any, load: Callable[..., None], state_dict: dict[str, Any]) -> None:
+    """bitsandbytes' `load_state_dict`, but large state goes into paged buffers instead of onto the card.
+
+    bitsandbytes moves it there, where 2.5 GiB of the full recipe would stay resident after a resume.
+    """
+    load(state_dict, move_to_device=False)
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if not isinstance(value, torch.Tensor) or name not in optimizer.non_castable_tensor_keys:
+                continue
+            if value.shape == parameter.shape:
+                buffer = optimizer.get_state_buffer(parameter, dtype=value.dtype)
+                buffer.copy_(value)
+                state[name] = buffer
+            else:
+                state[name] = value.to(parameter.device)
 
 
 class SftCallback(TrainerCallback):
@@ -336,21 +440,27 @@ class SftCallback(TrainerCallback):
             args.eval_on_start = not measured and wanted
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the step's clock."""
+        """Start the step's clock. Raises RunError where the budget ends before the first step of the run."""
+        deadline = self._trainer.deadline
         if self._step_started is None:
-            self._trainer.deadline.clock.start_stepping()
+            deadline.clock.start_stepping()
+            if state.global_step == 0 and deadline.remaining_seconds() <= 0:
+                raise RunError(
+                    f"budget={deadline.budget_seconds:.0f} s ends before the first step: loading and the first "
+                    f"evaluation took {deadline.clock.setup_seconds:.0f} s, the last evaluation and checkpoint need "
+                    f"{deadline.reserve_seconds:.0f} s; set --budget to {math.ceil(deadline.least_budget_seconds())}s "
+                    "or more, with another --output"
+                )
         self._step_started = time.monotonic()
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A micro batch is done."""
-        self._trainer.deadline.clock.save()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Whether to evaluate, to save, to stop."""
         trainer, step = self._trainer, state.global_step
         self._step_seconds = time.monotonic() - (self._step_started or time.monotonic())
         trainer.deadline.step_took(self._step_seconds)
-        trainer.deadline.clock.save()
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            trainer.peak_device_bytes = max(trainer.peak_device_bytes or 0, total - free)
         trainer.end_after(step)
         control.should_log = True
         control.should_evaluate = trainer.eval_due(step) or trainer.ended_by in ENDS
@@ -384,13 +494,16 @@ class SftCallback(TrainerCallback):
         self._trainer.deadline.clock.eval_seconds = metrics["eval_runtime"]
         if state.global_step > 0 and metrics["eval_loss"] < self._best:
             self._best = metrics["eval_loss"]
-            save_best(self._trainer.model, self._folder, state.global_step, self._best)
+            started = time.monotonic()
+            save_best(self._trainer, state.global_step, self._best)
+            self._trainer.deadline.clock.best_seconds = time.monotonic() - started
 
     def _write_status(self, state: Any) -> None:
         deadline = self._trainer.deadline
         steps_per_epoch = state.max_steps / state.num_train_epochs if state.num_train_epochs else state.max_steps
-        every = self._trainer.settings.evaluation.every_steps
-        forecast = deadline.forecast(state.global_step, steps_per_epoch, every)
+        settings = self._trainer.settings
+        every = settings.evaluation.every_steps, settings.checkpoint.every_steps
+        forecast = deadline.forecast(state.global_step, steps_per_epoch, *every)
         status = {"step": state.global_step, "max_steps": state.max_steps, "epoch": state.epoch or 0.0}
         clock = deadline.clock
         status |= {"elapsed_seconds": clock.elapsed_seconds, "step_seconds": clock.step_seconds}
@@ -399,12 +512,14 @@ class SftCallback(TrainerCallback):
         write_json(self._folder / STATUS_FILE, status)
 
 
-def save_best(model: Any, folder: Path, step: int, eval_loss: float) -> None:
-    """Write the adapter beside the earlier best, point to it, then remove the earlier one."""
+def save_best(trainer: BudgetTrainer, step: int, eval_loss: float) -> None:
+    """Write the adapter and its reference beside the earlier best, point to it, then remove the earlier one."""
+    folder = trainer.folder
     best = folder / BEST_FOLDER
     target, temporary = best / f"step-{step:06d}", best / f".tmp-{os.getpid()}-{step}"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, safe_serialization=True)
+    trainer.model.save_pretrained(temporary, safe_serialization=True)
+    write_json(temporary / REFERENCE_FILE, trainer.reference())
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
     write_json(folder / BEST_FILE, {"step": step, "eval_loss": eval_loss, "folder": f"{BEST_FOLDER}/{target.name}"})

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -422,5 +423,140 @@ def test_errors_that_would_come_again_are_told_from_those_a_restart_mends(tmp_pa
     class OutOfMemoryError(RuntimeError):
         pass
 
-    assert "Lower batch.micro" in lasting_reason(OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), tmp_path)
+    reason = lasting_reason(OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), tmp_path)
+    assert "the last checkpoint is kept. The run continues with gradient_checkpointing=true" in reason
+    assert "overwrite" not in full + reason, "no advice destroys work"
     assert lasting_reason(RuntimeError("NCCL went away"), tmp_path) is None
+
+
+def test_out_of_memory_continues_with_half_the_micro_batch_and_trains_the_same_tokens(
+    tiny_model, packed, tmp_path, monkeypatch
+):
+    from birbal_ray.train import launch, sft
+
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    def too_large_for(limit):
+        real = sft.BudgetTrainer.compute_loss
+
+        def compute_loss(self, model, inputs, *arguments, **options):
+            if model.training and self.state.global_step >= 4 and self.args.per_device_train_batch_size > limit:
+                raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return real(self, model, inputs, *arguments, **options)
+
+        return compute_loss
+
+    config = settings(batch__micro=4, batch__accumulation=1, max_steps=8, checkpoint__every_steps=3, **STILL)
+    folders = {name: tmp_path / name for name in ("undisturbed", "eased")}
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / "packed").symlink_to(packed)
+    undisturbed, folder = folders.values()
+    sft.fine_tune(config, tiny_model, undisturbed)
+
+    monkeypatch.setattr(launch, "log_to", lambda file: None)
+    monkeypatch.setattr(
+        launch,
+        "fine_tune_here",
+        lambda config, fingerprint, folder, started: asdict(sft.fine_tune(config, tiny_model, folder)),
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.BudgetTrainer, "compute_loss", too_large_for(1))
+        micros = []
+        while "eased" in (result := launch.run_session(config, "", folder, "node", 0.0)):
+            assert result["eased"] == f"the card ran out of memory at batch.micro={config.batch.micro}"
+            config = launch.ease(config, folder)
+            micros.append((config.batch.micro, config.batch.accumulation))
+    assert micros == [(2, 2), (1, 4)]
+    assert (result["ended_by"], result["num_steps"]) == ("max_steps", 8)
+
+    def tokens(folder):
+        return [(m["step"], m["tokens"]) for m in read_metrics(folder / "metrics.jsonl") if "loss" in m]
+
+    assert tokens(folder) == tokens(undisturbed)
+    assert [loss for _, loss in losses(folder)] == pytest.approx([loss for _, loss in losses(undisturbed)], rel=1e-3)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.BudgetTrainer, "compute_loss", too_large_for(0))
+        (folder / "packed").rename(tmp_path / "packs")
+        other = tmp_path / "one"
+        other.mkdir()
+        (tmp_path / "packs").rename(other / "packed")
+        assert "ran out of memory at batch.micro=1" in launch.run_session(config, "", other, "node", 0.0)["error"]
+
+
+class PagedOptimizer:
+    """Stands for bitsandbytes' paged AdamW: the same load_state_dict, buffers that know that they are paged."""
+
+    non_castable_tensor_keys = ("state1", "state2")
+
+    def __init__(self, parameters):
+        import torch
+
+        self.parameters = parameters
+        self.state = {p: {"step": 3, "state1": torch.ones_like(p), "state2": torch.ones(4)} for p in parameters}
+
+    def get_state_buffer(self, parameter, dtype):
+        import torch
+
+        buffer = torch.zeros_like(parameter, dtype=dtype)
+        buffer.is_paged = True
+        return buffer
+
+    def load_state_dict(self, state_dict, move_to_device=True):
+        self.moved = move_to_device
+        self.state = {p: dict(state_dict[n]) for n, p in enumerate(self.parameters)}
+
+
+def test_paged_optimizer_state_stays_paged_after_a_resume():
+    import torch
+
+    from birbal_ray.train.sft import load_paged_state
+
+    optimizer = PagedOptimizer([torch.zeros(3, 5), torch.zeros(2)])
+    saved = {0: {"step": 7, "state1": torch.rand(3, 5), "state2": torch.rand(3, 5), "qmap1": torch.rand(4)}, 1: {}}
+    load_paged_state(optimizer, optimizer.load_state_dict, saved)
+    assert optimizer.moved is False
+    found = optimizer.state[optimizer.parameters[0]]
+    assert found["step"] == 7
+    for name in ("state1", "state2"):
+        assert found[name].is_paged
+        assert torch.equal(found[name], saved[0][name])
+
+
+def test_a_budget_that_ends_before_the_first_step_is_refused_with_the_least_that_works(tiny_model, run_folder):
+    from birbal_ray.train.sft import fine_tune
+
+    with pytest.raises(RunError, match=r"budget=1 s ends before the first step: .*set --budget to \d+s or more"):
+        fine_tune(settings(budget="1s"), tiny_model, run_folder)
+
+
+def test_the_reference_beside_an_adapter_is_what_peft_computes(tiny_model, run_folder):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from birbal_ray.train.sft import fine_tune
+
+    fine_tune(settings(max_steps=4, model__quantization="none"), tiny_model, run_folder)
+    best = run_folder / json.loads((run_folder / "best.json").read_text())["folder"]
+    reference = json.loads((best / "reference.json").read_text())
+    assert (reference["format"], reference["quantization"], len(reference["prompts"])) == (1, "none", 4)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), best).eval()
+    changed = 0.0
+    for prompt in reference["prompts"]:
+        ids = torch.tensor([prompt["token_ids"]])
+        with torch.no_grad():
+            adapter = model(ids).logits[0, -1].log_softmax(-1)
+            with model.disable_adapter():
+                base = model(ids).logits[0, -1].log_softmax(-1)
+        chosen = prompt["next_token_ids"]
+        assert len(chosen) == 20
+        assert prompt["adapter_log_probs"] == pytest.approx(adapter[chosen].tolist(), abs=1e-4)
+        assert prompt["base_log_probs"] == pytest.approx(base[chosen].tolist(), abs=1e-4)
+        changed = max(changed, float((adapter - base).abs().max()))
+    assert changed > 1e-3
+    checked = json.loads((run_folder / "self_check.json").read_text())
+    assert checked["kernel"].startswith("per-sample sdpa")
+    assert checked["packed_difference"] < 1e-3
