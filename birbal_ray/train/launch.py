@@ -346,8 +346,7 @@ def lasting_reason(error: BaseException, folder: Path) -> str | None:
     if out_of_memory(error):
         return (
             f"the card ran out of memory at batch.micro=1 ({text[:160]}); the last checkpoint is kept. "
-            "The run continues with gradient_checkpointing=true or on a larger card; `birbal train --dry-run` estimates "
-            "the need"
+            "The run continues with gradient_checkpointing=true or on a larger card"
         )
     return None
 
