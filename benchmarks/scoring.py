@@ -117,7 +117,7 @@ def run_vllm(
     config: ScoreConfig, *, prefix_caching: bool, block_size: int | None, longest_first: bool
 ) -> dict[str, Any]:
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="2", OMP_NUM_THREADS=str(THREADS))
-    from birbal_ray.models import resolve
+    from birbal_ray.models import resolve_model
     from birbal_ray.score.engine import CPU_MAX_NUM_SEQS
 
     texts, limits = prompts_of(config, longest_first=longest_first)
@@ -125,7 +125,7 @@ def run_vllm(
     from vllm import LLM, SamplingParams
 
     engine = LLM(
-        model=str(resolve(config.model.name).path),
+        model=str(resolve_model(config.model.name).path),
         dtype="float32",
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=CPU_MAX_NUM_SEQS,
@@ -147,12 +147,12 @@ def run_transformers(config: ScoreConfig) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 
-    from birbal_ray.models import resolve
+    from birbal_ray.models import resolve_model
 
     torch.set_num_threads(THREADS)
     texts, limits = prompts_of(config)
     begun = time.monotonic()
-    path = resolve(config.model.name).path
+    path = resolve_model(config.model.name).path
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     step = len(texts) // NUM_SAMPLED
@@ -181,7 +181,7 @@ def run_ray_data_llm(config: ScoreConfig) -> dict[str, Any]:
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
     from birbal_ray.cluster import ray_session
-    from birbal_ray.models import resolve
+    from birbal_ray.models import resolve_model
     from birbal_ray.score.engine import CPU_BLOCK_TOKENS, CPU_MAX_NUM_SEQS
 
     texts, limits = prompts_of(config)
@@ -191,7 +191,7 @@ def run_ray_data_llm(config: ScoreConfig) -> dict[str, Any]:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # its automatic binding uses one core of two
         processor = build_processor(
             vLLMEngineProcessorConfig(
-                model_source=str(resolve(config.model.name).path),
+                model_source=str(resolve_model(config.model.name).path),
                 engine_kwargs={
                     "dtype": "float32",
                     "max_model_len": MAX_MODEL_LEN,

@@ -93,11 +93,11 @@ def run_trl(mix: Path, folder: Path, model: str, steps: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from birbal_ray.models import resolve
+    from birbal_ray.models import resolve_model
 
     cuda = torch.cuda.is_available()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    path = resolve(model).path
+    path = resolve_model(model).path
     dtype = torch.bfloat16 if cuda else torch.float32
     base = AutoModelForCausalLM.from_pretrained(
         path,

@@ -1,4 +1,4 @@
-"""A Ray cluster for one command: the one it is told of, else a quiet local one."""
+"""Ray for one command: the cluster that RAY_ADDRESS names, else a quiet local one; its nodes, and what fits on them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,23 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
+import filelock
 
-from birbal_ray.run import RunError
+from birbal_ray.storage import RunError
 
 FOLDER_PREFIX = "birbal-ray-"
+FOLDER_LOCK = ".driver.lock"  # held as long as the folder's driver lives
+# A socket's path has at most 107 characters; Ray's longest below its folder is
+# /session_2026-01-31_12-00-00_123456_1234567/sockets/plasma_store.
+MAX_FOLDER_LENGTH = 107 - 65
+HEAD = "node:__internal_head__"
+CARD = "accelerator_type:"
+NODE_ID_LABEL = "ray.io/node-id"  # in every node's labels, and its name already
 MIN_LOGICAL_CPUS = 4  # on 2, a reader, an engine and a writer wait for each other for ever
 OBJECT_STORE_BYTES = 1 << 30
 START_ATTEMPTS = 3
@@ -37,6 +45,104 @@ QUIET_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_prestart_worker_first_driver": "0",  # one process per logical CPU, most of them never used
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One node of a cluster. Totals, not what is free; `cards` as Ray calls them."""
+
+    name: str  # its id's first eight digits
+    ip: str
+    alive: bool
+    head: bool
+    num_cpus: float
+    num_gpus: float
+    cards: tuple[str, ...]
+    memory_bytes: float
+    labels: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRequest:
+    """Workers that a step places; each must fit on one node, as CPUs and GPUs of different nodes don't add up.
+
+    `name` is "replica" (of an engine) or "worker" (the only one). `total_cpus`: logical CPUs that the step needs on
+    all nodes together, its helpers' included.
+    """
+
+    name: str
+    count: int
+    num_cpus: float
+    num_gpus: float = 0.0  # below 1: several workers share a card
+    accelerator_type: str | None = None
+    avoid_accelerator_types: tuple[str, ...] = ()
+    total_cpus: float = 0.0
+
+    def places_on(self, node: Mapping[str, float]) -> int:
+        """How many of these workers a node with these total resources can take."""
+        places = _floor(node.get("CPU", 0.0) / self.num_cpus)
+        if not self.num_gpus:
+            return places
+        cards = {key.removeprefix(CARD) for key in node if key.startswith(CARD)}
+        if cards.intersection(self.avoid_accelerator_types) or (
+            self.accelerator_type and self.accelerator_type not in cards
+        ):
+            return 0
+        gpus = node.get("GPU", 0.0)
+        if self.num_gpus >= 1:
+            return min(places, _floor(gpus / self.num_gpus))
+        # A share lies on one card; a node may offer a part of a card as its last.
+        return min(places, _floor(gpus) * _floor(1 / self.num_gpus) + _floor(gpus % 1 / self.num_gpus))
+
+    def __str__(self) -> str:
+        wanted = f"{self.num_cpus:g} CPUs"
+        if self.num_gpus:
+            wanted += f" and {self.num_gpus:g} GPUs on {self.accelerator_type or 'any card'}"
+            wanted += f" but {', '.join(self.avoid_accelerator_types)}" if self.avoid_accelerator_types else ""
+        return f"{'a worker' if self.name == 'worker' else f'{self.count} {self.name}(s)'} of {wanted}"
+
+
+def can_place(request: WorkerRequest, nodes: Sequence[Mapping[str, float]]) -> str | None:
+    """What a cluster lacks to place all workers of a request, or None. `nodes`: each living node's total resources.
+
+    Ray would wait for it without a word. What else runs there is not looked at.
+    """
+    places = sum(request.places_on(node) for node in nodes)
+    cpus, gpus = (sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU"))
+    if places >= request.count and cpus >= request.total_cpus:
+        return None
+    cards = sorted({key.removeprefix(CARD) for node in nodes for key in node if key.startswith(CARD)})
+    has = f"{gpus:g} GPUs, cards: {', '.join(cards) or 'none'}"
+    if request.name == "worker":
+        card = f"a {request.accelerator_type or 'GPU'} with " if request.num_gpus else ""
+        return (
+            f"no node has {card}{request.num_cpus:g} free CPUs on its node; the cluster has {len(nodes)} node(s), "
+            f"{has} (resources.accelerator_type takes one of these names)"
+        )
+    return (
+        f"the cluster can place {min(places, request.count)} of {request.count} {request.name}s (it has {len(nodes)} "
+        f"nodes, {cpus:g} CPUs of {request.total_cpus:g} needed, {has})"
+    )
+
+
+def nodes_of(listing: Sequence[Mapping[str, Any]]) -> list[Node]:
+    """What `ray.nodes()` gave: living ones first, the head before the others, then by address."""
+    nodes = []
+    for entry in listing:
+        resources = entry["Resources"]
+        node = Node(
+            name=entry["NodeID"][:8],
+            ip=entry["NodeManagerAddress"],
+            alive=bool(entry["Alive"]),
+            head=HEAD in resources,
+            num_cpus=resources.get("CPU", 0.0),
+            num_gpus=resources.get("GPU", 0.0),
+            cards=tuple(sorted(name.removeprefix(CARD) for name in resources if name.startswith(CARD))),
+            memory_bytes=resources.get("memory", 0.0),
+            labels={name: value for name, value in sorted(entry.get("Labels", {}).items()) if name != NODE_ID_LABEL},
+        )
+        nodes.append(node)
+    return sorted(nodes, key=lambda node: (not node.alive, not node.head, node.ip, node.name))
 
 
 @contextlib.contextmanager
@@ -75,8 +181,7 @@ def ray_session(
                 ray.shutdown()
             return
         remove_stale_folders()
-        folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-"))
-        try:
+        with _session_folder() as folder:
             url = _init(
                 address="local",
                 num_cpus=max(MIN_LOGICAL_CPUS, math.ceil(logical_cpus)),
@@ -87,15 +192,34 @@ def ray_session(
                 object_store_memory=OBJECT_STORE_BYTES,
                 _temp_dir=str(folder),
             )
-            yield url if dashboard else None
-        finally:
-            ray.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                yield url if dashboard else None
+            finally:
+                ray.shutdown()
 
 
-def told(step: str, output: object) -> dict[str, str]:
+def job_metadata(step: str, output: object) -> dict[str, str]:
     """Metadata of a step's Ray job."""
     return {"birbal_step": step, "birbal_output": str(output or "")}
+
+
+@contextlib.contextmanager
+def _session_folder() -> Iterator[Path]:
+    """A new folder for a local cluster's files, short enough for Ray's sockets, locked until it is removed."""
+    parent = Path(tempfile.gettempdir())
+    if len(str(parent / f"{FOLDER_PREFIX}1234567-12345678")) > MAX_FOLDER_LENGTH:
+        print(f"TMPDIR {parent} is too long for the paths of Ray's sockets: Ray's files go to /tmp", file=sys.stderr)
+        parent = Path("/tmp")  # noqa: S108
+    # Locked before it has the name by which another driver could take it for a dead one's.
+    hidden = Path(tempfile.mkdtemp(prefix=f".{FOLDER_PREFIX}{os.getpid()}-", dir=parent))
+    lock = filelock.FileLock(hidden / FOLDER_LOCK)
+    lock.acquire()
+    folder = hidden.rename(hidden.with_name(hidden.name[1:]))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
 
 
 def _init(**options: Any) -> str | None:
@@ -138,11 +262,18 @@ def _check_answers(address: str) -> None:
 
 
 def remove_stale_folders() -> None:
-    """Remove local clusters' folders whose driver is gone (it was killed and could not)."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
-        pid = folder.name.removeprefix(FOLDER_PREFIX).split("-")[0]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
+    """Remove local clusters' folders whose driver is gone (it was killed and could not).
+
+    The kernel says so by the folder's lock, also of drivers in other pid namespaces (containers that share /tmp).
+    """
+    for parent in {Path(tempfile.gettempdir()), Path("/tmp")}:  # noqa: S108
+        for lock_file in parent.glob(f"{FOLDER_PREFIX}*/{FOLDER_LOCK}"):
+            with contextlib.suppress(filelock.Timeout, OSError), filelock.FileLock(lock_file, blocking=False):
+                shutil.rmtree(lock_file.parent, ignore_errors=True)
+
+
+def _floor(value: float) -> int:
+    return math.floor(value + 1e-9)  # five shares of 0.2 are a card
 
 
 def log_to(file: Path) -> None:
@@ -181,3 +312,6 @@ def _quiet(log_file: Path | None) -> Iterator[None]:
         os.close(terminal)
         handler.close()
         sys.stderr = python_stderr
+
+
+told = job_metadata  # until every step says job_metadata

@@ -1,4 +1,4 @@
-"""What this machine has, held against what the recipe needs."""
+"""What this machine or a cluster has, held against what the recipe needs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ from typing import Any
 import psutil
 
 from birbal_ray import models
-from birbal_ray.cluster import ray_session
-from birbal_ray.run import RunError
-from birbal_ray.settings import ConfigError
+from birbal_ray.cluster import Node, WorkerRequest, can_place, nodes_of, ray_session
+from birbal_ray.score.config import ScoreConfig
+from birbal_ray.score.pipeline import replica_request
+from birbal_ray.settings import ConfigError, one_line
+from birbal_ray.storage import RunError
+from birbal_ray.train.config import TrainConfig
+from birbal_ray.train.launch import worker_request
 
 OK, PROBLEM = "ok", "problem"
 MIN_DISK_BYTES = 10 << 30
@@ -30,6 +35,17 @@ class Check:
     state: str
     found: str
     advice: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Whether a cluster can run a step; `nodes` could take one of its workers, `missing` says why it can't."""
+
+    work: str
+    wanted: str
+    fits: bool
+    nodes: tuple[Node, ...]
+    missing: str
 
 
 def examine(model: str, output: str) -> list[Check]:
@@ -57,11 +73,29 @@ def cluster_nodes(address: str | None = None) -> list[dict[str, Any]]:
     except RunError:
         raise
     except (OSError, RuntimeError, ValueError, RayError) as error:
-        raise RunError(f"no Ray cluster at {address}: {' '.join(str(error).split())}") from None
+        raise RunError(f"no Ray cluster at {address}: {one_line(error)}") from None
     finally:
         os.environ.pop("RAY_ADDRESS")
         if before is not None:
             os.environ["RAY_ADDRESS"] = before
+
+
+def placements(listing: Sequence[Mapping[str, Any]], score: ScoreConfig, train: TrainConfig) -> list[Placement]:
+    """Scoring, then training, on the cluster whose `ray.nodes()` is given; a device `auto` is what the cluster has."""
+    living = sorted((entry for entry in listing if entry["Alive"]), key=lambda entry: str(entry["NodeManagerAddress"]))
+    device = "gpu" if any(entry["Resources"].get("GPU", 0.0) > 0 for entry in living) else "cpu"
+    if score.engine.device == "auto":
+        score = score.model_copy(update={"engine": score.engine.model_copy(update={"device": device})})
+    if train.resources.device == "auto":
+        decided = "gpu" if train.resources.accelerator_type else device
+        train = train.model_copy(update={"resources": train.resources.model_copy(update={"device": decided})})
+
+    def place(work: str, request: WorkerRequest) -> Placement:
+        nodes = tuple(nodes_of([entry])[0] for entry in living if request.places_on(entry["Resources"]))
+        missing = can_place(request, [entry["Resources"] for entry in living])
+        return Placement(work, str(request), missing is None, nodes, missing or "")
+
+    return [place("score", replica_request(score)), place("train", worker_request(train))]
 
 
 def _python() -> Check:
@@ -125,7 +159,7 @@ def _disk(folder: Path) -> Check:
 
 def _model(name: str) -> Check:
     try:
-        model = models.resolve(name, weights=False)
+        model = models.resolve_model(name, weights=False)
     except models.ModelError as error:
         return Check("model", PROBLEM, name, str(error))
     weights = "" if any(model.path.glob("*.safetensors")) else "; weights not here yet: they come with the first run"

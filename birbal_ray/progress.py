@@ -1,12 +1,17 @@
-"""Progress on stderr: one live line in a terminal, plain lines now and then when piped."""
+"""Progress on stderr: one live line in a terminal, plain lines now and then when piped. Speeds kept for estimates."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 import sys
 import time
 from typing import TextIO
 
+from birbal_ray.storage import cache_folder, write_atomic
+
+THROUGHPUT_FILE = "throughput.json"
 PLAIN_INTERVAL_SECONDS = 15.0
 LIVE_INTERVAL_SECONDS = 0.5
 
@@ -53,6 +58,25 @@ class ProgressLine:
             self._stream.write("\r\x1b[2K")
             self._stream.flush()
             self._open = False
+
+
+def save_throughput(key: str, tokens_per_second: float) -> None:
+    """Keep a speed that this machine reached, for the next run's estimate."""
+    with contextlib.suppress(OSError):  # an estimate isn't worth a failed run
+        content = json.dumps({**_throughputs(), key: tokens_per_second}, indent=1)
+        write_atomic(cache_folder() / THROUGHPUT_FILE, content.encode())
+
+
+def last_throughput(key: str) -> float | None:
+    """The speed kept last under this key on this machine, in tokens a second, or None."""
+    return _throughputs().get(key)
+
+
+def _throughputs() -> dict[str, float]:
+    try:
+        return dict(json.loads((cache_folder() / THROUGHPUT_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
 
 
 def duration(seconds: float) -> str:

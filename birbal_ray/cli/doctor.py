@@ -12,7 +12,8 @@ from birbal_ray.cli.main import EXIT_FAILED
 from birbal_ray.cli.options import format_option, note, print_table
 
 if TYPE_CHECKING:
-    from birbal_ray.cluster_view import Node, Placement
+    from birbal_ray.cluster import Node
+    from birbal_ray.doctor import Placement
 
 NOT_GIVEN = ""  # an address, after --cluster
 NUM_NAMED = 6  # nodes in a line of the text table
@@ -74,8 +75,8 @@ def _show_machine(model: str, output: str, output_format: str) -> list[str]:
 def _show_cluster(
     address: str | None, score_config: str | None, train_config: str | None, output_format: str
 ) -> list[str]:
-    from birbal_ray.cluster_view import nodes_of, placements
-    from birbal_ray.doctor import cluster_nodes
+    from birbal_ray.cluster import nodes_of
+    from birbal_ray.doctor import cluster_nodes, placements
     from birbal_ray.score.config import ScoreConfig
     from birbal_ray.settings import load_config
     from birbal_ray.train.config import TrainConfig

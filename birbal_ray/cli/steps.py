@@ -123,7 +123,7 @@ def print_score(result: ScoreResult, output_format: str) -> None:
 
 def print_score_plan(config: ScoreConfig, output_format: str) -> None:
     """Prompts and tokens per task on stdout; sums and the time they take on stderr."""
-    from birbal_ray.rates import recall
+    from birbal_ray.progress import last_throughput
     from birbal_ray.score import throughput
     from birbal_ray.score.run import describe_plan, plan_run
 
@@ -153,7 +153,7 @@ def print_score_plan(config: ScoreConfig, output_format: str) -> None:
     note(f"prompts {sum(count for _, count in counts):,} in {len(plan.shards(config.shard_rows)):,} shards")
     note(f"prompt tokens {total:,}: {shared:,} shared ({shared / max(1, total):.0%}), {own:,} own")
     note(f"to compute with the prefix cache: {shared_once + own:,} prompt, at most {completion:,} completion tokens")
-    if rate := recall(throughput.rate_key(config)):
+    if rate := last_throughput(throughput.rate_key(config)):
         rate *= config.resources.num_replicas
         note(f"about {duration((total + completion / 4) / rate)} at the {rate:,.0f} tokens/s last seen here")
     else:

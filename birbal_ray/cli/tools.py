@@ -278,9 +278,9 @@ def fetch(name: str, revision: str | None) -> None:
     Example:
       birbal models fetch smollm2-135m
     """
-    from birbal_ray.models import resolve
+    from birbal_ray.models import resolve_model
 
-    click.echo(resolve(name, revision).path)
+    click.echo(resolve_model(name, revision).path)
 
 
 @click.command("export-predictions")

@@ -28,7 +28,7 @@ from birbal_ray.evaluate.benchmarks import (
     sample_measure,
 )
 from birbal_ray.evaluate.models import EvaluatedModel, resolve_models
-from birbal_ray.models import Model, resolve
+from birbal_ray.models import Model, resolve_model
 from birbal_ray.progress import ProgressLine, duration
 from birbal_ray.run import (
     MANIFEST_FILE,
@@ -119,7 +119,7 @@ def run(options: HarnessOptions, *, overwrite: bool = False, progress: ProgressL
     progress = progress or ProgressLine()
     options = check_options(options)
     runs = select_runs(options)
-    model = resolve(options.model or "")
+    model = resolve_model(options.model or "")
     adapter = resolve_models(model, [options.adapter], [])[1] if options.adapter else None
     name = Path(model.name).name
     team = options.team or (f"{name} + {adapter.name}" if adapter else name)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from birbal_ray.models import Model, resolve
+from birbal_ray.models import Model, resolve_model
 from birbal_ray.run import MANIFEST_FILE, read_json
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import absolute, child, is_url, local_copy
@@ -47,7 +47,7 @@ def resolve_models(model: Model, adapters: Sequence[str], merged: Sequence[str])
     found += [_adapter(*_named(given), model) for given in adapters]
     for given in merged:
         name, path = _named(given)
-        other = resolve(path)
+        other = resolve_model(path)
         origin = absolute(path) if is_url(path) else str(other.path)
         found.append(EvaluatedModel(name or Path(path).name, MERGED, str(other.path), other.fingerprint, origin=origin))
     names = [one.name for one in found]

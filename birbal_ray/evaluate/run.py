@@ -14,12 +14,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from birbal_ray.cluster import ray_session, told
+from birbal_ray.cluster import job_metadata, ray_session
 from birbal_ray.evaluate.compare import adjust, compare, gate_failures, pair_tasks, scopes
 from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.evaluate.heldout import HeldOut, find_mixes, held_out, union
 from birbal_ray.evaluate.models import ADAPTER, BASE, EvaluatedModel, resolve_models
-from birbal_ray.models import Model, load_with_adapter, merge_adapter, pinned, resolve
+from birbal_ray.models import Model, load_with_adapter, merge_adapter, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import (
     LOG_FOLDER,
@@ -139,14 +139,14 @@ def evaluate(
 def prepare_evaluation(config: EvaluateConfig) -> Setup:
     """Everything decided that can be without reading a task. Raises ConfigError, ModelError, RunError."""
     scoring = resolve_config(config.scoring())
-    model = resolve(config.model.name, config.model.revision) if scoring.engine.backend == "vllm" else SIMULATED
+    model = resolve_model(config.model.name, config.model.revision) if scoring.engine.backend == "vllm" else SIMULATED
     found = resolve_models(model, config.adapters, config.merged)
     names = [one.name for one in found[1:]]
     if config.primary.model is not None and config.primary.model not in names:
         raise ConfigError(f"primary.model={config.primary.model}: is none of {', '.join(names) or 'the models given'}")
     mixes = find_mixes(found, config.mix)
     if scoring.engine.backend == "vllm":
-        scoring = scoring.model_copy(update={"model": scoring.model.model_copy(update=pinned(model))})
+        scoring = scoring.model_copy(update={"model": scoring.model.model_copy(update=pin_model(model))})
     return Setup(config, scoring, found, mixes, union([held_out(local_copy(mix)) for mix in mixes]), model)
 
 
@@ -204,7 +204,7 @@ def _score(setup: Setup, plan: ScorePlan, folder: Path, progress: ProgressLine) 
     if not todo:
         return []
     meters = []
-    with ray_session(logical_cpus(setup.scoring), logs / "ray.log", about=told(STEP, setup.config.output)):
+    with ray_session(logical_cpus(setup.scoring), logs / "ray.log", about=job_metadata(STEP, setup.config.output)):
         lacking = check_cluster(setup.scoring)
         if lacking:
             progress.message(
@@ -249,7 +249,7 @@ def _model_of(
     whole.parent.mkdir(exist_ok=True)
     merge_adapter(load_with_adapter(setup.model.path, Path(first.path), dtype), setup.model.path, whole)
     try:
-        yield setup.scoring_of(str(whole)), resolve(str(whole)).fingerprint
+        yield setup.scoring_of(str(whole)), resolve_model(str(whole)).fingerprint
     finally:
         shutil.rmtree(folder / FOLDED_FOLDER)
 

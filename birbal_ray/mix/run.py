@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from birbal_ray.cluster import ray_session, told
+from birbal_ray.cluster import job_metadata, ray_session
 from birbal_ray.mix.card import dataset_card
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.datasets import Origin, origin_of
@@ -140,7 +140,7 @@ def _plan(
         origins,
         work,
         report,
-        lambda: stack.enter_context(ray_session(num_cpus, about=told(STEP, config.output))),
+        lambda: stack.enter_context(ray_session(num_cpus, about=job_metadata(STEP, config.output))),
     )
 
 

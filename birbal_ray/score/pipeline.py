@@ -7,12 +7,12 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.cluster import AUTH_MODE
+from birbal_ray.cluster import AUTH_MODE, WorkerRequest, can_place
 from birbal_ray.run import RunError, RunFailedError
 from birbal_ray.score.config import ResourceSettings, ScoreConfig
 from birbal_ray.score.engine import Adapter
@@ -49,32 +49,17 @@ def num_writers(config: ScoreConfig) -> int:
     return math.ceil(config.resources.num_replicas / REPLICAS_PER_WRITER)
 
 
-def missing_resources(config: ScoreConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
-    """What the cluster lacks to place all replicas, or None. `nodes`: each living node's total resources.
-
-    Ray would wait for it without a word. A replica must fit on one node; CPUs and GPUs of different
-    nodes don't add up.
-    """
+def replica_request(config: ScoreConfig) -> WorkerRequest:
+    """What must be placed: every replica on one node, with helpers anywhere."""
     resources = config.resources
-    card = f"accelerator_type:{resources.accelerator_type}"
-    places = 0
-    for node in nodes:
-        fits = int(node.get("CPU", 0.0) // resources.cpus_per_replica)
-        if config.engine.device == "gpu":
-            fits = min(fits, int(node.get("GPU", 0.0) // resources.gpus_per_replica))
-            avoided = any(f"accelerator_type:{name}" in node for name in resources.avoid_accelerator_types)
-            if avoided or (resources.accelerator_type and card not in node):
-                fits = 0
-        places += fits
-    total_cpus = sum(node.get("CPU", 0.0) for node in nodes)
-    if places >= resources.num_replicas and total_cpus >= logical_cpus(config):
-        return None
-    cards = sorted({key.split(":", 1)[1] for node in nodes for key in node if key.startswith("accelerator_type:")})
-    gpus = sum(node.get("GPU", 0.0) for node in nodes)
-    return (
-        f"the cluster can place {min(places, resources.num_replicas)} of {resources.num_replicas} replicas "
-        f"(it has {len(nodes)} nodes, {total_cpus:g} CPUs of {logical_cpus(config):g} needed, {gpus:g} GPUs, "
-        f"cards: {', '.join(cards) or 'none'})"
+    return WorkerRequest(
+        "replica",
+        resources.num_replicas,
+        resources.cpus_per_replica,
+        resources.gpus_per_replica if config.engine.device == "gpu" else 0.0,
+        resources.accelerator_type,
+        tuple(resources.avoid_accelerator_types),
+        logical_cpus(config),
     )
 
 
@@ -82,7 +67,7 @@ def check_cluster(config: ScoreConfig) -> str | None:
     """What the connected cluster lacks; raises RunError where nothing can join later (a local one)."""
     import ray
 
-    missing = missing_resources(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    missing = can_place(replica_request(config), [node["Resources"] for node in ray.nodes() if node["Alive"]])
     if missing and not os.environ.get("RAY_ADDRESS"):
         raise RunError(f"{missing}; lower resources.num_replicas or what each asks for")
     return missing

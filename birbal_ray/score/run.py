@@ -16,10 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from birbal_ray import models
-from birbal_ray.cluster import ray_session, told
+from birbal_ray.cluster import job_metadata, ray_session
 from birbal_ray.ni.metrics import METRIC_VERSION
-from birbal_ray.progress import ProgressLine
-from birbal_ray.rates import remember
+from birbal_ray.progress import ProgressLine, save_throughput
 from birbal_ray.run import (
     LOG_FOLDER,
     MANIFEST_FILE,
@@ -139,8 +138,8 @@ def _pinned_model(config: ScoreConfig) -> tuple[ScoreConfig, str | None, str]:
     """(config whose model means the same on every worker and day, its revision, its fingerprint)."""
     if config.engine.backend == "simulated":
         return config, None, "simulated"
-    model = models.resolve(config.model.name, config.model.revision)
-    settings = config.model.model_copy(update=models.pinned(model))
+    model = models.resolve_model(config.model.name, config.model.revision)
+    settings = config.model.model_copy(update=models.pin_model(model))
     return config.model_copy(update={"model": settings}), model.revision, model.fingerprint
 
 
@@ -205,7 +204,7 @@ def _score_shards(
 ) -> None:
     """Run the pipeline over the shards. Finished files stay whatever happens."""
     logs, rows_folder = folder / LOG_FOLDER, folder / ROWS_FOLDER
-    with ray_session(logical_cpus(config), logs / "ray.log", about=told(STEP, config.output)):
+    with ray_session(logical_cpus(config), logs / "ray.log", about=job_metadata(STEP, config.output)):
         missing = check_cluster(config)
         if missing:
             progress.message(f"waiting, {missing}; gives up after {config.resources.no_progress_minutes:g} minutes")
@@ -267,5 +266,5 @@ def _finish(
         },
     )
     if session.get("tokens_per_second") and config.engine.backend == "vllm":
-        remember(throughput.rate_key(config), session["tokens_per_second"] / config.resources.num_replicas)
+        save_throughput(throughput.rate_key(config), session["tokens_per_second"] / config.resources.num_replicas)
     return ScoreResult(folder, read_json(folder / MANIFEST_FILE), results.task_scores)

@@ -233,14 +233,11 @@ def load_tokenizer(config: ScoreConfig) -> Tokenizer:
     """The model's tokenizer. The simulated backend splits at white space."""
     if config.engine.backend == "simulated":
         return SimulatedTokenizer()
-    from transformers import AutoTokenizer
-
-    model = models.resolve(config.model.name, config.model.revision, weights=False)
-    return AutoTokenizer.from_pretrained(model.path, trust_remote_code=False)
+    return models.load_tokenizer(models.resolve_model(config.model.name, config.model.revision, weights=False).path)
 
 
 def _model_folder(config: ScoreConfig, fingerprint: str) -> Path:
-    model = models.resolve(config.model.name, config.model.revision)
+    model = models.resolve_model(config.model.name, config.model.revision)
     if model.fingerprint != fingerprint:
         raise models.ModelError(f"{model.path}: not the model that the run was started with, on this node")
     return model.path

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray.evaluate.models import resolve_models
-from birbal_ray.models import resolve
+from birbal_ray.models import load_tokenizer, resolve_model
 from birbal_ray.run import RunError, read_json, read_manifest
 from birbal_ray.score.config import ResourceSettings
 from birbal_ray.score.engine import Adapter, Request, Sampling, load_engine, vllm_arguments
@@ -136,7 +136,7 @@ def load_served(config: ServeConfig) -> Served:
         name, revision = (name, revision) if name else (trained["name"], trained["revision"])
     if not name:
         raise ConfigError("give what to serve: --run runs/train, --model NAME, or --merged DIR")
-    model = resolve(name, revision)
+    model = resolve_model(name, revision)
     given_adapter = given.adapter or config.run
     found = resolve_models(model, [given_adapter] if given_adapter else [], [])[1:]
     threads = config.resources.threads_per_replica or len(os.sched_getaffinity(0))
@@ -171,9 +171,7 @@ def _tokenizer(served: Served) -> Any:
         from birbal_ray.score.simulated import SimulatedTokenizer
 
         return SimulatedTokenizer()
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(served.path, trust_remote_code=False)
+    return load_tokenizer(served.path)
 
 
 @contextlib.contextmanager

@@ -10,16 +10,15 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.cluster import MIN_LOGICAL_CPUS, log_to, ray_session, told
-from birbal_ray.models import Model, ModelError, resolve
+from birbal_ray.cluster import MIN_LOGICAL_CPUS, WorkerRequest, can_place, job_metadata, log_to, ray_session
+from birbal_ray.models import Model, ModelError, resolve_model
 from birbal_ray.object_store import filesystem_of
-from birbal_ray.progress import ProgressLine, duration
-from birbal_ray.rates import remember
+from birbal_ray.progress import ProgressLine, duration, save_throughput
 from birbal_ray.run import LOG_FOLDER, RunError, RunFailedError, read_json, write_json
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import absolute, child, elsewhere, is_url, refresh
@@ -56,23 +55,11 @@ def logical_cpus(config: TrainConfig) -> float:
     return max(MIN_LOGICAL_CPUS, config.resources.num_cpus + 2)
 
 
-def missing_resources(config: TrainConfig, nodes: Sequence[dict[str, Any]]) -> str | None:
-    """What the cluster lacks to place the worker, or None. `nodes`: each living node's total resources."""
+def worker_request(config: TrainConfig) -> WorkerRequest:
+    """What must be placed: one worker."""
     resources = config.resources
-    card = f"accelerator_type:{resources.accelerator_type}"
     gpu = resources.device == "gpu"
-    for node in nodes:
-        fits = node.get("CPU", 0.0) >= resources.num_cpus and (not gpu or node.get("GPU", 0.0) >= 1)
-        if fits and (not gpu or not resources.accelerator_type or card in node):
-            return None
-    cards = sorted({key.split(":", 1)[1] for node in nodes for key in node if key.startswith("accelerator_type:")})
-    wanted = f"a {resources.accelerator_type}" if gpu and resources.accelerator_type else "a GPU" if gpu else ""
-    wanted += f"{' with ' if wanted else ''}{resources.num_cpus:g} free CPUs on its node"
-    gpus = sum(node.get("GPU", 0.0) for node in nodes)
-    return (
-        f"no node has {wanted}; the cluster has {len(nodes)} node(s), {gpus:g} GPUs, "
-        f"cards: {', '.join(cards) or 'none'} (resources.accelerator_type takes one of these names)"
-    )
+    return WorkerRequest("worker", 1, resources.num_cpus, float(gpu), resources.accelerator_type if gpu else None)
 
 
 def train_on_cluster(
@@ -83,11 +70,11 @@ def train_on_cluster(
     A worker that dies is replaced and continues from the latest checkpoint, `resources.max_failures`
     times; then RunFailedError is raised. Errors that would only come again end the run at once, by RunError.
     """
-    with ray_session(logical_cpus(config), folder / LOG_FOLDER / "ray.log", about=told(STEP, config.output)):
+    with ray_session(logical_cpus(config), folder / LOG_FOLDER / "ray.log", about=job_metadata(STEP, config.output)):
         import ray
 
         def missing() -> str | None:
-            return missing_resources(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+            return can_place(worker_request(config), [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
         # A cluster of our own gets no further nodes.
         end = time.monotonic() + (config.resources.wait if os.environ.get("RAY_ADDRESS") else 0.0)
@@ -106,7 +93,7 @@ def train_on_cluster(
             )
     steps = [line for line in read_metrics(folder / METRICS_FILE) if "loss" in line and line.get("step_seconds")]
     if seconds := sum(line["step_seconds"] for line in steps[1:]):  # the first step warms up
-        remember(rate_key(config), sum(line["tokens"] for line in steps[1:]) / seconds)
+        save_throughput(rate_key(config), sum(line["tokens"] for line in steps[1:]) / seconds)
     return result
 
 
@@ -294,7 +281,7 @@ def fine_tune_here(config: TrainConfig, fingerprint: str, folder: Path, started:
     import ray.train
     import torch
 
-    model = resolve(config.model.name, config.model.revision)
+    model = resolve_model(config.model.name, config.model.revision)
     if model.fingerprint != fingerprint:
         raise ModelError(f"{model.path}: not the model that the run was started with, on this node")
     needs_card = config.resources.device == "gpu" and not config.resources.simulated_card

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from birbal_ray.models import load_with_adapter, merge_adapter, resolve
+from birbal_ray.models import load_tokenizer, load_with_adapter, merge_adapter, resolve_model
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import (
     MANIFEST_FILE,
@@ -53,7 +53,9 @@ def merge(
     progress = progress or ProgressLine()
     here = local_copy(run, NOT_NEEDED)
     trained = read_manifest(here, "train")
-    model = resolve(trained["model"]["name"], trained["model"]["revision"] if "/" in trained["model"]["name"] else None)
+    model = resolve_model(
+        trained["model"]["name"], trained["model"]["revision"] if "/" in trained["model"]["name"] else None
+    )
     if trained["identity"]["model_fingerprint"] != model.fingerprint:
         raise ConfigError(
             f"--run {run}: trained on {trained['model']['name']} with other weights than {model.path} holds now; "
@@ -96,10 +98,10 @@ def _merge(
     base: Path, adapter: Path, folder: Path, dtype: str, questions: list[str], progress: ProgressLine
 ) -> dict[str, Any]:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    tokenizer = load_tokenizer(base)
     progress.update(f"loading {base} as {dtype}")
     model = load_with_adapter(base, adapter, dtype, device)
     progress.update("answers with the adapter")

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray.models import Model
-from birbal_ray.progress import duration
-from birbal_ray.rates import recall
+from birbal_ray.progress import duration, last_throughput
 from birbal_ray.settings import ConfigError
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import Packing
@@ -222,7 +221,7 @@ def run_preflight(config: TrainConfig, model: Model, packing: dict[str, Packing]
         change = change_that_fits(shapes, config, memory, gpu=gpu, attention=attention)
     per_step = config.batch.micro * config.batch.accumulation
     steps_per_epoch = packing["train"].num_packs / per_step
-    rate = recall(rate_key(config))
+    rate = last_throughput(rate_key(config))
     steps = None
     if rate and config.budget:
         tokens_per_step = packing["train"].num_tokens / steps_per_epoch

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from birbal_ray.models import Model, pinned, resolve
+from birbal_ray.models import Model, load_tokenizer, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import (
     MANIFEST_FILE,
@@ -27,7 +27,7 @@ from birbal_ray.run import (
     stoppable,
     write_atomic,
 )
-from birbal_ray.settings import ConfigError
+from birbal_ray.settings import ConfigError, require
 from birbal_ray.storage import absolute, is_url, local_copy, run_folder
 from birbal_ray.train.card import adapter_card, draw_loss_curve
 from birbal_ray.train.checkpoints import BEST_FILE, EASED_FILE, METRICS_FILE, SELF_CHECK_FILE, STOP_FILE, read_metrics
@@ -60,7 +60,7 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: ProgressLin
     config, model = resolve_config(config)
     mix = local_copy(config.mix or "")
     mix_manifest = read_mix(mix)
-    with run_folder(_required(config.output, "--output"), follow=True) as folder, stoppable():
+    with run_folder(require(config.output, "--output"), follow=True) as folder, stoppable():
         resumed = start_run(folder, STEP, _identity(config, model, mix_manifest), overwrite=overwrite)
         if resumed and (folder / MANIFEST_FILE).exists():
             progress.message(f"{folder} is up to date; nothing to do")
@@ -68,7 +68,7 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: ProgressLin
         packing = prepare(
             mix,
             folder / PACKED_FOLDER,
-            load_tokenizer(model),
+            load_tokenizer(model.path),
             config.batch.sequence_length,
             config.batch.long_samples,
             config.evaluation.num_rows,
@@ -102,7 +102,7 @@ def dry_run(config: TrainConfig, *, calibrate: bool = False, progress: ProgressL
         packing = prepare(
             mix,
             folder / PACKED_FOLDER,
-            load_tokenizer(model),
+            load_tokenizer(model.path),
             config.batch.sequence_length,
             config.batch.long_samples,
             config.evaluation.num_rows if not calibrate else 8,
@@ -122,7 +122,7 @@ def dry_run(config: TrainConfig, *, calibrate: bool = False, progress: ProgressL
 
 def resolve_config(config: TrainConfig) -> tuple[TrainConfig, Model]:
     """(configuration with `auto` decided and paths absolute, its model). Raises ConfigError, ModelError."""
-    mix = absolute(_required(config.mix, "--mix"))
+    mix = absolute(require(config.mix, "--mix"))
     device = config.resources.device
     if device == "auto":
         if os.environ.get("RAY_ADDRESS") and not config.resources.accelerator_type:
@@ -141,9 +141,9 @@ def resolve_config(config: TrainConfig) -> tuple[TrainConfig, Model]:
     for tracker in config.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise ConfigError(f"trackers: {tracker} is not installed; run: pip install {tracker}")
-    model = resolve(config.model.name, config.model.revision)
+    model = resolve_model(config.model.name, config.model.revision)
     resources = config.resources.model_copy(update={"device": device})
-    model_settings = config.model.model_copy(update=pinned(model))
+    model_settings = config.model.model_copy(update=pin_model(model))
     return config.model_copy(update={"mix": mix, "resources": resources, "model": model_settings}), model
 
 
@@ -160,13 +160,6 @@ def read_mix(mix: Path) -> dict[str, Any]:
     return manifest
 
 
-def load_tokenizer(model: Model) -> Any:
-    """The model's tokenizer."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model.path, trust_remote_code=False)
-
-
 def _calibration_place(config: TrainConfig) -> Path | None:
     """Where packs go that a worker on another node reads: beside --output. None without a cluster: anywhere."""
     if not os.environ.get("RAY_ADDRESS"):
@@ -180,12 +173,6 @@ def _calibration_place(config: TrainConfig) -> Path | None:
     place = Path(config.output).resolve().parent
     place.mkdir(parents=True, exist_ok=True)
     return place
-
-
-def _required(value: str | None, flag: str) -> str:
-    if not value:
-        raise ConfigError(f"{flag} is required (or set it in the --config file)")
-    return value
 
 
 def _identity(config: TrainConfig, model: Model, mix_manifest: dict[str, Any]) -> dict[str, Any]:

@@ -22,9 +22,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from birbal_ray.models import load_tokenizer
 from birbal_ray.run import RunError, read_json, write_atomic, write_json
 from birbal_ray.train.attention import choose_attention, name_kernel
 from birbal_ray.train.checkpoints import (
@@ -125,7 +126,7 @@ def make_trainer(config: TrainConfig, model_path: Path, folder: Path, clock: Clo
         args=sft_config(config, folder),
         train_dataset=PackDataset(load_packs(folder / PACKED_FOLDER, "train")),
         eval_dataset=PackDataset(load_packs(folder / PACKED_FOLDER, "eval")),
-        processing_class=AutoTokenizer.from_pretrained(model_path, trust_remote_code=False),
+        processing_class=load_tokenizer(model_path),
         peft_config=peft_config,
     )
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.cluster import MIN_LOGICAL_CPUS, ray_session, told
+from birbal_ray.cluster import MIN_LOGICAL_CPUS, can_place, job_metadata, ray_session
 from birbal_ray.mix.scores import ScoreFolder, open_scores
-from birbal_ray.models import Model, pinned, resolve
+from birbal_ray.models import Model, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import (
     LOG_FOLDER,
@@ -26,7 +26,7 @@ from birbal_ray.run import (
     write_atomic,
     write_parquet,
 )
-from birbal_ray.settings import ConfigError
+from birbal_ray.settings import require
 from birbal_ray.storage import absolute, is_url, refresh, run_folder
 from birbal_ray.train.config import TrainResources
 from birbal_ray.tune.config import TuneConfig
@@ -64,7 +64,7 @@ def tune(config: TuneConfig, *, overwrite: bool = False, progress: ProgressLine 
     """
     progress = progress or ProgressLine()
     config, scores, model = resolved(config)
-    output = _required(config.output, "--output")
+    output = require(config.output, "--output")
     with run_folder(output, follow=True) as folder, stoppable():
         resumed = start_run(folder, STEP, _identity(config, scores, model), overwrite=overwrite)
         if resumed and (folder / MANIFEST_FILE).exists():
@@ -102,9 +102,9 @@ def dry_run(config: TuneConfig) -> list[dict[str, Any]]:
 
 def resolved(config: TuneConfig) -> tuple[TuneConfig, ScoreFolder, Model]:
     """(configuration with paths absolute and the device decided, its scores, its model)."""
-    path = absolute(_required(config.scores, "--scores"))
+    path = absolute(require(config.scores, "--scores"))
     scores = open_scores(path, config.mix.model)
-    model = resolve(config.train.model.name, config.train.model.revision)
+    model = resolve_model(config.train.model.name, config.train.model.revision)
     resources = config.resources
     threads = resources.num_threads or max(1, (os.cpu_count() or 1) // resources.max_concurrent)
     train_resources = TrainResources(
@@ -113,7 +113,7 @@ def resolved(config: TuneConfig) -> tuple[TuneConfig, ScoreFolder, Model]:
         num_cpus=resources.num_cpus,
         num_threads=threads,
     )
-    settings = config.train.model.model_copy(update=pinned(model))
+    settings = config.train.model.model_copy(update=pin_model(model))
     train = config.train.model_copy(update={"resources": train_resources, "model": settings})
     return config.model_copy(update={"scores": path, "train": train}), scores, model
 
@@ -126,12 +126,6 @@ def task_counts(scores: ScoreFolder) -> TaskCounts:
         tasks[task.label] += 1
         rows[task.label] += task.num_instances - task.num_errors
     return TaskCounts(tasks, rows)
-
-
-def _required(value: str | None, flag: str) -> str:
-    if not value:
-        raise ConfigError(f"{flag} is required (or set it in the --config file)")
-    return value
 
 
 def _identity(config: TuneConfig, scores: ScoreFolder, model: Model) -> dict[str, Any]:
@@ -167,14 +161,16 @@ def search(
 ) -> None:
     """Run what is left of the plan on the connected cluster, or on a local one made for it."""
     logical = max(MIN_LOGICAL_CPUS, config.resources.num_cpus * config.resources.max_concurrent + 1)
-    with ray_session(logical, folder / LOG_FOLDER / "ray.log", dashboard=True, about=told(STEP, folder)) as dashboard:
+    with ray_session(
+        logical, folder / LOG_FOLDER / "ray.log", dashboard=True, about=job_metadata(STEP, folder)
+    ) as dashboard:
         import ray
 
-        from birbal_ray.train.launch import missing_resources
+        from birbal_ray.train.launch import worker_request
         from birbal_ray.tune.searcher import RAY_FOLDER, run_plan
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        missing = missing_resources(config.train, nodes)
+        missing = can_place(worker_request(config.train), nodes)
         if missing:
             raise RunError(missing)
         progress.message(f"trials: tensorboard --logdir {folder / RAY_FOLDER}")

@@ -11,7 +11,7 @@ from typing import Any
 from birbal_ray.cluster import log_to
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import ANY_SIZE_MIB, mix
-from birbal_ray.models import Model, resolve
+from birbal_ray.models import Model, load_tokenizer, resolve_model
 from birbal_ray.run import LOG_FOLDER, RunError
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import elsewhere
@@ -37,7 +37,7 @@ def _run_trial(job: Job, settings: TuneConfig, fingerprint: str, run: Path) -> N
 
     folder = trial_folder(run, job)
     log_to(folder / LOG_FOLDER / "trial.log")
-    model = resolve(settings.train.model.name, settings.train.model.revision)
+    model = resolve_model(settings.train.model.name, settings.train.model.revision)
     if model.fingerprint != fingerprint:
         raise RunError(f"{model.path}: not the model that the search was started with, on this node")
     # An earlier process may have died half-way: what it left is not trusted.
@@ -73,14 +73,13 @@ def judge(job: Job, config: TuneConfig, model: Model, folder: Path, made: dict[s
     import torch
 
     from birbal_ray.train.data import PACKED_FOLDER, prepare
-    from birbal_ray.train.run import load_tokenizer
     from birbal_ray.train.sft import fine_tune, load_base
     from birbal_ray.train.task_loss import AtSteps, mean_over_tasks, read_samples, task_losses
 
     train = config.train
     if not torch.cuda.is_available():
         torch.set_num_threads(train.resources.num_threads or 1)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model.path)
     samples = read_samples(folder / "mix" / "validation.parquet", tokenizer, train.batch.sequence_length)
     if not samples:
         raise ConfigError(

@@ -46,9 +46,9 @@ def test_real_tasks_killed_and_run_again_agree_with_transformers(shared_data, tm
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 
-    from birbal_ray.models import resolve
+    from birbal_ray.models import resolve_model
 
-    path = resolve("smollm2-135m").path
+    path = resolve_model("smollm2-135m").path
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     limits = {row["task"]: row["max_completion_tokens"] for row in pq.read_table(run / "tasks.parquet").to_pylist()}

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
-from birbal_ray.models import resolve
+from birbal_ray.models import resolve_model
 from birbal_ray.run import MANIFEST_FILE, finish_run, read_json, start_run, write_json
 
 
@@ -18,7 +18,7 @@ def trained(tiny_model, tiny_mix, tmp_path_factory):
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("train")
-    start_run(folder, "train", {"model_fingerprint": resolve(str(tiny_model)).fingerprint})
+    start_run(folder, "train", {"model_fingerprint": resolve_model(str(tiny_model)).fingerprint})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))

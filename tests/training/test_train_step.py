@@ -9,9 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from birbal_ray import rates
 from birbal_ray.cli.main import main
-from birbal_ray.progress import ProgressLine
+from birbal_ray.progress import ProgressLine, save_throughput
 from birbal_ray.run import RunError, RunFailedError, finish_run, start_run
 from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.train import run as step
@@ -108,7 +107,7 @@ def test_a_dry_run_tells_memory_on_stdout_and_the_forecast_on_stderr(birbal_trai
     assert "speed unknown on this device: add --calibrate, or train once" in result.stderr
 
     config = load_config(TrainConfig, flags={**SMALL, "model.name": str(tiny_model), "resources.device": "cpu"})
-    rates.remember(rate_key(config), 1000.0)
+    save_throughput(rate_key(config), 1000.0)
     result = birbal_train(tiny_mix, "--dry-run", "--budget", "10s")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[0].split() == ["part", "GiB", "how"]

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from birbal_ray.mix.scores import open_scores
-from birbal_ray.models import resolve
+from birbal_ray.models import resolve_model
 from birbal_ray.train.data import IGNORED
 from birbal_ray.train.task_loss import mean_over_tasks, read_samples, task_losses
 from birbal_ray.tune.config import TuneConfig
@@ -56,7 +56,7 @@ def judged(config, tiny_model, tmp_path_factory):
     for _ in range(3):
         job, noted = plan.next(), Noted()
         made = make_mix(job, config, folder / job.key / "mix")
-        judge(job, config, resolve(str(tiny_model)), folder / job.key, made, noted)
+        judge(job, config, resolve_model(str(tiny_model)), folder / job.key, made, noted)
         found[job.key] = noted, folder / job.key
         plan.tell(Record(job, "finished", noted.looks[-1][1]))
     return found

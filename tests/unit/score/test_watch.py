@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from birbal_ray.cluster import can_place
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import RunError
 from birbal_ray.score import pipeline
@@ -95,7 +96,7 @@ def test_an_output_that_this_node_does_not_see_is_reported(clock, tmp_path):
     ],
 )
 def test_what_a_cluster_lacks(nodes, settings, lacks):
-    missing = pipeline.missing_resources(load_config(ScoreConfig, None, [], settings), nodes)
+    missing = can_place(pipeline.replica_request(load_config(ScoreConfig, None, [], settings)), nodes)
     assert missing is None if lacks is None else lacks in (missing or "")
 
 

@@ -1,0 +1,78 @@
+"""What fits on a cluster's nodes, and a local cluster's folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from birbal_ray import cluster
+from birbal_ray.cluster import WorkerRequest, can_place
+
+GPU = {"CPU": 64.0, "GPU": 1.0, "accelerator_type:A10G": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "node", "places"),
+    [
+        (0.2, GPU, 5),  # 1 // 0.2 is 4.0
+        (0.1, GPU, 10),
+        (0.5, {**GPU, "GPU": 2.0}, 4),
+        (0.6, {**GPU, "GPU": 2.0}, 2),  # a share lies on one card
+        (1 / 3, GPU, 3),
+        (2.0, {**GPU, "GPU": 5.0}, 2),
+        (1.0, {**GPU, "GPU": 0.5}, 0),
+        (0.5, {**GPU, "GPU": 0.5}, 1),
+        (0.2, {**GPU, "CPU": 3.0}, 3),
+    ],
+)
+def test_fractions_of_cards_are_counted_as_ray_places_them(num_gpus, node, places):
+    request = WorkerRequest("replica", places, 1.0, num_gpus)
+    assert request.places_on(node) == places
+    assert can_place(request, [node]) is None
+    assert can_place(WorkerRequest("replica", places + 1, 1.0, num_gpus), [node]).startswith(
+        f"the cluster can place {places} of {places + 1} replicas"
+    )
+
+
+def test_cards_are_wanted_or_avoided():
+    assert WorkerRequest("worker", 1, 1.0, 1.0, "A10G").places_on(GPU) == 1
+    assert WorkerRequest("worker", 1, 1.0, 1.0, "H100").places_on(GPU) == 0
+    assert WorkerRequest("worker", 1, 1.0, 1.0, None, ("A10G",)).places_on(GPU) == 0
+    assert "no node has a H100 with 1 free CPUs" in can_place(WorkerRequest("worker", 1, 1.0, 1.0, "H100"), [GPU])
+    assert WorkerRequest("replica", 1, 1.0, 0.0, "H100").places_on(GPU) == 64, "a CPU worker takes any node"
+    assert can_place(WorkerRequest("replica", 1, 1.0, total_cpus=100), [GPU]) is not None
+
+
+def test_a_folder_whose_driver_lives_is_kept_and_a_dead_ones_is_removed(monkeypatch, tmp_path):
+    """By a lock that the kernel keeps: the driver's number may mean nothing here (another pid namespace)."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = (
+        "import sys, time, tempfile\nfrom birbal_ray import cluster\ntempfile.tempdir = sys.argv[1]\n"
+        "cluster.os.getpid = lambda: 999999\ncluster.MAX_FOLDER_LENGTH = 200\n"
+        "with cluster._session_folder() as folder:\n    print(folder, flush=True)\n    time.sleep(60)"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    folder = Path(driver.stdout.readline().strip())
+    (folder / "session").mkdir()
+    cluster.remove_stale_folders()
+    assert (folder / "session").is_dir()
+    driver.kill()
+    driver.wait()
+    cluster.remove_stale_folders()
+    assert not folder.exists()
+
+
+def test_a_temporary_folder_too_long_for_rays_sockets_is_replaced_and_that_is_said(monkeypatch, tmp_path, capsys):
+    long = tmp_path / ("x" * 24)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with cluster._session_folder() as folder:
+        assert folder.parent == Path("/tmp")
+        assert len(f"{folder}/session_2026-01-31_12-00-00_123456_1234567/sockets/plasma_store") <= 107
+    assert not folder.exists() and not list(long.iterdir())
+    assert "too long for the paths of Ray's sockets" in capsys.readouterr().err

@@ -1,0 +1,76 @@
+"""A model folder that can't be loaded is refused in one line, by doctor, dry runs and starts alike."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+
+from birbal_ray import doctor, models
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1234\n"
+
+
+def safetensors(num_bytes=8):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    return struct.pack("<Q", len(header)) + header + b"\0" * num_bytes
+
+
+@pytest.fixture
+def complete(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(safetensors())
+    return folder
+
+
+def test_a_complete_folder_is_taken_and_its_fingerprint_follows_its_files(complete):
+    before = models.resolve_model(str(complete)).fingerprint
+    (complete / "README.md").write_text("x")
+    assert models.resolve_model(str(complete)).fingerprint == before
+    (complete / "config.json").write_text('{"model_type": "llama", "vocab_size": 7}')
+    assert models.resolve_model(str(complete)).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("config.json", None, "no config.json"),
+        ("config.json", b"{", "config.json is not a JSON object"),
+        ("config.json", b"[1]", "config.json is not a JSON object"),
+        ("config.json", b"{}", "config.json names no model_type"),
+        ("config.json", b'{"model_type": "my_own", "auto_map": {}}', "model_type 'my_own' is unknown to transformers"),
+        ("config.json", POINTER.encode(), "config.json is a Git LFS pointer"),
+        ("tokenizer.json", None, "no tokenizer (one of tokenizer.json"),
+        ("tokenizer.json", POINTER.encode(), "tokenizer.json is a Git LFS pointer"),
+        ("model.safetensors", None, "no *.safetensors"),
+        ("model.safetensors", POINTER.encode(), "model.safetensors is a Git LFS pointer"),
+        ("model.safetensors", b"", "model.safetensors (0 bytes) holds no tensors"),
+        ("model.safetensors", b"\0" * 5000, "model.safetensors (5,000 bytes) holds no tensors"),
+        ("model.safetensors", b"<html>not found</html>", "holds no tensors"),
+        ("model.safetensors", safetensors(3), "and its header says"),
+        ("model.safetensors", safetensors(9), "and its header says"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "x.safetensors"}}', "1 of 1 weight files are missing"),
+        ("model.safetensors.index.json", b'{"weight_map": [1]}', "model.safetensors.index.json is not a weight index"),
+    ],
+)
+def test_an_incomplete_folder_is_refused_in_one_line(complete, name, content, reason):
+    if content is None:
+        (complete / name).unlink()
+    else:
+        (complete / name).write_bytes(content)
+    with pytest.raises(models.ModelError) as caught:
+        models.resolve_model(str(complete))
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+    assert str(complete) in str(caught.value)
+    (check,) = [check for check in doctor.examine(str(complete), ".") if check.name == "model"]
+    assert (check.state, check.advice) == ("problem", str(caught.value))
+
+
+def test_names_that_are_no_model_are_refused(tmp_path):
+    for name in ("nobody", "./absent", str(tmp_path / "absent"), "a/b/c"):
+        with pytest.raises(models.ModelError, match="no such folder, not a Hub id"):
+            models.resolve_model(name)
