@@ -174,3 +174,21 @@ def test_paths_of_the_repository_that_the_readme_names_exist():
             re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)", text, re.M)
         ]
         assert anchor in headings, anchor
+
+
+def test_a_decision_is_short_and_its_links_lead_somewhere():
+    decisions = sorted((REPOSITORY / "docs" / "decisions").glob("*.md"))
+    log = (REPOSITORY / "docs" / "log.md").read_text(encoding="utf-8")
+    anchors = {
+        re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^## (.*)", log, re.MULTILINE)
+    }
+    for file in decisions:
+        text = file.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 25, file.name
+        assert text.startswith(f"# {file.name[:4]} "), file.name
+        for name, anchor in re.findall(r"\]\(([^)#]+)#?([^)]*)\)", text):
+            assert (file.parent / name).exists(), f"{file.name}: {name}"
+            assert not anchor or anchor in anchors, f"{file.name}: {anchor}"
+    numbers = [file.name[:4] for file in decisions]
+    assert len(numbers) == len(set(numbers))
