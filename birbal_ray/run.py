@@ -650,7 +650,7 @@ def locked(folder: Path) -> Iterator[None]:
             "wait for it or stop it"
         ) from None
     try:
-        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
+        write_json(holder, this_process())
         yield
     finally:
         holder.unlink(missing_ok=True)

@@ -1,41 +1,42 @@
-"""What is done, running and next in a run folder, told by its files alone."""
+"""What is done, running and next in a run folder or a folder of them, by run.json, progress.json and manifest.json."""
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
-import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import psutil
-
 from birbal_ray.progress import duration
-from birbal_ray.run import LOCK_FILE, LOG_FOLDER, MANIFEST_FILE, RUN_FILE, RunError, read_json
-from birbal_ray.settings import ConfigError
-from birbal_ray.status_progress import UNREADABLE, Found, dig, mapping, measured, number, one_line, time_of
-from birbal_ray.train.deadline import CLOCK_FILE
+from birbal_ray.run import (
+    LOCK_RECORD,
+    LOG_FOLDER,
+    MANIFEST_FILE,
+    PROGRESS_FILE,
+    RUN_FILE,
+    RunError,
+    is_alive,
+    lock_holder,
+)
+from birbal_ray.settings import ConfigError, one_line
+from birbal_ray.storage import Folder, open_folder
 
-DONE, RUNNING, STOPPED, NOT_BEGUN, DAMAGED = "done", "running", "stopped", "not begun", "damaged"
+DONE, RUNNING, STOPPED, NOT_STARTED, DAMAGED = "done", "running", "stopped", "not started", "damaged"
 CHAIN = ("score", "tune", "mix", "train", "evaluate")  # each reads what an earlier one wrote
 OPTIONAL = ("tune",)
 REPORT, REPORT_FILE = "report", "report.html"
-SESSIONS_FILE = "sessions.jsonl"
 SILENT_SECONDS = 20 * 60.0  # a score run gives itself up after so long without a row
-CLOCK_SLACK_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One step's folder. `done` of `planned`: score rows, optimizer steps or trials; None where nothing is counted."""
+    """One step's folder. `done` of `planned`: rows, optimizer steps or trials; None where nothing is counted."""
 
     step: str  # ? where its run.json can't be read
-    folder: Path
-    state: str  # done | running | stopped | not begun | damaged
+    place: str  # path or URL
+    state: str  # done | running | stopped | not started | damaged
     detail: str = ""  # the state in more words
     progress: str = ""
     done: int | None = None
@@ -45,176 +46,173 @@ class Row:
     next: str = ""  # a command, or what to do
 
 
-def status(run: Path, now: float | None = None) -> list[Row]:
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A step's folder and its records: {} where one is absent or not as birbal writes it."""
+
+    folder: Folder
+    record: Mapping[str, Any]
+    progress: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    damage: str  # why run.json or manifest.json can't be read
+
+    @property
+    def step(self) -> str:
+        return str((self.record or self.manifest).get("step", "?"))
+
+
+def read_status(run: str | os.PathLike[str], now: float | None = None) -> list[Row]:
     """The steps in the folders of `run`, or the one whose folder `run` is: in the order they run, then by name.
 
-    A folder of steps also gets rows of what has not begun after the last one. Only reads, and never
-    waits: a run that works there or starts just then is not disturbed. Damaged files become rows
-    that say so. Raises ConfigError when `run` is no run folder.
+    A folder of steps also gets rows of what has not started after the last one. Only reads a few small files of each
+    and never waits: a run that works there or starts just then is not disturbed. Damaged records become rows that say
+    so. Raises ConfigError when `run` holds no run.
     """
     now = time.time() if now is None else now
-    run = run if run.name not in ("", "..") else run.resolve()  # what lies beside it is asked for
-    alone = _look(run)
-    found = [alone] if alone else [folder for path in _subfolders(run) if (folder := _look(path))]
+    folder = open_folder(run)
+    alone = _find(folder)
+    found = [alone] if alone else [one for name in _folders(folder) if (one := _find(folder.subfolder(name)))]
     if not found:
-        raise ConfigError(_no_run(run))
-    home = run.parent if alone else run
-    found.sort(key=lambda folder: (_place(folder.step), folder.path.name))
-    begun = {folder.step for folder in found}
+        raise ConfigError(_no_run(run, folder))
+    home = open_folder(folder.place.rpartition("/")[0]) if alone else folder
+    found.sort(key=lambda one: (_order(one.step), one.folder.place))
+    started = {one.step for one in found}
     if alone:  # what follows lies beside it
-        begun |= {step for step in CHAIN if (home / step / RUN_FILE).exists()}
-    last = max((_place(step) for step in begun if step in CHAIN), default=None)
-    rows = [_row(folder, now) for folder in found]
-    rows = [replace(row, next=_next(row, folder, home, last)) for row, folder in zip(rows, found, strict=True)]
+        started |= {step for step in CHAIN if home.subfolder(step).is_file(RUN_FILE)}
+    last = max((step for step in started if step in CHAIN), key=_order, default=None)
+    rows = [_with_next(_row(one, now), one, home, last) for one in found]
     if alone or last is None:
         return rows
-    rest = [Row(step, home / step, NOT_BEGUN) for step in CHAIN[last + 1 :] if step not in OPTIONAL]
-    report = home / REPORT_FILE
-    if not (written := time_of(report)):
-        return [*rows, *rest, Row(REPORT, report, NOT_BEGUN)]
-    older = [row.step for row in rows if row.step in CHAIN and (row.touched or 0.0) > written]
+    rest = [Row(step, home.at(step), NOT_STARTED) for step in CHAIN[_order(last) + 1 :] if step not in OPTIONAL]
+    report = home.stat(REPORT_FILE)
+    if not report:
+        return [*rows, *rest, Row(REPORT, home.at(REPORT_FILE), NOT_STARTED)]
+    older = [row.step for row in rows if row.step in CHAIN and (row.touched or 0.0) > report.modified]
     progress = f"older than {', '.join(older)}" if older else ""
-    return [*rows, *rest, Row(REPORT, report, DONE, progress=progress, touched=written)]
+    return [*rows, *rest, Row(REPORT, home.at(REPORT_FILE), DONE, progress=progress, touched=report.modified)]
 
 
-def holder_of(folder: Path) -> tuple[int, str] | None:
-    """(pid, host) of the run that writes in `folder`; None if there is none, or it died on this machine.
-
-    Reads what the lock's holder wrote down and leaves the lock alone: a run that starts just then
-    must get it. Whether a process of another host lives can't be told from here.
-    """
-    file = folder / f"{LOCK_FILE}.json"
-    try:
-        who, written = read_json(file), file.stat().st_mtime
-        pid, host = int(who["pid"]), str(who["host"])
-        if host != socket.gethostname():
-            return pid, host
-        process = psutil.Process(pid)
-        # The number may have been given to another process since.
-        same = process.create_time() <= written + CLOCK_SLACK_SECONDS
-        return (pid, host) if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except (*UNREADABLE, psutil.NoSuchProcess):
-        return None
-
-
-def _look(path: Path) -> Found | None:
+def _find(folder: Folder) -> _Found | None:
     """The step in a folder; None when it is none of ours (other tools call files manifest.json, too)."""
-    holder = holder_of(path)  # before the manifest: a run lets go when that is written
-    records: list[Mapping[str, Any] | None] = []
+    if folder.is_local and not folder.local.is_dir():
+        return None
+    records: dict[str, Mapping[str, Any]] = {}
     damage = ""
-    for name in (RUN_FILE, MANIFEST_FILE):
+    for name in (RUN_FILE, PROGRESS_FILE, MANIFEST_FILE):
+        records[name] = {}
         try:
-            content = read_json(path / name) if (path / name).is_file() else None
-        except (RunError, OSError) as error:
-            content, damage = None, damage or one_line(error)
-        is_ours = isinstance(content, dict) and isinstance(content.get("step"), str)
-        records.append(content if is_ours else None)
-    return Found(path, holder, records[0], records[1], damage) if any(records) or damage else None
+            content = folder.read_json(name)
+            if isinstance(content, dict) and (name == PROGRESS_FILE or isinstance(content.get("step"), str)):
+                records[name] = content
+        except FileNotFoundError:
+            pass
+        except RunError as error:
+            damage = damage or ("" if name == PROGRESS_FILE else one_line(error))
+    found = _Found(folder, records[RUN_FILE], records[PROGRESS_FILE], records[MANIFEST_FILE], damage)
+    return found if found.record or found.manifest or damage else None
 
 
-def _row(folder: Found, now: float) -> Row:
-    path, step = folder.path, folder.step
-    if folder.damage:
-        return Row(step, path, DAMAGED, progress=folder.damage, touched=_touched(path))
-    if folder.manifest is not None:
-        seen = measured(folder)
-        wall = number(folder.manifest, "wall_seconds") or number(folder.manifest, "result", "elapsed_seconds")
-        return Row(step, path, DONE, "", seen.text, seen.done, seen.planned, time_of(path / MANIFEST_FILE), wall)
-    touched = _touched(path)
-    state, detail = _state(folder.holder, now - touched)
-    seen = measured(folder)
-    wall = _wall_seconds(path, now if state == RUNNING else None)
-    return Row(step, path, state, detail, seen.text, seen.done, seen.planned, touched, wall)
+def _row(found: _Found, now: float) -> Row:
+    folder, seen = found.folder, found.progress
+    done, planned = (value if isinstance(value := seen.get(key), int) else None for key in ("done", "total"))
+    if found.manifest and not found.damage:
+        written = folder.stat(MANIFEST_FILE)
+        wall = _number(found.manifest, "wall_seconds") or _number(found.manifest, "result", "elapsed_seconds")
+        summary = str(found.manifest.get("summary", ""))
+        return Row(found.step, folder.place, DONE, "", summary, done, planned, written and written.modified, wall)
+    started, lock = folder.stat(RUN_FILE), folder.stat(LOCK_RECORD)
+    updated = _number(seen, "updated_at") or 0.0
+    touched = max(updated, started.modified if started else 0.0) or None
+    if found.damage:
+        return Row(found.step, folder.place, DAMAGED, progress=found.damage, touched=touched)
+    # At a URL its holder renews the lock.
+    state, detail = _state(folder, now - max(touched or 0.0, lock.modified if lock else 0.0))
+    text = str(seen.get("text", ""))
+    if state != RUNNING and (error := seen.get("error")):
+        text = f"{text}{', ' if text else ''}failed: {error}"
+    wall = _number(seen, "wall_seconds")
+    if wall is not None and state == RUNNING:
+        wall += max(0.0, now - updated)
+    return Row(found.step, folder.place, state, detail, text, done, planned, touched, wall)
 
 
-def _state(holder: tuple[int, str] | None, silent_seconds: float) -> tuple[str, str]:
+def _state(folder: Folder, silent_seconds: float) -> tuple[str, str]:
+    holder = lock_holder(folder)
     if holder is None:
         return STOPPED, ""
-    pid, host = holder
-    if host == socket.gethostname():
-        return RUNNING, f"running as pid {pid}"
+    if is_alive(holder):
+        return RUNNING, f"running as pid {holder['pid']}"
     if silent_seconds <= SILENT_SECONDS:
-        return RUNNING, f"running on {host}, unless it was killed"
-    return STOPPED, f"stopped, it seems: {host} has written nothing for {duration(silent_seconds)}"
+        return RUNNING, f"running on {holder['host']}, unless it was killed"
+    return STOPPED, f"stopped, it seems: {holder['host']} has written nothing for {duration(silent_seconds)}"
 
 
-def _next(row: Row, folder: Found, home: Path, last: int | None) -> str:
+def _with_next(row: Row, found: _Found, home: Folder, last: str | None) -> Row:
     # A pipeline's log lies beside its steps; their settings are in its command.
-    piped = (home / LOG_FOLDER / "ray.log").exists() and row.folder == home / row.step
+    piped = row.place == home.at(row.step) and home.is_file(f"{LOG_FOLDER}/ray.log")
     maker = "birbal demo or birbal pipeline" if piped else f"birbal {row.step}".removesuffix(" ?")
     again = f"run the same {maker} command again"
-    if row.state == DAMAGED and folder.record is None:
-        return f"{again}, with --overwrite"
+    text = ""
     if row.state == DAMAGED:
-        return f"remove {row.folder / MANIFEST_FILE}, then {again}"
-    if row.state == STOPPED:
-        return again
-    if row.state != DONE or row.step not in CHAIN or _place(row.step) != last:
-        return ""
-    if row.step == "evaluate":
-        return "" if time_of(home / REPORT_FILE) >= (row.touched or 0.0) else f"birbal report {_quoted(home)}"
-    return again if piped else _following(row, folder.manifest or {}, home)
+        text = again if found.record else f"{again}, with --overwrite"
+    elif row.state == STOPPED:
+        text = again
+    elif row.state == DONE and row.step == last:
+        report = home.stat(REPORT_FILE) if row.step == "evaluate" else None
+        is_reported = report is not None and report.modified >= (row.touched or 0.0)
+        text = again if piped and row.step != "evaluate" else "" if is_reported else _following(row, found, home)
+    return replace(row, next=text)
 
 
-def _following(row: Row, manifest: Mapping[str, Any], home: Path) -> str:
-    here = _quoted(row.folder)
+def _following(row: Row, found: _Found, home: Folder) -> str:
+    """The command of the step after a finished one."""
+
+    def at(name: str) -> str:
+        return shlex.quote(home.at(name))
+
+    here, manifest = shlex.quote(row.place), found.manifest
     if row.step == "score":
-        return f"birbal mix --scores {here} --output {_quoted(home / 'mix')}"
+        return f"birbal mix --scores {here} --output {at('mix')}"
     if row.step == "tune":
-        return f"birbal mix --config {_quoted(row.folder / 'best_mix.yaml')} --output {_quoted(home / 'mix')}"
-    name = dig(manifest, "scores", "model") if row.step == "mix" else dig(manifest, "model", "name")
-    model = f" --model {_quoted(name)}" if name else ""
+        return f"birbal mix --config {shlex.quote(found.folder.at('best_mix.yaml'))} --output {at('mix')}"
+    if row.step == "evaluate":
+        return f"birbal report {shlex.quote(home.place)}"
+    name = _dig(manifest, "scores", "model") if row.step == "mix" else _dig(manifest, "model", "name")
+    model = f" --model {shlex.quote(str(name))}" if name else ""
     if row.step == "mix":
-        return f"birbal train --mix {here}{model} --output {_quoted(home / 'train')}"
-    scores = _look(home / "score")
-    tasks = _quoted(dig(scores.manifest if scores else None, "settings", "tasks", "path") or "DIR")
-    return f"birbal evaluate --tasks {tasks}{model} --adapter {here} --output {_quoted(home / 'evaluate')}"
+        return f"birbal train --mix {here}{model} --output {at('train')}"
+    scores = _find(home.subfolder("score"))
+    tasks = _dig(scores.manifest if scores else {}, "settings", "tasks", "path") or "DIR"
+    return f"birbal evaluate --tasks {shlex.quote(str(tasks))}{model} --adapter {here} --output {at('evaluate')}"
 
 
-def _no_run(run: Path) -> str:
-    if not run.exists():
+def _no_run(run: object, folder: Folder) -> str:
+    if folder.is_local and not folder.local.exists():
         return f"{run}: no such folder; expected a step's output, or a folder that holds steps' outputs"
-    inside = sorted({file.parent.parent.name for file in run.glob(f"*/*/{RUN_FILE}")})
+    inside = [name for name in _folders(folder) if any(map(_find, _subfolders(folder.subfolder(name))))]
     hint = f"; there are some in {', '.join(inside[:5])}" if inside else ""
     return f"{run}: no run folder: neither a step's output nor a folder that holds steps' outputs{hint}"
 
 
-def _touched(path: Path) -> float:
-    """The newest file on top or among the logs, or folder below: a file that is renamed into one changes its time."""
-    newest = 0.0
-    for place, folders, names in os.walk(path):
-        here = Path(place)
-        if here in (path, path / LOG_FOLDER):
-            folders_and_files = [*folders, *(name for name in names if not name.startswith(LOCK_FILE))]
-        else:
-            folders_and_files = folders
-        newest = max([newest, *(time_of(here / name) for name in folders_and_files)])
-    return newest
+def _folders(folder: Folder) -> list[str]:
+    return folder.folders() if not folder.is_local or folder.local.is_dir() else []
 
 
-def _wall_seconds(path: Path, until: float | None) -> float | None:
-    """Of the sessions that could say, and of the one that runs `until` now."""
-    try:
-        if (path / CLOCK_FILE).exists():
-            return number(mapping(path / CLOCK_FILE), "elapsed_seconds")
-        file = path / SESSIONS_FILE
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        seconds = sum(float(json.loads(line)["wall_seconds"]) for line in lines)
-    except UNREADABLE:
-        return None
-    if until is not None:
-        seconds += max(0.0, until - (time_of(path / f"{LOCK_FILE}.json") or until))
-    return round(seconds, 3) or None
+def _subfolders(folder: Folder) -> list[Folder]:
+    return [folder.subfolder(name) for name in folder.folders()]
 
 
-def _subfolders(path: Path) -> list[Path]:
-    entries = path.iterdir() if path.is_dir() else ()
-    return [entry for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
-
-
-def _place(step: str) -> int:
+def _order(step: str) -> int:
     return CHAIN.index(step) if step in CHAIN else len(CHAIN)
 
 
-def _quoted(path: object) -> str:
-    return shlex.quote(str(path))
+def _dig(content: Any, *keys: str) -> Any:
+    """The value at these keys in nested mappings, or None."""
+    for key in keys:
+        content = content.get(key) if isinstance(content, Mapping) else None
+    return content
+
+
+def _number(content: Mapping[str, Any], *keys: str) -> float | None:
+    value = _dig(content, *keys)
+    return float(value) if isinstance(value, (int, float)) else None

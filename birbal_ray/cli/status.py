@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -30,50 +29,42 @@ def status(run: str, output_format: str) -> None:
       birbal status s3://bucket/runs
       birbal status runs/score --format json
     """
-    from birbal_ray.status import status as status_of
-    from birbal_ray.storage import is_url, outline
+    from birbal_ray.status import read_status
 
-    with outline(run) as folder:
-        rows = status_of(folder)
-    # Rows about a URL speak of its sketch.
-    here, there = (str(folder), run.rstrip("/")) if is_url(run) else ("", "")
-
-    def said(text: str) -> str:
-        return text.replace(here, there) if here else text
-
+    rows = read_status(run)
     if output_format != "text":
-        print_table([_record(row, said) for row in rows], output_format)
+        print_table([_record(row) for row in rows], output_format)
         return
-    print_table([_cells(row, time.time(), said) for row in rows], output_format)
+    print_table([_cells(row, time.time()) for row in rows], output_format)
     todo = [row for row in rows if row.next]
     for row in todo:
-        click.echo(said(f"next: {row.next}" if len(todo) == 1 else f"next ({row.folder.name}): {row.next}"))
+        click.echo(f"next: {row.next}" if len(todo) == 1 else f"next ({row.place.rpartition('/')[2]}): {row.next}")
 
 
-def _record(row: Row, said: Callable[[str], str]) -> dict[str, Any]:
+def _record(row: Row) -> dict[str, Any]:
     """For other programs: figures apart, the time as ISO 8601."""
     return {
         "step": row.step,
-        "folder": said(str(row.folder)),
+        "folder": row.place,
         "state": row.state,
         "detail": row.detail,
         "done": row.done,
         "planned": row.planned,
-        "progress": said(row.progress),
+        "progress": row.progress,
         "touched": datetime.fromtimestamp(row.touched, UTC).isoformat(timespec="seconds") if row.touched else None,
         "wall_seconds": row.wall_seconds,
-        "next": said(row.next),
+        "next": row.next,
     }
 
 
-def _cells(row: Row, now: float, said: Callable[[str], str]) -> dict[str, Any]:
+def _cells(row: Row, now: float) -> dict[str, Any]:
     from birbal_ray.progress import duration
 
     return {
         "step": row.step,
-        "folder": said(str(row.folder)),
+        "folder": row.place,
         "state": row.detail or row.state,
-        "progress": said(row.progress) or "-",
+        "progress": row.progress or "-",
         "last touched": f"{duration(max(0.0, now - row.touched))} ago" if row.touched else "-",
         "wall time": duration(row.wall_seconds) if row.wall_seconds else "-",
     }

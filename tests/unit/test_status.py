@@ -1,4 +1,4 @@
-"""What `birbal status` says of run folders, made here as the steps make them."""
+"""What `birbal status` says of run folders, made by the interface the steps use, on a disk and in object storage."""
 
 from __future__ import annotations
 
@@ -7,225 +7,152 @@ import io
 import json
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import time
 
-import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
-from birbal_ray.run import locked, start_run, write_atomic, write_json, write_parquet
-from birbal_ray.schemas import TASKS
-from birbal_ray.score.plan import PromptVariant, Shard
+from birbal_ray.run import open_run, this_process
 from birbal_ray.settings import ConfigError
-from birbal_ray.status import status
-from birbal_ray.tune.config import TuneConfig
-from birbal_ray.tune.records import remember_job, write_record
-from birbal_ray.tune.scheduler import FAILED, FINISHED, STOPPED, Job, Plan, Record
-from birbal_ray.tune.space import TaskCounts
+from birbal_ray.status import read_status
+from birbal_ray.storage import RunError, open_folder
+from tests.fixtures.s3_server import BUCKET
 
-TASK_SIZES = {"task_a": 10, "task_b-of": 7}
 DONE = {
-    "score": {
-        "model": {"name": "org/model"},
-        "settings": {"tasks": {"path": "my tasks"}},
-        "rows": {"planned": 17, "scored": 16, "errors": {"prompt too long": 1}},
-        "wall_seconds": 12.5,
-    },
-    "tune": {"trials": {"finished": 5, "stopped": 2}, "best": {"mix": "search-003"}},
-    "mix": {"scores": {"model": "org/model"}, "rows": {"kept": 1200, "train": 1176, "eval": 24}, "wall_seconds": 3.0},
-    "train": {
-        "model": {"name": "org/model"},
-        "result": {"num_steps": 40, "epochs": 2.0, "ended_by": "budget", "best_eval_loss": 2.0587, "best_step": 30}
-        | {"elapsed_seconds": 3456.0},
-    },
-    "evaluate": {"rows": {"planned": 736, "scored": 732, "errors": 4}, "wall_seconds": 45.6},
+    "score": {"model": {"name": "org/model"}, "settings": {"tasks": {"path": "my tasks"}}},
+    "tune": {},
+    "mix": {"scores": {"model": "org/model"}},
+    "train": {"model": {"name": "org/model"}},
+    "evaluate": {},
 }
+SUMMARY = "17 rows, 1 with errors"
 
 
-def begin(folder, step, identity=None):
-    folder.mkdir(parents=True)
-    start_run(folder, step, identity or {"made": "up"})
-    return folder
+def start(folder, step, **progress):
+    """A run that was stopped after it said how far it was."""
+    with open_run(folder, step, {"made": "up"}, owns=()) as run:
+        if progress:
+            run.progress(**{"done": None, "total": None, **progress}, final=True)
+    return open_folder(folder)
 
 
 def finish(folder, step):
-    """What `finish_run` leaves, without asking git for the commit."""
-    begin(folder, step)
-    write_json(folder / "manifest.json", {"step": step, "identity": {}, **DONE[step]})
-    return folder
+    with open_run(folder, step, {"made": "up"}, owns=()) as run:
+        run.progress(17, 17, text="17 of 17 rows", final=True)
+        run.finish({**DONE[step], "wall_seconds": 12.5}, {}, summary=SUMMARY)
+    return open_folder(folder)
 
 
-def begin_scoring(folder, step="score", **identity):
-    begin(folder, step, {"config": {"shard_rows": 4}, **identity})
-    row = {name: [] for name in ("categories", "sources", "domains", "licenses")}
-    row |= {"label": "generation", "label_reason": "", "definition": "", "sha256": "", "num_shots": 0}
-    rows = [
-        {**row, "task": task, "num_available": size, "num_instances": size, "max_completion_tokens": 8}
-        for task, size in TASK_SIZES.items()
-    ]
-    write_parquet(folder / "tasks.parquet", pa.Table.from_pylist(rows, schema=TASKS))
-    return folder
-
-
-def write_shards(folder, *chunks, variant=None):
-    for task, chunk in chunks:
-        count = -(-TASK_SIZES[task] // 4)
-        shard = Shard(task, "", "", "generation", chunk, count, 0, 8, variant or PromptVariant())
-        write_atomic(folder / "rows" / shard.file_name, b"as good as Parquet here")
-
-
-def one(run, now=None):
-    (row,) = status(run, now)
+def only(run, now=None):
+    (row,) = read_status(str(run), now)
     return row
-
-
-def seen(row):
-    return row.progress, row.done, row.planned
 
 
 def command(*arguments):
     return CliRunner().invoke(main, ["status", *(str(argument) for argument in arguments)])
 
 
-def test_a_stopped_score_run_counts_the_rows_of_its_shards(tmp_path):
-    folder = begin_scoring(tmp_path / "score")
-    assert seen(one(folder)) == ("0 of 17 rows", 0, 17)
-    write_shards(folder, ("task_a", 0), ("task_a", 2), ("task_b-of", 1))  # 4, the last 2, the last 3
-    (folder / "rows" / ".tmp-1-2-task_a-00001-of-00003.parquet").write_bytes(b"half")
-    (folder / "sessions.jsonl").write_text('{"wall_seconds": 2.5}\n{"wall_seconds": 4}\n')
-    row = one(folder)
-    assert seen(row) == ("9 of 17 rows", 9, 17)
-    assert (row.step, row.state, row.wall_seconds) == ("score", "stopped", 6.5)
+def test_a_stopped_run_says_what_it_last_said(folder):
+    start(folder, "score")
+    row = only(folder)
+    assert (row.state, row.progress, row.done, row.planned) == ("stopped", "", None, None)
+    start(folder, "score", done=9, total=17, text="9 of 17 rows")
+    row = only(folder)
+    assert (row.step, row.state, row.progress, row.done, row.planned) == ("score", "stopped", "9 of 17 rows", 9, 17)
     assert row.next == "run the same birbal score command again"
-    (folder / "tasks.parquet").unlink()  # killed in the second before it was written
-    assert seen(one(folder)) == ("planning", None, None)
+    assert (row.place, row.wall_seconds) == (folder.place, folder.read_json("progress.json")["wall_seconds"])
+    assert row.touched == folder.read_json("progress.json")["updated_at"]
 
 
-def test_an_evaluation_plans_each_model_in_each_format(tmp_path):
-    models = {"base": "base 0", "mine": "adapter 1"}
-    formats = ["few_shot", "zero_shot"]
-    folder = begin_scoring(tmp_path / "e", "evaluate", models=models, prompt_formats=formats)
-    write_shards(folder, ("task_a", 0), variant=PromptVariant("base", "zero_shot"))
-    write_shards(folder, ("task_a", 0), ("task_a", 1), variant=PromptVariant("mine", "few_shot", "mine"))
-    assert seen(one(folder)) == ("12 of 68 rows", 12, 68)
+def test_a_finished_run_says_its_summary(folder):
+    finish(folder, "score")
+    row = only(folder)
+    assert (row.state, row.progress, row.done, row.planned, row.wall_seconds) == ("done", SUMMARY, 17, 17, 12.5)
+    assert row.touched == folder.stat("manifest.json").modified
 
 
-def test_training_tells_step_loss_and_budget(tmp_path):
-    folder = begin(tmp_path / "train", "train", {"settings": {"budget": 3600.0}})
-    assert seen(one(folder)) == ("no step yet", None, None)
-    forecast = {"num_steps": 280, "epochs": 2.8, "by_budget": True}
-    write_json(folder / "status.json", {"step": 12, "max_steps": 300, "epoch": 0.12, "forecast": forecast})
-    write_json(folder / "clock.json", {"elapsed_seconds": 725.0, "setup_seconds": 9.0})
-    lines = [{"step": 10, "eval_loss": 2.5}, {"step": 11, "loss": 2.25}, {"step": 12, "loss": 2.125}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 13, "lo')
-    row = one(folder)
-    assert (row.done, row.planned, row.wall_seconds) == (12, 300, 725.0)
-    assert row.progress == (
-        "step 12 of 300, epoch 0.12, loss 2.1250, eval loss 2.5000, 280 steps (2.8 epochs) will fit, "
-        "12 min 05 s of 1 h 00 min"
-    )
-    write_json(folder / "session.json", {"error": "the card ran out of memory"})
-    assert one(folder).progress.endswith("failed: the card ran out of memory")
-    with locked(folder):  # it was an earlier session's
-        assert "failed" not in one(folder).progress
+def test_what_ended_a_session_is_shown_until_the_next_one(folder):
+    with pytest.raises(RunError), open_run(folder, "train", {"made": "up"}, owns=()) as run:
+        run.progress(12, 300, text="step 12 of 300", final=True)
+        raise RunError("the card ran out of memory")
+    assert only(folder).progress == "step 12 of 300, failed: the card ran out of memory"
+    with open_run(folder, "train", {"made": "up"}, owns=()):  # it was an earlier session's
+        assert "failed" not in only(folder).progress
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"num_trials": 3, "surrogate": False, "baselines": ["uniform"]},
-        {"repeats": {"top": 0}, "baselines": []},
-        {"repeats": {"top": 3, "seeds": 5}},
-    ],
-)
-def test_a_search_tells_trials_ended_of_those_planned(tmp_path, settings):
-    config = TuneConfig(**settings)
-    identity = {"settings": config.model_dump(mode="json", exclude={"scores", "output", "resources"})}
-    folder = begin(tmp_path / "tune", "tune", identity)
-    for key, ending in {"a": (FINISHED, 2.5), "b": (STOPPED, 2.25), "c": (FAILED, None), "d": None}.items():
-        job = Job(key, "search", key, 0, {})
-        remember_job(folder, job, "scores")
-        if ending:
-            write_record(folder, Record(job, *ending))
-    planned = Plan(config, TaskCounts({"generation": 2}, {"generation": 9})).num_trials
-    text = f"3 of {planned} trials (1 failed, 1 finished, 1 stopped), 1 begun, lowest loss 2.2500"
-    assert seen(one(folder)) == (text, 3, planned)
-
-
-def test_running_is_what_a_living_process_holds(tmp_path):
-    folder = begin_scoring(tmp_path / "score")
-    with locked(folder):
-        before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
-        row = one(folder, time.time() + 60)
+def test_running_is_what_a_living_process_holds(folder):
+    with open_run(folder, "score", {"made": "up"}, owns=()) as run:
+        run.progress(1, 4, text="1 of 4 rows", final=True)
+        before = {name: stat for name, stat in folder.files(hidden=True).items() if "lock" not in name}
+        row = only(folder, time.time() + 60)
         assert (row.state, row.detail, row.next) == ("running", f"running as pid {os.getpid()}", "")
         assert 60 <= row.wall_seconds < 90
-        assert before == {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
-    assert one(folder).state == "stopped"
+        assert {name: before[name] for name in before if "lock" not in name}.items() <= folder.files(
+            hidden=True
+        ).items()
+    assert only(folder).state == "stopped"
 
 
-def test_a_killed_process_holds_nothing(tmp_path):
-    folder = begin_scoring(tmp_path / "score")
+def test_a_killed_process_holds_nothing(folder):
+    start(folder, "score")
     dead = subprocess.Popen(["true"])
     dead.wait()
-    write_json(folder / ".lock.json", {"pid": dead.pid, "host": socket.gethostname()})
-    assert one(folder).state == "stopped"
+    folder.write_json(".lock.json", {**this_process(), "pid": dead.pid})
+    assert only(folder).state == "stopped"
 
 
-def test_a_pid_that_another_process_got_since_holds_nothing(tmp_path):
-    folder = begin_scoring(tmp_path / "score")
-    with locked(folder):
-        lock = folder / ".lock.json"
-        os.utime(lock, (1e9, 1e9))  # long before this process began
-        assert one(folder).state == "stopped"
+def test_a_pid_that_another_process_got_since_holds_nothing(folder):
+    start(folder, "score")
+    folder.write_json(".lock.json", {**this_process(), "started": 1e9})
+    assert only(folder).state == "stopped"
 
 
-def test_a_run_on_another_host_is_judged_by_its_files(tmp_path):
-    folder = begin_scoring(tmp_path / "score")
-    write_json(folder / ".lock.json", {"pid": 1, "host": "node-7"})
-    row = one(folder)
+@pytest.mark.parametrize("change", [{"host": "node-7"}, {"boot": "another pid namespace", "host": "node-7"}])
+def test_a_run_on_another_host_is_judged_by_its_files(folder, change):
+    start(folder, "score")
+    folder.write_json(".lock.json", {**this_process(), **change})
+    row = only(folder)
     assert (row.state, row.detail) == ("running", "running on node-7, unless it was killed")
     later = time.time() + 3 * 3600
-    row = one(folder, later)
-    assert (row.state, row.detail) == ("stopped", "stopped, it seems: node-7 has written nothing for 3 h 00 min")
-    write_shards(folder, ("task_a", 0))  # a file in a folder below counts
-    os.utime(folder / "rows", (later - 60, later - 60))
-    assert one(folder, later).state == "running"
+    row = only(folder, later)
+    assert row.state == "stopped"
+    assert row.detail.startswith("stopped, it seems: node-7 has written nothing for ")
+    folder.write_json("progress.json", {"updated_at": later - 60})
+    assert only(folder, later).state == "running"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b'{"pid": -1}', b'{"pid": "x", "host": "y"}', b"\xff"])
 def test_a_lock_s_holder_that_can_t_be_read_is_none(tmp_path, content):
-    folder = begin_scoring(tmp_path / "score")
-    (folder / ".lock.json").write_bytes(content)
-    assert one(folder).state == "stopped"
+    start(tmp_path, "score")
+    (tmp_path / ".lock.json").write_bytes(content)
+    assert only(tmp_path).state == "stopped"
 
 
-def test_a_folder_of_steps_is_shown_in_the_order_they_run_whatever_they_are_called(tmp_path):
-    finish(tmp_path / "a-mix", "mix")
-    finish(tmp_path / "z", "score")
-    begin_scoring(tmp_path / "b", "score")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "manifest.json").write_text('{"name": "of another tool"}')
-    (tmp_path / "notes.txt").write_text("x")
-    rows = status(tmp_path)
-    assert [(row.step, row.folder.name, row.state) for row in rows] == [
+def test_a_folder_of_steps_is_shown_in_the_order_they_run_whatever_they_are_called(folder):
+    finish(folder.subfolder("a-mix"), "mix")
+    finish(folder.subfolder("z"), "score")
+    start(folder.subfolder("b"), "score")
+    folder.write_bytes("other/manifest.json", b'{"name": "of another tool"}')
+    folder.write_bytes("notes.txt", b"x")
+    rows = read_status(folder.place)
+    assert [(row.step, row.place.removeprefix(f"{folder}/"), row.state) for row in rows] == [
         *[("score", "b", "stopped"), ("score", "z", "done"), ("mix", "a-mix", "done")],
         *[
-            ("train", "train", "not begun"),
-            ("evaluate", "evaluate", "not begun"),
-            ("report", "report.html", "not begun"),
+            ("train", "train", "not started"),
+            ("evaluate", "evaluate", "not started"),
+            ("report", "report.html", "not started"),
         ],
     ]
-    assert seen(rows[1]) == ("17 rows, 1 with errors", 17, 17)
-    assert rows[2].progress == "1,200 rows (1,176 train, 24 eval)"
 
 
-def test_next_is_a_command_that_birbal_takes(tmp_path):
-    run = tmp_path / "my run"
+@pytest.mark.parametrize("at", ["disk", "s3"])
+def test_next_is_a_command_that_birbal_takes(request, tmp_path, at):
+    if at == "s3":
+        request.getfixturevalue("s3")
+    run = open_folder(f"s3://{BUCKET}/my run" if at == "s3" else tmp_path / "my run")
     expected = {
         "score": ["mix", "--scores", f"{run}/score", "--output", f"{run}/mix"],
         "tune": ["mix", "--config", f"{run}/tune/best_mix.yaml", "--output", f"{run}/mix"],
@@ -237,18 +164,20 @@ def test_next_is_a_command_that_birbal_takes(tmp_path):
         "evaluate": ["report", f"{run}"],
     }
     for step, arguments in expected.items():
-        finish(run / step, step)
-        for rows in (status(run), status(run / step)):
+        finish(run.subfolder(step), step)
+        for rows in (read_status(run.place), read_status(run.at(step))):
             words = [shlex.split(row.next) for row in rows if row.next]
             assert words == [["birbal", *arguments]]
             main.get_command(None, arguments[0]).make_context(arguments[0], arguments[1:])
-    assert [row.next for row in status(run / "score")] == [""]
-    (run / "report.html").write_text("")
-    assert [row.next for row in status(run) if row.next] == []
-    assert (status(run)[-1].state, status(run)[-1].progress) == ("done", "")
-    os.utime(run / "report.html", (1e9, 1e9))
-    assert status(run)[-1].progress == "older than score, tune, mix, train, evaluate"
-    assert [row.next for row in status(run) if row.next] == [f"birbal report {shlex.quote(str(run))}"]
+    assert [row.next for row in read_status(run.at("score"))] == [""]
+    if at == "s3":
+        return
+    (run.local / "report.html").write_text("")
+    assert [row.next for row in read_status(run.place) if row.next] == []
+    assert (read_status(run.place)[-1].state, read_status(run.place)[-1].progress) == ("done", "")
+    os.utime(run.local / "report.html", (1e9, 1e9))
+    assert read_status(run.place)[-1].progress == "older than score, tune, mix, train, evaluate"
+    assert [row.next for row in read_status(run.place) if row.next] == [f"birbal report {shlex.quote(str(run))}"]
 
 
 def test_a_step_folder_may_be_the_current_one(tmp_path, monkeypatch):
@@ -260,66 +189,64 @@ def test_a_step_folder_may_be_the_current_one(tmp_path, monkeypatch):
     )
 
 
-def test_what_a_pipeline_began_the_pipeline_continues(tmp_path):
-    finish(tmp_path / "score", "score")
-    write_atomic(tmp_path / "logs" / "ray.log", b"")
+def test_what_a_pipeline_began_the_pipeline_continues(folder):
+    finish(folder.subfolder("score"), "score")
+    folder.write_bytes("logs/ray.log", b"")
     again = "run the same birbal demo or birbal pipeline command again"
-    assert [row.next for row in status(tmp_path) if row.next] == [again]
-    begin(tmp_path / "mix", "mix")
-    assert [row.next for row in status(tmp_path) if row.next] == [again]
+    assert [row.next for row in read_status(folder.place) if row.next] == [again]
+    start(folder.subfolder("mix"), "mix")
+    assert [row.next for row in read_status(folder.place) if row.next] == [again]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"])
-def test_damaged_records_are_told_with_the_way_out(tmp_path, content):
+def test_damaged_records_are_told_with_the_way_out(folder, content):
     for name in ("score", "mix"):
-        finish(tmp_path / name, name)
-    (tmp_path / "score" / "run.json").write_bytes(content)
-    (tmp_path / "mix" / "manifest.json").write_bytes(content)
-    score, mix = status(tmp_path)[:2]
+        finish(folder.subfolder(name), name)
+    folder.write_bytes("score/run.json", content)
+    folder.write_bytes("mix/manifest.json", content)
+    score, mix = read_status(folder.place)[:2]
     assert (score.step, score.state, mix.step, mix.state) == ("score", "damaged", "mix", "damaged")
-    assert f"{tmp_path}/score/run.json: not valid JSON" in score.progress
+    assert f"{folder}/score/run.json: not " in score.progress
     assert score.next == "run the same birbal score command again, with --overwrite"
-    assert mix.next == f"remove {tmp_path}/mix/manifest.json, then run the same birbal mix command again"
-    (tmp_path / "score" / "manifest.json").unlink()
-    assert [row.state for row in status(tmp_path) if row.step == "?"] == ["damaged"]
-    assert command(tmp_path).exit_code == command(tmp_path / "score").exit_code == 0
+    assert mix.next == "run the same birbal mix command again"
+    with open_run(folder.subfolder("mix"), "mix", {"made": "up"}, owns=()) as run:  # as it says
+        assert run.resumed and run.manifest is None
+    folder.delete(["score/manifest.json"])
+    assert [row.state for row in read_status(folder.place) if row.step == "?"] == ["damaged"]
+    assert command(folder.place).exit_code == command(folder.at("score")).exit_code == 0
+    with open_run(folder.subfolder("score"), "score", {"made": "up"}, owns=(), overwrite=True) as run:
+        assert not run.resumed
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"3", b'{"step": "x", "wall_seconds": "y"}', b"\xff\xfe", b"null\n"]
-)
-@pytest.mark.parametrize(
-    ("step", "file"),
+    "content",
     [
-        *[("score", "tasks.parquet"), ("score", "sessions.jsonl"), ("train", "status.json"), ("train", "clock.json")],
-        *[("train", "session.json"), ("train", "metrics.jsonl"), ("tune", "trials/d/result.json")],
+        b"",
+        b"{",
+        b"[]",
+        b"3",
+        b'{"wall_seconds": "y", "updated_at": [], "done": "x", "text": 3}',
+        b"\xff\xfe",
+        b"null\n",
     ],
 )
-def test_other_damaged_files_end_in_a_row_not_in_a_traceback(tmp_path, step, file, content):
-    folder = tmp_path / step
-    if step == "score":
-        begin_scoring(folder)
-    else:
-        settings = {"budget": None, "baselines": [], "repeats": {"top": 0}, "num_trials": 3, "surrogate": True}
-        begin(folder, step, {"settings": settings})
-        write_json(folder / "status.json", {"step": 1, "max_steps": 3, "epoch": 0.1, "forecast": None})
-        remember_job(folder, Job("d", "search", "d", 0, {}), "scores")
-    (folder / file).write_bytes(content)
-    result = command(folder, "--format", "json")
+def test_a_damaged_progress_file_ends_in_a_row_not_in_a_traceback(tmp_path, content):
+    start(tmp_path, "score", done=1)
+    (tmp_path / "progress.json").write_bytes(content)
+    result = command(tmp_path, "--format", "json")
     assert result.exit_code == 0, result.output
     (row,) = json.loads(result.stdout)
-    assert (row["step"], row["state"]) == (step, "stopped")
+    assert (row["step"], row["state"]) == ("score", "stopped")
 
 
 @pytest.mark.parametrize("step", ["score", "mix", "train", "tune", "evaluate"])
-def test_records_with_other_content_than_ours_end_in_a_row(tmp_path, step):
-    folder = begin_scoring(tmp_path / "run", step)
-    write_json(folder / "run.json", {"step": step, "identity": [1]})
-    assert one(folder).state == "stopped"
-    assert step == "mix" or "not as birbal writes it" in one(folder).progress
-    write_json(folder / "manifest.json", {"step": step, "rows": 3})
-    assert one(folder).state == "done"
-    assert "not as birbal writes it" in one(folder).progress
+def test_folders_of_the_previous_version_are_shown(tmp_path, step):
+    record = {"step": step, "identity": {"seed": 1}, "identity_hash": "0"}
+    open_folder(tmp_path).write_json("run.json", record)
+    assert only(tmp_path).state == "stopped"
+    open_folder(tmp_path).write_json("manifest.json", {**record, "rows": 3, "result": {"elapsed_seconds": 5}})
+    row = only(tmp_path)
+    assert (row.state, row.progress, row.wall_seconds) == ("done", "", 5.0)
 
 
 def test_what_is_no_run_folder_is_wrong_usage(tmp_path):
@@ -333,34 +260,35 @@ def test_what_is_no_run_folder_is_wrong_usage(tmp_path):
         ("runs", "there are some in demo"),
     ):
         with pytest.raises(ConfigError, match=reason):
-            status(tmp_path / run)
+            read_status(tmp_path / run)
         result = command(tmp_path / run)
         assert (result.exit_code, result.stdout) == (2, "")
         assert len(result.stderr.splitlines()) == 1
 
 
-def test_the_command_prints_three_formats(tmp_path):
-    finish(tmp_path / "score", "score")
-    with locked(begin(tmp_path / "mix", "mix")):
-        text = command(tmp_path)
-        table = list(csv.DictReader(io.StringIO(command(tmp_path, "--format", "csv").stdout)))
-        values = json.loads(command(tmp_path, "--format", "json").stdout)
+def test_the_command_prints_three_formats(folder):
+    finish(folder.subfolder("score"), "score")
+    with open_run(folder.subfolder("mix"), "mix", {}, owns=()):
+        text = command(folder.place)
+        table = list(csv.DictReader(io.StringIO(command(folder.place, "--format", "csv").stdout)))
+        values = json.loads(command(folder.place, "--format", "json").stdout)
     assert text.exit_code == 0
     assert f"running as pid {os.getpid()}" in text.stdout
-    assert "17 rows, 1 with errors" in text.stdout
-    assert [row["state"] for row in table] == ["done", "running", "not begun", "not begun", "not begun"]
+    assert SUMMARY in text.stdout
+    assert [row["state"] for row in table] == ["done", "running", "not started", "not started", "not started"]
     assert [row["step"] for row in values] == [row["step"] for row in table]
     assert (values[0]["done"], values[0]["planned"], values[0]["wall_seconds"]) == (17, 17, 12.5)
     assert values[0]["touched"].endswith("+00:00")
-    assert f"next: birbal train --mix {tmp_path}/mix" not in text.stdout
+    assert "next: birbal train --mix" not in text.stdout
 
 
 def test_nothing_heavy_is_imported(tmp_path):
-    begin_scoring(tmp_path / "score")
+    start(tmp_path / "score", "score")
     code = (
         "import sys\nfrom birbal_ray.cli.main import main\n"
         f"try:\n    main(['status', {str(tmp_path)!r}])\nexcept SystemExit:\n    pass\n"
-        "print([m for m in ('ray', 'torch', 'transformers', 'datasets', 'optuna', 'vllm') if m in sys.modules])"
+        "heavy = ('ray', 'torch', 'transformers', 'datasets', 'optuna', 'vllm', 'obstore')\n"
+        "print([m for m in heavy if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
