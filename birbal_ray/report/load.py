@@ -8,10 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from birbal_ray.evaluate.models import ADAPTER, ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, adapter_fingerprint
+from birbal_ray.evaluate.models import ADAPTER
 from birbal_ray.mix.rows import DESCRIPTIONS, MIX_TASKS, Reason
 from birbal_ray.mix.write import AUDIT_FILE
 from birbal_ray.mix.write import TASKS_FILE as MIX_TASKS_FILE
+from birbal_ray.models import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, adapter_fingerprint
 from birbal_ray.run import MANIFEST_FILE, RUN_FILE, RunError
 from birbal_ray.schemas import (
     COMPARISONS,

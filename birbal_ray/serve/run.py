@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.evaluate.models import resolve_models
-from birbal_ray.models import load_tokenizer, resolve_model
+from birbal_ray.models import find_adapter, load_tokenizer, resolve_model
 from birbal_ray.run import RunError, read_json, read_manifest
 from birbal_ray.score.config import ResourceSettings
 from birbal_ray.score.engine import Adapter, Request, Sampling, load_engine, vllm_arguments
@@ -138,7 +137,7 @@ def load_served(config: ServeConfig) -> Served:
         raise ConfigError("give what to serve: --run runs/train, --model NAME, or --merged DIR")
     model = resolve_model(name, revision)
     given_adapter = given.adapter or config.run
-    found = resolve_models(model, [given_adapter] if given_adapter else [], [])[1:]
+    found = find_adapter(given_adapter, model) if given_adapter else None
     threads = config.resources.threads_per_replica or len(os.sched_getaffinity(0))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is loaded
     shape = read_json(model.path / "config.json")
@@ -150,7 +149,7 @@ def load_served(config: ServeConfig) -> Served:
         shape["vocab_size"],
         engine.model_copy(update={"max_model_len": length}),
         config.resources.model_copy(update={"threads_per_replica": threads}),
-        tuple(Adapter(one.name, one.path, one.rank or 0) for one in found),
+        (Adapter(found.name, str(found.path), found.rank),) if found else (),
     )
 
 

@@ -43,7 +43,7 @@ def setting(finish, tmp_path_factory):
     finish("mix", "--scores", scores, "--output", root / "mix", *budgets, "--set", "task_score.generation_budget=0")
     (root / "adapter").mkdir()
     (root / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
-    (root / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+    (root / "adapter" / "adapter_model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
     return root
 
 
@@ -129,7 +129,7 @@ def test_killed_and_called_again_it_has_the_same_rows(birbal, finish, evaluated,
 
 
 def test_another_adapter_is_another_run(finish, evaluated, setting):
-    (setting / "adapter" / "adapter_model.safetensors").write_bytes(b"other weights")
+    (setting / "adapter" / "adapter_model.safetensors").write_bytes(b"\x03" + bytes(7) + b"{} ")
     _, err = finish(*arguments(setting, evaluated[0]), code=2)
     assert "models.mine" in err
     assert "--overwrite" in err

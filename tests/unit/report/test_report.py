@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
 from birbal_ray.evaluate.leaderboard import METRICS
-from birbal_ray.evaluate.models import adapter_fingerprint
+from birbal_ray.models import adapter_fingerprint
 from birbal_ray.report.conclusions import conclusion_of
 from birbal_ray.report.run import report
 from birbal_ray.run import MANIFEST_FILE, RunError, read_json, write_json
