@@ -69,7 +69,8 @@ def serve(config: ServeConfig, tell: Callable[[str], None]) -> None:
         for name in (signal.SIGTERM, signal.SIGINT):  # uvicorn drains, then raises the signal again: nothing to add
             signal.signal(name, lambda *_: None)
         host = f"[{config.host}]" if ":" in config.host else config.host
-        tell(f"serving {served.name} at http://{host}:{bound.getsockname()[1]} (POST /process, /tokenize, /decode)")
+        what = " with ".join([served.name, *(one.path for one in served.adapters)])
+        tell(f"serving {what} at http://{host}:{bound.getsockname()[1]} (POST /process, /tokenize, /decode)")
         server.run(sockets=[bound])
         if loop.death is not None:
             raise RunError(f"the engine failed: {loop.death}")
@@ -144,7 +145,7 @@ def load_served(config: ServeConfig) -> Served:
     shape = shape.get("text_config", shape)
     length = min(engine.max_model_len, shape.get("max_position_embeddings") or engine.max_model_len)
     return Served(
-        f"{model.name} with {given_adapter}" if given_adapter else model.name,
+        model.name,
         model.path,
         shape["vocab_size"],
         engine.model_copy(update={"max_model_len": length}),
