@@ -184,10 +184,11 @@ def adapter_fingerprint(folder: Path) -> str:
 
 def _misfit(weights: Path, model: Model) -> str | None:
     """Why an adapter's matrices don't fit the model's, or None. Reads the headers of the safetensors only."""
-    lora = {name: shape for name, shape in _tensor_shapes(weights).items() if re.search(r"\.lora_[AB]\.weight$", name)}
+    shapes = _check_safetensors(weights, str(weights.parent))
+    lora = {name: shape for name, shape in shapes.items() if re.search(r"\.lora_[AB]\.weight$", name)}
     tensors: dict[str, list[int]] = {}
     for file in model.path.glob("*.safetensors"):
-        tensors |= _tensor_shapes(file)
+        tensors |= _check_safetensors(file, str(model.path))
     modules = {name.rpartition(".")[0] for name in tensors}
     adapted = {name: name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in lora}
     if lora and modules and modules.isdisjoint(adapted.values()):
@@ -199,16 +200,6 @@ def _misfit(weights: Path, model: Model) -> str | None:
             kind = "inputs" if side else "outputs"
             return f"{module} has {lora[name][side]} {kind} there, {shape[side]} in the model"
     return None
-
-
-def _tensor_shapes(file: Path) -> dict[str, list[int]]:
-    """Tensor name → shape, from the header of a safetensors file. Raises ModelError for what is none."""
-    with file.open("rb") as handle:
-        try:
-            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-            return {name: one["shape"] for name, one in header.items() if name != "__metadata__"}
-        except (ValueError, TypeError, KeyError, AttributeError, MemoryError, OverflowError):
-            raise ModelError(f"{file}: not a safetensors file") from None
 
 
 def load_with_adapter(base: Path, adapter: Path, dtype: str, device: str = "cpu") -> Any:
@@ -383,14 +374,16 @@ def _is_known_type(model_type: str) -> bool:
     return model_type in CONFIG_MAPPING_NAMES
 
 
-def _check_safetensors(file: Path, where: str) -> None:
-    """Raise ModelError unless the file has the size that its header says, and a tensor."""
+def _check_safetensors(file: Path, where: str) -> dict[str, list[int]]:
+    """Tensor name → shape. Raise ModelError unless the file has the size that its header says, and a tensor."""
     size = file.stat().st_size
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         try:
             header = json.loads(handle.read(length)) if 0 < length < size else {}
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            ends = [entry["data_offsets"][1] for entry in tensors.values()]
+            shapes = {name: list(entry["shape"]) for name, entry in tensors.items()}
         except (ValueError, AttributeError, KeyError, TypeError, IndexError):
             ends = []
     if not ends:
@@ -402,6 +395,7 @@ def _check_safetensors(file: Path, where: str) -> None:
             f"{where}: {file.name} has {size:,} bytes, and its header says {8 + length + max(ends):,}: the download or "
             "copy broke off; get it again"
         )
+    return shapes
 
 
 def _json_object(file: Path, where: str) -> dict[str, Any]:

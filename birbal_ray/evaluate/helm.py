@@ -20,7 +20,7 @@ import filelock
 
 from birbal_ray.evaluate.harness import HarnessOptions, HarnessResult
 from birbal_ray.evaluate.models import resolve_models
-from birbal_ray.models import resolve
+from birbal_ray.models import resolve_model
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import RunError, RunFailedError, open_run, sigterm_as_interrupt
 from birbal_ray.settings import ConfigError
@@ -69,7 +69,7 @@ def run_helm(
     """
     progress = progress or ProgressLine()
     check_options(options)
-    model = resolve(options.model or "")
+    model = resolve_model(options.model or "")
     adapter = resolve_models(model, [options.adapter], [])[1] if options.adapter else None
     entries = options.tasks or OFFLINE_ENTRIES
     identity = {"model": model.fingerprint, "limit": options.limit, "helm": HELM, "packages": list(PACKAGES)}

@@ -14,7 +14,7 @@ import time
 import httpx
 import pytest
 
-from birbal_ray.models import resolve
+from birbal_ray.models import load_tokenizer, resolve_model
 from birbal_ray.score.config import EngineSettings, ResourceSettings
 from birbal_ray.score.engine import Request, Sampling, VllmEngine
 from birbal_ray.score.engine_loop import EngineLoop
@@ -124,10 +124,8 @@ def test_the_server_gives_the_texts_that_evaluation_gets(server, tmp_path):
         served = list(pool.map(lambda one: process(server, one, max_new_tokens=MAX_NEW, echo_prompt=True), asked))
     server[1].send_signal(signal.SIGTERM)  # memory and cores for the other engine
     assert server[1].wait(60) == 0
-    model = resolve("smollm2-135m").path
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    model = resolve_model("smollm2-135m").path
+    tokenizer = load_tokenizer(model)
     settings = EngineSettings(device="cpu", max_model_len=4096)
     loop = EngineLoop(lambda: VllmEngine(model, settings, ResourceSettings(kv_cache_gib=1, threads_per_replica=2)))
     texts = [one["text"].removesuffix("".join(t["text"] for t in one["tokens"])) for one in served]

@@ -8,6 +8,7 @@ import pytest
 
 from birbal_ray.evaluate.heldout import held_out
 from tests.conftest import task_values
+from tests.fixtures.tensors import write_tensors
 
 SIMULATED = ["--set", "engine.backend=simulated", "--device", "cpu"]
 NUM_INSTANCES, NUM_SCORED, NUM_ASKED = 60, 20, 30
@@ -43,7 +44,7 @@ def setting(finish, tmp_path_factory):
     finish("mix", "--scores", scores, "--output", root / "mix", *budgets, "--set", "task_score.generation_budget=0")
     (root / "adapter").mkdir()
     (root / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
-    (root / "adapter" / "adapter_model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
+    write_tensors(root / "adapter" / "adapter_model.safetensors", {"a.lora_A.weight": [1, 1]})
     return root
 
 
@@ -129,7 +130,7 @@ def test_killed_and_called_again_it_has_the_same_rows(birbal, finish, evaluated,
 
 
 def test_another_adapter_is_another_run(finish, evaluated, setting):
-    (setting / "adapter" / "adapter_model.safetensors").write_bytes(b"\x03" + bytes(7) + b"{} ")
+    write_tensors(setting / "adapter" / "adapter_model.safetensors", {"a.lora_A.weight": [1, 1]}, value=1)
     _, err = finish(*arguments(setting, evaluated[0]), code=2)
     assert "models.mine" in err
     assert "--overwrite" in err

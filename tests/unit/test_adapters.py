@@ -9,22 +9,13 @@ import pytest
 
 from birbal_ray.models import Model, ModelError, find_adapter
 from birbal_ray.settings import ConfigError
+from tests.fixtures.tensors import write_tensors
 
 SHAPES = {"model.layers.0.self_attn.q_proj.weight": [8, 6], "model.layers.0.mlp.down_proj.weight": [6, 12]}
 FITS = {
     "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": [4, 6],
     "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": [8, 4],
 }
-
-
-def write_tensors(file: Path, shapes: dict[str, list[int]]) -> None:
-    """A safetensors file of zeros."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        size = 4 * shape[0] * shape[1]
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end := end + size]}
-    text = json.dumps(header).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
 
 
 @pytest.fixture
@@ -104,5 +95,5 @@ def test_what_is_no_adapter(tmp_path, model):
         b"\x05" + bytes(7) + b"[1,2]",
     ):
         pointer.write_bytes(content)
-        with pytest.raises(ModelError, match="not a safetensors file"):
+        with pytest.raises(ModelError, match="holds no tensors: damaged or not safetensors"):
             find_adapter(str(pointer.parent), model)

@@ -19,6 +19,7 @@ from birbal_ray.ni.schema import take_first, text_key
 from birbal_ray.run import RunError, read_json, write_json
 from birbal_ray.settings import ConfigError
 from tests.fixtures.score_folder import made_up_rows, write_score_folder
+from tests.fixtures.tensors import write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def adapter(folder, fingerprint=None, **settings):
     (folder / "adapter").mkdir(parents=True)
     values = {"peft_type": "LORA", "r": 16, **settings}
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(values))
-    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
+    write_tensors(folder / "adapter" / "adapter_model.safetensors", {"a.lora_A.weight": [1, 1]})
     if fingerprint:
         manifest = {
             "step": "train",

@@ -13,6 +13,7 @@ from birbal_ray.cli.main import main
 from birbal_ray.serve import run as step
 from birbal_ray.serve.config import ServeConfig
 from birbal_ray.settings import ConfigError, load_config
+from tests.fixtures.tensors import write_tensors
 
 
 def config(**values):
@@ -74,9 +75,10 @@ def trained(tmp_path):
     adapter.mkdir(parents=True)
     shape = {"model_type": "llama", "vocab_size": 300, "max_position_embeddings": 1024}
     (model / "config.json").write_text(json.dumps(shape))
-    (model / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    write_tensors(model / "model.safetensors", {"model.q_proj.weight": [4, 6]})
+    (model / "tokenizer.json").write_text("{}")
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 12}))
-    (adapter / "adapter_model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    write_tensors(adapter / "adapter_model.safetensors", {"base_model.model.model.q_proj.lora_A.weight": [12, 6]})
     return model, tmp_path / "run"
 
 
