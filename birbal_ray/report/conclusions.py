@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from birbal_ray.report.load import Row
-from birbal_ray.statistics import MIN_TASKS
+from birbal_ray.statistics import BETTER, TOO_FEW, WORSE, outcome
 
 FORMAT_WORDS = {"zero_shot": "zero-shot", "few_shot": "few-shot"}
 
@@ -37,7 +37,7 @@ def conclude(sections: Mapping[str, Mapping[str, Any]]) -> list[Conclusion]:
 
 
 def conclusion_of(row: Row) -> Conclusion:
-    """Say what a COMPARISONS row shows: no difference where its interval touches 0, or over fewer than MIN_TASKS."""
+    """Say what a COMPARISONS row shows: no difference where its interval touches 0, or over too few tasks."""
     name, low, high = model_of(row), row["difference_low"], row["difference_high"]
     text = (
         f"{words(row['prompt_format']).capitalize()} over {_tasks(row['num_tasks'])}, the mean task score is "
@@ -45,11 +45,12 @@ def conclusion_of(row: Row) -> Conclusion:
         f"95 % interval {signed(low)} to {signed(high)}. Better on {row['num_wins']}, worse on {row['num_losses']}, "
         f"the same on {row['num_ties']}."
     )
-    if row["num_tasks"] < MIN_TASKS:
+    kind = outcome(low, high, row["num_tasks"])
+    if kind == TOO_FEW:
         few = "one task" if row["num_tasks"] == 1 else f"{row['num_tasks']} tasks"
         return Conclusion("open", f"{name}: {few} can't tell whether it is better than the base model", text)
-    if low > 0 or high < 0:
-        kind, sign = ("better", 1) if low > 0 else ("worse", -1)
+    if kind in (BETTER, WORSE):
+        sign = 1 if kind == BETTER else -1
         near, far = sorted((sign * low, sign * high))
         bound = f"{near:.3f}" if near >= 0.0005 else "less than 0.001"  # never 0.000: the interval excludes 0
         amount = f"{sign * row['difference']:.3f} ({bound} to {far:.3f})"
