@@ -1,4 +1,4 @@
-"""A trained model behind HTTP, as the LLM Efficiency Challenge asked its entrants to serve it."""
+"""The challenge's submission API over a model: what HELM and the organisers' scripts call."""
 
 from typing import TYPE_CHECKING
 
