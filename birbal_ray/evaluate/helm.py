@@ -19,8 +19,7 @@ from typing import Any
 import filelock
 
 from birbal_ray.evaluate.harness import HarnessOptions, HarnessResult
-from birbal_ray.evaluate.models import resolve_models
-from birbal_ray.models import resolve_model
+from birbal_ray.models import find_adapter, resolve_model
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import RunError, RunFailedError, open_run, sigterm_as_interrupt
 from birbal_ray.settings import ConfigError
@@ -70,7 +69,7 @@ def run_helm(
     progress = progress or ProgressLine()
     check_options(options)
     model = resolve_model(options.model or "")
-    adapter = resolve_models(model, [options.adapter], [])[1] if options.adapter else None
+    adapter = find_adapter(options.adapter, model) if options.adapter else None
     entries = options.tasks or OFFLINE_ENTRIES
     identity = {"model": model.fingerprint, "limit": options.limit, "helm": HELM, "packages": list(PACKAGES)}
     identity["adapter"] = adapter.fingerprint if adapter else None
@@ -84,17 +83,17 @@ def run_helm(
         log = folder / "logs" / "helm.log"
         with _server(options, folder / "logs" / "server.log", progress) as url:
             progress.update(f"HELM asks {url}; logs in {log.parent}")
-            _call_helm(helm, options, entries, url, folder, log)
+            code = _call_helm(helm, options, entries, url, folder, log)
         figures = read_figures(folder / "helm" / "runs" / SUITE)
-        missing = [entry for entry in entries if not any(_belongs(name, entry) for name in figures)]
-        retries = log.read_text(encoding="utf-8", errors="replace").count(RETRY)
+        said = log.read_text(encoding="utf-8", errors="replace")
+        retries = said.count(RETRY)
         run.folder.write_json(RESULTS_FILE, results(team, figures, options.limit))
-        if missing or retries:
-            failed = f"not run: {', '.join(missing)}" if missing else f"HELM repeated {retries} requests"
-            raise RunFailedError(f"{failed} (logs: {log.parent})")
+        if code or retries:
+            failed = f"HELM ended with code {code}: {said.strip().splitlines()[-1:]}"
+            raise RunFailedError(f"{failed if code else f'HELM repeated {retries} requests'} (logs: {log.parent})")
         manifest = {
             "model": {"name": model.name, "revision": model.revision},
-            "adapter": adapter.origin if adapter else None,
+            "adapter": adapter.place if adapter else None,
             "limit": options.limit,
             "num_retries": retries,
         }
@@ -167,7 +166,8 @@ def _server(options: HarnessOptions, log: Path, progress: ProgressLine) -> Itera
         process.wait()
 
 
-def _call_helm(helm: Path, options: HarnessOptions, entries: Sequence[str], url: str, folder: Path, log: Path) -> None:
+def _call_helm(helm: Path, options: HarnessOptions, entries: Sequence[str], url: str, folder: Path, log: Path) -> int:
+    """HELM's exit code: not 0 where an entry is unknown or failed."""
     plugins = sorted(options.include_path.glob("*.py")) if options.include_path else []
     command = [str(helm / "helm-run"), "--suite", SUITE, "--output-path", str(folder / "helm"), "--skip-completed-runs"]
     command += ["--local-path", str(folder / "helm" / "local"), "--disable-cache"]
@@ -176,7 +176,7 @@ def _call_helm(helm: Path, options: HarnessOptions, entries: Sequence[str], url:
     command += ["--run-entries", *(f"{one}{',' if ':' in one else ':'}model=neurips/local" for one in entries)]
     settings = {**os.environ, "HELM_HTTP_MODEL_BASE_URL": url, "PYTHONPATH": ""}
     with log.open("wb") as out:
-        subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder, env=settings)
+        return subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder, env=settings).returncode
 
 
 def read_figures(suite: Path) -> dict[str, dict[str, Any]]:
@@ -233,10 +233,3 @@ def results(team: str, figures: dict[str, dict[str, Any]], limit: int | None) ->
         "note": "; ".join([f"measured by HELM ({HELM}), the challenge's own client", *notes]),
         "helm": figures,
     }
-
-
-def _belongs(run_name: str, entry: str) -> bool:
-    """Whether a run is one of the entry's: the same scenario with the arguments that the entry gives."""
-    scenario, _, arguments = entry.partition(":")
-    name, _, given = run_name.partition(":")
-    return name.partition(",")[0] == scenario and {*arguments.split(",")} - {""} <= {*given.split(",")}

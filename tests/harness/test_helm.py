@@ -98,20 +98,6 @@ def test_wrong_usage_is_one_line(arguments, message):
     assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("run_name", "entry", "belongs"),
-    [
-        ("simple_mcqa:model=neurips_local", "simple_mcqa", True),
-        ("simple_mcqa,model=neurips_local", "simple_mcqa", True),
-        ("mmlu:subject=law,method=m,model=x", "mmlu:subject=law", True),
-        ("mmlu:subject=law,method=m,model=x", "mmlu:subject=anatomy", False),
-        ("mmlu_pro:subject=law", "mmlu", False),
-    ],
-)
-def test_runs_are_told_apart_by_their_entries(run_name, entry, belongs):
-    assert helm._belongs(run_name, entry) is belongs
-
-
 @slow
 @pytest.mark.vllm
 def test_helm_unmodified_runs_to_the_end_without_a_retry(tmp_path):
