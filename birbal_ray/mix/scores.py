@@ -160,9 +160,8 @@ def check_rows(place: str, rows: pa.Table) -> None:
 
 
 def _refuse(place: str, is_wrong: pa.ChunkedArray, problem: str) -> None:
-    row = pc.index(is_wrong, True).as_py()
-    if row >= 0:
-        raise RunError(f"{place}, row {row + 1}: {problem}; {AGAIN}")
+    if pc.any(is_wrong).as_py():
+        raise RunError(f"{place}, row {pc.indices_nonzero(is_wrong)[0].as_py() + 1}: {problem}; {AGAIN}")
 
 
 def _listed_hashes(manifest: Mapping[str, Any]) -> dict[str, str]:
