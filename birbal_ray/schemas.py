@@ -59,6 +59,7 @@ TASKS = pa.schema(
         # Of its usable instances, those on which not even a reference scores 1, and the commonest cause.
         pa.field("unreachable_fraction", pa.float64()),
         pa.field("unreachable_reason", pa.string()),
+        pa.field("definition_is_text", pa.bool_()),  # in the task file, where newer ones hold a list
     ]
 )
 

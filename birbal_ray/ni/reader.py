@@ -133,6 +133,7 @@ def parse_task(name: str, data: bytes | OSError) -> Task:
             sha256=hashlib.sha256(data).hexdigest(),
             num_bytes=len(data),
             repairs={},
+            definition_is_text=isinstance(values.get("Definition"), str),
         )
     except RecursionError:
         raise TaskError(f"{name}.json: not a task file (nested too deeply)") from None

@@ -60,6 +60,7 @@ class Task:
     sha256: str
     num_bytes: int
     repairs: dict[str, int]
+    definition_is_text: bool = False  # in the file, where newer ones hold a list
 
 
 def hash_order(row_id: str, seed: int) -> bytes:

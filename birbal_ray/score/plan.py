@@ -59,6 +59,7 @@ class PlannedTask:
     num_excluded: int = 0  # instances that the run may not take
     unreachable_fraction: float = 0.0  # of usable instances: not even a reference scores 1 there
     unreachable_reason: str | None = None
+    definition_is_text: bool = False
     num_shared_tokens: int | None = None  # the prefix, once
     num_own_tokens: int | None = None  # what follows it, over all instances
     num_too_long: int | None = None
@@ -152,6 +153,7 @@ class ScorePlan:
                     "max_completion_tokens": task.max_completion_tokens,
                     "unreachable_fraction": task.unreachable_fraction,
                     "unreachable_reason": task.unreachable_reason,
+                    "definition_is_text": task.definition_is_text,
                 }
                 for task in self.tasks
             ],
@@ -300,6 +302,7 @@ def _plan_task(
         num_excluded=len(task.instances) - len(allowed),
         unreachable_fraction=unreachable.fraction,
         unreachable_reason=unreachable.reason,
+        definition_is_text=task.definition_is_text,
         num_shared_tokens=shared,
         num_own_tokens=own,
         num_too_long=too_long,

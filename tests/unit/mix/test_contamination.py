@@ -135,3 +135,76 @@ def test_bands_sit_below_the_threshold():
     for threshold in (0.55, 0.7, 0.8, 0.9, 0.99):
         bands, rows = dedup.bands_for(threshold)
         assert bands * rows == dedup.NUM_HASHES and (1 / bands) ** (1 / rows) < threshold
+
+
+# --- whatever the separators, encodings and scripts ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "separator", [" ", "\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\u00a0", "\u3000", "\t"]
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_copies_are_found_whatever_separates_their_words(separator, encoding, tmp_path):
+    text = EVALUATION.replace(" ", separator)
+    (tmp_path / "a.txt").write_bytes(f"{text}\r\n".encode(encoding))
+    (tmp_path / "a.jsonl").write_bytes((json.dumps({"t": text}, ensure_ascii=False) + "\n").encode(encoding))
+    (tmp_path / "a.json").write_bytes(json.dumps([{"t": text}], ensure_ascii=False).encode(encoding))
+    for kind in ("txt", "jsonl", "json"):
+        if kind == "txt" or separator not in "\t\x0b\x0c\x1c":  # JSON escapes those itself
+            index = build_index([tmp_path / f"a.{kind}"], 13)
+            assert index.num_texts == 1 and hits(index, EVALUATION, text) == [True, True], kind
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+def test_latin_1_is_refused_in_one_line(name, tmp_path):
+    (tmp_path / name).write_bytes('{"t": "Café au lait"}\n'.encode("latin-1"))
+    with pytest.raises(ConfigError, match=rf"contamination\.files: .*{name}, .*neither UTF-8 nor UTF-16") as caught:
+        build_index([tmp_path / name], 13)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_scripts_without_spaces_count_by_character(tmp_path):
+    sentence = "这家餐厅的服务非常好环境也很安静我们朋友都喜欢下次还会再来"
+    (tmp_path / "a.txt").write_text(sentence + "\n", encoding="utf-8")
+    index = build_index([tmp_path / "a.txt"], 13)
+    assert index.num_texts == 1 and len(index.runs) == len(sentence) - 12
+    assert hits(index, f"他说：{sentence[5:18]}。", sentence[5:17]) == [True, False]
+
+
+def test_shared_cases(shared_data):
+    folder = shared_data / "cases/contamination"
+    whole = (folder / "whole.txt").read_text(encoding="utf-8")
+    assert hits(build_index([folder / "ls.txt"], 13), whole) == [True]
+    halves = "first half of a text second half of the very same text here"
+    assert hits(build_index([folder / "ls.jsonl"], 13), halves) == [True]
+    assert build_index([folder / "bom.jsonl"], 13).num_texts == 1
+    chinese = (folder / "zh.txt").read_text(encoding="utf-8").splitlines()
+    index = build_index([folder / "zh.txt"], 13)
+    assert index.num_texts == len(chinese) and hits(index, *chinese) == [True] * len(chinese)
+    with pytest.raises(ConfigError, match=r"latin\.txt, after line 0: neither UTF-8 nor UTF-16"):
+        build_index([folder / "latin.txt"], 13)
+
+
+# --- near-duplicates see numbers and signs ----------------------------------------------------------
+
+
+def near_pairs(texts, threshold=0.6):
+    keys = np.array([hash(dedup.exact_parts(text)) % (1 << 63) for text in texts], np.uint64)
+    return dedup.near_duplicates(np.arange(len(texts)), keys, dedup.signatures(texts), threshold)
+
+
+def test_eight_sums_are_eight_rows():
+    frame = "Please work out the following sum step by step and give the result of it as one number only: {} = ?"
+    sums = ("12 + 7", "12 + 8", "12 - 7", "12 * 7", "12 / 7", "1.2 + 7", "12 % 7", "-12 + 7")
+    assert near_pairs([frame.format(one) for one in sums]) == {}
+    assert near_pairs([frame.format("12 + 7"), frame.format("12 + 7") + " Thanks"]) == {1: 0}
+
+
+def test_punctuation_and_case_do_not_hide_a_repeat():
+    text = "the well-known committee will meet on the second floor of the old town hall every monday of the month"
+    assert near_pairs([text, text.upper() + "!", f"“{text}”, again"]) == {1: 0, 2: 0}
+
+
+def test_repeats_in_scripts_without_spaces_are_found():
+    text = "这家餐厅的服务非常好环境也很安静我们朋友都喜欢下次还会再来这家电影院的座位也很舒服"
+    assert near_pairs([text, text + "了", "手机的电池不好用了要换新的才行因为充电太慢而且总是自动关机"]) == {1: 0}

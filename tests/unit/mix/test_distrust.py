@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -129,9 +130,17 @@ LONG = "Please say something useful about this one thing here"
     [
         ("", "rows.jsonl", "holds no rows; give another file"),
         ("[]", "rows.json", "holds no rows; give another file"),
-        (b'{"q": "Caf\xe9", "a": "x"}\n', "rows.jsonl", "after line 0: neither UTF-8 nor UTF-16; save the file as UTF-8"),
+        (
+            b'{"q": "Caf\xe9", "a": "x"}\n',
+            "rows.jsonl",
+            "after line 0: neither UTF-8 nor UTF-16; save the file as UTF-8",
+        ),
         (b'[{"q": "Caf\xe9", "a": "x"}]', "rows.json", "neither UTF-8 nor UTF-16; save the file as UTF-8"),
-        ('{"q": "x", "a": "y"}\n{"q": "x", "a": 3}\n', "rows.jsonl", "row 2: output is int, expected text .3.; quote it"),
+        (
+            '{"q": "x", "a": "y"}\n{"q": "x", "a": 3}\n',
+            "rows.jsonl",
+            "row 2: output is int, expected text .3.; quote it",
+        ),
         ('{"q": "x", "a": "y"}\n[1]\n', "rows.jsonl", "row 2: expected an object with columns, found list"),
         ('[{"q": "x", "a": "y"}, {"q": ', "rows.json", "row 2: not JSON"),
     ],
@@ -159,7 +168,9 @@ def outputs(folder):
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "v[2]/rows.jsonl", "*/rows?.json"])
 def test_text_stays_text_and_a_path_is_a_path(name, encoding, scores, tmp_path):
     source_file(tmp_path, json.dumps({"q": LONG, "a": "wrong file"}), "v2/rows.jsonl")
-    records = [{"q": f"{LONG}\u2028 {n}", "a": answer} for n, answer in enumerate(("2024-01-05", "12", "true", "ü\x85"))]
+    records = [
+        {"q": f"{LONG}\u2028 {n}", "a": answer} for n, answer in enumerate(("2024-01-05", "12", "true", "ü\x85"))
+    ]
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
     text = "\n".join(lines) if name.endswith("l") else "[" + ",\n".join(lines) + "]\n"
     mix(config(scores, tmp_path / "m", sources=[source_file(tmp_path, text.encode(encoding), name)]))
@@ -174,13 +185,13 @@ def test_shared_cases(shared_data, scores, tmp_path):
     pattern = {**dates, "path": str(shared_data / "cases/source-path/v[2]/rows.jsonl")}
     mix(config(scores, tmp_path / "path", sources=[pattern]))
     assert "wrong" not in outputs(tmp_path / "path")
-    assert made.manifest["sources"][0]["location"] == dates["path"]
+    assert made.manifest["sources"][0]["location"] == str(Path(dates["path"]).resolve())
 
 
 def test_an_array_longer_than_a_piece(monkeypatch, scores, tmp_path):
     from birbal_ray.mix import files
 
-    records = [{"q": f"{LONG} {n}", "a": f"answer {n}, [x] {{y}} \\ \" {'z' * (n % 37)}"} for n in range(200)]
+    records = [{"q": f"{LONG} {n}", "a": f'answer {n}, [x] {{y}} \\ " {"z" * (n % 37)}'} for n in range(200)]
     for piece in (1, 7, 64, 1 << 20):
         monkeypatch.setattr(files, "PIECE_CHARS", piece)
         (tmp_path / "a.json").write_text(json.dumps(records, indent=2 if piece == 7 else None))
@@ -211,7 +222,7 @@ def test_the_scores_are_never_overwritten(scores, tmp_path):
     folder = shutil.copytree(scores, tmp_path / "s")
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     for output in (folder, tmp_path):
-        with pytest.raises(ConfigError, match="holds an input|is an input"):
+        with pytest.raises(ConfigError, match=r"(holds|is) an input"):
             mix(config(folder, output), overwrite=True)
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
 
