@@ -46,7 +46,7 @@ def outcome(low: float, high: float, num_pairs: int, min_pairs: int = MIN_TASKS)
     return BETTER if low > 0 else WORSE if high < 0 else NO_DIFFERENCE
 
 
-def paired_difference(differences: Sequence[float]) -> Difference:
+def paired_difference(differences: Sequence[float] | np.ndarray) -> Difference:
     """The mean of at least one difference, with what may be said about it."""
     values = np.asarray(differences, dtype=float)
     if len(values) < 2:

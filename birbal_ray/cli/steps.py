@@ -290,19 +290,21 @@ def print_mix(result: MixResult, output_format: str) -> None:
         "--output DIR": "output",
         "--model NAME": "train.model.name: the proxy that is fine-tuned",
         "--num-trials": "num_trials",
+        "--budget TIME": "budget",
         "--seed": "seed",
     },
     step="tune",
 )
 @overwrite_option
-@dry_run_option("Print what would be run; run nothing.")
+@dry_run_option("Print trials, tokens, hours, cost; run nothing.")
 @format_option
 def tune(config: TuneConfig, overwrite: bool, dry_run: bool, output_format: str) -> None:
     """Search gamma, the exact-match share, the sources' shares and failed-first with Ray Tune.
 
     Each trial builds a mix from the same scores, fine-tunes a proxy on a fixed number of tokens, and
-    is judged by its loss on rows of every task that no trial trains on. Hand-made mixes run beside the
-    search; the best ones and these run again with fresh seeds, and only that decides.
+    is judged by its loss on rows that no trial trains on: a weighted mean over groups of tasks and
+    sources. Hand-made mixes run beside the search; the best ones and these run again with fresh seeds,
+    and only that decides.
     Writes best_mix.yaml (for `birbal mix --config`), trials.parquet, search.png, verdict.png.
 
     \b
@@ -321,20 +323,13 @@ def tune(config: TuneConfig, overwrite: bool, dry_run: bool, output_format: str)
 
 def print_tune(result: TuneResult, output_format: str) -> None:
     """The table of mixes on stdout, the verdict and the files on stderr."""
-    manifest, folder, best = result.manifest, result.folder, result.manifest["best"]
-    print_table(manifest["summary"], output_format)
-    if manifest["base_objective"] is not None:
-        note(f"held-out loss before any training: {manifest['base_objective']:.4f}")
-    if manifest.get("left_out"):
-        note(manifest["left_out"])
-    for found in manifest["verdicts"]:
-        note(found["sentence"])
-    if best["is_baseline"]:
-        note(f"lowest mean loss: the baseline {best['mix']}; the search found nothing better")
-    elif not manifest["verdicts"]:
-        note(f"lowest loss: {best['mix']}, of one trial (repeats.top=0): no verdict against the baselines")
-    note(f"its mix: birbal mix --config {folder / 'best_mix.yaml'} --output DIR")
-    note(f"all trials: {folder / 'trials.parquet'}; pictures: {folder / 'search.png'}")
+    from birbal_ray.tune.run import describe_result
+
+    print_table(result.manifest["summary_rows"], output_format)
+    for line in describe_result(result.manifest):
+        note(line)
+    note(f"its mix: birbal mix --config {result.folder.at('best_mix.yaml')} --output DIR")
+    note(f"all trials: {result.folder.at('trials.parquet')}; pictures: {result.folder.at('search.png')}")
 
 
 # --- train

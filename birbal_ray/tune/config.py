@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import warnings
+from pathlib import PurePosixPath
+from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.settings import Settings
+from birbal_ray.settings import Duration, Settings
 from birbal_ray.train.config import TrainConfig
 
 Baseline = Literal["uniform", "proportional", "task_score", "birbal_2023"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
+RENAMED = {  # old key → new key; accepted with a warning
+    "num_random": "num_initial",
+    "surrogate": "predicted",
+    "validation.looks": "validation.num_rungs",
+    "stopping.grace_looks": "stopping.grace_rungs",
+}
 
 
 class Range(Settings):
@@ -42,7 +50,7 @@ class Gamma(Range):
 
 
 class SearchSettings(Settings):
-    """What is looked for; what is left out keeps the value it has under `mix`."""
+    """Which ratios are searched; what is left out keeps the value it has under `mix`."""
 
     gamma: Gamma | None = Field(Gamma(low=0, high=4), description="task_score.gamma")
     exact_match_fraction: Fraction | None = Field(
@@ -56,30 +64,51 @@ class ProxySettings(Settings):
     """The short fine-tune that stands for the long one; the rest of it is under `train`."""
 
     tokens: int = Field(2_000_000, ge=1, description="training tokens of a trial, whatever its mix")
+    tokens_per_second: float | None = Field(
+        None, gt=0, description="expected on one trial's resources, for --dry-run; null: what was last measured here"
+    )
 
 
 class ValidationSettings(Settings):
-    """What mixes are judged on: rows of every task that no trial may train on."""
+    """What mixes are judged on: rows of every task that no trial may train on, and files of yours."""
 
     rows_per_task: int = Field(16, ge=1, description="also of each outside source")
-    looks: int = Field(
+    files: list[str] = Field(
+        [], description=".parquet or .jsonl with question and answer; each is a group of its own, named file:STEM"
+    )
+    weights: dict[str, float] = Field(
+        {}, description="of the groups exact_match, generation, source:NAME, file:STEM; one not named weighs 1"
+    )
+    num_rungs: int = Field(
         4, ge=1, description="times a trial is judged, the last at its end; early ones let it be stopped"
     )
 
 
 class StoppingSettings(Settings):
-    """ASHA: a trial of the search that is behind at a look ends there. Baselines and repeats never do."""
+    """ASHA: a trial of the search that is behind at a rung ends there. Baselines and repeats never do."""
 
     enabled: bool = True
-    grace_looks: int = Field(1, ge=1, description="looks that every trial gets")
-    reduction_factor: float = Field(3.0, gt=1, description="about one in so many goes on at each look")
+    grace_rungs: int = Field(1, ge=1, description="rungs that every trial gets")
+    reduction_factor: float = Field(3.0, gt=1, description="about one in so many goes on at each rung")
 
 
 class RepeatSettings(Settings):
     """Fresh seeds, so that no verdict rests on one lucky trial."""
 
-    top: int = Field(2, ge=0, description="the best so many mixes found, run again; 0 leaves the proof out")
+    top: int = Field(2, ge=0, description="mixes run again: the predicted best, then the best tried; 0 leaves them out")
     seeds: int = Field(4, ge=2, description="fresh seeds for each of them and each baseline")
+    primary: Baseline | None = Field(
+        None, description="the baseline that the one comparison named beforehand is with; null: the first of baselines"
+    )
+
+
+class TransferSettings(Settings):
+    """Whether the order of the mixes holds in a longer fine-tune."""
+
+    factor: int = Field(
+        0, ge=0, description="run the best mix and all baselines again at so many times the tokens; 0: no"
+    )
+    seeds: int = Field(1, ge=1, description="seeds of each")
 
 
 class TuneResources(Settings):
@@ -91,21 +120,26 @@ class TuneResources(Settings):
     max_concurrent: int = Field(1, ge=1, description="trials at a time")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of a trial; null: cores / max_concurrent")
     max_failures: int = Field(2, ge=0, description="times a trial is started again after its process or node died")
+    price_per_hour: float | None = Field(None, ge=0, description="of one trial's resources, for --dry-run's cost")
 
 
 class TuneConfig(Settings):
     """Everything `birbal tune` can be told."""
 
     scores: str | None = Field(None, description="output folder of `birbal score`")
-    output: str | None = Field(
-        None,
-        description="run folder, on storage that every node sees; the same command on it continues a stopped search",
-    )
+    output: str | None = Field(None, description="run folder; the same command continues a search that broke off")
     seed: int = Field(0, ge=0, description="another seed is another search")
-    num_trials: int = Field(24, ge=1, description="mixes the search tries, besides baselines and repeats")
-    num_random: int = Field(8, ge=1, description="the first so many are random; then Optuna's TPE sampler")
+    budget: Duration | None = Field(
+        None, gt=0, description="e.g. 2h: the search ends early enough for the fresh seeds, and these with it"
+    )
+    num_trials: int = Field(24, ge=1, description="mixes that the search tries, besides baselines and repeats")
+    num_initial: int = Field(
+        8,
+        ge=1,
+        description="the first so many cover the ranges evenly (Sobol); then Optuna's Gaussian process proposes",
+    )
     baselines: list[Baseline] = Field(list(BASELINES))
-    surrogate: bool = Field(True, description="also try the best mix that a regression over the trials predicts")
+    predicted: bool = Field(True, description="also try the mix that a Gaussian process over all trials predicts best")
     search: SearchSettings = SearchSettings()
     mix: MixConfig = Field(MixConfig(), description="as for `birbal mix`: sources, filters, and how many rows in all")
     train: TrainConfig = Field(TrainConfig(), description="as for `birbal train`: model, LoRA, batch, optimizer")
@@ -113,7 +147,22 @@ class TuneConfig(Settings):
     validation: ValidationSettings = ValidationSettings()
     stopping: StoppingSettings = StoppingSettings()
     repeats: RepeatSettings = RepeatSettings()
+    transfer: TransferSettings = TransferSettings()
     resources: TuneResources = TuneResources()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_keys(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+        for old, new in RENAMED.items():
+            *parents, name = old.split(".")
+            section = values.get(parents[0], {}) if parents else values
+            if isinstance(section, dict) and name in section:
+                warnings.warn(f"setting {old} is called {new} now", FutureWarning, stacklevel=2)
+                section[new.rpartition(".")[2]] = section.pop(name)
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> TuneConfig:
@@ -127,7 +176,7 @@ class TuneConfig(Settings):
                 if getattr(settings, name):
                     raise ValueError(f"{section}.{name} is decided by the search; leave it out")
         if self.mix.policy != "task_score":
-            raise ValueError("mix.policy: the ratios that are looked for are those of task_score")
+            raise ValueError("mix.policy: the ratios that are searched are those of task_score")
         limits = {source.name: source.max_rows for source in self.mix.sources}
         for name in self.search.source_fractions:
             if not limits.get(name):
@@ -135,7 +184,25 @@ class TuneConfig(Settings):
         if sum(range_.high for range_ in self.search.source_fractions.values()) >= 1:
             raise ValueError("search.source_fractions: the highs must sum to less than 1, tasks need the rest")
         if not (self.search.gamma or self.search.exact_match_fraction or self.search.failed_first or limits):
-            raise ValueError("search: nothing to look for")
+            raise ValueError("search: no ratio is searched")
         if self.repeats.top and not self.baselines:
             raise ValueError("baselines: at least one is needed to compare with; or repeats.top=0")
+        if self.repeats.primary not in (None, *self.baselines):
+            raise ValueError(f"repeats.primary={self.repeats.primary} is not among baselines")
+        if self.transfer.factor and not self.repeats.top:
+            raise ValueError("transfer.factor needs repeats.top above 0: fresh seeds say which mix is the best")
+        stems = [file_group(file) for file in self.validation.files]
+        known = ["exact_match", "generation", *(f"source:{source.name}" for source in self.mix.sources), *stems]
+        for group, weight in self.validation.weights.items():
+            if group not in known:
+                raise ValueError(f"validation.weights.{group}: no such group; there are {', '.join(known)}")
+            if weight < 0:
+                raise ValueError(f"validation.weights.{group} = {weight:g}: a weight is not below 0")
+        if len(set(stems)) < len(stems):
+            raise ValueError("validation.files: two files have the same name; a file's name is its group's")
         return self
+
+
+def file_group(file: str) -> str:
+    """The group of a file of `validation.files`."""
+    return f"file:{PurePosixPath(file).stem}"

@@ -1,34 +1,34 @@
-"""Trials on disk: what was asked, how it ended. A trial is finished when its result file is there."""
+"""Trials on disk: what was to run, how it ended. A trial is finished when its result file is there."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import yaml
 
-from birbal_ray.run import read_json, write_atomic, write_json
-from birbal_ray.tune.scheduler import Job, Record, settled
+from birbal_ray.storage import Folder
+from birbal_ray.tune.scheduler import TrialResult, TrialSpec, mark_diverged
 
 TRIALS_FOLDER = "trials"
-JOB_FILE, RESULT_FILE, MIX_FILE = "trial.json", "result.json", "mix.yaml"
+SPEC_FILE, RESULT_FILE, MIX_FILE = "trial.json", "result.json", "mix.yaml"
 
-# trials.parquet. Objectives: mean over tasks of the held-out loss, nats a token.
+# trials.parquet. Objectives: weighted mean over groups of the held-out loss, nats a token.
 TRIALS = pa.schema(
     [
         pa.field("trial", pa.string(), nullable=False),
-        pa.field("kind", pa.string(), nullable=False),  # base | baseline | search | surrogate | repeat
-        pa.field("mix", pa.string(), nullable=False),  # trials of one mix differ by seed only
+        pa.field("kind", pa.string(), nullable=False),  # base | baseline | search | predicted | repeat | transfer
+        pa.field("mix", pa.string(), nullable=False),  # trials of one mix differ by seed or tokens only
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("status", pa.string(), nullable=False),  # finished | stopped | failed
         pa.field("objective", pa.float64()),
+        pa.field("groups", pa.map_(pa.string(), pa.float64()), nullable=False),  # group → loss
         pa.field("ratios", pa.map_(pa.string(), pa.float64()), nullable=False),
         pa.field("steps", pa.int64(), nullable=False),
         pa.field("tokens", pa.int64(), nullable=False),
         pa.field("rows", pa.int64(), nullable=False),  # of its mix
+        pa.field("unfilled_rows", pa.int64(), nullable=False),  # that the mix was to have and the scores did not hold
         pa.field("mix_sha256", pa.string(), nullable=False),  # of train.parquet
         pa.field("seconds", pa.float64(), nullable=False),
         pa.field("node", pa.string(), nullable=False),
@@ -37,19 +37,16 @@ TRIALS = pa.schema(
 )
 
 
-def trial_folder(run: Path, job: Job) -> Path:
-    """Where a trial keeps its files."""
-    return run / TRIALS_FOLDER / job.key
+def trial_file(spec: TrialSpec, name: str) -> str:
+    """A file of a trial, inside the run's folder."""
+    return f"{TRIALS_FOLDER}/{spec.key}/{name}"
 
 
-def remember_job(run: Path, job: Job, scores: str) -> None:
-    """Write down what a trial is before it begins; its mix as a file that `birbal mix` takes."""
-    folder = trial_folder(run, job)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    if job.mix:
-        write_atomic(folder / MIX_FILE, mix_yaml(job.mix, scores, [f"Trial {job.key}."]).encode())
-    write_json(folder / JOB_FILE, job.to_dict())
+def write_spec(run: Folder, spec: TrialSpec, scores: str) -> None:
+    """Write down what a trial is before it starts; its mix as a file that `birbal mix` takes."""
+    if spec.mix:
+        run.write_bytes(trial_file(spec, MIX_FILE), mix_yaml(spec.mix, scores, [f"Trial {spec.key}."]).encode())
+    run.write_json(trial_file(spec, SPEC_FILE), spec.to_dict())
 
 
 def mix_yaml(mix: dict[str, Any], scores: str, about: Sequence[str]) -> str:
@@ -59,48 +56,45 @@ def mix_yaml(mix: dict[str, Any], scores: str, about: Sequence[str]) -> str:
     return head + "\n" + yaml.safe_dump({"scores": scores, **mix}, sort_keys=False, allow_unicode=True)
 
 
-def read_records(run: Path) -> tuple[list[Record], list[Job]]:
-    """Records of trials that ended, and jobs that began and did not."""
-    records, begun = [], []
-    for file in sorted((run / TRIALS_FOLDER).glob(f"*/{JOB_FILE}")):
-        result = file.parent / RESULT_FILE
-        if result.exists():
-            records.append(Record.from_dict(read_json(result)))
+def read_results(run: Folder) -> tuple[list[TrialResult], list[TrialSpec]]:
+    """Results of trials that ended, and specs of those that started and did not end."""
+    results, started = [], []
+    names = run.files(TRIALS_FOLDER)
+    for name in sorted(name for name in names if name.endswith(f"/{SPEC_FILE}")):
+        result = f"{name.removesuffix(SPEC_FILE)}{RESULT_FILE}"
+        if result in names:
+            results.append(TrialResult.from_dict(run.read_json(result)))
         else:
-            begun.append(Job.from_dict(read_json(file)))
-    return records, begun
+            started.append(TrialSpec.from_dict(run.read_json(name)))
+    return results, started
 
 
-def write_record(run: Path, record: Record) -> None:
+def write_result(run: Folder, result: TrialResult) -> None:
     """Make a trial finished, or, where its loss is no number, failed for good."""
-    write_json(trial_folder(run, record.job) / RESULT_FILE, settled(record).to_dict())
+    run.write_json(trial_file(result.spec, RESULT_FILE), mark_diverged(result).to_dict())
 
 
-def table_of(records: Sequence[Record]) -> pa.Table:
+def table_of(results: Sequence[TrialResult]) -> pa.Table:
     """TRIALS rows."""
     rows = [
         {
-            "trial": record.job.key,
-            "kind": record.job.kind,
-            "mix": record.job.name,
-            "seed": record.job.seed,
-            "status": record.status,
-            "objective": record.objective,
-            "ratios": list(record.job.values.items()),
-            "steps": int(record.looks[-1][0]) if record.looks else 0,
-            "tokens": record.num_tokens,
-            "rows": record.num_rows,
-            "mix_sha256": record.mix_sha256,
-            "seconds": record.seconds,
-            "node": record.node,
-            "error": record.error,
+            "trial": result.spec.key,
+            "kind": result.spec.kind,
+            "mix": result.spec.name,
+            "seed": result.spec.seed,
+            "status": result.status,
+            "objective": result.objective,
+            "groups": list(result.groups.items()),
+            "ratios": list(result.spec.values.items()),
+            "steps": int(result.rungs[-1][0]) if result.rungs else 0,
+            "tokens": result.num_tokens,
+            "rows": result.num_rows,
+            "unfilled_rows": result.num_unfilled,
+            "mix_sha256": result.mix_sha256,
+            "seconds": result.seconds,
+            "node": result.node,
+            "error": result.error,
         }
-        for record in records
+        for result in results
     ]
     return pa.Table.from_pylist(rows, schema=TRIALS)
-
-
-def one_line(error: object) -> str:
-    """The last line of an error's text."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:500] if lines else type(error).__name__

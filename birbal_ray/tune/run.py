@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,46 +15,40 @@ from typing import Any
 from birbal_ray.cluster import MIN_LOGICAL_CPUS, can_place, job_metadata, ray_session
 from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.models import Model, pin_model, resolve_model
-from birbal_ray.progress import ProgressLine
-from birbal_ray.run import (
-    LOG_FOLDER,
-    MANIFEST_FILE,
-    RunError,
-    RunFailedError,
-    finish_run,
-    read_json,
-    start_run,
-    stoppable,
-    write_atomic,
-    write_parquet,
-)
-from birbal_ray.settings import require
-from birbal_ray.storage import absolute, is_url, refresh, run_folder
+from birbal_ray.progress import ProgressLine, duration
+from birbal_ray.run import LOG_FOLDER, Run, RunError, RunFailedError, open_run, sigterm_as_interrupt
+from birbal_ray.settings import require, sha256_of
+from birbal_ray.storage import Folder, absolute, input_folder
 from birbal_ray.train.config import TrainResources
-from birbal_ray.tune.config import TuneConfig
-from birbal_ray.tune.plots import draw_search, draw_verdict
-from birbal_ray.tune.records import (
-    TRIALS_FOLDER,
-    mix_yaml,
-    read_records,
-    remember_job,
-    table_of,
+from birbal_ray.tune.config import TuneConfig, file_group
+from birbal_ray.tune.plots import draw_search, draw_seeds
+from birbal_ray.tune.records import TRIALS_FOLDER, mix_yaml, read_results, table_of, trial_file, write_spec
+from birbal_ray.tune.scheduler import (
+    BASE,
+    BASE_MODEL,
+    FAILED,
+    FINISHED,
+    REPEAT,
+    STOPPED,
+    TRANSFER,
+    TrialResult,
+    TrialScheduler,
 )
-from birbal_ray.tune.scheduler import BASE, BASE_MODEL, FAILED, FINISHED, REPEAT, STOPPED, Job, Plan, Record
-from birbal_ray.tune.space import TaskCounts, num_rows
-from birbal_ray.tune.stats import Verdict, by_name, verdict, winner
-from birbal_ray.tune.trial import run_trial
+from birbal_ray.tune.space import num_rows, searched_ratios
+from birbal_ray.tune.stats import by_name, compare_seeds, describe_comparisons, rank_agreement, winner
+from birbal_ray.tune.trial import LOG_FILE, run_trial
 
 STEP = "tune"
 TRIALS_FILE, BEST_FILE = "trials.parquet", "best_mix.yaml"
-SEARCH_PICTURE, VERDICT_PICTURE = "search.png", "verdict.png"
+SEARCH_PICTURE, SEEDS_PICTURE = "search.png", "verdict.png"
+OWNS = (TRIALS_FILE, BEST_FILE, SEARCH_PICTURE, SEEDS_PICTURE, f"{TRIALS_FOLDER}/*", "ray_tune/*")
 
 
 @dataclass(frozen=True, slots=True)
 class TuneResult:
-    """What a search left. `summary`: one row a mix that was run again or is a baseline, best first."""
+    """What a search left: its folder and its manifest."""
 
-    folder: Path
+    folder: Folder
     manifest: dict[str, Any]
 
 
@@ -63,77 +59,125 @@ def tune(config: TuneConfig, *, overwrite: bool = False, progress: ProgressLine 
     off or every trial failed; trials that ended are kept and the same command goes on).
     """
     progress = progress or ProgressLine()
-    config, scores, model = resolved(config)
-    output = require(config.output, "--output")
-    with run_folder(output, follow=True) as folder, stoppable():
-        resumed = start_run(folder, STEP, _identity(config, scores, model), overwrite=overwrite)
-        if resumed and (folder / MANIFEST_FILE).exists():
-            progress.message(f"{folder} is up to date; nothing to do")
-            return TuneResult(folder, read_json(folder / MANIFEST_FILE))
-        plan = _plan(config, scores, folder)
-        if plan.records or plan.running:
-            progress.message(f"continuing: {len(plan.records)} trials have ended and are kept")
-        url = absolute(output) if is_url(output) else None
+    config, scores, model = resolve_config(config)
+    inputs = [config.scores or "", *config.validation.files]
+    identity = _identity(config, scores, model)
+    with (
+        sigterm_as_interrupt(),
+        open_run(
+            require(config.output, "--output"), STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs
+        ) as run,
+    ):
+        if run.manifest is not None:
+            progress.message(f"{run.folder} is up to date; nothing to do")
+            return TuneResult(run.folder, run.manifest)
+        results, started = read_results(run.folder)
+        scheduler = TrialScheduler(
+            config,
+            results,
+            started,
+            remember=lambda spec: write_spec(run.folder, spec, config.scores or ""),
+            seconds_left=lambda: math.inf if config.budget is None else config.budget - run.wall_seconds,
+        )
+        if results or started:
+            progress.message(f"continuing: {len(results)} trials have ended and are kept")
         options: dict[str, Any] = {"settings": config.model_dump(mode="json"), "fingerprint": model.fingerprint}
-        options["url"] = url
-        search(config, plan, folder, run_trial, options, progress)
-        return _finish(config, scores, plan, folder, progress)
+        options["labels"] = {task.name: task.label for task in scores.tasks}
+        left = math.inf if config.budget is None else config.budget - run.wall_seconds
+        if left > 0:
+            search(config, scheduler, run.folder, run_trial, options, progress, run=run, seconds_left=left)
+        return _finish(config, scheduler, run, progress)
 
 
-def dry_run(config: TuneConfig) -> list[dict[str, Any]]:
-    """What would be run: one row per kind of trial. Reads the scores, writes nothing."""
-    config, scores, _ = resolved(config)
-    plan = Plan(config, task_counts(scores))
-    repeats = config.repeats.seeds if config.repeats.top else 0
-    return [
-        {"trials": "base model, not trained", "number": 1, "tokens each": 0},
-        {"trials": f"baselines: {', '.join(config.baselines)}", "number": len(config.baselines)}
-        | {"tokens each": config.proxy.tokens},
-        {"trials": "search", "number": config.num_trials, "tokens each": config.proxy.tokens},
-        {"trials": "surrogate's best", "number": int(config.surrogate), "tokens each": config.proxy.tokens},
-        {
-            "trials": f"fresh seeds of baselines and the best {config.repeats.top}",
-            "number": repeats * (len(config.baselines) + config.repeats.top),
-            "tokens each": config.proxy.tokens,
-        },
-        {"trials": "in all", "number": plan.num_trials, "tokens each": None},
+def estimate(config: TuneConfig) -> list[dict[str, Any]]:
+    """One row per kind of trial: number, tokens, hours and money; the last row is the sum.
+
+    Hours are those of `resources.max_concurrent` trials at a time, None without a rate (`proxy.tokens_per_second`, or
+    one measured on this machine); money needs `resources.price_per_hour`. Reads nothing.
+    """
+    repeated = config.repeats.seeds * (len(config.baselines) + config.repeats.top) if config.repeats.top else 0
+    longer = config.transfer.seeds * (1 + len(config.baselines)) if config.transfer.factor else 0
+    ratios = ", ".join(ratio.name for ratio in searched_ratios(config.search))
+    long_tokens = config.transfer.factor * config.proxy.tokens
+    kinds: list[tuple[str, int, int]] = [
+        ("base model, not trained", 1, 0),
+        (f"baselines: {', '.join(config.baselines)}", len(config.baselines), config.proxy.tokens),
+        (f"search of {ratios}", config.num_trials, config.proxy.tokens),
+        ("predicted best", int(config.predicted), config.proxy.tokens),
+        (f"fresh seeds of baselines and the best {config.repeats.top}", repeated, config.proxy.tokens),
+        (f"baselines and the best at {config.transfer.factor} × the tokens", longer, long_tokens),
     ]
+    rate, price = _tokens_per_second(config), config.resources.price_per_hour
+    rows: list[dict[str, Any]] = []
+    for name, number, tokens in kinds:
+        hours = None if rate is None else number * tokens / rate / 3600
+        cost = None if hours is None or price is None else hours * price
+        elapsed = None if hours is None else hours / config.resources.max_concurrent
+        if number:
+            rows.append({"trials": name, "number": number, "tokens each": tokens, "hours": elapsed, "cost": cost})
+    sums = {key: sum(row[key] for row in rows) if rows[-1][key] is not None else None for key in ("hours", "cost")}
+    total = sum(row["number"] * row["tokens each"] for row in rows)
+    return [*rows, {"trials": "in all", "number": sum(row["number"] for row in rows), "tokens each": total, **sums}]
 
 
-def resolved(config: TuneConfig) -> tuple[TuneConfig, ScoreFolder, Model]:
+def dry_run(config: TuneConfig, progress: ProgressLine | None = None) -> list[dict[str, Any]]:
+    """`estimate`, with settings, scores and model checked, and on stderr what mixes are judged by. Writes nothing."""
+    progress = progress or ProgressLine()
+    config, scores, _ = resolve_config(config)
+    weights = config.validation.weights
+    groups = [
+        *sorted({task.label for task in scores.tasks}),
+        *(f"source:{source.name}" for source in config.mix.sources),
+    ]
+    groups += [file_group(file) for file in config.validation.files]
+    shown = ", ".join(f"{group} × {weights.get(group, 1.0):g}" for group in groups)
+    progress.message(f"objective: held-out loss, mean over groups: {shown}")
+    rate = _tokens_per_second(config)
+    if rate is None:
+        progress.message("no rate is known, so no hours: set proxy.tokens_per_second, or run one trial here first")
+    else:
+        progress.message(f"hours at {rate:,.0f} tokens/s a trial, loading and judging not counted")
+    if config.budget is not None:
+        progress.message(f"budget {duration(config.budget)}: the search ends early enough for the fresh seeds")
+    return estimate(config)
+
+
+def _tokens_per_second(config: TuneConfig) -> float | None:
+    from birbal_ray.progress import last_throughput
+    from birbal_ray.train.preflight import rate_key
+
+    return config.proxy.tokens_per_second or last_throughput(rate_key(config.train))
+
+
+def resolve_config(config: TuneConfig) -> tuple[TuneConfig, ScoreFolder, Model]:
     """(configuration with paths absolute and the device decided, its scores, its model)."""
     path = absolute(require(config.scores, "--scores"))
     scores = open_scores(path, config.mix.model)
     model = resolve_model(config.train.model.name, config.train.model.revision)
     resources = config.resources
-    threads = resources.num_threads or max(1, (os.cpu_count() or 1) // resources.max_concurrent)
     train_resources = TrainResources(
         device="gpu" if resources.num_gpus else "cpu",
         accelerator_type=resources.accelerator_type,
         num_cpus=resources.num_cpus,
-        num_threads=threads,
+        num_threads=resources.num_threads or max(1, (os.cpu_count() or 1) // resources.max_concurrent),
     )
     settings = config.train.model.model_copy(update=pin_model(model))
     train = config.train.model_copy(update={"resources": train_resources, "model": settings})
-    return config.model_copy(update={"scores": path, "train": train}), scores, model
-
-
-def task_counts(scores: ScoreFolder) -> TaskCounts:
-    """Tasks and rows of each label."""
-    tasks: Counter[str] = Counter()
-    rows: Counter[str] = Counter()
-    for task in scores.tasks:
-        tasks[task.label] += 1
-        rows[task.label] += task.num_instances - task.num_errors
-    return TaskCounts(tasks, rows)
+    files = [absolute(file) for file in config.validation.files]
+    validation = config.validation.model_copy(update={"files": files})
+    return config.model_copy(update={"scores": path, "train": train, "validation": validation}), scores, model
 
 
 def _identity(config: TuneConfig, scores: ScoreFolder, model: Model) -> dict[str, Any]:
-    """Everything that decides the trials; paths and resources don't."""
-    settings = config.model_dump(mode="json", exclude={"scores", "output", "resources"})
+    """Everything that decides the trials; paths, resources and the budget don't."""
+    settings = config.model_dump(mode="json", exclude={"scores", "output", "resources", "budget"})
     settings["train"].pop("resources")
     settings["mix"].pop("resources")
     settings["train"]["model"].pop("name")
+    settings["proxy"].pop("tokens_per_second")
+    settings["validation"]["files"] = {
+        file_group(file): sha256_of(input_folder(file)) for file in config.validation.files
+    }
     return {
         "settings": settings,
         "scores": {"run": scores.identity_hash, "files": scores.content_hash},
@@ -141,127 +185,152 @@ def _identity(config: TuneConfig, scores: ScoreFolder, model: Model) -> dict[str
     }
 
 
-def _plan(config: TuneConfig, scores: ScoreFolder, folder: Path) -> Plan:
-    records, begun = read_records(folder)
-
-    def remember(job: Job) -> None:
-        remember_job(folder, job, config.scores or "")
-        refresh(folder)
-
-    return Plan(config, task_counts(scores), records, begun, remember=remember)
-
-
 def search(
     config: TuneConfig,
-    plan: Plan,
-    folder: Path,
+    scheduler: TrialScheduler,
+    folder: Folder,
     trainable: Callable[[dict[str, Any]], None],
     options: dict[str, Any],
     progress: ProgressLine,
+    *,
+    run: Run | None = None,
+    seconds_left: float = math.inf,
 ) -> None:
-    """Run what is left of the plan on the connected cluster, or on a local one made for it."""
+    """Run what the scheduler hands out on the connected cluster, or on a local one made for it."""
     logical = max(MIN_LOGICAL_CPUS, config.resources.num_cpus * config.resources.max_concurrent + 1)
-    with ray_session(
-        logical, folder / LOG_FOLDER / "ray.log", dashboard=True, about=job_metadata(STEP, folder)
-    ) as dashboard:
+    with ExitStack() as stack:
+        logs = folder.local if folder.is_local else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        log = logs / LOG_FOLDER / "ray.log"
+        dashboard = stack.enter_context(ray_session(logical, log, dashboard=True, about=job_metadata(STEP, folder)))
         import ray
 
         from birbal_ray.train.launch import worker_request
-        from birbal_ray.tune.searcher import RAY_FOLDER, run_plan
+        from birbal_ray.tune.searcher import RAY_FOLDER, ShowProgress, run_trials
 
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        missing = can_place(worker_request(config.train), nodes)
+        missing = can_place(worker_request(config.train), [node["Resources"] for node in ray.nodes() if node["Alive"]])
         if missing:
             raise RunError(missing)
-        progress.message(f"trials: tensorboard --logdir {folder / RAY_FOLDER}")
+        progress.message(f"trials: tensorboard --logdir {folder.at(RAY_FOLDER)}")
         if dashboard:
             progress.message(f"Ray dashboard: http://{dashboard}")
-        options = {"url": None, **options, "node": ray.get_runtime_context().get_node_id()}
-        run_plan(plan, config, folder, trainable, options, progress)
+        show = ShowProgress(scheduler, run, progress)
+        try:
+            run_trials(scheduler, config, folder, trainable, options, show, seconds_left)
+        finally:
+            progress.close()
 
 
-def _finish(config: TuneConfig, scores: ScoreFolder, plan: Plan, folder: Path, progress: ProgressLine) -> TuneResult:
-    records = [plan.records[key] for key in sorted(plan.records)]
-    failed = [record for record in records if record.status == FAILED]
-    for record in failed:
-        log = folder / TRIALS_FOLDER / record.job.key / LOG_FOLDER / "trial.log"
-        progress.message(f"trial {record.job.key} failed: {record.error} (log: {log})")
-    good = [r for r in records if r.status == FINISHED and r.job.kind != BASE]
+def _finish(config: TuneConfig, scheduler: TrialScheduler, run: Run, progress: ProgressLine) -> TuneResult:
+    folder, results = run.folder, [scheduler.results[key] for key in sorted(scheduler.results)]
+    for result in (result for result in results if result.status == FAILED):
+        log = folder.at(trial_file(result.spec, LOG_FILE))
+        progress.message(f"trial {result.spec.key} failed: {result.error} (log: {log})")
+    good = [r for r in results if r.status == FINISHED and r.spec.kind != BASE]
     if not good:
-        raise RunFailedError(f"{folder}: no trial came to its end; mend what the logs name and run the command again")
-    suites = {record.validation_sha256 for record in records if record.validation_sha256}
+        raise RunFailedError(f"{folder}: no trial came to its end; repair what the logs name and run the command again")
+    suites = {result.validation_sha256 for result in results if result.validation_sha256}
     if len(suites) > 1:
         raise RunError(
-            f"{folder}: trials were judged on {len(suites)} different validation suites; "
-            "remove the folder to start anew"
+            f"{folder}: trials were judged on {len(suites)} different sets of validation rows, so they don't compare: "
+            "the scores changed in between; choose another --output"
         )
-    objectives = by_name(records)
-    chosen = (
-        winner(plan.finalists(), config.baselines, objectives)
-        or min(good, key=lambda record: (record.objective or math.inf, record.job.key)).job.name
+    cut_short = scheduler.cut_short or (
+        f"the budget ended while {', '.join(scheduler.running)} ran" if scheduler.running else ""
     )
+    objectives = by_name(results)
+    finalists = scheduler.finalists()
+    chosen = winner(finalists, config.baselines, objectives) or min(good, key=lambda r: (r.loss, r.spec.key)).spec.name
     # What was found is compared with every baseline, also where one of these is the best of all.
-    searched = winner(plan.finalists(), [], objectives)
-    verdicts = [v for b in config.baselines if searched and (v := verdict(searched, b, objectives))]
+    searched = winner(finalists, [], objectives)
+    found = [one for name in config.baselines if searched and (one := compare_seeds(searched, name, objectives))]
+    primary = config.repeats.primary or (config.baselines[0] if config.baselines else "")
+    comparisons = describe_comparisons(found, primary)
+    transfer = rank_agreement(objectives, by_name(results, TRANSFER))
     # Any of its trials has its ratios; a baseline's first may have failed where its fresh seeds did not.
-    job = next(r.job for r in good if r.job.name == chosen)
-    job = replace(job, seed=config.seed, mix={**job.mix, "seed": config.seed})
-    about = [_about(job, config, folder), *[v.sentence() for v in verdicts]]
-    write_atomic(folder / BEST_FILE, mix_yaml(job.mix, config.scores or "", about).encode())
-    write_parquet(folder / TRIALS_FILE, table_of(records))
-    write_atomic(folder / SEARCH_PICTURE, draw_search(records, config.baselines))
+    spec = next(r.spec for r in good if r.spec.name == chosen)
+    spec = replace(spec, seed=config.seed, mix={**spec.mix, "seed": config.seed})
+    about = [
+        f"Mix {chosen!r}, the lowest mean held-out loss over fresh seeds, of {config.num_trials} searched, "
+        f"{len(config.baselines)} baselines ({folder.place.rpartition('/')[2]}).",
+        *[one["sentence"] for one in comparisons],
+    ]
+    files = {
+        BEST_FILE: folder.write_bytes(BEST_FILE, mix_yaml(spec.mix, config.scores or "", about).encode()),
+        TRIALS_FILE: folder.write_parquet(TRIALS_FILE, table_of(results)),
+        SEARCH_PICTURE: folder.write_bytes(SEARCH_PICTURE, draw_search(results, config.baselines)),
+    }
     if objectives:
-        write_atomic(folder / VERDICT_PICTURE, draw_verdict(objectives, config.baselines, chosen))
-    base = plan.records.get(BASE_MODEL)
+        picture = draw_seeds(objectives, config.baselines, chosen)
+        files[SEEDS_PICTURE] = folder.write_bytes(SEEDS_PICTURE, picture)
+    base = scheduler.results.get(BASE_MODEL)
+    unfilled = [result for result in good if result.num_unfilled]
     manifest = {
         "seed": config.seed,
         "model": {"name": config.train.model.name},
         "scores": {"path": config.scores},
-        "best": {"mix": chosen, "is_baseline": chosen in config.baselines, "ratios": job.values},
-        "verdicts": [_plain(v) for v in verdicts],
+        "best": {"mix": chosen, "is_baseline": chosen in config.baselines, "ratios": spec.values},
+        "comparisons": comparisons,
+        "transfer": transfer and {"factor": config.transfer.factor, **transfer},
+        "weights": {group: config.validation.weights.get(group, 1.0) for group in (base.groups if base else {})},
         "base_objective": base.objective if base else None,
-        "left_out": plan.left_out or None,
-        "summary": summary(records, config),
-        "trials": dict(Counter(record.status for record in records)),
+        "left_out": scheduler.left_out or None,
+        "cut_short": cut_short or None,
+        "unfilled": {"trials": len(unfilled), "most_rows": max((r.num_unfilled for r in unfilled), default=0)},
+        "summary_rows": summarise(results, config),
+        "trials": dict(Counter(result.status for result in results)),
         "rows": {"per_mix": num_rows(config.mix)},
     }
-    finish_run(folder, manifest)
-    return TuneResult(folder, read_json(folder / MANIFEST_FILE))
+    summary = f"{len(results)} trials; best mix: {chosen}"
+    return TuneResult(folder, run.finish(manifest, files, summary=summary))
 
 
-def _about(job: Job, config: TuneConfig, folder: Path) -> str:
-    of = f"of {config.num_trials} searched, {len(config.baselines)} baselines"
-    return f"Mix {job.name!r}, the lowest mean held-out loss over fresh seeds, {of} ({folder.name})."
+def describe_result(manifest: dict[str, Any]) -> list[str]:
+    """What a finished search may say, one line each."""
+    lines = []
+    if manifest["base_objective"] is not None:
+        lines.append(f"held-out loss before any training: {manifest['base_objective']:.4f}")
+    weights = ", ".join(f"{group} × {weight:g}" for group, weight in manifest["weights"].items())
+    lines += [f"loss: mean over the groups {weights}"] if weights else []
+    lines += [manifest[key] for key in ("left_out", "cut_short") if manifest[key]]
+    if manifest["unfilled"]["trials"]:
+        lines.append(
+            f"{manifest['unfilled']['trials']} trials could not fill their shares (up to "
+            f"{manifest['unfilled']['most_rows']:,} rows short): their ratios are not what was asked; score more rows"
+        )
+    for one in manifest["comparisons"]:
+        adjusted = "named beforehand" if one["is_primary"] else f"p {one['p_adjusted']:.3f} among the others"
+        lines.append(f"{one['sentence']} ({adjusted})")
+    if transfer := manifest["transfer"]:
+        lines.append(
+            f"at {transfer['factor']} × the tokens, {transfer['agreement']:.0%} of {transfer['num_pairs']} pairs of "
+            f"mixes keep their order: {', '.join(transfer['order_longer'])}"
+        )
+    best = manifest["best"]
+    if best["is_baseline"]:
+        lines.append(f"lowest mean loss: the baseline {best['mix']}; the search found nothing better")
+    elif not manifest["comparisons"]:
+        lines.append(f"lowest loss: {best['mix']}, of one trial: no verdict against the baselines")
+    return lines
 
 
-def _plain(found: Verdict) -> dict[str, Any]:
-    return {
-        "mix": found.name,
-        "baseline": found.baseline,
-        "outcome": found.outcome,
-        "difference": found.difference,
-        "margin": found.margin if math.isfinite(found.margin) else None,
-        "num_seeds": found.num_seeds,
-        "sentence": found.sentence(),
-    }
-
-
-def summary(records: list[Record], config: TuneConfig) -> list[dict[str, Any]]:
+def summarise(results: Sequence[TrialResult], config: TuneConfig) -> list[dict[str, Any]]:
     """One row per mix at the search's seed, baselines first, then by objective, failed last; fresh seeds beside."""
-    again = by_name(records)
+    again = by_name(results)
     rows = []
-    for record in records:
-        if record.job.kind not in (BASE, REPEAT):
-            fresh = list(again.get(record.job.name, {}).values())
+    for result in results:
+        if result.spec.kind not in (BASE, REPEAT, TRANSFER):
+            fresh = list(again.get(result.spec.name, {}).values())
+            ratios = {name: result.spec.values.get(name) for name in ("gamma", "exact_match_fraction", "failed_first")}
             rows.append(
                 {
-                    "mix": record.job.name,
-                    "kind": record.job.kind,
-                    "status": record.status,
-                    "loss": record.objective,
+                    "mix": result.spec.name,
+                    "kind": result.spec.kind,
+                    "status": result.status,
+                    "loss": result.objective,
                     "fresh seeds": len(fresh) or None,
                     "mean loss": sum(fresh) / len(fresh) if fresh else None,
-                    **{name: record.job.values.get(name) for name in ("gamma", "exact_match_fraction", "failed_first")},
+                    **ratios,
+                    "unfilled": result.num_unfilled or None,
                 }
             )
     order = {name: place for place, name in enumerate(config.baselines)}

@@ -1,4 +1,4 @@
-"""Which trial comes next: baselines, the search, a surrogate's guess, then fresh seeds. No Ray in here."""
+"""Which trial comes next: baselines, the search, the predicted best, fresh seeds, longer ones. No Ray in here."""
 
 from __future__ import annotations
 
@@ -7,46 +7,51 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from birbal_ray.tune.config import TuneConfig
-from birbal_ray.tune.space import TaskCounts, baseline_mix, distributions, mix_of, point_from, point_of
-from birbal_ray.tune.surrogate import num_needed, predicted_best
+import numpy as np
 
-BASE, BASELINE, SEARCH, SURROGATE, REPEAT = "base", "baseline", "search", "surrogate", "repeat"
+from birbal_ray.tune.config import TuneConfig
+from birbal_ray.tune.gaussian import predicted_best
+from birbal_ray.tune.space import Point, baseline_mix, mix_of, point_of, searched_ratios
+
+BASE, BASELINE, SEARCH, PREDICTED, REPEAT, TRANSFER = "base", "baseline", "search", "predicted", "repeat", "transfer"
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 BASE_MODEL = "base_model"
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """One trial to run. `key` names it and its folder; trials of one `name` differ by seed only."""
+class TrialSpec:
+    """One trial to run. `key` names it and its folder; trials of one `name` differ by seed or tokens only."""
 
     key: str
     kind: str
     name: str
     seed: int
     mix: dict[str, Any]  # settings of `birbal mix`, the seed's included; empty for the base model
-    values: dict[str, float] = field(default_factory=dict)  # ratios; empty where the search has no words for them
+    values: dict[str, float] = field(default_factory=dict)  # ratios; empty where they can't describe the mix
+    tokens: int = 0  # training tokens
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Job:
+    def from_dict(cls, values: Mapping[str, Any]) -> TrialSpec:
         """What `to_dict` gave."""
         return cls(**values)
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """How a trial ended. `looks`: [optimizer step, objective] in order; the objective is the last one's."""
+class TrialResult:
+    """How a trial ended. `rungs`: [optimizer step, objective] in order; the objective is the last one's."""
 
-    job: Job
+    spec: TrialSpec
     status: str
     objective: float | None
-    looks: list[list[float]] = field(default_factory=list)
+    rungs: list[list[float]] = field(default_factory=list)
+    groups: dict[str, float] = field(default_factory=dict)  # group → held-out loss at the last rung
     num_tokens: int = 0
     num_rows: int = 0
+    num_unfilled: int = 0  # rows that the mix was to have and the scores did not hold
     mix_sha256: str = ""  # of train.parquet
     validation_sha256: str = ""
     seconds: float = 0.0
@@ -63,216 +68,256 @@ class Record:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Record:
+    def from_dict(cls, values: Mapping[str, Any]) -> TrialResult:
         """What `to_dict` gave."""
-        return cls(**{**values, "job": Job.from_dict(values["job"])})
+        return cls(**{**values, "spec": TrialSpec.from_dict(values["spec"])})
 
 
-def settled(record: Record) -> Record:
-    """The record; a FAILED one where the objective is no finite number, which nothing can be ranked by."""
-    if record.objective is None or math.isfinite(record.objective):
-        return record
-    step = int(record.looks[-1][0]) if record.looks else 0
-    error = f"its loss is {record.objective} after optimizer step {step}: it diverged (train.optimizer.learning_rate)"
-    return replace(record, status=FAILED, objective=None, error=error)
+def mark_diverged(result: TrialResult) -> TrialResult:
+    """The result; a FAILED one where the objective is no finite number, which nothing can be ranked by."""
+    if result.objective is None or math.isfinite(result.objective):
+        return result
+    step = int(result.rungs[-1][0]) if result.rungs else 0
+    error = f"its loss is {result.objective} after optimizer step {step}: it diverged (train.optimizer.learning_rate)"
+    return replace(result, status=FAILED, objective=None, error=error)
 
 
-class Plan:
-    """Hands out jobs and takes their records, in any order that the records come in.
+class TrialScheduler:
+    """Hands out specs and takes their results, in any order that the results come in.
 
-    `next` gives a job, or None: while records are missing that decide what comes next, and, with nothing
-    `running`, at the end. `earlier`: records of an interrupted run, none of which is run again,
-    and `begun`: jobs of its that have no record, which are run first, as they were. `remember` is
-    told of every new job before it is handed out. Objectives are losses: lower is better.
+    `next` gives a spec, or None: while results are missing that decide what comes next, and, with nothing
+    `running`, at the end. `earlier`: results of an interrupted run, none of which is run again, and `started`: specs
+    of its that have no result, which are run first, as they were. `remember` gets every new spec before it is handed
+    out. `seconds_left` is what the budget leaves. Objectives are losses: lower is better. What is proposed depends on
+    the seed and on the results so far, not on the session that they came from.
     """
 
     def __init__(
         self,
         config: TuneConfig,
-        counts: TaskCounts,
-        earlier: Iterable[Record] = (),
-        begun: Iterable[Job] = (),
-        remember: Callable[[Job], None] = lambda job: None,
+        earlier: Iterable[TrialResult] = (),
+        started: Iterable[TrialSpec] = (),
+        remember: Callable[[TrialSpec], None] = lambda spec: None,
+        seconds_left: Callable[[], float] = lambda: math.inf,
     ) -> None:
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.config, self._remember = config, remember
-        self.records: dict[str, Record] = {record.job.key: settled(record) for record in earlier}
-        self._jobs: dict[str, Job] = {key: record.job for key, record in self.records.items()}
+        self.config, self._remember, self._seconds_left = config, remember, seconds_left
+        self.results: dict[str, TrialResult] = {result.spec.key: mark_diverged(result) for result in earlier}
+        self._again = [spec for spec in started if spec.key not in self.results]
+        self._specs = {key: result.spec for key, result in self.results.items()}
+        self._specs |= {spec.key: spec for spec in self._again}
+        self.left_out = ""  # why there is no predicted trial, once that is known
+        self.cut_short = ""  # what the budget left no time for
+        self._ratios = searched_ratios(config.search)
         self._start = point_of(config.mix)
-        self._distributions = distributions(config.search)
-        sampler = optuna.samplers.TPESampler(seed=config.seed, n_startup_trials=config.num_random, constant_liar=True)
-        self._study = optuna.create_study(direction="minimize", sampler=sampler)
-        self._asked: dict[str, Any] = {}
-        self.left_out = ""  # why there is no surrogate's trial, once that is known
-        for record in self.records.values():
-            self._learn(record)
-        self._again = [job for job in begun if job.key not in self.records]
-        for job in self._again:
-            self._jobs[job.key] = job
-        settings = {name: baseline_mix(name, config.mix) for name in config.baselines}
-        self._baselines: dict[str, Job] = {BASE_MODEL: Job(BASE_MODEL, BASE, BASE_MODEL, config.seed, {})}
-        for name, mix in settings.items():
+        self._baselines = {BASE_MODEL: TrialSpec(BASE_MODEL, BASE, BASE_MODEL, config.seed, {})}
+        for name in config.baselines:
             values = self._start.values() if name == "task_score" else {}
-            self._baselines[name] = self._job(BASELINE, name, mix, values)
+            self._baselines[name] = self._spec(BASELINE, name, baseline_mix(name, config.mix), values)
 
     @property
     def num_trials(self) -> int:
-        """All that will have been run in the end; an estimate while it hangs on trials that have not ended."""
+        """All that will have been run in the end; an estimate while it depends on trials that have not ended."""
         config = self.config
-        others = [key for key, job in self._jobs.items() if job.kind != REPEAT]
-        expected = len(self._baselines) + config.num_trials + bool(config.surrogate and not self.left_out)
-        if len(others) == expected and all(key in self.records for key in others):
-            return expected + len(self._repeats())
+        others = [key for key, spec in self._specs.items() if spec.kind not in (REPEAT, TRANSFER)]
+        expected = len(self._baselines) + config.num_trials + bool(config.predicted and not self.left_out)
+        if len(others) == expected and all(key in self.results for key in others):
+            repeats = len(self._repeats())
+            return expected + repeats + (self._num_transfers() if repeats else 0)
         repeated = (config.repeats.top + len(config.baselines)) * config.repeats.seeds if config.repeats.top else 0
-        return expected + repeated
+        return expected + repeated + self._num_transfers()
 
     @property
     def running(self) -> list[str]:
-        """Keys of jobs handed out, or to be handed out again, whose record has not come."""
-        return [key for key in self._jobs if key not in self.records]
+        """Keys of specs handed out, or to be handed out again, whose result has not come."""
+        return [key for key in self._specs if key not in self.results]
 
-    def next(self) -> Job | None:
-        """The next job, or None."""
+    def next(self) -> TrialSpec | None:
+        """The next spec, or None."""
         if self._again:
             return self._again.pop(0)
-        job = self._fresh()
-        if job is not None:
-            self._jobs[job.key] = job
-            self._remember(job)
-        return job
+        spec = None if self.cut_short else self._fresh()
+        if spec is not None and spec.kind in (PREDICTED, REPEAT, TRANSFER) and not self._fits([spec]):
+            self.cut_short = f"the budget ended before {spec.key} and what follows it"
+            return None
+        if spec is not None:
+            self._specs[spec.key] = spec
+            self._remember(spec)
+        return spec
 
-    def tell(self, record: Record) -> None:
-        """Take a record in."""
-        self.records[record.job.key] = settled(record)
-        self._learn(self.records[record.job.key])
+    def tell(self, result: TrialResult) -> None:
+        """Take a result in."""
+        self.results[result.spec.key] = mark_diverged(result)
 
     def finalists(self) -> list[str]:
-        """Names of the best mixes found, best first: what fresh seeds are spent on."""
-        found = [r for r in self.of_kind(SEARCH, SURROGATE) if r.status == FINISHED and r.objective is not None]
-        found.sort(key=lambda record: (record.objective, record.job.name))
-        return [record.job.name for record in found[: self.config.repeats.top]]
+        """What fresh seeds are spent on: the predicted best, then the best of the search, in order of their losses."""
+        found = [r for r in self.of_kind(SEARCH, PREDICTED) if r.status == FINISHED and r.objective is not None]
+        found.sort(key=lambda result: (result.spec.kind != PREDICTED, result.objective, result.spec.name))
+        return [result.spec.name for result in found[: self.config.repeats.top]]
 
-    def of_kind(self, *kinds: str) -> list[Record]:
-        """Records of these kinds, by key."""
-        return [record for _, record in sorted(self.records.items()) if record.job.kind in kinds]
+    def of_kind(self, *kinds: str) -> list[TrialResult]:
+        """Results of these kinds, by key."""
+        return [result for _, result in sorted(self.results.items()) if result.spec.kind in kinds]
 
-    def _fresh(self) -> Job | None:
-        for job in self._baselines.values():
-            if job.key not in self._jobs:
-                return job
-        for number in range(self.config.num_trials):
-            if f"search-{number:03d}" not in self._jobs:
-                return self._ask(f"search-{number:03d}")
-        if any(self._jobs[key].kind != REPEAT for key in self.running):
+    def points(self) -> list[tuple[dict[str, float], float]]:
+        """(ratios, loss at the end) of all trials at the search's seed.
+
+        A trial that was stopped early counts with its loss at its last rung, less what trials that went on from there
+        lost until their end, on average; losses at different rungs don't compare.
+        """
+        judged = [
+            result
+            for result in self.of_kind(SEARCH, BASELINE)
+            if result.status in (FINISHED, STOPPED) and result.spec.values and result.objective is not None
+        ]
+        whole = [result.rungs for result in judged if result.status == FINISHED]
+        points = []
+        for result in judged:
+            place = len(result.rungs) - 1
+            falls = [rungs[place][1] - rungs[-1][1] for rungs in whole if len(rungs) > place]
+            if result.status == FINISHED:
+                points.append((result.spec.values, result.loss))
+            elif falls:
+                points.append((result.spec.values, result.loss - math.fsum(falls) / len(falls)))
+        return points
+
+    def _fresh(self) -> TrialSpec | None:
+        config = self.config
+        for spec in self._baselines.values():
+            if spec.key not in self._specs:
+                return spec
+        kinds = {spec.kind for spec in self._specs.values()}
+        if not kinds & {PREDICTED, REPEAT, TRANSFER}:
+            for number in range(config.num_trials):
+                if f"search-{number:03d}" not in self._specs:
+                    if self._fits([self._baselines[BASE_MODEL], *self._verification()]):
+                        return self._propose(number)
+                    break  # the rest of the budget is for what proves something
+        if any(self._specs[key].kind not in (REPEAT, TRANSFER) for key in self.running):
             return None  # what follows depends on all of them
-        if self.config.surrogate and SURROGATE not in self._jobs:
-            points, needed = self._points(), num_needed(self._distributions)
+        if config.predicted and PREDICTED not in self._specs:
+            points, needed = self.points(), len(self._ratios) + 2
             if len(points) >= needed:
-                point = point_from(predicted_best(points, self._distributions, self.config.seed), self._start)
-                return self._job(SURROGATE, SURROGATE, mix_of(self.config.mix, point), point.values())
+                places = [[ratio.place(values[ratio.name]) for ratio in self._ratios] for values, _ in points]
+                binary = np.array([ratio.is_binary for ratio in self._ratios])
+                best = predicted_best(places, [loss for _, loss in points], binary, config.seed)
+                return self._at(PREDICTED, PREDICTED, best)
             self.left_out = (
-                f"the surrogate's trial is left out: {len(points)} trials with ratios have a loss, "
-                f"a regression on {len(self._distributions)} ratios needs {needed}; raise num_trials"
+                f"the predicted mix is left out: {len(points)} trials with ratios have a loss, "
+                f"a Gaussian process on {len(self._ratios)} ratios needs {needed}; raise num_trials"
             )
-        return next((job for job in self._repeats() if job.key not in self._jobs), None)
+        for spec in self._repeats():
+            if spec.key not in self._specs:
+                return spec
+        if any(self._specs[key].kind == REPEAT for key in self.running):
+            return None
+        return next((spec for spec in self._transfers() if spec.key not in self._specs), None)
 
-    def _ask(self, name: str) -> Job:
-        trial = self._study.ask(self._distributions)
-        self._asked[name] = trial
-        point = point_from(trial.params, self._start)
-        return self._job(SEARCH, name, mix_of(self.config.mix, point), point.values())
+    def _fits(self, specs: Sequence[TrialSpec]) -> bool:
+        """Whether the budget has time for these trials, side by side as they run; yes while no trial has ended."""
+        ended = [(r.seconds, r.num_tokens) for r in self.results.values() if r.status == FINISHED and r.num_tokens]
+        if not ended:
+            return self._seconds_left() > 0
+        longest = max(seconds * max(1.0, self.config.proxy.tokens / tokens) for seconds, tokens in ended)
+        work = sum(longest * max(1.0, spec.tokens / self.config.proxy.tokens) for spec in specs)
+        rounds = max(1.0, len(specs) / self.config.resources.max_concurrent)
+        return self._seconds_left() > work / len(specs) * math.ceil(rounds)
 
-    def _repeats(self) -> list[Job]:
-        names = self.finalists()
+    def _verification(self) -> list[TrialSpec]:
+        """Stand-ins for what follows the search, for its time."""
+        config, one = self.config, self._baselines[BASE_MODEL]
+        num_mixes = len(config.baselines) + config.repeats.top
+        num_repeats = num_mixes * config.repeats.seeds if config.repeats.top else 0
+        longer = replace(one, tokens=config.transfer.factor * config.proxy.tokens)
+        return [one] * (config.predicted + num_repeats) + [longer] * self._num_transfers()
+
+    def _propose(self, number: int) -> TrialSpec:
+        """Sobol points first (Optuna's own quasi-random start is random), then Optuna's Gaussian process."""
+        from scipy.stats import qmc
+
+        d, num_initial = len(self._ratios), self.config.num_initial
+        if number < num_initial:
+            sobol = qmc.Sobol(d, seed=np.random.default_rng(self.config.seed))
+            place = sobol.random_base2(max(1, math.ceil(math.log2(num_initial))))[number]
+        else:
+            place = self._ask_optuna(number)
+        return self._at(SEARCH, f"search-{number:03d}", place)
+
+    def _ask_optuna(self, number: int) -> list[float]:
+        """A place in the unit cube, from a study made of all results and of what is running."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        axes = {
+            ratio.name: optuna.distributions.IntDistribution(0, 1)
+            if ratio.is_binary
+            else optuna.distributions.FloatDistribution(0, 1)
+            for ratio in self._ratios
+        }
+        sampler = optuna.samplers.GPSampler(seed=self.config.seed * 1000 + number, n_startup_trials=0)
+        study = optuna.create_study(sampler=sampler)
+        running = [(self._specs[key].values, None) for key in self.running if self._specs[key].kind == SEARCH]
+        for values, loss in [*self.points(), *running]:
+            place = {ratio.name: ratio.place(values[ratio.name]) for ratio in self._ratios}
+            if all(0 <= at <= 1 for at in place.values()):
+                params = {name: round(at) if name == "failed_first" else at for name, at in place.items()}
+                state = optuna.trial.TrialState.RUNNING if loss is None else optuna.trial.TrialState.COMPLETE
+                study.add_trial(optuna.trial.create_trial(state=state, params=params, distributions=axes, value=loss))
+        asked = study.ask(axes).params
+        return [float(asked[ratio.name]) for ratio in self._ratios]
+
+    def _at(self, kind: str, name: str, place: Sequence[float] | np.ndarray) -> TrialSpec:
+        values = {ratio.name: ratio.at(float(at)) for ratio, at in zip(self._ratios, place, strict=True)}
+        point: Point = self._start.moved(values)
+        return self._spec(kind, name, mix_of(self.config.mix, point), point.values())
+
+    def _repeats(self) -> list[TrialSpec]:
+        names, config = self.finalists(), self.config
         if not names:
             return []
-        first = {r.job.name: r.job for r in self.of_kind(BASELINE, SEARCH, SURROGATE)}
+        first = {spec.name: spec for spec in self._specs.values() if spec.kind in (BASELINE, SEARCH, PREDICTED)}
         return [
-            self._seeded(REPEAT, f"{name}-seed{seed}", name, seed, first[name].mix, first[name].values)
-            for seed in range(self.config.seed + 1, self.config.seed + 1 + self.config.repeats.seeds)
-            for name in [*self.config.baselines, *names]
+            self._seeded(first[name], REPEAT, f"{name}-seed{seed}", seed)
+            for seed in range(config.seed + 1, config.seed + 1 + config.repeats.seeds)
+            for name in [*config.baselines, *names]
             if name in first
         ]
 
-    def _job(self, kind: str, name: str, mix: dict[str, Any], values: dict[str, float]) -> Job:
-        return self._seeded(kind, name, name, self.config.seed, mix, values)
+    def _transfers(self) -> list[TrialSpec]:
+        """The best of the finalists by its fresh seeds, and all baselines, at `factor` times the tokens."""
+        from birbal_ray.tune.stats import by_name, winner
 
-    def _seeded(
-        self, kind: str, key: str, name: str, seed: int, mix: Mapping[str, Any], values: dict[str, float]
-    ) -> Job:
+        config = self.config
+        best = winner(self.finalists(), [], by_name(self.of_kind(REPEAT)))
+        if not config.transfer.factor or best is None:
+            return []
+        first = {spec.name: spec for spec in self._specs.values() if spec.kind in (BASELINE, SEARCH, PREDICTED)}
+        tokens = config.transfer.factor * config.proxy.tokens
+        return [
+            self._seeded(first[name], TRANSFER, f"{name}-x{config.transfer.factor}-seed{seed}", seed, tokens)
+            for seed in range(config.seed + 1, config.seed + 1 + config.transfer.seeds)
+            for name in [best, *config.baselines]
+            if name in first
+        ]
+
+    def _num_transfers(self) -> int:
+        config = self.config
+        return (1 + len(config.baselines)) * config.transfer.seeds if config.transfer.factor else 0
+
+    def _spec(self, kind: str, name: str, mix: dict[str, Any], values: dict[str, float]) -> TrialSpec:
+        spec = TrialSpec(name, kind, name, self.config.seed, mix, values)
+        return self._seeded(spec, kind, name, self.config.seed)
+
+    def _seeded(self, spec: TrialSpec, kind: str, key: str, seed: int, tokens: int | None = None) -> TrialSpec:
         per_task = self.config.validation.rows_per_task
-        return Job(key, kind, name, seed, {**mix, "seed": seed, "validation_rows_per_task": per_task}, values)
-
-    def _points(self) -> list[tuple[dict[str, float], float]]:
-        """Ratios and loss of the trials at the search's seed, at the last look that enough of them had.
-
-        At a look all have seen the same share of their tokens. Losses at different looks don't compare:
-        where stopping leaves too few at the end, all count with what they had at an earlier look.
-        """
-        judged = [r for r in self.of_kind(SEARCH, BASELINE) if r.status in (FINISHED, STOPPED) and r.job.values]
-        points: list[tuple[dict[str, float], float]] = []
-        for place in reversed(range(max((len(record.looks) for record in judged), default=0))):
-            losses = [(r.job.values, r.looks[place][1]) for r in judged if len(r.looks) > place]
-            points = [(values, loss) for values, loss in losses if math.isfinite(loss)]
-            if len(points) >= num_needed(self._distributions):
-                break
-        return points
-
-    def _learn(self, record: Record) -> None:
-        """Tell Optuna; a stopped trial counts with the objective it was stopped at."""
-        import optuna
-
-        job = record.job
-        if job.kind not in (SEARCH, BASELINE) or not job.values:
-            return
-        asked = self._asked.pop(job.name, None)
-        state = {
-            FINISHED: optuna.trial.TrialState.COMPLETE,
-            STOPPED: optuna.trial.TrialState.PRUNED,
-            FAILED: optuna.trial.TrialState.FAIL,
-        }[record.status]
-        value = record.objective if record.status == FINISHED else None
-        looks = {int(step): objective for step, objective in record.looks if math.isfinite(objective)}
-        if asked is not None:
-            for step, objective in looks.items():
-                asked.report(objective, step)
-            self._study.tell(asked, value, state=state)
-            return
-        values = self._inside(job.values)
-        if values is None:
-            return
-        self._study.add_trial(
-            optuna.trial.create_trial(
-                state=state,
-                params=values,
-                distributions=self._distributions,
-                value=value,
-                intermediate_values=looks,
-            )
-        )
-
-    def _inside(self, values: Mapping[str, float]) -> dict[str, Any] | None:
-        """The searched ratios as Optuna wants them, None for a baseline outside the ranges."""
-        from optuna.distributions import CategoricalDistribution
-
-        found: dict[str, Any] = {}
-        for name, distribution in self._distributions.items():
-            if isinstance(distribution, CategoricalDistribution):
-                found[name] = bool(values[name])
-            elif name not in values or not distribution.low <= values[name] <= distribution.high:
-                return None
-            else:
-                found[name] = values[name]
-        return found
+        mix = {**spec.mix, "seed": seed, "validation_rows_per_task": per_task}
+        return replace(spec, key=key, kind=kind, seed=seed, mix=mix, tokens=tokens or self.config.proxy.tokens)
 
 
-def best_so_far(records: Sequence[Record]) -> list[float]:
-    """The lowest objective of finished trials up to each record, NaN before the first."""
+def best_so_far(results: Sequence[TrialResult]) -> list[float]:
+    """The lowest objective of finished trials up to each result, NaN before the first."""
     best, found = math.nan, []
-    for record in records:
-        if record.status == FINISHED and record.objective is not None and not record.objective >= best:
-            best = record.objective
+    for result in results:
+        if result.status == FINISHED and result.objective is not None and not result.objective >= best:
+            best = result.objective
         found.append(best)
     return found

@@ -1,4 +1,4 @@
-"""The plan under Ray Tune: trials side by side, bad ones stopped early, dead ones started again."""
+"""The scheduler under Ray Tune: trials side by side, bad ones stopped early, dead ones started again."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import math
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler
+from ray.tune.schedulers import TrialScheduler as RayScheduler
 from ray.tune.search import Searcher
 
-from birbal_ray.object_store import filesystem_of
 from birbal_ray.progress import ProgressLine
-from birbal_ray.storage import child, refresh
+from birbal_ray.run import Run, one_line
+from birbal_ray.storage import Folder
 from birbal_ray.tune.config import TuneConfig
-from birbal_ray.tune.records import RESULT_FILE, one_line, trial_folder, write_record
-from birbal_ray.tune.scheduler import FAILED, FINISHED, SEARCH, STOPPED, Job, Plan, Record
+from birbal_ray.tune.records import RESULT_FILE, trial_file, write_result
+from birbal_ray.tune.scheduler import FAILED, FINISHED, SEARCH, STOPPED, TrialResult, TrialScheduler, TrialSpec
 
 RAY_FOLDER = "ray_tune"
-OBJECTIVE, LOOK = "objective", "look"
+OBJECTIVE, RUNG = "objective", "rung"
 # Read by Tune when it starts.
 ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C and SIGTERM end the command at once; trials that ended are kept
@@ -30,68 +30,65 @@ ENVIRONMENT = {
 }
 
 
-class Looks:
-    """A trial's side: tells Tune each objective as it is measured, and writes the result at the end."""
+class RungReporter:
+    """A trial's side: reports each objective to Tune as it is measured, and writes the result at the end."""
 
-    def __init__(self, run: Path, job: Job, num_looks: int) -> None:
-        self._run, self._job, self._num_looks = run, job, num_looks
-        self._begun = time.monotonic()
-        self._looks: list[list[float]] = []
+    def __init__(self, run: Folder, spec: TrialSpec, num_rungs: int) -> None:
+        self._run, self._spec, self._num_rungs = run, spec, num_rungs
+        self._started = time.monotonic()
+        self._rungs: list[list[float]] = []
 
-    def look(self, step: int, objective: float, **figures: Any) -> None:
-        """One objective after `step` optimizer steps; the last one, with the record's `figures`, ends the trial."""
+    def report(self, step: int, objective: float, **figures: Any) -> None:
+        """One objective after `step` optimizer steps; the last one, with the result's `figures`, ends the trial."""
         import ray
 
-        self._looks.append([step, objective])
-        if len(self._looks) == self._num_looks:
-            seconds, node = time.monotonic() - self._begun, ray.get_runtime_context().get_node_id()
-            record = Record(self._job, FINISHED, objective, self._looks, seconds=seconds, node=node, **figures)
-            write_record(self._run, record)
-            refresh(self._run)
-        tune.report({OBJECTIVE: objective, LOOK: len(self._looks), "step": step})
+        self._rungs.append([step, objective])
+        if len(self._rungs) == self._num_rungs:
+            seconds, node = time.monotonic() - self._started, ray.get_runtime_context().get_node_id()
+            write_result(
+                self._run,
+                TrialResult(self._spec, FINISHED, objective, self._rungs, seconds=seconds, node=node, **figures),
+            )
+        tune.report({OBJECTIVE: objective, RUNG: len(self._rungs), "step": step})
 
 
-class PlanSearcher(Searcher):
-    """Asks the plan; tells it how trials ended."""
+class SpecSearcher(Searcher):
+    """Asks the scheduler what to run, and hands it how trials ended."""
 
-    def __init__(self, plan: Plan, run: Path, options: dict[str, Any]) -> None:
+    def __init__(self, scheduler: TrialScheduler, run: Folder, options: dict[str, Any]) -> None:
         super().__init__(metric=OBJECTIVE, mode="min")
-        self._plan, self._run, self._options = plan, run, options
-        self._jobs: dict[str, Job] = {}
-        self._looks: dict[str, dict[int, list[float]]] = {}
+        self._scheduler, self._run, self._options = scheduler, run, options
+        self._specs: dict[str, TrialSpec] = {}
+        self._rungs: dict[str, dict[int, list[float]]] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next job as a trial's config."""
-        job = self._plan.next()
-        if job is None:
-            return None if self._plan.running else Searcher.FINISHED
-        self._jobs[trial_id] = job
-        return {"job": job.to_dict(), "run": str(self._run), **self._options}
+        """The next spec as a trial's config."""
+        spec = self._scheduler.next()
+        if spec is None:
+            return None if self._scheduler.running else Searcher.FINISHED
+        self._specs[trial_id] = spec
+        return {"spec": spec.to_dict(), "run": self._run.place, **self._options}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Note a look."""
-        self._looks.setdefault(trial_id, {})[result[LOOK]] = [result["step"], result[OBJECTIVE]]
+        """Note a rung."""
+        self._rungs.setdefault(trial_id, {})[result[RUNG]] = [result["step"], result[OBJECTIVE]]
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Finished by itself, stopped early, diverged (a failure, kept), or failed otherwise (not kept)."""
-        import json
-
-        if result and LOOK in result:  # the one that it was stopped at comes here only
+        if result and RUNG in result:  # the one that it was stopped at comes here only
             self.on_trial_result(trial_id, result)
-        job = self._jobs.pop(trial_id)
-        looks = [look for _, look in sorted(self._looks.pop(trial_id, {}).items())]
-        refresh(self._run)  # a trial on another node writes its result to the run's URL
-        file = trial_folder(self._run, job) / RESULT_FILE
-        if file.exists():
-            record = Record.from_dict(json.loads(file.read_text(encoding="utf-8")))
-        elif error or not looks:
-            errors = sorted((self._run / RAY_FOLDER).glob(f"*/{job.key}*/error.txt"))
-            reason = one_line(errors[-1].read_text(encoding="utf-8")) if errors else "its process died"
-            record = Record(job, FAILED, None, looks, error=reason)
+        spec = self._specs.pop(trial_id)
+        rungs = [rung for _, rung in sorted(self._rungs.pop(trial_id, {}).items())]
+        if self._run.is_file(trial_file(spec, RESULT_FILE)):
+            found = TrialResult.from_dict(self._run.read_json(trial_file(spec, RESULT_FILE)))
+        elif error or not rungs:
+            names = [name for name in self._run.files(RAY_FOLDER) if name.endswith(f"/{spec.key}/error.txt")]
+            reason = one_line(self._run.read_text(names[-1]).strip().splitlines()[-1]) if names else "its process died"
+            found = TrialResult(spec, FAILED, None, rungs, error=reason)
         else:
-            record = Record(job, STOPPED, looks[-1][1], looks)
-            write_record(self._run, record)
-        self._plan.tell(record)
+            found = TrialResult(spec, STOPPED, rungs[-1][1], rungs)
+            write_result(self._run, found)
+        self._scheduler.tell(found)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the trials' own records are what a continuation reads."""
@@ -101,71 +98,72 @@ class PlanSearcher(Searcher):
 
 
 class SearchOnlyAsha(AsyncHyperBandScheduler):
-    """ASHA for trials of the search; all others are wanted whole."""
+    """ASHA for trials of the search; all others run to their end."""
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Whether to go on."""
-        if trial.config["job"]["kind"] != SEARCH:
-            return str(TrialScheduler.CONTINUE)
+        if trial.config["spec"]["kind"] != SEARCH:
+            return str(RayScheduler.CONTINUE)
         return str(super().on_trial_result(tune_controller, trial, result))
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Others must not set the search's marks."""
-        if trial.config["job"]["kind"] == SEARCH:
+        if trial.config["spec"]["kind"] == SEARCH:
             super().on_trial_complete(tune_controller, trial, result)
 
 
-class Told(tune.Callback):
-    """The progress line."""
+class ShowProgress(tune.Callback):
+    """The progress line, and progress.json."""
 
-    def __init__(self, plan: Plan, progress: ProgressLine) -> None:
-        self._plan, self._progress = plan, progress
+    def __init__(self, scheduler: TrialScheduler, run: Run | None, progress: ProgressLine) -> None:
+        self._scheduler, self._run, self._progress = scheduler, run, progress
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Show where the search is."""
-        plan = self._plan
-        running = [t for t in trials if t.status == "RUNNING"]
-        found = [r for r in plan.records.values() if r.objective is not None and r.status == FINISHED and r.job.mix]
-        best = min(found, key=lambda record: record.objective or 0.0, default=None)
-        parts = [f"{len(plan.records)} of {plan.num_trials} trials ended", f"{len(running)} running"]
-        names = [trial.config["job"]["key"] for trial in running]
+        results, num_trials = self._scheduler.results, self._scheduler.num_trials
+        names = [trial.config["spec"]["key"] for trial in trials if trial.status == "RUNNING"]
+        found = [r for r in results.values() if r.objective is not None and r.status == FINISHED and r.spec.mix]
+        best = min(found, key=lambda result: result.loss, default=None)
+        parts = [f"{len(results)} of {num_trials} trials ended", f"{len(names)} running"]
         parts += [", ".join(names)] if names else []
-        parts += [f"best loss {best.objective:.4f} ({best.job.key})"] if best else []
+        parts += [f"best loss {best.loss:.4f} ({best.spec.key})"] if best else []
         self._progress.update(" · ".join(parts))
+        if self._run is not None:
+            self._run.progress(len(results), num_trials, text=" · ".join(parts), running=names)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial's process died; Tune may start it again."""
-        self._progress.message(f"trial {trial.config['job']['key']} broke off (failure {trial.num_failures})")
+        self._progress.message(f"trial {trial.config['spec']['key']} broke off (failure {trial.num_failures})")
 
 
-def run_plan(
-    plan: Plan,
+def run_trials(
+    scheduler: TrialScheduler,
     config: TuneConfig,
-    run: Path,
+    run: Folder,
     trainable: Callable[[dict[str, Any]], None],
     options: dict[str, Any],
-    progress: ProgressLine,
+    show: ShowProgress,
+    seconds_left: float = math.inf,
 ) -> None:
-    """Run the plan to its end on the connected cluster.
+    """Run what the scheduler hands out, on the connected cluster, until it has no more or the time is over.
 
-    `trainable` gets `{"job", "run", **options}` in a worker process and uses `Looks`. Trials that end
-    are on disk before anything else happens.
+    `trainable` gets `{"spec", "run", **options}` in a worker process and uses `RungReporter`. Trials that end
+    are in the run's folder before anything else happens.
     """
     os.environ.update(ENVIRONMENT)
-    storage: dict[str, Any] = {"storage_path": str(run / RAY_FOLDER)}
-    if options["url"]:
-        system, path = filesystem_of(child(options["url"], RAY_FOLDER))
-        storage = {"storage_path": path, "storage_filesystem": system}
-    resources = config.resources
+    storage: dict[str, Any] = {"storage_path": run.path(RAY_FOLDER)}
+    if not run.is_local:
+        storage["storage_filesystem"] = run.filesystem
+    resources, rungs = config.resources, config.validation.num_rungs
     wanted = {"cpu": resources.num_cpus, "gpu": resources.num_gpus}
     if resources.accelerator_type:
         wanted[f"accelerator_type:{resources.accelerator_type}"] = 0.001
-    scheduler = None
-    if config.stopping.enabled and config.validation.looks > config.stopping.grace_looks:
-        scheduler = SearchOnlyAsha(
-            time_attr=LOOK,
-            max_t=config.validation.looks,
-            grace_period=config.stopping.grace_looks,
+    asha = None
+    if config.stopping.enabled and rungs > config.stopping.grace_rungs:
+        asha = SearchOnlyAsha(
+            time_attr=RUNG,
+            max_t=rungs,
+            grace_period=config.stopping.grace_rungs,
             reduction_factor=config.stopping.reduction_factor,
         )
     tune.Tuner(
@@ -173,30 +171,26 @@ def run_plan(
         tune_config=tune.TuneConfig(
             metric=OBJECTIVE,
             mode="min",
-            search_alg=PlanSearcher(plan, run, options),
-            scheduler=scheduler,
+            search_alg=SpecSearcher(scheduler, run, options),
+            scheduler=asha,
             num_samples=-1,
             max_concurrent_trials=resources.max_concurrent,
+            time_budget_s=None if math.isinf(seconds_left) else max(1.0, seconds_left),
             reuse_actors=True,
-            trial_name_creator=_name,
-            trial_dirname_creator=_name,
+            trial_name_creator=_key_of,
+            trial_dirname_creator=_key_of,
         ),
         run_config=tune.RunConfig(
             name=f"session-{int(time.time())}",
             **storage,
-            stop=_diverged,
+            # A loss that is no number stays one: training on changes nothing.
+            stop=lambda trial_id, result: not math.isfinite(result.get(OBJECTIVE, 0.0)),
             failure_config=tune.FailureConfig(max_failures=resources.max_failures),
-            callbacks=[Told(plan, progress)],
+            callbacks=[show],
             verbose=0,
         ),
     ).fit()
-    progress.close()
 
 
-def _diverged(trial_id: str, result: dict[str, Any]) -> bool:
-    """Whether the trial's loss is no number any more, at whatever look: training on changes nothing."""
-    return not math.isfinite(result.get(OBJECTIVE, 0.0))
-
-
-def _name(trial: Any) -> str:
-    return str(trial.config["job"]["key"])
+def _key_of(trial: Any) -> str:
+    return str(trial.config["spec"]["key"])

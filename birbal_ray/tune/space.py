@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from birbal_ray.mix.config import MixConfig
@@ -11,6 +11,24 @@ from birbal_ray.settings import ConfigError
 from birbal_ray.tune.config import SearchSettings
 
 SOURCE_PREFIX = "source:"
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """One searched number, between `low` and `high`; a binary one is 0 or 1."""
+
+    name: str
+    low: float
+    high: float
+    is_binary: bool = False
+
+    def at(self, place: float) -> float:
+        """The value at a place in [0, 1]."""
+        return float(place >= 0.5) if self.is_binary else self.low + place * (self.high - self.low)
+
+    def place(self, value: float) -> float:
+        """The inverse of `at`; outside [0, 1] for a value outside the range."""
+        return (value - self.low) / (self.high - self.low)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +41,7 @@ class Point:
     source_fractions: dict[str, float] = field(default_factory=dict)
 
     def values(self) -> dict[str, float]:
-        """One number per ratio, as tables, plots and the surrogate take them."""
+        """One number per ratio, as tables, plots and the Gaussian process take them."""
         sources = {f"{SOURCE_PREFIX}{name}": value for name, value in sorted(self.source_fractions.items())}
         return {
             "gamma": self.gamma,
@@ -31,26 +49,39 @@ class Point:
             "failed_first": float(self.failed_first),
         } | sources
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+    def moved(self, values: Mapping[str, float]) -> Point:
+        """This point with the ratios that `values` names."""
+        sources = {
+            name.removeprefix(SOURCE_PREFIX): float(value)
+            for name, value in values.items()
+            if name.startswith(SOURCE_PREFIX)
+        }
+        return Point(
+            float(values.get("gamma", self.gamma)),
+            float(values.get("exact_match_fraction", self.exact_match_fraction)),
+            bool(values.get("failed_first", self.failed_first)),
+            self.source_fractions | sources,
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class TaskCounts:
-    """What the scored store holds, per label: tasks, and scored rows."""
-
-    tasks: Mapping[str, int]
-    rows: Mapping[str, int]
+def searched_ratios(search: SearchSettings) -> list[Ratio]:
+    """The ratios that a search moves, by the names that `Point.values` uses; sources by name, last."""
+    found = []
+    for name in ("gamma", "exact_match_fraction"):
+        if range_ := getattr(search, name):
+            found.append(Ratio(name, range_.low, range_.high))
+    if search.failed_first:
+        found.append(Ratio("failed_first", 0.0, 1.0, is_binary=True))
+    return found + [
+        Ratio(f"{SOURCE_PREFIX}{name}", range_.low, range_.high)
+        for name, range_ in sorted(search.source_fractions.items())
+    ]
 
 
 def num_rows(mix: MixConfig) -> int:
     """Rows of every trial's mix: what `mix` asks for in all."""
-    return mix.task_score.exact_match_budget + mix.task_score.generation_budget + _source_rows(mix)
-
-
-def _source_rows(mix: MixConfig) -> int:
-    return sum(source.max_rows or 0 for source in mix.sources)
+    sources = sum(source.max_rows or 0 for source in mix.sources)
+    return mix.task_score.exact_match_budget + mix.task_score.generation_budget + sources
 
 
 def point_of(mix: MixConfig) -> Point:
@@ -73,7 +104,7 @@ def mix_of(base: MixConfig, point: Point) -> dict[str, Any]:
     rows = {name: round(fraction * total) for name, fraction in point.source_fractions.items()}
     from_tasks = total - sum(rows.values())
     exact_match = round(point.exact_match_fraction * from_tasks)
-    settings = settings_of(base)
+    settings = base.model_dump(mode="json", exclude={"scores", "output", "resources"})
     settings["task_score"] |= {
         "gamma": point.gamma,
         "failed_first": point.failed_first,
@@ -86,47 +117,9 @@ def mix_of(base: MixConfig, point: Point) -> dict[str, Any]:
     return settings
 
 
-def settings_of(mix: MixConfig) -> dict[str, Any]:
-    """The mix's settings without what each run decides: where from, where to, on what."""
-    return mix.model_dump(mode="json", exclude={"scores", "output", "resources"})
-
-
 def baseline_mix(name: str, base: MixConfig) -> dict[str, Any]:
     """A mix nobody searched for, with the rows and outside sources of `base`: that policy, with the settings of `base`.
 
     task_score is `base` itself; birbal_2023 decides its number of rows alone.
     """
     return mix_of(base, point_of(base)) | {"policy": name}
-
-
-def distributions(search: SearchSettings) -> dict[str, Any]:
-    """Optuna's distributions, by the names that `Point.values` uses."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
-
-    found: dict[str, Any] = {}
-    if search.gamma:
-        found["gamma"] = FloatDistribution(search.gamma.low, search.gamma.high)
-    if search.exact_match_fraction:
-        found["exact_match_fraction"] = FloatDistribution(
-            search.exact_match_fraction.low, search.exact_match_fraction.high
-        )
-    if search.failed_first:
-        found["failed_first"] = CategoricalDistribution([False, True])
-    for name, range_ in sorted(search.source_fractions.items()):
-        found[f"{SOURCE_PREFIX}{name}"] = FloatDistribution(range_.low, range_.high)
-    return found
-
-
-def point_from(values: Mapping[str, Any], start: Point) -> Point:
-    """`start` with the ratios that `values` names."""
-    sources = {
-        name.removeprefix(SOURCE_PREFIX): float(value)
-        for name, value in values.items()
-        if name.startswith(SOURCE_PREFIX)
-    }
-    return Point(
-        float(values.get("gamma", start.gamma)),
-        float(values.get("exact_match_fraction", start.exact_match_fraction)),
-        bool(values.get("failed_first", start.failed_first)),
-        start.source_fractions | sources,
-    )

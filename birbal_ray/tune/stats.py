@@ -2,76 +2,120 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 
-from birbal_ray.tune.scheduler import FINISHED, REPEAT, Record
+from birbal_ray.statistics import NO_DIFFERENCE, holm, outcome, paired_difference, pairs_needed
+from birbal_ray.tune.scheduler import FINISHED, REPEAT, TrialResult
 
-CONFIDENCE = 0.95
+Objectives = Mapping[str, Mapping[int, float]]  # mix → seed → objective
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class SeedComparison:
     """One mix against one baseline. Differences are baseline's loss − mix's: above 0 the mix is better."""
 
     name: str
     baseline: str
     num_seeds: int
     difference: float  # mean over seeds
-    margin: float  # half the width of the 95 % interval; infinite with one seed
+    low: float  # 95 %; unbounded with one seed
+    high: float
+    p_value: float
+    seeds_needed: int | None  # to show this difference with 80 % power, at the spread seen; None: unknown
+
+    @property
+    def margin(self) -> float:
+        """The farther end's distance from the mean; infinite with one seed."""
+        return max(self.high - self.difference, self.difference - self.low)
 
     @property
     def outcome(self) -> str:
         """better | worse | no difference."""
-        if self.difference > self.margin:
-            return "better"
-        return "worse" if self.difference < -self.margin else "no difference"
+        return outcome(self.low, self.high, self.num_seeds, min_pairs=2) if self.num_seeds > 1 else NO_DIFFERENCE
 
     def sentence(self) -> str:
         """What may be said."""
         figures = f"{abs(self.difference):.4f} ± {self.margin:.4f} ({self.num_seeds} seeds)"
-        if self.outcome == "no difference":
-            return (
-                f"no difference found between {self.name} and the baseline {self.baseline}: "
-                f"{self.difference:+.4f} ± {self.margin:.4f} ({self.num_seeds} seeds)"
-            )
-        return f"{self.name} is {self.outcome} than the baseline {self.baseline} by {figures}"
+        if self.outcome != NO_DIFFERENCE:
+            return f"{self.name} is {self.outcome} than the baseline {self.baseline} by {figures}"
+        needed = f"; showing it would take about {self.seeds_needed} seeds" if self.seeds_needed else ""
+        return (
+            f"no difference found between {self.name} and the baseline {self.baseline}: "
+            f"{self.difference:+.4f} ± {self.margin:.4f} ({self.num_seeds} seeds){needed}"
+        )
 
 
-def by_name(records: Sequence[Record]) -> dict[str, dict[int, float]]:
+def by_name(results: Sequence[TrialResult], kind: str = REPEAT) -> dict[str, dict[int, float]]:
     """Name → seed → objective of the repeats, which the choice of the finalists has not seen."""
     found: dict[str, dict[int, float]] = {}
-    for record in records:
-        if record.job.kind == REPEAT and record.status == FINISHED and record.objective is not None:
-            found.setdefault(record.job.name, {})[record.job.seed] = record.objective
+    for result in results:
+        if result.spec.kind == kind and result.status == FINISHED and result.objective is not None:
+            found.setdefault(result.spec.name, {})[result.spec.seed] = result.objective
     return found
 
 
-def verdict(name: str, baseline: str, objectives: dict[str, dict[int, float]]) -> Verdict | None:
-    """Paired by seed: Student's t interval of the mean difference. None without a seed that both have.
+def compare_seeds(name: str, baseline: str, objectives: Objectives) -> SeedComparison | None:
+    """Paired by seed: the t interval of the mean difference. None without a seed that both have.
 
     A seed decides the draw of the rows, their order, the adapter's start and the dropout; a pair has
     all of it in common but the mix.
     """
-    from scipy.stats import t
-
     mine, other = objectives.get(name, {}), objectives.get(baseline, {})
     seeds = sorted(mine.keys() & other.keys())
     if not seeds:
         return None
     differences = np.array([other[seed] - mine[seed] for seed in seeds])
-    margin = float("inf")
-    if len(seeds) > 1:
-        error = float(differences.std(ddof=1)) / len(seeds) ** 0.5
-        margin = float(t.ppf(0.5 + CONFIDENCE / 2, len(seeds) - 1)) * error
-    return Verdict(name, baseline, len(seeds), float(differences.mean()), margin)
+    found = paired_difference(differences)
+    spread = float(differences.std(ddof=1)) if len(seeds) > 1 else math.inf
+    needed = pairs_needed(found.mean, spread) if math.isfinite(spread) and found.mean else None
+    return SeedComparison(name, baseline, len(seeds), found.mean, found.low, found.high, found.p_value, needed)
 
 
-def winner(finalists: Sequence[str], baselines: Sequence[str], objectives: dict[str, dict[int, float]]) -> str | None:
-    """The name with the lowest mean over fresh seeds; only those that finished all seeds are asked."""
+def describe_comparisons(found: Sequence[SeedComparison], primary: str) -> list[dict[str, Any]]:
+    """For the manifest. The comparison with `primary` was named beforehand; the others' p-values are Holm's."""
+    others = iter(holm([one.p_value for one in found if one.baseline != primary]))
+    return [
+        {
+            "mix": one.name,
+            "baseline": one.baseline,
+            "is_primary": one.baseline == primary,
+            "outcome": one.outcome,
+            "difference": one.difference,
+            "margin": one.margin if math.isfinite(one.margin) else None,
+            "p_value": one.p_value,
+            "p_adjusted": one.p_value if one.baseline == primary else next(others),
+            "num_seeds": one.num_seeds,
+            "seeds_needed": one.seeds_needed,
+            "sentence": one.sentence(),
+        }
+        for one in found
+    ]
+
+
+def winner(finalists: Sequence[str], baselines: Sequence[str], objectives: Objectives) -> str | None:
+    """The name with the lowest mean over fresh seeds, among those that finished all seeds."""
     names = [name for name in [*finalists, *baselines] if name in objectives]
     most = max((len(objectives[name]) for name in names), default=0)
     complete = [name for name in names if len(objectives[name]) == most]
-    return min(complete, key=lambda name: (float(np.mean(list(objectives[name].values()))), name), default=None)
+    return min(complete, key=lambda name: (fmean(objectives[name].values()), name), default=None)
+
+
+def rank_agreement(short: Objectives, long: Objectives) -> dict[str, Any] | None:
+    """How far the order of the mixes by mean loss agrees; None with fewer than two mixes in both.
+
+    `agreement`: share of the pairs of mixes that stand in the same order in both, in [0, 1].
+    """
+    names = sorted(short.keys() & long.keys())
+    pairs = [(one, two) for place, one in enumerate(names) for two in names[place + 1 :]]
+    if not pairs:
+        return None
+    means = [{name: fmean(losses[name].values()) for name in names} for losses in (short, long)]
+    same = sum((means[0][one] < means[0][two]) == (means[1][one] < means[1][two]) for one, two in pairs)
+    orders = [sorted(names, key=mean.__getitem__) for mean in means]
+    return {"agreement": same / len(pairs), "num_pairs": len(pairs), "order": orders[0], "order_longer": orders[1]}

@@ -5,56 +5,54 @@ from __future__ import annotations
 import gc
 import math
 import shutil
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from birbal_ray.cluster import log_to
 from birbal_ray.mix.config import MixConfig
+from birbal_ray.mix.rows import NATURAL_INSTRUCTIONS
 from birbal_ray.mix.run import ANY_SIZE_MIB, mix
 from birbal_ray.models import Model, load_tokenizer, resolve_model
-from birbal_ray.run import LOG_FOLDER, RunError
+from birbal_ray.run import RunError
 from birbal_ray.settings import ConfigError
-from birbal_ray.storage import elsewhere
-from birbal_ray.tune.config import TuneConfig
-from birbal_ray.tune.records import TRIALS_FOLDER, trial_folder
-from birbal_ray.tune.scheduler import BASE, Job
+from birbal_ray.storage import input_folder, open_folder
+from birbal_ray.tune.config import TuneConfig, file_group
+from birbal_ray.tune.records import trial_file
+from birbal_ray.tune.scheduler import BASE, TrialSpec
 
-NUM_EVAL_ROWS = 8  # validation rows that the fine-tune's own evaluation is made on; trials are judged on all
-
-
-def run_trial(config: dict[str, Any]) -> None:
-    """One trial, in a worker process: its mix, its proxy fine-tune, its objective."""
-    import ray
-
-    job, settings = Job.from_dict(config["job"]), TuneConfig.model_validate(config["settings"])
-    part, here = f"{TRIALS_FOLDER}/{job.key}", ray.get_runtime_context().get_node_id()
-    with elsewhere(config["url"], Path(config["run"]), part, config["node"], here) as run:
-        _run_trial(job, settings, config["fingerprint"], run)
+NUM_EVAL_ROWS = 8  # validation rows that the fine-tune's own evaluation uses; trials are judged on all
+LOG_FILE = "logs/trial.log"
 
 
-def _run_trial(job: Job, settings: TuneConfig, fingerprint: str, run: Path) -> None:
-    from birbal_ray.tune.searcher import Looks
+def run_trial(options: dict[str, Any]) -> None:
+    """One trial, in a worker process. Only its log and its result go to the run's folder."""
+    from birbal_ray.tune.searcher import RungReporter
 
-    folder = trial_folder(run, job)
-    log_to(folder / LOG_FOLDER / "trial.log")
-    model = resolve_model(settings.train.model.name, settings.train.model.revision)
-    if model.fingerprint != fingerprint:
-        raise RunError(f"{model.path}: not the model that the search was started with, on this node")
-    # An earlier process may have died half-way: what it left is not trusted.
-    for name in ("mix", "train"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    made = make_mix(job, settings, folder / "mix")
-    num_looks = 1 if job.kind == BASE else settings.validation.looks
+    spec, settings = TrialSpec.from_dict(options["spec"]), TuneConfig.model_validate(options["settings"])
+    run = open_folder(options["run"])
+    work = Path(tempfile.mkdtemp(prefix="birbal-trial-"))
+    log = run.local / trial_file(spec, LOG_FILE) if run.is_local else work / "trial.log"
+    log_to(log)
     try:
-        judge(job, settings, model, folder, made, Looks(run, job, num_looks))
+        model = resolve_model(settings.train.model.name, settings.train.model.revision)
+        if model.fingerprint != options["fingerprint"]:
+            raise RunError(f"{model.path}: not the model that the search was started with, on this node")
+        made = make_mix(spec, settings, work / "mix")
+        reporter = RungReporter(run, spec, 1 if spec.kind == BASE else settings.validation.num_rungs)
+        judge(spec, settings, model, work, made, options["labels"], reporter)
     finally:
-        shutil.rmtree(folder / "mix", ignore_errors=True)
-        for name in ("packed", "checkpoints", "best"):
-            shutil.rmtree(folder / "train" / name, ignore_errors=True)
+        if not run.is_local:
+            run.upload(log, trial_file(spec, LOG_FILE))
+        shutil.rmtree(work, ignore_errors=True)
         gc.collect()
 
 
-def make_mix(job: Job, config: TuneConfig, folder: Path) -> dict[str, Any]:
+def make_mix(spec: TrialSpec, config: TuneConfig, folder: Path) -> dict[str, Any]:
     """Make a trial's mix, as `birbal mix` does from the trial's mix.yaml; its manifest.
 
     The base model, which trains on none, gets the mix of the settings, for its validation rows.
@@ -63,24 +61,43 @@ def make_mix(job: Job, config: TuneConfig, folder: Path) -> dict[str, Any]:
         "validation_rows_per_task": config.validation.rows_per_task,
         "task_score": config.mix.task_score.model_dump() | {"allow_shortfall": True},
     }
-    values = {**(job.mix or default), "scores": config.scores, "output": str(folder)}
+    values = {**(spec.mix or default), "scores": config.scores, "output": str(folder)}
     values["resources"] = {"in_process_mib": ANY_SIZE_MIB}  # by itself, without further Ray tasks
     return mix(MixConfig.model_validate(values)).manifest
 
 
-def judge(job: Job, config: TuneConfig, model: Model, folder: Path, made: dict[str, Any], looks: Any) -> None:
-    """Train on the mix in `folder`, and tell the objective at every look."""
+def judge(
+    spec: TrialSpec,
+    config: TuneConfig,
+    model: Model,
+    work: Path,
+    made: Mapping[str, Any],
+    labels: Mapping[str, str],
+    reporter: Any,
+) -> None:
+    """Train on the mix in `work`/mix, and report the objective at every rung. `labels`: task → its label."""
     import torch
 
-    from birbal_ray.train.data import PACKED_FOLDER, prepare
+    from birbal_ray.train.data import PACKED_FOLDER, encode, prepare
     from birbal_ray.train.sft import fine_tune, load_base
-    from birbal_ray.train.task_loss import AtSteps, mean_over_tasks, read_samples, task_losses
+    from birbal_ray.train.task_loss import AtSteps, Sample, read_samples, task_losses
 
     train = config.train
     if not torch.cuda.is_available():
         torch.set_num_threads(train.resources.num_threads or 1)
     tokenizer = load_tokenizer(model.path)
-    samples = read_samples(folder / "mix" / "validation.parquet", tokenizer, train.batch.sequence_length)
+    validation = work / "mix" / "validation.parquet"
+    samples = read_samples(validation, tokenizer, train.batch.sequence_length)
+    columns = pq.read_table(validation, columns=["task", "source"]).to_pydict()
+    groups = {
+        task or source: labels[task] if source == NATURAL_INSTRUCTIONS else f"source:{source}"
+        for task, source in zip(columns["task"], columns["source"], strict=True)
+    }
+    for file in config.validation.files:
+        group = groups[file_group(file)] = file_group(file)
+        rows = read_questions(file)
+        encoded = encode(tokenizer, rows["question"], rows["answer"])
+        samples += [Sample(group, *one) for one in encoded if len(one[0]) <= train.batch.sequence_length]
     if not samples:
         raise ConfigError(
             f"validation.rows_per_task={config.validation.rows_per_task}: no row of any task fits "
@@ -88,40 +105,78 @@ def judge(job: Job, config: TuneConfig, model: Model, folder: Path, made: dict[s
         )
     figures = {
         "num_rows": made["rows"]["train"],
+        "num_unfilled": sum(int(entry["shortfall"]) for entry in made["allocation"].values()),
         "mix_sha256": made["files"]["train.parquet"]["sha256"],
         "validation_sha256": made["files"]["validation.parquet"]["sha256"],
     }
-    if job.kind == BASE:
-        base = load_base(model.path, train)
-        figures |= {"num_rows": 0, "mix_sha256": ""}
-        looks.look(0, mean_over_tasks(task_losses(base, samples)), **figures)
+
+    def report(step: int, trained: Any, **more: Any) -> None:
+        losses = group_losses(task_losses(trained, samples), groups)
+        objective = weighted_mean(losses, config.validation.weights)
+        reporter.report(step, objective, groups=losses, **{**figures, **more})
+
+    if spec.kind == BASE:
+        report(0, load_base(model.path, train), num_rows=0, num_unfilled=0, mix_sha256="")
         return
     packing = prepare(
-        folder / "mix",
-        folder / "train" / PACKED_FOLDER,
+        work / "mix",
+        work / "train" / PACKED_FOLDER,
         tokenizer,
         train.batch.sequence_length,
         train.batch.long_samples,
         NUM_EVAL_ROWS,
         eval_split="validation",
+        seed=spec.seed,
     )["train"]
     per_step = train.batch.micro * train.batch.accumulation * packing.num_tokens / packing.num_packs
-    num_steps = max(config.validation.looks, round(config.proxy.tokens / per_step))
+    num_rungs = config.validation.num_rungs
+    num_steps = max(num_rungs, round(spec.tokens / per_step))
     epochs = math.ceil(num_steps * train.batch.micro * train.batch.accumulation / packing.num_packs) + 1
     never = num_steps + 1
     short = train.model_copy(
         update={
-            "seed": job.seed,
+            "seed": spec.seed,
             "max_steps": num_steps,
             "epochs": float(epochs),
             "evaluation": train.evaluation.model_copy(update={"every_steps": never}),
             "checkpoint": train.checkpoint.model_copy(update={"every_steps": never, "every_minutes": math.inf}),
         }
     )
-    at = {round(num_steps * (k + 1) / config.validation.looks) for k in range(config.validation.looks)}
+    rungs = {round(num_steps * (k + 1) / num_rungs) for k in range(num_rungs)}
+    num_tokens = round(num_steps * per_step)
+    at_rungs = AtSteps(rungs, lambda step, trained: report(step, trained, num_tokens=num_tokens))
+    fine_tune(short, model.path, work / "train", callbacks=[at_rungs])
 
-    def look(step: int, trained: Any) -> None:
-        tokens = round(num_steps * per_step)
-        looks.look(step, mean_over_tasks(task_losses(trained, samples)), num_tokens=tokens, **figures)
 
-    fine_tune(short, model.path, folder / "train", callbacks=[AtSteps(at, look)])
+def read_questions(file: str) -> dict[str, list[str]]:
+    """The columns question and answer of a .parquet or .jsonl file. Raises ConfigError that names what is missing."""
+    import pyarrow.json
+
+    try:
+        path = input_folder(file)
+        table = pq.read_table(path) if path.suffix == ".parquet" else pyarrow.json.read_json(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ConfigError(f"validation.files: {file} can't be read ({error})") from None
+    for name in ("question", "answer"):
+        if name not in table.column_names or table[name].type != pa.string() or table[name].null_count:
+            raise ConfigError(
+                f"validation.files: {file} has the columns {', '.join(table.column_names)}; "
+                f"expected texts in question and answer, without nulls, and found no such {name}"
+            )
+    return dict(table.select(["question", "answer"]).to_pydict())
+
+
+def group_losses(losses: Mapping[str, float], groups: Mapping[str, str]) -> dict[str, float]:
+    """Task → loss as group → the plain mean over its tasks, by name."""
+    members: dict[str, list[float]] = {}
+    for task, loss in losses.items():
+        members.setdefault(groups[task], []).append(loss)
+    return {group: math.fsum(values) / len(values) for group, values in sorted(members.items())}
+
+
+def weighted_mean(losses: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """The objective: groups that `weights` doesn't name weigh 1. Raises ConfigError where all weigh 0."""
+    total = math.fsum(weights.get(group, 1.0) for group in losses)
+    if not total:
+        raise ConfigError(f"validation.weights: {', '.join(losses)} all weigh 0; there is nothing to judge mixes by")
+    return math.fsum(weights.get(group, 1.0) * loss for group, loss in losses.items()) / total

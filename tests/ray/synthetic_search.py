@@ -11,51 +11,51 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray.progress import ProgressLine
+from birbal_ray.storage import open_folder
 from birbal_ray.tune.config import TuneConfig
-from birbal_ray.tune.records import read_records, remember_job
+from birbal_ray.tune.records import read_results, write_spec
 from birbal_ray.tune.run import search
-from birbal_ray.tune.scheduler import Job, Plan
-from birbal_ray.tune.space import TaskCounts
+from birbal_ray.tune.scheduler import TrialScheduler, TrialSpec
 
-COUNTS = TaskCounts({"exact_match": 6, "generation": 2}, {"exact_match": 300, "generation": 900})
-LOOKS = 2
+RUNGS = 2
 STARTS_FILE = "starts.jsonl"
 DIVERGING = "search-001"
 
 
 def synthetic_trial(config: dict[str, Any]) -> None:
-    """Sleeps between its looks; writes down where and when it started. Its loss follows gamma."""
+    """Sleeps between its rungs; writes down where and when it started. Its loss follows gamma."""
     import ray
 
-    from birbal_ray.tune.searcher import Looks
+    from birbal_ray.tune.searcher import RungReporter
 
-    job, run = Job.from_dict(config["job"]), Path(config["run"])
-    start = {"key": job.key, "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid(), "at": time.time()}
+    spec, run = TrialSpec.from_dict(config["spec"]), Path(config["run"])
+    start = {"key": spec.key, "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid(), "at": time.time()}
     with (run / STARTS_FILE).open("a") as file:
         file.write(json.dumps(start) + "\n")
-    looks = Looks(run, job, LOOKS)
-    for number in range(1, LOOKS + 1):
+    reporter = RungReporter(open_folder(run), spec, RUNGS)
+    for number in range(1, RUNGS + 1):
         time.sleep(config["seconds"])
-        loss = 1.0 + job.values.get("gamma", 4.0) + 0.01 * job.seed
-        looks.look(number, math.nan if job.key == DIVERGING else loss, mix_sha256=job.key)
+        loss = 1.0 + spec.values.get("gamma", 4.0) + 0.01 * spec.seed
+        reporter.report(number, math.nan if spec.key == DIVERGING else loss, mix_sha256=spec.key)
 
 
-def synthetic_search(run: Path, seconds: float, num_trials: int = 6, max_failures: int = 2) -> Plan:
+def synthetic_search(run: Path, seconds: float, num_trials: int = 6, max_failures: int = 2) -> TrialScheduler:
     """Search to the end, or go on with an interrupted one in `run`."""
     config = TuneConfig(
         num_trials=num_trials,
-        num_random=3,
+        num_initial=num_trials,
         baselines=["uniform", "task_score"],
-        surrogate=False,
-        validation={"looks": LOOKS},
+        predicted=False,
+        validation={"num_rungs": RUNGS},
         stopping={"reduction_factor": 2},
         repeats={"top": 1, "seeds": 2},
         resources={"num_cpus": 1, "max_concurrent": 2, "max_failures": max_failures},
     )
-    records, begun = read_records(run)
-    plan = Plan(config, COUNTS, records, begun, lambda job: remember_job(run, job, "nowhere"))
-    search(config, plan, run, synthetic_trial, {"seconds": seconds}, ProgressLine())
-    return plan
+    folder = open_folder(run)
+    results, started = read_results(folder)
+    scheduler = TrialScheduler(config, results, started, lambda spec: write_spec(folder, spec, "nowhere"))
+    search(config, scheduler, folder, synthetic_trial, {"seconds": seconds}, ProgressLine())
+    return scheduler
 
 
 def starts_of(run: Path) -> list[dict[str, Any]]:

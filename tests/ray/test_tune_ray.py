@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from birbal_ray.storage import open_folder
 from birbal_ray.tune.config import TuneConfig
-from birbal_ray.tune.records import RESULT_FILE, TRIALS_FOLDER, read_records, remember_job
-from birbal_ray.tune.scheduler import FAILED, STOPPED, Plan
+from birbal_ray.tune.records import RESULT_FILE, TRIALS_FOLDER, read_results, write_spec
+from birbal_ray.tune.scheduler import FAILED, STOPPED, TrialScheduler
 from tests.e2e.processes import kill_whole, wait_for
 from tests.ray.conftest import start_cluster
-from tests.ray.synthetic_search import COUNTS, DIVERGING, starts_of, synthetic_search
+from tests.ray.synthetic_search import DIVERGING, starts_of, synthetic_search
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -56,17 +57,17 @@ def test_a_node_lost_in_the_middle_costs_its_trial_a_retry(two_nodes, tmp_path):
 
     killer = threading.Thread(target=take_a_node_away)
     killer.start()
-    plan = synthetic_search(tmp_path, seconds=1.0)
+    scheduler = synthetic_search(tmp_path, seconds=1.0)
     killer.join()
     ((node, key),) = lost
-    assert len(plan.records) == plan.num_trials == 1 + 2 + 6 + 3 * 2
-    assert {name for name, record in plan.records.items() if record.status == FAILED} == {DIVERGING}
+    assert len(scheduler.results) == scheduler.num_trials == 1 + 2 + 6 + 3 * 2
+    assert {name for name, result in scheduler.results.items() if result.status == FAILED} == {DIVERGING}
     starts = Counter(start["key"] for start in starts_of(tmp_path))
     assert {name for name, count in starts.items() if count > 1} <= {key}, "others were not touched"
-    assert sum(starts.values()) <= plan.num_trials + 1
+    assert sum(starts.values()) <= scheduler.num_trials + 1
     where = [start["node"] for start in starts_of(tmp_path)]
     assert len(set(where[:5])) == 2, "both nodes worked at the same time"
-    assert plan.records[key].node != node or starts[key] == 1
+    assert scheduler.results[key].node != node or starts[key] == 1
 
 
 def test_killed_and_called_again_repeats_no_finished_trial(tmp_path):
@@ -87,28 +88,30 @@ def test_killed_and_called_again_repeats_no_finished_trial(tmp_path):
     assert {starts[name] for name in before} == {1}
     assert set(starts) == set(after)
     assert max(starts.values()) <= 2, "a trial that was running is run once more"
-    diverged = {record.job.key: record for record in read_records(tmp_path)[0]}[DIVERGING]
+    diverged = {result.spec.key: result for result in read_results(open_folder(tmp_path))[0]}[DIVERGING]
     assert diverged.status == FAILED
     assert "it diverged" in diverged.error
-    assert len(diverged.looks) == 1, "it ended at the look at which it showed"
+    assert len(diverged.rungs) == 1, "it ended at the rung at which it showed"
 
 
-def test_a_trial_stopped_or_diverged_at_its_first_look_is_kept_as_that(tmp_path):
-    from birbal_ray.tune.searcher import PlanSearcher
+def test_a_trial_stopped_or_diverged_at_its_first_rung_is_kept_as_that(tmp_path):
+    from birbal_ray.tune.searcher import SpecSearcher
 
-    plan = Plan(TuneConfig(num_trials=1), COUNTS, remember=lambda job: remember_job(tmp_path, job, "nowhere"))
-    searcher = PlanSearcher(plan, tmp_path, {})
+    scheduler = TrialScheduler(
+        TuneConfig(num_trials=1), remember=lambda spec: write_spec(open_folder(tmp_path), spec, "nowhere")
+    )
+    searcher = SpecSearcher(scheduler, open_folder(tmp_path), {})
     for trial in "abcdef":
         searcher.suggest(trial)
     # Tune tells of the result at which its scheduler stopped a trial only here.
-    searcher.on_trial_complete("f", {"look": 1, "step": 5, "objective": 2.5})
-    (record,) = plan.records.values()
-    assert (record.job.key, record.status, record.objective, record.looks) == ("search-000", STOPPED, 2.5, [[5, 2.5]])
+    searcher.on_trial_complete("f", {"rung": 1, "step": 5, "objective": 2.5})
+    (result,) = scheduler.results.values()
+    assert (result.spec.key, result.status, result.objective, result.rungs) == ("search-000", STOPPED, 2.5, [[5, 2.5]])
     searcher.on_trial_complete("e", error=True)
-    assert plan.records["birbal_2023"].status == FAILED
-    searcher.on_trial_complete("d", {"look": 1, "step": 5, "objective": math.nan})
-    assert plan.records["task_score"].status == FAILED
-    (kept, diverged), begun = read_records(tmp_path)
-    assert kept == record, "what failed may work the next time"
-    assert (diverged.job.key, diverged.status, diverged.objective) == ("task_score", FAILED, None), "this can't"
-    assert len(begun) == 4
+    assert scheduler.results["birbal_2023"].status == FAILED
+    searcher.on_trial_complete("d", {"rung": 1, "step": 5, "objective": math.nan})
+    assert scheduler.results["task_score"].status == FAILED
+    (kept, diverged), started = read_results(open_folder(tmp_path))
+    assert kept == result, "what failed may work the next time"
+    assert (diverged.spec.key, diverged.status, diverged.objective) == ("task_score", FAILED, None), "this can't"
+    assert len(started) == 4

@@ -24,7 +24,7 @@ BASELINES = ["uniform", "task_score"]
 # configs/tune/tiny.yaml, smaller: one base, two baselines, three of the search, (2 + 1) mixes with two fresh seeds.
 SMALLER = {
     "num_trials": 3,
-    "num_random": 2,
+    "num_initial": 3,
     "baselines": BASELINES,
     "mix": {"task_score": {"exact_match_budget": 40, "generation_budget": 40, "allow_shortfall": True}},
     "proxy": {"tokens": 2000},
@@ -84,10 +84,10 @@ def test_the_table_has_the_baselines_and_what_was_left_out_is_said(searched):
     for name in [*BASELINES, "search-000", "search-001", "search-002"]:
         assert sum(line.startswith(f"{name} ") for line in lines) == 1
     manifest = read_json(run / "manifest.json")
-    assert manifest["left_out"].startswith("the surrogate's trial is left out: 4 trials with ratios")
+    assert manifest["left_out"].startswith("the predicted mix is left out: 4 trials with ratios")
     assert manifest["left_out"] in errors
-    assert [found["baseline"] for found in manifest["verdicts"]] == BASELINES
-    for found in manifest["verdicts"]:
+    assert [found["baseline"] for found in manifest["comparisons"]] == BASELINES
+    for found in manifest["comparisons"]:
         assert found["num_seeds"] == 2
         assert found["sentence"] in errors
 

@@ -1,5 +1,7 @@
 """One trial of a search on a model of two layers: what it is judged on, and that training shows in it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -7,10 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from birbal_ray.mix.scores import open_scores
 from birbal_ray.models import resolve_model
 from birbal_ray.train.data import IGNORED
-from birbal_ray.train.task_loss import mean_over_tasks, read_samples, task_losses
+from birbal_ray.train.task_loss import read_samples, task_losses
 from birbal_ray.tune.config import TuneConfig
-from birbal_ray.tune.run import resolved, task_counts
-from birbal_ray.tune.scheduler import Plan, Record
+from birbal_ray.tune.run import resolve_config
+from birbal_ray.tune.scheduler import TrialResult, TrialScheduler
 from birbal_ray.tune.trial import judge, make_mix
 from tests.fixtures.score_folder import made_up_rows, write_score_folder
 
@@ -18,20 +20,20 @@ TOKENS = 6000
 
 
 class Noted:
-    """Takes looks as `Looks` does, without Ray."""
+    """Takes rungs as `RungReporter` does, without Ray."""
 
     def __init__(self):
-        self.looks, self.figures = [], {}
+        self.rungs, self.figures = [], {}
 
-    def look(self, step, objective, **figures):
-        self.looks.append((step, objective))
+    def report(self, step, objective, **figures):
+        self.rungs.append((step, objective))
         self.figures = figures
 
 
 @pytest.fixture(scope="module")
 def config(tiny_model, tmp_path_factory):
     scores = write_score_folder(tmp_path_factory.mktemp("s") / "scores", made_up_rows(4, 60, seed=3, words=(3, 8)))
-    return resolved(
+    return resolve_config(
         TuneConfig(
             scores=str(scores),
             mix={"task_score": {"exact_match_budget": 40, "generation_budget": 40, "allow_shortfall": True}},
@@ -43,31 +45,33 @@ def config(tiny_model, tmp_path_factory):
                 "gradient_checkpointing": False,
             },
             proxy={"tokens": TOKENS},
-            validation={"rows_per_task": 3, "looks": 2},
+            validation={"rows_per_task": 3, "num_rungs": 2},
         )
     )[0]
 
 
 @pytest.fixture(scope="module")
 def judged(config, tiny_model, tmp_path_factory):
-    """Key → (looks, folder) of the base model and two baselines."""
+    """Key → (reports, folder) of the base model and two baselines."""
     found, folder = {}, tmp_path_factory.mktemp("trials")
-    plan = Plan(config, task_counts(open_scores(folder.parent / config.scores)))
+    scores = open_scores(Path(config.scores))
+    labels = {task.name: task.label for task in scores.tasks}
+    scheduler = TrialScheduler(config)
     for _ in range(3):
-        job, noted = plan.next(), Noted()
-        made = make_mix(job, config, folder / job.key / "mix")
-        judge(job, config, resolve_model(str(tiny_model)), folder / job.key, made, noted)
-        found[job.key] = noted, folder / job.key
-        plan.tell(Record(job, "finished", noted.looks[-1][1]))
+        spec, noted = scheduler.next(), Noted()
+        made = make_mix(spec, config, folder / spec.key / "mix")
+        judge(spec, config, resolve_model(str(tiny_model)), folder / spec.key, made, labels, noted)
+        found[spec.key] = noted, folder / spec.key
+        scheduler.tell(TrialResult(spec, "finished", noted.rungs[-1][1]))
     return found
 
 
 def test_training_lowers_the_loss_on_rows_that_it_never_saw(judged):
-    ((step, base),) = judged["base_model"][0].looks
+    ((step, base),) = judged["base_model"][0].rungs
     assert step == 0
     for name in ("uniform", "proportional"):
         noted = judged[name][0]
-        (half, _), (end, loss) = noted.looks
+        (half, _), (end, loss) = noted.rungs
         assert end == 2 * half
         assert loss < 0.97 * base
         assert abs(noted.figures["num_tokens"] - TOKENS) < 512, "a step's tokens at most"
@@ -75,7 +79,7 @@ def test_training_lowers_the_loss_on_rows_that_it_never_saw(judged):
     assert len({noted.figures["validation_sha256"] for noted, _ in judged.values()}) == 1
 
 
-def test_the_objective_is_the_mean_of_task_means(judged, config, tiny_model):
+def test_the_objective_is_the_mean_over_labels_of_the_mean_of_task_means(judged, config, tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
     samples = read_samples(judged["base_model"][1] / "mix" / "validation.parquet", tokenizer, 256)
@@ -93,4 +97,11 @@ def test_the_objective_is_the_mean_of_task_means(judged, config, tiny_model):
     losses = task_losses(model.train(), samples)
     assert model.training, "left as it came"
     assert losses == pytest.approx(expected, rel=1e-4)
-    assert judged["base_model"][0].looks[0][1] == pytest.approx(mean_over_tasks(expected), rel=1e-4)
+    labels = {task.name: task.label for task in open_scores(Path(config.scores)).tasks}
+    means = {}
+    for label in ("exact_match", "generation"):
+        mine = [loss for task, loss in expected.items() if labels[task] == label]
+        means[label] = sum(mine) / len(mine)
+    noted = judged["base_model"][0]
+    assert noted.figures["groups"] == pytest.approx(means, rel=1e-4)
+    assert noted.rungs[0][1] == pytest.approx((means["exact_match"] + means["generation"]) / 2, rel=1e-4)

@@ -9,48 +9,47 @@ import yaml
 
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import mix
-from birbal_ray.mix.scores import open_scores
 from birbal_ray.progress import ProgressLine
-from birbal_ray.run import RUN_FILE, start_run, write_json
+from birbal_ray.run import RUN_FILE, open_run
 from birbal_ray.settings import ConfigError, load_config
+from birbal_ray.storage import open_folder
 from birbal_ray.tune.config import TuneConfig
+from birbal_ray.tune.gaussian import predicted_best
 from birbal_ray.tune.records import (
     MIX_FILE,
     RESULT_FILE,
-    read_records,
-    remember_job,
+    read_results,
     table_of,
-    trial_folder,
-    write_record,
+    trial_file,
+    write_result,
+    write_spec,
 )
-from birbal_ray.tune.run import _finish, task_counts
+from birbal_ray.tune.run import _finish, describe_result, estimate
 from birbal_ray.tune.scheduler import (
     BASE,
     BASELINE,
     FAILED,
     FINISHED,
+    PREDICTED,
     REPEAT,
     SEARCH,
     STOPPED,
-    SURROGATE,
-    Job,
-    Plan,
-    Record,
+    TrialResult,
+    TrialScheduler,
+    TrialSpec,
     best_so_far,
 )
-from birbal_ray.tune.space import Point, TaskCounts, baseline_mix, mix_of, num_rows, point_of
-from birbal_ray.tune.stats import by_name, verdict, winner
-from birbal_ray.tune.surrogate import num_needed, predicted_best
-from birbal_ray.tune.trial import make_mix
+from birbal_ray.tune.space import Point, baseline_mix, mix_of, num_rows, point_of
+from birbal_ray.tune.stats import by_name, compare_seeds, describe_comparisons, rank_agreement, winner
+from birbal_ray.tune.trial import group_losses, make_mix, read_questions, weighted_mean
 from tests.fixtures.score_folder import made_up_rows, write_score_folder
 
-COUNTS = TaskCounts({"exact_match": 6, "generation": 2}, {"exact_match": 300, "generation": 900})
 OPTIMUM = {"gamma": 1.5, "exact_match_fraction": 0.35, "failed_first": 1.0}
 
 
 def config_of(**changes):
     budgets = {"exact_match_budget": 60, "generation_budget": 60, "allow_shortfall": True}
-    return TuneConfig(**{"num_trials": 6, "num_random": 3, "mix": {"task_score": budgets}, **changes})
+    return TuneConfig(**{"num_trials": 6, "num_initial": 6, "mix": {"task_score": budgets}, **changes})
 
 
 def synthetic_objective(values):
@@ -61,219 +60,201 @@ def synthetic_objective(values):
     return 1.0 + off[0] ** 2 + off[1] ** 2 + 0.1 * (1 - values["failed_first"])
 
 
-def record_of(job, noise=0.0):
-    objective = synthetic_objective(job.values) + noise * job.seed
-    return Record(job, FINISHED, objective, [[1, objective]], mix_sha256="x")
+def result_of(spec, noise=0.0):
+    objective = synthetic_objective(spec.values) + noise * spec.seed
+    return TrialResult(spec, FINISHED, objective, [[1, objective]], mix_sha256="x")
 
 
-def run_out(plan, noise=0.0, most=1000):
+def run_out(scheduler, noise=0.0, most=1000):
     """Keys in the order in which they were handed out; ends after `most`."""
     keys = []
-    while len(keys) < most and (job := plan.next()) is not None:
-        keys.append(job.key)
-        plan.tell(record_of(job, noise))
+    while len(keys) < most and (spec := scheduler.next()) is not None:
+        keys.append(spec.key)
+        scheduler.tell(result_of(spec, noise))
     return keys
 
 
-def searched(plan):
-    return [record for record in plan.records.values() if record.job.kind in (SEARCH, SURROGATE)]
+def searched(scheduler):
+    return [result for result in scheduler.results.values() if result.spec.kind in (SEARCH, PREDICTED)]
 
 
 def test_the_order_of_the_trials():
-    plan = Plan(config_of(repeats={"top": 2, "seeds": 3}), COUNTS)
-    keys = run_out(plan)
-    assert len(keys) == len(set(keys)) == plan.num_trials == 1 + 4 + 6 + 1 + 3 * 6
-    assert not plan.running
-    kinds = [plan.records[key].job.kind for key in keys]
-    assert kinds == [BASE] + [BASELINE] * 4 + [SEARCH] * 6 + [SURROGATE] + [REPEAT] * 18
-    repeats = [plan.records[key].job for key in keys[-18:]]
-    assert {job.seed for job in repeats} == {1, 2, 3}
-    best = sorted(searched(plan), key=lambda record: record.objective)[:2]
-    assert {job.name for job in repeats} == {*plan.config.baselines, *(record.job.name for record in best)}
-    for job in repeats:
-        assert job.mix == plan.records[job.name].job.mix | {"seed": job.seed}
+    scheduler = TrialScheduler(config_of(repeats={"top": 2, "seeds": 3}))
+    keys = run_out(scheduler)
+    assert len(keys) == len(set(keys)) == scheduler.num_trials == 1 + 4 + 6 + 1 + 3 * 6
+    assert not scheduler.running
+    kinds = [scheduler.results[key].spec.kind for key in keys]
+    assert kinds == [BASE] + [BASELINE] * 4 + [SEARCH] * 6 + [PREDICTED] + [REPEAT] * 18
+    repeats = [scheduler.results[key].spec for key in keys[-18:]]
+    assert {spec.seed for spec in repeats} == {1, 2, 3}
+    best = min(scheduler.of_kind(SEARCH), key=lambda result: result.objective)
+    assert {spec.name for spec in repeats} == {*scheduler.config.baselines, PREDICTED, best.spec.name}
+    for spec in repeats:
+        assert spec.mix == scheduler.results[spec.name].spec.mix | {"seed": spec.seed}
 
 
 def test_repeats_wait_for_every_trial_that_could_be_among_the_best():
-    plan = Plan(config_of(surrogate=False), COUNTS)
-    jobs = [plan.next() for _ in range(11)]
-    assert plan.next() is None
-    assert len(plan.running) == 11
-    for job in jobs[:-1]:
-        plan.tell(record_of(job))
-        assert plan.next() is None
-    plan.tell(record_of(jobs[-1]))
-    again = [plan.next() for _ in range(3)]
-    assert [job.kind for job in again] == [REPEAT] * 3, "repeats do not wait for each other"
+    scheduler = TrialScheduler(config_of(predicted=False))
+    specs = [scheduler.next() for _ in range(11)]
+    assert scheduler.next() is None
+    assert len(scheduler.running) == 11
+    for spec in specs[:-1]:
+        scheduler.tell(result_of(spec))
+        assert scheduler.next() is None
+    scheduler.tell(result_of(specs[-1]))
+    again = [scheduler.next() for _ in range(3)]
+    assert [spec.kind for spec in again] == [REPEAT] * 3, "repeats do not wait for each other"
 
 
 @pytest.mark.parametrize("most", [0, 1, 4, 7, 10, 11, 12, 15, 23])
 def test_an_interrupted_search_goes_on(tmp_path, most):
+    folder = open_folder(tmp_path)
     config = config_of(repeats={"top": 1, "seeds": 3})
-    first = Plan(config, COUNTS, remember=lambda job: remember_job(tmp_path, job, "/scores"))
+    first = TrialScheduler(config, remember=lambda spec: write_spec(folder, spec, "/scores"))
     done = run_out(first, most=most)
     for key in done:
-        write_record(tmp_path, first.records[key])
+        write_result(folder, first.results[key])
     lost = first.next()  # handed out, then the power went off
-    records, begun = read_records(tmp_path)
-    assert [job.key for job in begun] == ([lost.key] if lost else [])
-    second = Plan(config, COUNTS, records, begun, lambda job: remember_job(tmp_path, job, "/scores"))
-    job = second.next()
-    assert job == lost, "what was begun is run as it was"
-    if job:
-        second.tell(record_of(job))
+    results, started = read_results(folder)
+    assert [spec.key for spec in started] == ([lost.key] if lost else [])
+    second = TrialScheduler(config, results, started, lambda spec: write_spec(folder, spec, "/scores"))
+    spec = second.next()
+    assert spec == lost, "what was started is run as it was"
+    if spec:
+        second.tell(result_of(spec))
     more = run_out(second)
     assert not set(more) & {*done, lost.key if lost else ""}
     assert len(done) + len(more) + bool(lost) == second.num_trials
 
 
-def test_synthetic_optimum_is_found_and_sooner_than_at_random():
-    """24 trials, the surrogate's among them: the best lies near the optimum, nearer than the best of 24 random ones."""
-    found, at_random = [], []
-    for seed in range(5):
-        plan = Plan(config_of(num_trials=23, num_random=8, seed=seed, repeats={"top": 1, "seeds": 2}), COUNTS)
-        run_out(plan)
-        best = min(searched(plan), key=lambda record: record.objective)
-        found.append(best.objective)
-        assert best.job.values["failed_first"] == OPTIMUM["failed_first"]
-        assert abs(best.job.values["gamma"] - OPTIMUM["gamma"]) < 0.6
-        assert abs(best.job.values["exact_match_fraction"] - OPTIMUM["exact_match_fraction"]) < 0.12
-        random = Plan(
-            config_of(num_trials=24, num_random=24, seed=seed, surrogate=False, repeats={"top": 1, "seeds": 2}), COUNTS
-        )
-        run_out(random)
-        assert len(searched(plan)) == len(searched(random)) == 24
-        at_random.append(min(record.objective for record in searched(random)))
-    assert np.mean(found) - 1 < 0.5 * (np.mean(at_random) - 1), (found, at_random)
+def test_after_the_even_start_proposals_come_from_the_results_not_from_the_session():
+    """Optuna is asked afresh with all results: an interrupted search proposes what an uninterrupted one would."""
+    config = config_of(num_trials=8, num_initial=7, predicted=False, repeats={"top": 0})
+    first = TrialScheduler(config)
+    run_out(first)
+    kept = [result for key, result in first.results.items() if key != "search-007"]
+    second = TrialScheduler(config, kept)
+    spec = second.next()
+    assert spec == first.results["search-007"].spec
+    assert spec.values["gamma"] == pytest.approx(OPTIMUM["gamma"], abs=1.5)
+    initial = [first.results[f"search-{number:03d}"].spec.values for number in range(4)]
+    for low, high in ((0.1, 0.5), (0.5, 0.9)):  # Sobol points cover every half evenly
+        assert sum(low <= values["exact_match_fraction"] <= high for values in initial) == 2
 
 
-def test_surrogate_names_the_bottom_of_a_bowl():
-    config = config_of()
-    ranges = Plan(config, COUNTS)._distributions
-    random = np.random.default_rng(0)
-    points = [
-        (values, synthetic_objective(values))
-        for values in (
-            {
-                "gamma": random.uniform(0, 4),
-                "exact_match_fraction": random.uniform(0.1, 0.9),
-                "failed_first": float(random.integers(0, 2)),
-            }
-            for _ in range(40)
-        )
-    ]
-    best = predicted_best(points, ranges, seed=0)
-    assert best["failed_first"] == 1.0
-    assert best["gamma"] == pytest.approx(OPTIMUM["gamma"], abs=0.4)
-    assert best["exact_match_fraction"] == pytest.approx(OPTIMUM["exact_match_fraction"], abs=0.1)
-    assert num_needed(ranges) == 5
+def test_a_gaussian_process_names_the_bottom_of_a_noisy_bowl():
+    bottom = np.array([0.375, 0.3125, 1.0])
+    for seed in range(3):
+        chance = np.random.default_rng(seed)
+        points = chance.random((24, 3))
+        points[:, 2] = points[:, 2].round()
+        losses = 1 + ((points - bottom) ** 2 * [1, 1, 0.1]).sum(axis=1) + 0.02 * chance.normal(size=24)
+        best = predicted_best(points, losses, np.array([False, False, True]), seed)
+        assert best == pytest.approx(bottom, abs=0.12)
+        assert (best == predicted_best(points, losses, np.array([False, False, True]), seed)).all()
 
 
 def test_a_stopped_or_failed_trial_is_never_among_the_best():
-    plan = Plan(config_of(num_trials=4, surrogate=False, repeats={"top": 4, "seeds": 2}), COUNTS)
-    jobs = [plan.next() for _ in range(9)]
-    for job in jobs:
-        if job.key == "search-001":
-            plan.tell(Record(job, STOPPED, 0.0, [[1, 0.0]]))
-        elif job.key == "search-002":
-            plan.tell(Record(job, FAILED, None, error="out of memory"))
+    scheduler = TrialScheduler(config_of(num_trials=4, predicted=False, repeats={"top": 4, "seeds": 2}))
+    specs = [scheduler.next() for _ in range(9)]
+    for spec in specs:
+        if spec.key == "search-001":
+            scheduler.tell(TrialResult(spec, STOPPED, 0.0, [[1, 0.0]]))
+        elif spec.key == "search-002":
+            scheduler.tell(TrialResult(spec, FAILED, None, error="out of memory"))
         else:
-            plan.tell(record_of(job))
-    assert sorted(plan.finalists()) == ["search-000", "search-003"]
-    assert table_of(list(plan.records.values())).num_rows == 9
+            scheduler.tell(result_of(spec))
+    assert sorted(scheduler.finalists()) == ["search-000", "search-003"]
+    assert table_of(list(scheduler.results.values())).num_rows == 9
 
 
 def test_a_diverged_trial_has_failed_for_good_and_the_search_goes_on(tmp_path):
-    config = config_of()
-    plan = Plan(config, COUNTS, remember=lambda job: remember_job(tmp_path, job, "/scores"))
-    jobs = {job.key: job for job in (plan.next() for _ in range(11))}
+    config, folder = config_of(), open_folder(tmp_path)
+    scheduler = TrialScheduler(config, remember=lambda spec: write_spec(folder, spec, "/scores"))
+    specs = {spec.key: spec for spec in (scheduler.next() for _ in range(11))}
     diverged = {
-        "task_score": Record(jobs["task_score"], FINISHED, math.nan, [[1, 3.0], [2, math.nan]]),
-        "search-001": Record(jobs["search-001"], FINISHED, math.nan, [[1, math.nan], [2, math.nan]]),
-        "search-002": Record(jobs["search-002"], STOPPED, math.inf, [[1, math.inf]]),
+        "task_score": TrialResult(specs["task_score"], FINISHED, math.nan, [[1, 3.0], [2, math.nan]]),
+        "search-001": TrialResult(specs["search-001"], FINISHED, math.nan, [[1, math.nan], [2, math.nan]]),
+        "search-002": TrialResult(specs["search-002"], STOPPED, math.inf, [[1, math.inf]]),
     }
-    for key, job in jobs.items():
-        record = diverged.get(key) or record_of(job)
-        write_record(tmp_path, record)
-        plan.tell(record)
+    for key, spec in specs.items():
+        result = diverged.get(key) or result_of(spec)
+        write_result(folder, result)
+        scheduler.tell(result)
     # As a search wrote it that took any number for a loss.
-    write_json(trial_folder(tmp_path, jobs["search-001"]) / RESULT_FILE, diverged["search-001"].to_dict())
-    records, begun = read_records(tmp_path)
-    assert begun == []
-    again = Plan(config, COUNTS, records, begun)
-    for one in (plan, again):
-        assert {key for key, record in one.records.items() if record.status == FAILED} == set(diverged)
-        assert one.records["search-001"].objective is None
-        assert one.records["search-001"].error.startswith("its loss is nan after optimizer step 2: it diverged")
+    folder.write_json(trial_file(specs["search-001"], RESULT_FILE), diverged["search-001"].to_dict())
+    results, started = read_results(folder)
+    assert started == []
+    again = TrialScheduler(config, results, started)
+    for one in (scheduler, again):
+        assert {key for key, result in one.results.items() if result.status == FAILED} == set(diverged)
+        assert one.results["search-001"].objective is None
+        assert one.results["search-001"].error.startswith("its loss is nan after optimizer step 2: it diverged")
         assert not set(one.finalists()) & set(diverged)
-    assert {record.job.key: record.status for record in records}["search-002"] == FAILED, "on disk, too"
+    assert {result.spec.key: result.status for result in results}["search-002"] == FAILED, "on disk, too"
     keys = run_out(again)
-    assert "surrogate" not in keys, "4 losses are too few"
-    assert not set(keys) & set(jobs)
-    assert table_of(list(again.records.values())).column("objective").null_count == 3
+    assert PREDICTED not in keys, "4 losses are too few"
+    assert not set(keys) & set(specs)
+    assert table_of(list(again.results.values())).column("objective").null_count == 3
 
 
-def stopped_search(num_stopped, num_trials=6, looks=((1, 0.5),), **changes):
-    """A plan before its surrogate's trial; some trials ended at their first look, half a nat above their end."""
-    plan = Plan(config_of(num_trials=num_trials, **changes), COUNTS)
-    for number, job in enumerate([plan.next() for _ in range(5 + num_trials)]):
-        objective = synthetic_objective(job.values)
-        whole = [[step, objective + more] for step, more in looks] + [[9, objective]]
-        if job.kind == SEARCH and number < 5 + num_stopped:
-            plan.tell(Record(job, STOPPED, whole[0][1], whole[:1]))
+def stopped_search(num_stopped, num_trials=6, rungs=((1, 0.5),), **changes):
+    """A scheduler before its surrogate's trial; some trials ended at their first rung, half a nat above their end."""
+    scheduler = TrialScheduler(config_of(num_trials=num_trials, **changes))
+    for number, spec in enumerate([scheduler.next() for _ in range(5 + num_trials)]):
+        objective = synthetic_objective(spec.values)
+        whole = [[step, objective + more] for step, more in rungs] + [[9, objective]]
+        if spec.kind == SEARCH and number < 5 + num_stopped:
+            scheduler.tell(TrialResult(spec, STOPPED, whole[0][1], whole[:1]))
         else:
-            plan.tell(Record(job, FINISHED, objective, whole))
-    return plan
+            scheduler.tell(TrialResult(spec, FINISHED, objective, whole))
+    return scheduler
 
 
-def test_the_surrogate_learns_from_the_last_look_that_enough_trials_had():
-    """As in configs/tune/tiny.yaml: of six, three are stopped; with a baseline 4 have a loss at the end, 7 at first."""
-    plan = stopped_search(3)
-    points = plan._points()
+def test_a_stopped_trial_counts_with_what_others_lost_from_its_rung_on():
+    """As in configs/tune/tiny.yaml: of six, three are stopped; with the baseline that has ratios, 7 have a loss."""
+    scheduler = stopped_search(3)
+    points = scheduler.points()
     assert len(points) == 7
     for values, loss in points:
-        assert loss == pytest.approx(synthetic_objective(values) + 0.5), "all at the same look"
-    job = plan.next()
-    assert job.kind == SURROGATE
-    plan.tell(record_of(job))
-    assert plan.left_out == ""
-    assert len(plan.records) + len(run_out(plan)) == plan.num_trials == 1 + 4 + 6 + 1 + 4 * 6
-    enough = stopped_search(2)._points()
-    assert [loss for _, loss in enough] == [synthetic_objective(values) for values, _ in enough]
-    assert len(enough) == 5
+        assert loss == pytest.approx(synthetic_objective(values)), "at the first rung all are 0.5 above their end"
+    spec = scheduler.next()
+    assert spec.kind == PREDICTED
+    scheduler.tell(result_of(spec))
+    assert scheduler.left_out == ""
+    assert len(scheduler.results) + len(run_out(scheduler)) == scheduler.num_trials == 1 + 4 + 6 + 1 + 4 * 6
 
 
-def test_a_surrogate_without_enough_trials_is_left_out_in_words_and_in_the_count():
-    plan = stopped_search(1, num_trials=3)
-    assert plan.num_trials == 1 + 4 + 3 + 1 + 4 * 6, "not known yet"
-    keys = run_out(plan)
-    assert plan.left_out == (
-        "the surrogate's trial is left out: 4 trials with ratios have a loss, "
-        "a regression on 3 ratios needs 5; raise num_trials"
+def test_a_prediction_without_enough_trials_is_left_out_in_words_and_in_the_count():
+    scheduler = stopped_search(1, num_trials=3)
+    assert scheduler.num_trials == 1 + 4 + 3 + 1 + 4 * 6, "not known yet"
+    keys = run_out(scheduler)
+    assert scheduler.left_out == (
+        "the predicted mix is left out: 4 trials with ratios have a loss, "
+        "a Gaussian process on 3 ratios needs 5; raise num_trials"
     )
-    assert SURROGATE not in keys
-    assert len(plan.records) == plan.num_trials == 1 + 4 + 3 + 4 * 6
-    assert Plan(plan.config, COUNTS).left_out == ""
+    assert PREDICTED not in keys
+    assert len(scheduler.results) == scheduler.num_trials == 1 + 4 + 3 + 4 * 6
+    assert TrialScheduler(scheduler.config).left_out == ""
 
 
 def test_a_baseline_that_wins_by_its_fresh_seeds_alone_gives_its_mix(scores, tmp_path):
     config = config_of(scores=str(scores), output=str(tmp_path), seed=4, repeats={"top": 1, "seeds": 2})
-    store = open_scores(scores)
-    plan = Plan(config, task_counts(store))
-    start_run(tmp_path, "tune", {})
-    while (job := plan.next()) is not None:
-        if job.key == "uniform":
-            plan.tell(Record(job, FAILED, None, error="out of memory"))
-        elif job.name == "uniform":
-            plan.tell(Record(job, FINISHED, 0.5, [[1, 0.5]]))
+    scheduler = TrialScheduler(config)
+    while (spec := scheduler.next()) is not None:
+        if spec.key == "uniform":
+            scheduler.tell(TrialResult(spec, FAILED, None, error="out of memory"))
+        elif spec.name == "uniform":
+            scheduler.tell(TrialResult(spec, FINISHED, 0.5, [[1, 0.5]]))
         else:
-            plan.tell(record_of(job))
-    result = _finish(config, store, plan, tmp_path, ProgressLine())
+            scheduler.tell(result_of(spec))
+    with open_run(tmp_path, "tune", {}, owns=["*"]) as run:
+        result = _finish(config, scheduler, run, ProgressLine())
     assert result.manifest["best"] == {"mix": "uniform", "is_baseline": True, "ratios": {}}
     best = load_config(MixConfig, tmp_path / "best_mix.yaml")
-    asked = MixConfig(**{**plan.records["uniform"].job.mix, "scores": str(scores)})
+    asked = MixConfig(**{**scheduler.results["uniform"].spec.mix, "scores": str(scores)})
     assert (best, best.seed) == (asked, 4)
-    first = result.manifest["summary"][0]
+    first = result.manifest["summary_rows"][0]
     assert (first["mix"], first["status"], first["loss"], first["mean loss"]) == ("uniform", "failed", None, 0.5)
 
 
@@ -282,27 +263,30 @@ def test_a_verdict_by_hand():
         return {name: dict(enumerate(losses, 1))}
 
     # Differences 0.1, 0.2, 0.3: mean 0.2, deviation 0.1, t of two degrees of freedom 4.3027.
-    found = verdict("new", "old", of("new", 1.0, 1.0, 1.0) | of("old", 1.1, 1.2, 1.3))
+    found = compare_seeds("new", "old", of("new", 1.0, 1.0, 1.0) | of("old", 1.1, 1.2, 1.3))
     assert found.difference == pytest.approx(0.2)
     assert found.margin == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-5)
     assert found.outcome == "no difference"
-    assert found.sentence() == "no difference found between new and the baseline old: +0.2000 ± 0.2484 (3 seeds)"
-    clear = verdict("new", "old", of("new", 1.0, 1.0, 1.0) | of("old", 1.20, 1.21, 1.19))
+    assert found.sentence() == (
+        "no difference found between new and the baseline old: +0.2000 ± 0.2484 (3 seeds); "
+        "showing it would take about 5 seeds"
+    )
+    clear = compare_seeds("new", "old", of("new", 1.0, 1.0, 1.0) | of("old", 1.20, 1.21, 1.19))
     assert clear.sentence() == "new is better than the baseline old by 0.2000 ± 0.0248 (3 seeds)"
-    assert verdict("old", "new", of("new", 1.0, 1.0) | of("old", 1.2, 1.2001)).outcome == "worse"
-    assert verdict("new", "old", of("new", 1.0) | of("old", 9.0)).outcome == "no difference", "one lucky trial"
-    assert verdict("new", "old", of("new", 1.0)) is None
+    assert compare_seeds("old", "new", of("new", 1.0, 1.0) | of("old", 1.2, 1.2001)).outcome == "worse"
+    assert compare_seeds("new", "old", of("new", 1.0) | of("old", 9.0)).outcome == "no difference", "one lucky trial"
+    assert compare_seeds("new", "old", of("new", 1.0)) is None
     # Seeds that only one of them finished don't count.
-    paired = verdict("new", "old", {"new": {1: 1.0, 2: 1.0, 9: 0.0}, "old": {1: 1.5, 2: 1.5}})
+    paired = compare_seeds("new", "old", {"new": {1: 1.0, 2: 1.0, 9: 0.0}, "old": {1: 1.5, 2: 1.5}})
     assert (paired.num_seeds, paired.difference) == (2, 0.5)
 
 
 def test_the_winner_has_the_lowest_mean_over_fresh_seeds_not_the_best_trial():
-    plan = Plan(config_of(repeats={"top": 2, "seeds": 2}), COUNTS)
-    run_out(plan)
-    objectives = by_name(list(plan.records.values()))
+    scheduler = TrialScheduler(config_of(repeats={"top": 2, "seeds": 2}))
+    run_out(scheduler)
+    objectives = by_name(list(scheduler.results.values()))
     assert all(set(seeds) == {1, 2} for seeds in objectives.values()), "the search's own trials are not asked"
-    lucky, steady = plan.finalists()
+    lucky, steady = scheduler.finalists()
     objectives[lucky], objectives[steady] = {1: 3.0, 2: 3.0}, {1: 1.0, 2: 1.2}
     assert winner([lucky, steady], ["uniform"], objectives) == steady
     assert winner([lucky, steady], ["uniform"], objectives | {"uniform": {1: 0.1, 2: 0.1}}) == "uniform"
@@ -311,7 +295,7 @@ def test_the_winner_has_the_lowest_mean_over_fresh_seeds_not_the_best_trial():
 
 def test_best_so_far():
     def ended(loss, status=FINISHED):
-        return Record(Job("k", SEARCH, "k", 0, {}), status, loss)
+        return TrialResult(TrialSpec("k", SEARCH, "k", 0, {}), status, loss)
 
     found = best_so_far([ended(None, FAILED), ended(3.0), ended(1.0, STOPPED), ended(2.0), ended(2.5)])
     assert math.isnan(found[0])
@@ -345,18 +329,21 @@ def scores(tmp_path_factory):
 
 def test_every_trial_can_be_rebuilt_from_its_file(scores, tmp_path):
     config = config_of(scores=str(scores))
-    plan = Plan(config, task_counts(open_scores(scores)), remember=lambda job: remember_job(tmp_path, job, str(scores)))
+    scheduler = TrialScheduler(
+        config,
+        remember=lambda spec: write_spec(open_folder(tmp_path), spec, str(scores)),
+    )
     suites, trains = set(), set()
     for _ in range(9):
-        job = plan.next()
-        plan.tell(record_of(job))
-        made = make_mix(job, config, tmp_path / "made" / job.key)
+        spec = scheduler.next()
+        scheduler.tell(result_of(spec))
+        made = make_mix(spec, config, tmp_path / "made" / spec.key)
         suites.add(made["files"]["validation.parquet"]["sha256"])
-        if job.kind == BASE:
+        if spec.kind == BASE:
             continue
         trains.add(made["files"]["train.parquet"]["sha256"])
-        file = trial_folder(tmp_path, job) / MIX_FILE
-        again = mix(load_config(MixConfig, file, flags={"output": str(tmp_path / "again" / job.key)})).manifest
+        file = tmp_path / trial_file(spec, MIX_FILE)
+        again = mix(load_config(MixConfig, file, flags={"output": str(tmp_path / "again" / spec.key)})).manifest
         assert again["files"] == made["files"]
     assert len(suites) == 1, "all are judged on the same rows"
     assert len(trains) > 4
@@ -420,6 +407,12 @@ def test_failed_first_off_draws_as_they_come(scores, tmp_path):
         ({"baselines": []}, "repeats.top=0"),
         ({"baselines": ["unifrom"]}, "uniform"),
         ({"proxy": {"steps": 4}}, "unknown key 'proxy.steps'"),
+        ({"validation": {"weights": {"exact": 2}}}, "validation.weights.exact: no such group; there are exact_match"),
+        ({"transfer": {"factor": 4}, "repeats": {"top": 0}}, "transfer.factor needs repeats.top"),
+        (
+            {"baselines": ["uniform"], "repeats": {"primary": "proportional"}},
+            "repeats.primary=proportional is not among",
+        ),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, changes, said):
@@ -432,4 +425,147 @@ def test_wrong_settings_are_named(tmp_path, changes, said):
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / RUN_FILE).write_text("{}")
-    assert read_records(tmp_path) == ([], [])
+    assert read_results(open_folder(tmp_path)) == ([], [])
+
+
+# --- objective, budget, transfer, power
+
+
+def test_the_objective_is_a_weighted_mean_over_groups():
+    losses = {"t1": 1.0, "t2": 3.0, "t3": 5.0, "lima": 7.0}
+    groups = {"t1": "exact_match", "t2": "exact_match", "t3": "generation", "lima": "source:lima"}
+    found = group_losses(losses, groups)
+    assert found == {"exact_match": 2.0, "generation": 5.0, "source:lima": 7.0}
+    assert weighted_mean(found, {}) == pytest.approx(14 / 3)
+    assert weighted_mean(found, {"exact_match": 2, "source:lima": 0}) == pytest.approx(3.0)
+    with pytest.raises(ConfigError, match="all weigh 0"):
+        weighted_mean(found, dict.fromkeys(found, 0.0))
+
+
+def test_files_to_judge_by_hold_question_and_answer(tmp_path):
+    (tmp_path / "mine.jsonl").write_text(
+        '{"question": "q1", "answer": "a1", "more": 1}\n{"question": "q2", "answer": "a2"}\n'
+    )
+    assert read_questions(str(tmp_path / "mine.jsonl")) == {"question": ["q1", "q2"], "answer": ["a1", "a2"]}
+    (tmp_path / "other.jsonl").write_text('{"question": "q1", "reply": "a1"}\n')
+    with pytest.raises(ConfigError, match=r"has the columns question, reply; .* no such answer"):
+        read_questions(str(tmp_path / "other.jsonl"))
+    with pytest.raises(ConfigError, match="can't be read"):
+        read_questions(str(tmp_path / "absent.parquet"))
+
+
+def timed(spec, seconds):
+    return TrialResult(spec, FINISHED, 1.0, [[1, 1.0]], num_tokens=spec.tokens, seconds=seconds)
+
+
+def test_a_budget_ends_the_search_in_time_for_the_fresh_seeds():
+    """A trial takes 10 s; 1 + 2 baselines, 1 predicted and 3 × 2 repeats leave 1,000 - 30 - 70 s for the search."""
+    clock = [1000.0]
+    config = config_of(
+        num_trials=400, num_initial=512, baselines=["uniform", "task_score"], repeats={"top": 1, "seeds": 2}
+    )
+    scheduler = TrialScheduler(config, seconds_left=lambda: clock[0])
+    kinds = []
+    while (spec := scheduler.next()) is not None:
+        kinds.append(spec.kind)
+        clock[0] -= 10
+        scheduler.tell(timed(spec, 10))
+    assert 85 <= kinds.count(SEARCH) < 92
+    assert kinds[-7:] == [PREDICTED] + [REPEAT] * 6
+    assert clock[0] >= 0
+    assert scheduler.cut_short == ""
+
+
+def test_a_budget_that_is_over_stops_before_what_does_not_fit():
+    clock = [1000.0]
+    config = config_of(num_trials=2, predicted=False, baselines=["uniform"], repeats={"top": 1, "seeds": 4})
+    scheduler = TrialScheduler(config, seconds_left=lambda: clock[0])
+    keys = []
+    while (spec := scheduler.next()) is not None:
+        keys.append(spec.key)
+        if spec.kind == REPEAT:
+            clock[0] = 5.0
+        scheduler.tell(timed(spec, 10))
+    assert keys[-1] == "uniform-seed1"
+    assert scheduler.cut_short == "the budget ended before search-000-seed1 and what follows it"
+
+
+def test_the_best_mix_and_the_baselines_run_again_for_longer():
+    config = config_of(
+        predicted=False, baselines=["uniform", "task_score"], repeats={"top": 1, "seeds": 2}, transfer={"factor": 4}
+    )
+    scheduler = TrialScheduler(config)
+    keys = run_out(scheduler)
+    best = scheduler.finalists()[0]
+    assert keys[-3:] == [f"{best}-x4-seed1", "uniform-x4-seed1", "task_score-x4-seed1"]
+    assert len(keys) == scheduler.num_trials
+    assert {scheduler.results[key].spec.tokens for key in keys[-3:]} == {4 * config.proxy.tokens}
+    assert {result.spec.tokens for result in scheduler.of_kind(REPEAT)} == {config.proxy.tokens}
+
+
+def test_rank_agreement_by_hand():
+    short = {"a": {1: 1.0}, "b": {1: 2.0, 2: 2.2}, "c": {1: 3.0}, "only here": {1: 0.0}}
+    long = {"a": {1: 0.5}, "b": {1: 0.9}, "c": {1: 0.7}}
+    found = rank_agreement(short, long)
+    assert (found["agreement"], found["num_pairs"]) == (pytest.approx(2 / 3), 3)
+    assert (found["order"], found["order_longer"]) == (["a", "b", "c"], ["a", "c", "b"])
+    assert rank_agreement(short, {"a": {1: 1.0}}) is None
+
+
+def test_only_the_comparison_named_beforehand_keeps_its_p_value():
+    def losses(*values):
+        return dict(enumerate(values))
+
+    objectives = {
+        "new": losses(1, 1, 1),
+        "x": losses(1.1, 1.2, 1.3),
+        "y": losses(1.1, 1.1, 1.12),
+        "z": losses(1, 1.1, 1),
+    }
+    found = [compare_seeds("new", name, objectives) for name in "xyz"]
+    rows = describe_comparisons(found, "x")
+    assert [row["is_primary"] for row in rows] == [True, False, False]
+    assert rows[0]["p_adjusted"] == rows[0]["p_value"]
+    assert rows[1]["p_adjusted"] == pytest.approx(min(1, 2 * rows[1]["p_value"]))
+    assert rows[2]["p_adjusted"] == rows[2]["p_value"]
+
+
+def test_the_estimate_adds_up():
+    config = config_of(
+        baselines=["uniform"],
+        proxy={"tokens": 1000, "tokens_per_second": 10},
+        repeats={"top": 1, "seeds": 2},
+        transfer={"factor": 4},
+        resources={"max_concurrent": 2, "price_per_hour": 3.0},
+    )
+    *rows, total = estimate(config)
+    assert [row["number"] for row in rows] == [1, 1, 6, 1, 4, 2]
+    assert total["number"] == TrialScheduler(config).num_trials == 15
+    assert total["tokens each"] == 1000 * (1 + 6 + 1 + 4) + 4000 * 2
+    assert total["hours"] == pytest.approx(20_000 / 10 / 3600 / 2)
+    assert total["cost"] == pytest.approx(20_000 / 10 / 3600 * 3)
+    assert estimate(config_of(train={"model": {"name": "never-run"}}))[-1]["hours"] is None
+
+
+def test_shares_that_could_not_be_filled_are_said():
+    manifest = {
+        "base_objective": None,
+        "weights": {"exact_match": 1.0},
+        "left_out": None,
+        "cut_short": "the budget ended",
+        "unfilled": {"trials": 3, "most_rows": 1200},
+        "comparisons": [],
+        "transfer": None,
+        "best": {"mix": "uniform", "is_baseline": True},
+    }
+    lines = describe_result(manifest)
+    assert "3 trials could not fill their shares (up to 1,200 rows short)" in lines[2]
+    assert lines[1] == "the budget ended"
+
+
+def test_old_keys_are_accepted_with_a_warning():
+    with pytest.warns(FutureWarning, match=r"setting validation\.looks is called validation\.num_rungs now"):
+        config = TuneConfig(validation={"looks": 3})
+    assert config.validation.num_rungs == 3
+    with pytest.warns(FutureWarning):
+        assert TuneConfig(num_random=5, stopping={"grace_looks": 2}).stopping.grace_rungs == 2
