@@ -6,12 +6,17 @@ import difflib
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo, field_validator
+
+# What YAML 1.1 turns into another number than is written: 12:00 is 720 (base 60), 0010 is 8 (base 8).
+TWISTED_NUMBER = re.compile(r"[-+]?0[0-9_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+MAX_YAML_NODES = 100_000  # aliases of aliases grow without bounds
 
 
 class ConfigError(ValueError):
@@ -19,9 +24,23 @@ class ConfigError(ValueError):
 
 
 class Settings(BaseModel):
-    """Base of every configuration section: frozen, and an unknown key is an error."""
+    """Base of every configuration section: frozen, and an unknown key is an error.
+
+    RENAMED, of a step's schema: old dotted key → new one; old ones are taken with a warning.
+    """
+
+    RENAMED: ClassVar[Mapping[str, str]] = {}
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_as_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        kinds = {annotation, *get_args(annotation)}
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise ValueError("input should be a number; YAML reads true, yes, on, false, no, off as truth values")
+        return value
 
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -62,22 +81,25 @@ def load_config(
     origins: dict[str, str] = {}
     if file is not None:
         values = read_yaml_mapping(file)
-        for key in _leaf_paths(values):
-            origins[key] = str(file)
+        origins = dict.fromkeys(flatten(values), str(file))
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
         if not separator or not key.strip():
             raise ConfigError(f"--set {assignment}: expected key.path=value")
         try:
-            value = yaml.safe_load(text)
+            value = _parse_yaml(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {assignment}: the value is not YAML ({one_line(error)})") from None
+        except _TwistedError as error:
+            raise ConfigError(f"--set {assignment}: {error}") from None
         _assign(values, key.strip(), value, f"--set {assignment}")
         origins[key.strip()] = f"--set {assignment}"
     for key, value in (flags or {}).items():
         if value is not None:
             _assign(values, key, value, f"flag for {key}")
             origins[key] = "command line"
+    for old, new in schema.RENAMED.items():
+        _rename(values, old, new, origins)
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -93,9 +115,11 @@ def read_yaml_mapping(file: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read ({one_line(error)})") from None
     try:
-        values = yaml.safe_load(text)
+        values = _parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{file}: not valid YAML ({one_line(error)})") from None
+    except _TwistedError as error:
+        raise ConfigError(f"{file}: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -164,8 +188,85 @@ def _assign(values: dict[str, Any], path: str, value: Any, origin: str) -> None:
     node[leaf] = value
 
 
-def _leaf_paths(values: Mapping[str, Any]) -> list[str]:
-    return list(flatten(values))
+def _rename(values: dict[str, Any], old: str, new: str, origins: dict[str, str]) -> None:
+    """Move the value of a renamed key to its new name, and say so on stderr."""
+    *parents, leaf = old.split(".")
+    nodes: list[Any] = [values]
+    for parent in parents:
+        nodes.append(nodes[-1].get(parent) if isinstance(nodes[-1], dict) else None)
+    if not isinstance(nodes[-1], dict) or leaf not in nodes[-1]:
+        return
+    origin = _origin(old, origins)
+    if any(key == new or key.startswith(f"{new}.") for key in flatten(values)):
+        raise ConfigError(f"{origin}: {old!r} is the old name of {new!r}, and both are set; leave the old one out")
+    print(f"{origin}: {old!r} is now {new!r}; the old name is accepted until the next release", file=sys.stderr)
+    value = nodes[-1].pop(leaf)
+    for node, parent in reversed(list(zip(nodes, parents, strict=False))):
+        if not node[parent]:
+            del node[parent]
+    for key in list(origins):
+        if key == old or key.startswith(f"{old}."):
+            origins[new + key[len(old) :]] = origins.pop(key)
+    _assign(values, new, value, origin)
+
+
+class _TwistedError(Exception):
+    """YAML means something else than what is written."""
+
+
+class _Loader(yaml.SafeLoader):
+    """yaml.safe_load, but a date stays text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _parse_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises _TwistedError where YAML would lose or change something without a word."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _refuse_twists(loader, node, ())
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _refuse_twists(loader: _Loader, node: yaml.Node, inside: tuple[int, ...], seen: list[int] | None = None) -> None:
+    seen = [] if seen is None else seen
+    seen.append(id(node))
+    line = node.start_mark.line + 1
+    if id(node) in inside:
+        raise _TwistedError(f"line {line}: the section that begins here holds itself, by an alias (*)")
+    if len(seen) > MAX_YAML_NODES:
+        raise _TwistedError(f"its aliases (*) make more than {MAX_YAML_NODES:,} values")
+    if isinstance(node, yaml.ScalarNode):
+        is_number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and node.style is None
+        if is_number and TWISTED_NUMBER.fullmatch(node.value):
+            value = loader.construct_object(node)
+            raise _TwistedError(
+                f"line {line}: YAML reads {node.value} as {value}; write '{node.value}' in quotes for this text, or "
+                "the number in base 10"
+            )
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_twists(loader, item, (*inside, id(node)), seen)
+    elif isinstance(node, yaml.MappingNode):
+        lines: dict[Any, int] = {}
+        for key, item in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in lines:
+                    raise _TwistedError(
+                        f"{key.value!r} stands twice, in lines {lines[key.value]} and {key.start_mark.line + 1}; "
+                        "make one section of them"
+                    )
+                lines[key.value] = key.start_mark.line + 1
+            _refuse_twists(loader, item, (*inside, id(node)), seen)
 
 
 def _explain(schema: type[Settings], problem: Any, origins: Mapping[str, str]) -> str:

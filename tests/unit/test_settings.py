@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -10,7 +11,7 @@ from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.serve.config import ServeConfig
-from birbal_ray.settings import ConfigError, load_config
+from birbal_ray.settings import ConfigError, Settings, load_config
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.tune.config import TuneConfig
 from tests.conftest import REPOSITORY
@@ -61,6 +62,85 @@ def test_bad_file_is_named_with_the_key(tmp_path, text, message):
 def test_bad_assignment(assignment, message):
     with pytest.raises(ConfigError, match=message):
         load_config(ScoreConfig, None, [assignment])
+
+
+TWISTED = [
+    ("budget: 12:00", r"line 1: YAML reads 12:00 as 720; write '12:00' in quotes"),
+    ("budget: 1:30", "YAML reads 1:30 as 90"),
+    ("budget: 1:30:00.5", "YAML reads 1:30:00.5 as 5400.5"),
+    ("seed: 1\nlora: {r: 0010}", "line 2: YAML reads 0010 as 8"),
+    ("seed: [1, [2, 07]]", "YAML reads 07 as 7"),
+    ("seed: true", "seed = True: input should be a number"),
+    ("seed: on", "seed = True: input should be a number"),
+    ("batch: {micro: no}", "batch.micro = False: input should be a number"),
+    ("model: {name: yes}", "model.name = True: input should be a valid string"),
+    ("seed: 1\nlora: {r: 8}\nseed: 2", "'seed' stands twice, in lines 1 and 3"),
+    ("lora:\n  r: 8\n  alpha: 1\n  r: 16", "'r' stands twice, in lines 2 and 4"),
+    ("lora: &a\n  r: *a", "holds itself"),
+    ("lora: &a [1, *a]", "holds itself"),
+    (
+        "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+        + "".join(
+            f"{new}: &{new} [{', '.join(['*' + old] * 10)}]\n" for old, new in zip("abcde", "bcdef", strict=True)
+        ),
+        "aliases",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), TWISTED)
+def test_what_yaml_twists_is_refused_with_what_was_read(tmp_path, text, message):
+    (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"my\.yaml: .*{message}") as caught:
+        load_config(TrainConfig, tmp_path / "my.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_yaml_twists_is_refused_on_the_command_line_too():
+    with pytest.raises(ConfigError, match="--set budget=12:00: line 1: YAML reads 12:00 as 720"):
+        load_config(TrainConfig, None, ["budget=12:00"])
+
+
+def test_the_shared_cases_are_refused(shared_data):
+    for name, message in (("twice", "'task_score' stands twice, in lines 1 and 5"), ("self", "holds itself")):
+        with pytest.raises(ConfigError, match=message):
+            load_config(MixConfig, shared_data / "cases" / "yaml" / f"{name}.yaml")
+
+
+def test_text_numbers_and_merged_sections_that_yaml_leaves_alone_are_taken(tmp_path):
+    class Taken(Settings):
+        text: str
+        when: str
+        number: float
+        small: int
+        section: dict[str, int]
+
+    (tmp_path / "my.yaml").write_text(
+        "text: '0010'\nwhen: 2024-01-05\nnumber: 1e-5\nsmall: 1_000\nsection: &x {a: 1}\n".replace("&x ", "")
+    )
+    taken = load_config(Taken, tmp_path / "my.yaml")
+    assert taken == Taken(text="0010", when="2024-01-05", number=1e-5, small=1000, section={"a": 1})
+
+
+class Renamed(Settings):
+    class Inner(Settings):
+        num_rungs: int = 1
+
+    RENAMED: ClassVar = {"looks": "inner.num_rungs", "old.x": "x"}
+    inner: Inner = Inner()
+    x: int = 0
+
+
+def test_old_keys_are_taken_with_a_warning(tmp_path, capsys):
+    (tmp_path / "my.yaml").write_text("looks: 3\nold: {x: 4}\n")
+    config = load_config(Renamed, tmp_path / "my.yaml")
+    assert (config.inner.num_rungs, config.x) == (3, 4)
+    assert "my.yaml: 'looks' is now 'inner.num_rungs'; the old name is accepted" in capsys.readouterr().err
+    assert load_config(Renamed, None, ["looks=5"]).inner.num_rungs == 5
+    with pytest.raises(ConfigError, match=r"--set looks=many: inner\.num_rungs = 'many'"):
+        load_config(Renamed, None, ["looks=many"])
+    with pytest.raises(ConfigError, match=r"'looks' is the old name of 'inner\.num_rungs', and both are set"):
+        load_config(Renamed, None, ["looks=5", "inner.num_rungs=5"])
 
 
 def test_absent_file():
