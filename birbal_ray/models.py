@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -11,12 +12,14 @@ import json
 import re
 import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import filelock
 
+from birbal_ray.ni.prompt import CHAT, ChatTemplate, TemplateError, read_chat_template
 from birbal_ray.run import MANIFEST_FILE
 from birbal_ray.settings import ConfigError, one_line, sha256_of
 from birbal_ray.storage import absolute, cache_folder, input_folder, is_url, join, write_atomic
@@ -202,6 +205,26 @@ def _misfit(weights: Path, model: Model) -> str | None:
     return None
 
 
+def read_template(tokenizer: Any, prompt_format: str, arguments: Mapping[str, Any]) -> ChatTemplate | None:
+    """The tokenizer's chat template with its arguments, or None where `prompt_format` is not chat.
+
+    Its end of turn is the tokenizer's EOS where the template itself writes none. Raises ModelError for a model
+    that has no template, or one that can't hold a task's examples as turns.
+    """
+    if prompt_format != CHAT:
+        return None
+    name = getattr(tokenizer, "name_or_path", "") or "the model"
+    if not getattr(tokenizer, "chat_template", None):
+        raise ModelError(
+            f"{name}: its tokenizer has no chat template; set prompt.format to birbal, or name another model"
+        )
+    try:
+        chat = read_chat_template(functools.partial(tokenizer.apply_chat_template, tokenize=False, **arguments))
+    except TemplateError as error:
+        raise ModelError(f"{name}: {error}; set prompt.format to birbal") from None
+    return chat if chat.end_of_turn else replace(chat, end_of_turn=tokenizer.eos_token or "")
+
+
 def load_with_adapter(base: Path, adapter: Path, dtype: str, device: str = "cpu") -> Any:
     """The base model in `dtype` (a torch dtype's name) with the adapter on top, for inference.
 
@@ -288,7 +311,7 @@ def _from_hub(name: str, revision: str | None, *, weights: bool) -> Model:
         RevisionNotFoundError,
     )
 
-    patterns = ["*.json", "tokenizer*", "*.model"] + (["*.safetensors"] if weights else [])
+    patterns = ["*.json", "tokenizer*", "*.model", "*.jinja"] + (["*.safetensors"] if weights else [])
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except GatedRepoError:
@@ -324,7 +347,7 @@ def _folder_fingerprint(folder: Path) -> str:
                 for sample in range(256):
                     handle.seek(size * sample // 256)
                     digest.update(handle.read(16 << 10))
-        elif file.suffix in (".json", ".model"):
+        elif file.suffix in (".json", ".model", ".jinja"):
             digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
 

@@ -59,7 +59,7 @@ def default_overrides() -> dict[str, Label]:
 def read_overrides(file: Path) -> dict[str, Label]:
     """Overrides from a CSV with the columns name,label,reason.
 
-    Raises TaskError naming the file and line when the columns or a label are others.
+    Raises TaskError naming the file and line when the columns or a label are others, or a name comes twice.
     """
     if not file.exists():
         raise TaskError(f"{file}: no such file (label overrides)")
@@ -73,5 +73,7 @@ def read_overrides(file: Path) -> dict[str, Label]:
                 raise TaskError(
                     f"{file} line {reader.line_num}: label is {row['label']!r}, expected {EXACT_MATCH} or {GENERATION}"
                 )
+            if row["name"] in overrides:
+                raise TaskError(f"{file} line {reader.line_num}: {row['name']!r} is given twice; remove one")
             overrides[row["name"]] = Label(row["label"], f"override: {row.get('reason') or 'no reason given'}")
     return overrides

@@ -16,6 +16,7 @@ PREAMBLE = (
     "Write a response that appropriately completes the request."
 )
 STOP = "\n\n"
+BIRBAL, CHAT = "birbal", "chat"  # values of prompt.format
 DEFAULT_NUM_SHOTS = 4
 # Texts that a template is probed with: letters only, so that no template changes them.
 _SYSTEM, _USER, _ASSISTANT, _INPUT = "BirbalProbeSystem", "BirbalProbeUser", "BirbalProbeAssistant", "BirbalProbeInput"

@@ -69,6 +69,17 @@ class ModelSettings(Settings):
     revision: str | None = Field(None, description="Hub revision; null takes main and records its commit")
 
 
+class PromptFormatSettings(Settings):
+    """How an instruction and an input become a prompt."""
+
+    format: Literal["birbal", "chat"] = Field(
+        "birbal", description="birbal: the published text; chat: the model's own chat template, for instruct models"
+    )
+    chat_template_arguments: dict[str, bool | int | float | str] = Field(
+        {}, description="given to the chat template, e.g. {enable_thinking: false}"
+    )
+
+
 class PromptSettings(Settings):
     """The few-shot prompt."""
 

@@ -32,6 +32,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None  # of this request alone; None: another text each time
     stop: tuple[str, ...] = (STOP,)  # the completion's text ends before the first of them
+    stop_token_ids: tuple[int, ...] = ()  # beside EOS: the completion ends before the first of them
     logprobs: bool = False  # fill Completion.tokens
     prompt_logprobs: bool = False  # fill Completion.prompt_tokens
 
@@ -199,6 +200,7 @@ class VllmEngine:
                 top_p=chosen.top_p,
                 seed=chosen.seed,
                 stop=list(chosen.stop),
+                stop_token_ids=list(chosen.stop_token_ids),
                 max_tokens=request.max_tokens,
                 logprobs=1 if chosen.logprobs else None,
                 prompt_logprobs=1 if chosen.prompt_logprobs else None,

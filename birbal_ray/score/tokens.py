@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
+
+from birbal_ray.ni.prompt import STOP, ChatTemplate
 
 
 class Tokenizer(Protocol):
@@ -12,20 +14,35 @@ class Tokenizer(Protocol):
         """`{"input_ids": …}`, one list of token ids per text."""
 
 
-def prompt_token_ids(tokenizer: Tokenizer, texts: list[str], *, as_trained: bool = False) -> list[list[int]]:
+def prompt_token_ids(
+    tokenizer: Tokenizer, texts: list[str], *, as_trained: bool = False, chat: ChatTemplate | None = None
+) -> list[list[int]]:
     """Token ids of prompts that a model is to continue.
 
     They begin with the special tokens that the tokenizer puts before a text, each once (some tokenizers add BOS
-    twice), or, `as_trained`, with BOS wherever there is one, as training samples do. They end with the text's own
-    tokens: behind an EOS, which some tokenizers append, a model starts another text.
+    twice), or, `as_trained`, with BOS wherever there is one, as training samples do; a chat template writes its own.
+    They end with the text's own tokens: behind an EOS, which some tokenizers append, a model starts another text.
     """
     if not texts:
         return []
     bos = getattr(tokenizer, "bos_token_id", None)
-    if as_trained:
+    if chat is not None:
+        leading: list[int] = []
+    elif as_trained:
         leading = [] if bos is None else [bos]
     else:
         (marked,), (plain,) = tokenizer(["x"])["input_ids"], tokenizer(["x"], add_special_tokens=False)["input_ids"]
         starts = (start for start in range(len(marked)) if marked[start : start + len(plain)] == plain)
         leading = list(dict.fromkeys(marked[: next(starts, 0)]))
     return [leading + ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def stops(tokenizer: Any, chat: ChatTemplate | None) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """(stop strings, stop token ids) of completions: the blank line, or what ends a turn in the chat template.
+
+    An end of turn that is one token is stopped at by its id: the text of special tokens is left out of completions.
+    """
+    if chat is None:
+        return (STOP,), ()
+    (ids,) = tokenizer([chat.end_of_turn], add_special_tokens=False)["input_ids"]
+    return ((), tuple(ids)) if len(ids) == 1 else (tuple(filter(None, [chat.end_of_turn])), ())

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from birbal_ray.score.config import ModelSettings
+from birbal_ray.score.config import ModelSettings, PromptFormatSettings
 from birbal_ray.settings import Duration, Settings
 
 
@@ -108,6 +108,7 @@ class TrainConfig(Settings):
         None, ge=1, description="end after so many optimizer steps, if epochs don't end before"
     )
     model: TrainModelSettings = TrainModelSettings()
+    prompt: PromptFormatSettings = PromptFormatSettings()
     lora: LoraSettings = LoraSettings()
     neftune_alpha: float | None = Field(5.0, ge=0, description="noise on embeddings while training; null or 0: none")
     batch: BatchSettings = BatchSettings()

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from birbal_ray.ni.prompt import ChatTemplate, render_prompt
 from birbal_ray.run import write_json
 from birbal_ray.settings import ConfigError
 
@@ -116,6 +117,31 @@ def encode(tokenizer: Any, questions: Sequence[str], answers: Sequence[str]) -> 
         yield ids, [IGNORED] * start + ids[start:]
 
 
+def encode_rows(
+    tokenizer: Any, rows: Mapping[str, Sequence[str]], chat: ChatTemplate | None
+) -> Iterator[tuple[list[int], list[int]]]:
+    """(token ids, labels) of rows with the columns `text_columns(chat)`.
+
+    Without a chat template see `encode`. With one: the prompt as at inference, the answer, the template's end of turn;
+    labels are IGNORED but on answer and end of turn. An answer that spells a special token stays text.
+    """
+    if chat is None:
+        yield from encode(tokenizer, rows["question"], rows["answer"])
+        return
+    asked = zip(rows["instruction"], rows["input"], strict=True)
+    prompts = [render_prompt(instruction, (), text, chat) for instruction, text in asked]
+    heads = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    answers = tokenizer(list(rows["output"]), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    (end,) = tokenizer([chat.end_of_turn], add_special_tokens=False)["input_ids"]
+    for head, answer in zip(heads, answers, strict=True):
+        yield [*head, *answer, *end], [IGNORED] * len(head) + answer + end
+
+
+def text_columns(chat: ChatTemplate | None) -> list[str]:
+    """The columns of a mix that training texts are made of."""
+    return ["question", "answer"] if chat is None else ["instruction", "input", "output"]
+
+
 def prepare(
     mix: Path,
     folder: Path,
@@ -128,6 +154,7 @@ def prepare(
     *,
     seed: int = 0,
     epochs: float = 1.0,
+    chat: ChatTemplate | None = None,
 ) -> dict[str, Packing]:
     """Tokenised samples and packs of a mix's `train` and `eval` in `folder`; figures by split. See `load_packs`.
 
@@ -142,12 +169,12 @@ def prepare(
     figures = {}
     for split, limit, num_layouts in (("train", None, min(math.ceil(epochs), MAX_LAYOUTS)), ("eval", num_eval_rows, 1)):
         file = mix / f"{eval_split if split == 'eval' else split}.parquet"
-        table = pq.read_table(file, columns=["question", "answer"])
+        table = pq.read_table(file, columns=text_columns(chat))
         if table.num_rows == 0:
             hint = "; make the mix with eval_fraction above 0, the best adapter is chosen by its loss there"
             raise ConfigError(f"{file}: no rows{hint * (split == 'eval')}")
         table = table.slice(0, limit) if limit else table
-        samples, num_long = _tokenise(split, table, tokenizer, sequence_length, long_samples, progress)
+        samples, num_long = _tokenise(split, table, tokenizer, sequence_length, long_samples, progress, chat)
         lengths = np.diff(samples["input_ids"].combine_chunks().offsets.to_numpy())
         layouts = make_layouts(lengths.tolist(), sequence_length, seed, num_layouts)
         _write(folder / f"{split}.arrow", samples)
@@ -227,14 +254,14 @@ def _tokenise(
     sequence_length: int,
     long_samples: str,
     progress: Callable[[str], None],
+    chat: ChatTemplate | None,
 ) -> tuple[pa.Table, int]:
     """(samples that fit, number of rows over the sequence length)."""
     ids: list[list[int]] = []
     starts: list[int] = []
     num_long, shortest = 0, None
     for batch in table.to_batches(max_chunksize=BATCH_ROWS):
-        rows = batch.to_pydict()
-        for one, labels in encode(tokenizer, rows["question"], rows["answer"]):
+        for one, labels in encode_rows(tokenizer, batch.to_pydict(), chat):
             shortest = min(len(one), shortest or len(one))
             start = next((at for at, label in enumerate(labels) if label != IGNORED), len(labels))
             if len(one) > sequence_length:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from birbal_ray.models import Model, load_tokenizer, pin_model, resolve_model
+from birbal_ray.models import Model, load_tokenizer, pin_model, read_template, resolve_model
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import (
     MANIFEST_FILE,
@@ -60,6 +60,8 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: ProgressLin
     config, model = resolve_config(config)
     mix = local_copy(config.mix or "")
     mix_manifest = read_mix(mix)
+    tokenizer = load_tokenizer(model.path)
+    chat = read_template(tokenizer, config.prompt.format, config.prompt.chat_template_arguments)
     with run_folder(require(config.output, "--output"), follow=True) as folder, stoppable():
         resumed = start_run(folder, STEP, _identity(config, model, mix_manifest), overwrite=overwrite)
         if resumed and (folder / MANIFEST_FILE).exists():
@@ -68,13 +70,14 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: ProgressLin
         packing = prepare(
             mix,
             folder / PACKED_FOLDER,
-            load_tokenizer(model.path),
+            tokenizer,
             config.batch.sequence_length,
             config.batch.long_samples,
             config.evaluation.num_rows,
             progress.update,
             seed=config.seed,
             epochs=config.epochs,
+            chat=chat,
         )
         found = run_preflight(config, model, packing)
         for line in describe_preflight(found, config):
@@ -97,17 +100,20 @@ def dry_run(config: TrainConfig, *, calibrate: bool = False, progress: ProgressL
     config, model = resolve_config(config)
     mix = local_copy(config.mix or "")
     read_mix(mix)
+    tokenizer = load_tokenizer(model.path)
+    chat = read_template(tokenizer, config.prompt.format, config.prompt.chat_template_arguments)
     with tempfile.TemporaryDirectory(prefix="birbal-train-", dir=place) as name:
         folder = Path(name)
         packing = prepare(
             mix,
             folder / PACKED_FOLDER,
-            load_tokenizer(model.path),
+            tokenizer,
             config.batch.sequence_length,
             config.batch.long_samples,
             config.evaluation.num_rows if not calibrate else 8,
             progress.update,
             seed=config.seed,
+            chat=chat,
         )
         found = run_preflight(config, model, packing)
         if calibrate and found.fits:

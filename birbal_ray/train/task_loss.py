@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import torch
 from transformers import TrainerCallback
 
-from birbal_ray.train.data import IGNORED, encode
+from birbal_ray.ni.prompt import ChatTemplate
+from birbal_ray.train.data import IGNORED, encode_rows, text_columns
 
 BATCH_TOKENS = 2048
 
@@ -26,11 +27,11 @@ class Sample:
     labels: list[int]
 
 
-def read_samples(file: Path, tokenizer: Any, max_tokens: int) -> list[Sample]:
+def read_samples(file: Path, tokenizer: Any, max_tokens: int, chat: ChatTemplate | None = None) -> list[Sample]:
     """Rows of a mix's split; those over `max_tokens` are left out."""
-    table = pq.read_table(file, columns=["task", "source", "question", "answer"]).to_pydict()
+    table = pq.read_table(file, columns=["task", "source", *text_columns(chat)]).to_pydict()
     tasks = [task or source for task, source in zip(table["task"], table["source"], strict=True)]
-    encoded = encode(tokenizer, table["question"], table["answer"]) if tasks else ()
+    encoded = encode_rows(tokenizer, table, chat) if tasks else ()
     found = (Sample(task, ids, labels) for task, (ids, labels) in zip(tasks, encoded, strict=True))
     return [sample for sample in found if len(sample.input_ids) <= max_tokens]
 

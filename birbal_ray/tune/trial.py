@@ -17,7 +17,7 @@ from birbal_ray.cluster import log_to
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.rows import NATURAL_INSTRUCTIONS
 from birbal_ray.mix.run import ANY_SIZE_MIB, mix
-from birbal_ray.models import Model, load_tokenizer, resolve_model
+from birbal_ray.models import Model, load_tokenizer, read_template, resolve_model
 from birbal_ray.run import RunError
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import input_folder, open_folder
@@ -78,7 +78,7 @@ def judge(
     """Train on the mix in `work`/mix, and report the objective at every rung. `labels`: task → its label."""
     import torch
 
-    from birbal_ray.train.data import PACKED_FOLDER, encode, prepare
+    from birbal_ray.train.data import PACKED_FOLDER, encode_rows, prepare
     from birbal_ray.train.sft import fine_tune, load_base
     from birbal_ray.train.task_loss import AtSteps, Sample, read_samples, task_losses
 
@@ -86,8 +86,9 @@ def judge(
     if not torch.cuda.is_available():
         torch.set_num_threads(train.resources.num_threads or 1)
     tokenizer = load_tokenizer(model.path)
+    chat = read_template(tokenizer, train.prompt.format, train.prompt.chat_template_arguments)
     validation = work / "mix" / "validation.parquet"
-    samples = read_samples(validation, tokenizer, train.batch.sequence_length)
+    samples = read_samples(validation, tokenizer, train.batch.sequence_length, chat)
     columns = pq.read_table(validation, columns=["task", "source"]).to_pydict()
     groups = {
         task or source: labels[task] if source == NATURAL_INSTRUCTIONS else f"source:{source}"
@@ -96,7 +97,9 @@ def judge(
     for file in config.validation.files:
         group = groups[file_group(file)] = file_group(file)
         rows = read_questions(file)
-        encoded = encode(tokenizer, rows["question"], rows["answer"])
+        if chat is not None:  # a question is all that the user says
+            rows = {"instruction": [""] * len(rows["answer"]), "input": rows["question"], "output": rows["answer"]}
+        encoded = encode_rows(tokenizer, rows, chat)
         samples += [Sample(group, *one) for one in encoded if len(one[0]) <= train.batch.sequence_length]
     if not samples:
         raise ConfigError(
@@ -127,6 +130,7 @@ def judge(
         NUM_EVAL_ROWS,
         eval_split="validation",
         seed=spec.seed,
+        chat=chat,
     )["train"]
     per_step = train.batch.micro * train.batch.accumulation * packing.num_tokens / packing.num_packs
     num_rungs = config.validation.num_rungs

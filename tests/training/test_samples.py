@@ -1,8 +1,11 @@
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from birbal_ray.models import read_template
 from birbal_ray.settings import ConfigError
-from birbal_ray.train.data import IGNORED, encode, load_packs, make_layouts, prepare, preview
+from birbal_ray.train.data import IGNORED, encode, encode_rows, load_packs, make_layouts, prepare, preview
+from tests.fixtures.chat_templates import SPECIAL_END
 
 QUESTION = "### Input:\nhe said\n\n### Response:\n"
 
@@ -141,3 +144,26 @@ def test_every_layout_has_the_same_number_of_packs():
     layouts = make_layouts([30, 60, 40, 50, 70, 20, 80, 10, 90, 35], 100, seed=0, num_layouts=8)
     assert len({len(layout) for layout in layouts}) == 1
     assert all(sorted(n for pack in layout for n in pack) == list(range(10)) and all(layout) for layout in layouts)
+
+
+def test_samples_by_a_chat_template(tokenizer, tmp_path):
+    """The mix's texts in the template's turns; one path from the tokenizer on disk to the packs."""
+    tokenizer.chat_template = SPECIAL_END
+    chat = read_template(tokenizer, "chat", {})
+    rows = {
+        "instruction": ["Count.", "", "Count."],
+        "input": ["one", "two", "three"],
+        "output": ["he did", "first\n\nsecond", "</s> is text"],
+    }
+    for split in ("train", "eval"):
+        pq.write_table(pa.table(rows), tmp_path / f"{split}.parquet")
+    figures = prepare(tmp_path, tmp_path / "packed", tokenizer, 512, "drop", 8, chat=chat)
+    (pack,) = load_packs(tmp_path / "packed", "train")
+    encoded = list(encode_rows(tokenizer, rows, chat))
+    assert sorted(pack["input_ids"]) == sorted(token for ids, _ in encoded for token in ids)
+    assert figures["train"].num_loss_tokens == sum(label != IGNORED for _, labels in encoded for label in labels)
+    ids, labels = encoded[0]
+    assert tokenizer.decode(ids) == "<s>[INST] Count.\n---\none [/INST]he did</s>"
+    assert ids.count(tokenizer.bos_token_id) == 1
+    answer = tokenizer("he did", add_special_tokens=False)["input_ids"]
+    assert [label for label in labels if label != IGNORED] == [*answer, tokenizer.eos_token_id]

@@ -2,57 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from birbal_ray.ni import prompt
 from birbal_ray.ni.schema import Example
-
-# A system turn, a token on both sides of a turn, an argument that closes a "thinking" part.
-SYSTEM_TURN = """
-{%- for message in messages %}<|start|>{{ message.role }}
-{{ message.content }}<|stop|>
-{% endfor %}
-{%- if add_generation_prompt %}<|start|>assistant
-{% if enable_thinking is defined and not enable_thinking %}<think>
-
-</think>
-
-{% endif %}{% endif %}"""
-# No system turn (it raises), trimmed contents, another name for the assistant, a BOS token.
-NO_SYSTEM = """
-{{- '<bos>' }}
-{%- if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
-{%- for message in messages %}<turn>{{ 'model' if message.role == 'assistant' else message.role }}
-{{ message.content | trim }}<end_of_turn>
-{% endfor %}
-{%- if add_generation_prompt %}<turn>model
-{% endif %}"""
-# The end-of-turn token is a sequence's end; the system text stands inside the first user turn; no generation prompt.
-SPECIAL_END = """
-{{- '<s>' }}
-{%- set system = messages[0].content + '\n---\n' if messages[0].role == 'system' else '' %}
-{%- for message in messages %}
-{%- if message.role == 'user' %}[INST] {{ system if loop.index0 <= 1 }}{{ message.content }} [/INST]
-{%- elif message.role == 'assistant' %} {{ message.content }} </s>{% endif %}
-{%- endfor %}"""
-IGNORES_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+from tests.fixtures.chat_templates import IGNORES_SYSTEM, NO_SYSTEM, SPECIAL_END, SYSTEM_TURN, TemplateTokenizer
 
 DEFINITION = "Say whether the colour is warm."
 EXAMPLES = (Example("red", "yes"), Example("blue", "no"))
 
 
 def template(source, **arguments):
-    def refuse(reason):
-        raise ValueError(reason)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    compiled = environment.from_string(source)
     return prompt.read_chat_template(
-        lambda messages, **options: compiled.render(messages=messages, **options, **arguments)
+        partial(TemplateTokenizer(source).apply_chat_template, tokenize=False, **arguments)
     )
 
 

@@ -44,7 +44,16 @@ def test_override_wins(tmp_path):
     assert (label.value, label.reason) == ("generation", "override: because")
 
 
-@pytest.mark.parametrize("text", ["task,kind\nt1,x\n", "name,label\nt1,exact\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "task,kind\nt1,x\n",
+        "name,label\nt1,exact\n",
+        "name,label\nt1\n",
+        "name,label\nt1,generation\nt1,exact_match\n",
+        "name;label\nt1;generation\n",
+    ],
+)
 def test_bad_override_file_is_named(tmp_path, text):
     file = tmp_path / "o.csv"
     file.write_text(text)
