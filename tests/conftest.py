@@ -12,10 +12,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import settings
 
 from birbal_ray.storage import Folder, open_folder
 from tests.fixtures.s3_server import BUCKET, s3_server
 
+settings.register_profile("birbal", deadline=None)  # a busy machine is no failure
+settings.load_profile("birbal")
 REPOSITORY = Path(__file__).resolve().parent.parent
 SLOW = os.environ.get("BIRBAL_SLOW_TESTS") == "1"
 slow = pytest.mark.skipif(not SLOW, reason="takes minutes; `make test-all` (BIRBAL_SLOW_TESTS=1) runs it")
