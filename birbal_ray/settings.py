@@ -26,10 +26,11 @@ class ConfigError(ValueError):
 class Settings(BaseModel):
     """Base of every configuration section: frozen, and an unknown key is an error.
 
-    RENAMED, of a step's schema: old dotted key → new one; old ones are taken with a warning.
+    RENAMED, of a step's schema: old dotted key → new one, None where it has no effect any more; old ones are taken
+    with a warning.
     """
 
-    RENAMED: ClassVar[Mapping[str, str]] = {}
+    RENAMED: ClassVar[Mapping[str, str | None]] = {}
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
@@ -188,7 +189,7 @@ def _assign(values: dict[str, Any], path: str, value: Any, origin: str) -> None:
     node[leaf] = value
 
 
-def _rename(values: dict[str, Any], old: str, new: str, origins: dict[str, str]) -> None:
+def _rename(values: dict[str, Any], old: str, new: str | None, origins: dict[str, str]) -> None:
     """Move the value of a renamed key to its new name, and say so on stderr."""
     *parents, leaf = old.split(".")
     nodes: list[Any] = [values]
@@ -197,6 +198,10 @@ def _rename(values: dict[str, Any], old: str, new: str, origins: dict[str, str])
     if not isinstance(nodes[-1], dict) or leaf not in nodes[-1]:
         return
     origin = _origin(old, origins)
+    if new is None:
+        print(f"{origin}: {old!r} has no effect any more; leave it out", file=sys.stderr)
+        del nodes[-1][leaf]
+        return
     if any(key == new or key.startswith(f"{new}.") for key in flatten(values)):
         raise ConfigError(f"{origin}: {old!r} is the old name of {new!r}, and both are set; leave the old one out")
     print(f"{origin}: {old!r} is now {new!r}; the old name is accepted until the next release", file=sys.stderr)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -38,6 +39,8 @@ class PrimaryComparison(Settings):
 
 class EvaluateConfig(Settings):
     """Everything `birbal evaluate` can be told."""
+
+    RENAMED: ClassVar[Mapping[str, str | None]] = {"bootstrap": None}  # intervals are Student's t now
 
     tasks: HeldOutTasks = HeldOutTasks()
     model: ModelSettings = ModelSettings()

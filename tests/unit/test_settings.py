@@ -163,3 +163,9 @@ def test_both_sizes_are_there_for_every_step():
         names = {path.name for path in FILES if path.parent.name == step}
         assert "tiny.yaml" in names
         assert len(names) >= 2
+
+
+def test_settings_of_an_evaluation_of_version_0_1_are_read(tmp_path, capsys):
+    (tmp_path / "old.yaml").write_text("bootstrap: {num_resamples: 10000}\nprompt_formats: [zero_shot]\n")
+    assert load_config(EvaluateConfig, tmp_path / "old.yaml").prompt_formats == ["zero_shot"]
+    assert "old.yaml: 'bootstrap' has no effect any more; leave it out" in capsys.readouterr().err
