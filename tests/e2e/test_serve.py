@@ -117,6 +117,7 @@ def test_a_client_that_hangs_up_frees_the_engine(server):
     assert time.monotonic() - started < 60, "it would take minutes behind the story"
 
 
+@pytest.mark.timeout(2400)
 def test_the_server_gives_the_texts_that_evaluation_gets(server, tmp_path):
     """Each difference must begin where the two likeliest tokens are nearer than TIE; all are printed."""
     asked = prompts()
