@@ -86,6 +86,7 @@ def openai_command(config: ServeConfig) -> list[str]:
         raise ConfigError("--openai starts vLLM's own server; engine.backend must be vllm")
     served = load_served(config)
     arguments = vllm_arguments(served.path, served.engine, served.resources, served.adapters)
+    del arguments["disable_log_stats"]  # its /metrics
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(arguments.pop("model"))]
     command += ["--host", config.host, "--port", str(config.port), "--served-model-name", served.name]
     for adapter in served.adapters:

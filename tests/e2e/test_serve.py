@@ -19,6 +19,9 @@ from birbal_ray.score.config import EngineSettings, ResourceSettings
 from birbal_ray.score.engine import Request, Sampling, VllmEngine
 from birbal_ray.score.engine_loop import EngineLoop
 from birbal_ray.score.tokens import prompt_token_ids
+from birbal_ray.serve.config import ServeConfig
+from birbal_ray.serve.run import openai_command
+from birbal_ray.settings import load_config
 from tests.conftest import REPOSITORY
 from tests.e2e.processes import kill_whole, wait_for
 
@@ -59,6 +62,31 @@ def prompts() -> list[str]:
         kinds[n % 4].format(n=n, m=n * 7 % 13, many=" ".join(f"item {k}" for k in range(n % 9)))
         for n in range(NUM_PROMPTS)
     ]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"engine.device": "cpu"},
+        {
+            **{"engine.device": "gpu", "resources.gpus_per_replica": 2},
+            "engine.arguments": {"kv_cache_dtype": "fp8", "hf_overrides": {"rope_theta": 1e6}, "enforce_eager": True},
+        },
+    ],
+)
+def test_vllms_own_server_reads_its_command(more):
+    """By vLLM's own parser; for cards that are not here, too."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    config = load_config(ServeConfig, None, [], {"model.name": "smollm2-135m", "port": 9000, **more})
+    command = openai_command(config)
+    read = make_arg_parser(FlexibleArgumentParser()).parse_args(command[5:])
+    assert (read.port, read.served_model_name, read.max_model_len) == (9000, ["smollm2-135m"], 8192)
+    assert read.tensor_parallel_size == more.get("resources.gpus_per_replica", 1)
+    assert read.trust_remote_code is False and read.enforce_eager is True and not read.disable_log_stats
+    if "engine.arguments" in more:
+        assert (read.kv_cache_dtype, read.hf_overrides) == ("fp8", {"rope_theta": 1e6})
 
 
 def test_the_answer_is_the_models_and_every_number_is_finite(server):
