@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from birbal_ray.mix.config import ColumnMapping, SourceSettings
-from birbal_ray.mix.features import hash_texts
+from birbal_ray.mix.features import hash_all
 from birbal_ray.mix.files import BATCH_ROWS, SUFFIXES, read_records, sha256_of_file
 from birbal_ray.mix.rows import OUTSIDE_ROWS
 from birbal_ray.settings import ConfigError, nearest
@@ -123,7 +123,8 @@ def read_source(source: SourceSettings, origin: Origin) -> Iterator[pa.Table]:
     seen: dict[int, int] = {}  # text hash → rows with it so far
     rows = _rows(source, origin)
     while batch := list(itertools.islice(rows, BATCH_ROWS)):
-        digests = hash_texts(f"{row['instruction']}\x1f{row['input']}\x1f{row['output']}" for row in batch)
+        texts = (f"{row['instruction']}\x1f{row['input']}\x1f{row['output']}" for row in batch)
+        digests = hash_all(text.encode("utf-8", "surrogatepass") for text in texts)
         for row, digest in zip(batch, digests.tolist(), strict=True):
             seen[digest] = count = seen.get(digest, 0) + 1
             row["row_id"] = f"{source.name}:{digest:016x}" + (f"#{count}" if count > 1 else "")

@@ -221,8 +221,9 @@ class _Collected:
         return values
 
     def texts(self, name: str) -> pa.Array:
-        """One text column, shape (candidates,)."""
+        """One text column, shape (candidates,); it is dropped from the tables."""
         pieces = [piece for table in self.tables for piece in table[name].chunks]
+        self.tables = [table.drop_columns(name) for table in self.tables]
         return pa.chunked_array(pieces, pa.string()).cast(pa.large_string()).combine_chunks()
 
     def near_duplicates(self, threshold: float) -> Callable[[NDArray[np.int64]], dict[int, int]] | None:
@@ -252,7 +253,7 @@ def _context(config: MixConfig, scores: ScoreFolder, origins: Sequence[Origin]) 
     ]
     files = config.contamination.files
     ngrams = build_index(files, config.contamination.ngram) if files else None
-    return Context(config, scores, (*tasks, *outside), ngrams)
+    return reading.make_context(config, scores, [*tasks, *outside], ngrams)
 
 
 def _check_complete(rows: Candidates, row_ids: pa.Array, context: Context) -> None:
@@ -265,11 +266,11 @@ def _check_complete(rows: Candidates, row_ids: pa.Array, context: Context) -> No
                 f"{task.num_instances}; the folder is damaged or half copied, {AGAIN}"
             )
     order = np.argsort(rows.row_hash, kind="stable")
-    ids, others = rows.row_hash[order], rows.shuffle_hash[order]
-    repeated = np.flatnonzero((ids[1:] == ids[:-1]) & (others[1:] == others[:-1]))
-    if len(repeated):
-        row = int(order[repeated[0]])
+    same = np.flatnonzero(np.diff(rows.row_hash[order]) == 0)
+    ids = row_ids.take(pa.array(order[same])).to_pylist(), row_ids.take(pa.array(order[same + 1])).to_pylist()
+    repeated = [one for one, other in zip(*ids, strict=True) if one == other]
+    if repeated:
         raise RunError(
             f"{scores.folder}: {len(repeated)} row ids occur twice, one of them in "
-            f"{context.groups[int(rows.group[row])].name!r} ({row_ids[row]}); {AGAIN}"
+            f"{repeated[0].rpartition(':')[0]!r} ({repeated[0]}); {AGAIN}"
         )

@@ -57,16 +57,21 @@ class Context:
     scores: ScoreFolder
     groups: tuple[Group, ...]
     ngrams: NgramIndex | None
+    # Of the tasks, each of shape (tasks,).
+    names: pa.Array
+    labels: pa.Array
+    licenses: pa.Array
+    definitions: pa.Array
 
-    def per_task(self, field: str) -> pa.Array:
-        """A field of all tasks, as text; shape (tasks,)."""
-        return pa.array([getattr(task, field) for task in self.scores.tasks], pa.string())
 
-    def definitions(self) -> pa.Array:
-        """The tasks' instructions; `compat` reproduces that the published scripts took a text's first letter."""
-        first_letter = self.config.compat
-        texts = [t.definition[:1] if first_letter and t.definition_is_text else t.definition for t in self.scores.tasks]
-        return pa.array(texts, pa.string())
+def make_context(config: MixConfig, scores: ScoreFolder, groups: Sequence[Group], ngrams: NgramIndex | None) -> Context:
+    """`compat` reproduces that the published scripts took the first letter of a definition that is a text."""
+    per_task = [
+        (t.name, t.label, t.license, t.definition[:1] if config.compat and t.definition_is_text else t.definition)
+        for t in scores.tasks
+    ]
+    columns = [pa.array(list(column), pa.string()) for column in zip(*per_task, strict=True)]
+    return Context(config, scores, tuple(groups), ngrams, *columns)
 
 
 def plan_chunks(files: Sequence[ScoreFile], chunk_bytes: int) -> list[Chunk]:
@@ -120,19 +125,19 @@ def read_chunk_features(chunk: Chunk, context: Context) -> pa.Table:
 def read_chunk_texts(wanted: tuple[Chunk, NDArray[np.int32]], context: Context) -> pa.Table:
     """TEXTS of a chunk's rows that have a rank; `wanted` holds the chunk and, for each of its rows, a rank or -1."""
     chunk, ranks = wanted
-    definitions, licenses, start, tables = context.definitions(), context.per_task("license"), 0, []
+    start, tables = 0, []
     for file in chunk:
         rows = read_scored(context.scores, file, TEXT_COLUMNS)
         rank = ranks[start : start + len(rows)]
         start += len(rows)
         rows = rows.take(pa.array(np.flatnonzero(rank >= 0)))
-        number = pc.index_in(rows["task"], context.per_task("name"))
+        number = pc.index_in(rows["task"], context.names)
         columns = {
             "rank": rank[rank >= 0],
-            "instruction": definitions.take(number),
+            "instruction": context.definitions.take(number),
             "input": rows["orig_input"],
             "output": first_references(rows["answer"].combine_chunks()),
-            "license": licenses.take(number),
+            "license": context.licenses.take(number),
         }
         tables.append(pa.table(columns, schema=TEXTS))
     return pa.concat_tables(tables)
@@ -197,11 +202,11 @@ class TextSorter:
 
 
 def _scored_block(rows: pa.Table, place: str, context: Context) -> Block:
-    group = pc.index_in(rows["task"], context.per_task("name")).combine_chunks()
+    group = pc.index_in(rows["task"], context.names).combine_chunks()
     if group.null_count:
         unknown = rows["task"].filter(pc.is_null(group))[0].as_py()
         raise RunError(f"{place}: task {unknown!r} is not in the run's tasks.parquet; {AGAIN}")
-    if not pc.all(pc.equal(rows["label"], context.per_task("label").take(group))).as_py():
+    if not pc.all(pc.equal(rows["label"], context.labels.take(group))).as_py():
         raise RunError(f"{place}: its rows have another label than tasks.parquet gives their task; {AGAIN}")
     answer = rows["answer"].combine_chunks()
     has_error = rows["error"].is_valid().to_numpy() | (pc.list_value_length(answer).to_numpy() == 0)
@@ -219,7 +224,7 @@ def _scored_block(rows: pa.Table, place: str, context: Context) -> Block:
         flags=flags,
         score=np.where(has_error, np.nan, rows["score"].to_numpy()),
         row_id=rows["row_id"].combine_chunks(),
-        instruction=context.definitions().take(group),
+        instruction=context.definitions.take(group),
         input=rows["orig_input"].combine_chunks(),
         output=pc.fill_null(first_references(answer), ""),
         answers=answers,

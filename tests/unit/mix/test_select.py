@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from birbal_ray.mix.config import MixConfig
+from birbal_ray.mix.features import row_hashes, shuffle_hashes
 from birbal_ray.mix.rows import BUCKETS, Flags, Reason
 from birbal_ray.mix.select import NO_DUPLICATE, Candidates, Group, decide
+from birbal_ray.ni.schema import hash_order
 from birbal_ray.settings import ConfigError
 
 GROUPS = [
@@ -142,3 +144,11 @@ def test_published_ladder_by_hand():
 def test_budget_that_cannot_be_met():
     with pytest.raises(ConfigError, match=r"task_score.generation_budget = 3: only 0 generation candidates"):
         decide(columns(0, 0), GROUPS, MixConfig(task_score={"exact_match_budget": 0, "generation_budget": 3}))
+
+
+def test_rows_of_a_task_come_in_the_order_that_scoring_takes_them():
+    ids = [f"task{n % 3}:{n}" for n in range(50)]
+    hashes = row_hashes([row_id.encode() for row_id in ids], 7)
+    assert hashes.tolist() == [int.from_bytes(hash_order(row_id, 7), "big") for row_id in ids]
+    shuffled = shuffle_hashes(hashes)
+    assert len(set(shuffled.tolist())) == 50 and np.argsort(shuffled).tolist() != np.argsort(hashes).tolist()
