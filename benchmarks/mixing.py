@@ -110,10 +110,9 @@ def mix_bytes(folder: Path) -> dict[str, bytes]:
 
 def line(run: dict[str, Any]) -> str:
     """One run as text."""
-    return (
-        f"{run['kind']:7} {run['rows']:>9,} rows: {run['seconds']:6.1f} s, {run['rows_per_second']:8,.0f} rows/s, "
-        f"peak {run['peak_mib']:6,.0f} MiB (driver {run['driver_mib']:,.0f}), start {run['start_seconds']:.1f} s"
-    )
+    memory = f"peak {run['peak_mib']:6,.0f} MiB (driver {run['driver_mib']:,.0f})"
+    speed = f"{run['seconds']:6.1f} s, {run['cpu_seconds']:5.0f} s of CPU, {run['rows_per_second']:8,.0f} rows/s"
+    return f"{run['kind']:7} {run['rows']:>9,} rows: {speed}, {memory}, start {run['start_seconds']:.1f} s"
 
 
 def in_child(kind: str, scores: Path, output: Path, rows: int, budget: int) -> dict[str, Any]:
@@ -125,12 +124,14 @@ def in_child(kind: str, scores: Path, output: Path, rows: int, budget: int) -> d
     watched = psutil.Process(process.pid)
     peak = driver_peak = 0.0
     at_peak: dict[str, int] = {}
+    cpu: dict[int, float] = {}  # seconds of each process, as last seen
     while process.poll() is None:
         total = driver = 0.0
         sizes: dict[str, int] = {}
         for member in [watched, *children_of(watched)]:
             try:
                 size = member.memory_full_info().pss / 2**20
+                cpu[member.pid] = sum(member.cpu_times()[:2])
             except psutil.Error:
                 continue
             total += size
@@ -144,7 +145,14 @@ def in_child(kind: str, scores: Path, output: Path, rows: int, budget: int) -> d
         raise SystemExit(f"{kind} failed")
     assert process.stdout is not None
     result = json.loads(process.stdout.read().splitlines()[-1])
-    return {**result, "peak_mib": round(peak), "driver_mib": round(driver_peak), "at_peak_mib": at_peak}
+    used = round(sum(cpu.values()), 1)
+    return {
+        **result,
+        "cpu_seconds": used,
+        "peak_mib": round(peak),
+        "driver_mib": round(driver_peak),
+        "at_peak_mib": at_peak,
+    }
 
 
 def name_of(process: Any) -> str:
