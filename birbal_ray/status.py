@@ -9,16 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from birbal_ray.lock import LOCK_RECORD, is_alive, lock_holder
 from birbal_ray.progress import duration
 from birbal_ray.run import (
-    LOCK_RECORD,
     LOG_FOLDER,
     MANIFEST_FILE,
     PROGRESS_FILE,
     RUN_FILE,
     RunError,
-    is_alive,
-    lock_holder,
 )
 from birbal_ray.settings import ConfigError, one_line
 from birbal_ray.storage import Folder, open_folder

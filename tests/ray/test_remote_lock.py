@@ -8,15 +8,15 @@ import time
 
 import pytest
 
-from birbal_ray import run
+from birbal_ray import lock
 from birbal_ray.run import open_run
 from birbal_ray.storage import RunError, open_folder
 from tests.fixtures.s3_server import BUCKET, python_at, s3_proxy
 
 HOLD = """
 import sys, time
-from birbal_ray import run
-run.LEASE_SECONDS, run.RENEW_SECONDS, run.LEASE_MARGIN_SECONDS = 1.2, 0.2, 0.1
+from birbal_ray import lock, run
+lock.LEASE_SECONDS, lock.RENEW_SECONDS, lock.LEASE_MARGIN_SECONDS = 1.2, 0.2, 0.1
 with run.open_run(sys.argv[1], "score", {}, owns=()) as opened:
     print("held", flush=True)
     end = time.monotonic() + float(sys.argv[2])
@@ -31,7 +31,7 @@ with run.open_run(sys.argv[1], "score", {}, owns=()) as opened:
 @pytest.fixture
 def short_lease(monkeypatch):
     for name, value in (("LEASE_SECONDS", 1.2), ("RENEW_SECONDS", 0.2), ("LEASE_MARGIN_SECONDS", 0.1)):
-        monkeypatch.setattr(run, name, value)
+        monkeypatch.setattr(lock, name, value)
 
 
 def test_the_holder_is_named_and_a_killed_ones_lock_is_taken_over(folder, short_lease):
@@ -40,21 +40,21 @@ def test_the_holder_is_named_and_a_killed_ones_lock_is_taken_over(folder, short_
     message = f"another run is writing here \\(pid {holder.pid} on"
     with pytest.raises(RunError, match=message), open_run(folder, "score", {}, owns=()):
         pass
-    assert run.lock_holder(folder)["pid"] == holder.pid
+    assert lock.lock_holder(folder)["pid"] == holder.pid
     holder.kill()
     holder.wait()
-    assert run.lock_holder(folder) is None
+    assert lock.lock_holder(folder) is None
     with open_run(folder, "score", {}, owns=()):
-        assert run.lock_holder(folder)["pid"] == os.getpid()
-    assert run.lock_holder(folder) is None
+        assert lock.lock_holder(folder)["pid"] == os.getpid()
+    assert lock.lock_holder(folder) is None
 
 
 def test_a_dead_holder_on_another_machine_is_waited_for(s3, short_lease):
     folder = open_folder(f"s3://{BUCKET}/elsewhere")
-    folder.write_json(".lock.json", {**run.this_process(), "host": "gone", "beat": 3})
+    folder.write_json(".lock.json", {**lock.this_process(), "host": "gone", "beat": 3})
     start = time.monotonic()
     with open_run(folder, "score", {}, owns=()) as opened:
-        assert time.monotonic() - start >= run.LEASE_SECONDS
+        assert time.monotonic() - start >= lock.LEASE_SECONDS
         opened.check()
 
 
@@ -62,7 +62,7 @@ def test_who_loses_the_lock_stops_and_publishes_nothing(s3, short_lease):
     """As after a long pause of the machine: another run took the folder over."""
     folder = open_folder(f"s3://{BUCKET}/lost")
     with pytest.raises(RunError, match="took this folder over"), open_run(folder, "score", {}, owns=()) as opened:
-        folder.write_json(".lock.json", {**run.this_process(), "host": "other", "beat": 1})
+        folder.write_json(".lock.json", {**lock.this_process(), "host": "other", "beat": 1})
         time.sleep(20)  # interrupted by the thread that renews
         opened.finish({}, [], summary="")
     assert "manifest.json" not in folder.files()
@@ -71,7 +71,7 @@ def test_who_loses_the_lock_stops_and_publishes_nothing(s3, short_lease):
         pytest.raises(RunError, match="took this folder over"),
         open_run(f"s3://{BUCKET}/lost-2", "score", {}, owns=()) as opened,
     ):
-        opened.folder.write_json(".lock.json", {**run.this_process(), "host": "other", "beat": 1})
+        opened.folder.write_json(".lock.json", {**lock.this_process(), "host": "other", "beat": 1})
         opened._lock._valid_until = 0.0
         opened.finish({}, [], summary="")
 
@@ -98,11 +98,11 @@ def test_two_runs_are_never_inside_at_once_however_slow_the_store_writes(s3, del
 def test_a_paused_holder_does_not_come_back_inside(s3):
     """SIGSTOP for longer than the lease, as a suspended machine: the second takes over, the first stops."""
     url = f"s3://{BUCKET}/paused"
-    first = python_at(s3, HOLD.replace("run.LEASE", "run.is_alive = lambda holder: None\nrun.LEASE", 1), url, "30")
+    first = python_at(s3, HOLD.replace("lock.LEASE", "lock.is_alive = lambda holder: None\nlock.LEASE", 1), url, "30")
     assert first.stdout is not None and first.stdout.readline() == "held\n"
     first.stdout.readline()
     os.kill(first.pid, signal.SIGSTOP)
-    second = python_at(s3, HOLD.replace("run.LEASE", "run.is_alive = lambda holder: None\nrun.LEASE", 1), url, "3")
+    second = python_at(s3, HOLD.replace("lock.LEASE", "lock.is_alive = lambda holder: None\nlock.LEASE", 1), url, "3")
     assert second.stdout is not None and second.stdout.readline() == "held\n"
     inside = float(second.stdout.readline().split()[0])
     os.kill(first.pid, signal.SIGCONT)

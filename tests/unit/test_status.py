@@ -15,7 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
-from birbal_ray.run import open_run, this_process
+from birbal_ray.lock import this_process
+from birbal_ray.run import open_run
 from birbal_ray.settings import ConfigError
 from birbal_ray.status import read_status
 from birbal_ray.storage import RunError, open_folder
