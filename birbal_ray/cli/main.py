@@ -98,7 +98,10 @@ class Commands(click.Group):
             context.exit(EXIT_USAGE if isinstance(error, usage) else EXIT_FAILED)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True},
+)
 @click.version_option(__version__, prog_name="birbal")
 def main() -> None:
     """Make a language model better with one GPU and one day: find what it gets wrong, train on that.

@@ -7,30 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from birbal_ray.cli.options import format_option, note, print_table, refuse_url
+from birbal_ray.cli.options import format_option, note, overwrite_option, print_table, refuse_url
+from birbal_ray.settings import ConfigError
 
 if TYPE_CHECKING:
-    from birbal_ray.evaluate.leaderboard import Sensitivity, Standing
+    from birbal_ray.evaluate.leaderboard import Sensitivity
+
+FILE: Any = click.Path(path_type=Path)
 
 
 @click.command()
-@click.option(
-    "--run",
-    "run",
-    metavar="DIR",
-    required=True,
-    help="Output folder of `birbal train`.",
-)
+@click.option("--run", metavar="DIR", required=True, help="Output folder of `birbal train`.")
 @click.option("--output", metavar="DIR", required=True, help="The merged model's folder.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float32"]),
-    default="bfloat16",
-    show_default=True,
-    help="Of the merged weights; never 4-bit.",
-)
-@click.option("--prompts", type=click.IntRange(min=1), default=8, show_default=True, help="Eval rows to compare on.")
-@click.option("--overwrite", is_flag=True, help="Start anew where the folder holds another merge.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", help="Never 4-bit.")
+@click.option("--prompts", type=click.IntRange(min=1), default=8, help="Eval rows to compare on.")
+@overwrite_option
 @format_option
 def merge(run: str, output: str, dtype: str, prompts: int, overwrite: bool, output_format: str) -> None:
     """Merge the adapter of a training run into unquantised base weights, and compare before with after.
@@ -49,39 +40,22 @@ def merge(run: str, output: str, dtype: str, prompts: int, overwrite: bool, outp
 
 @click.command()
 @click.option("--model", metavar="NAME", help="Local folder, Hub id, or embedded model.")
-@click.option(
-    "--adapter", metavar="DIR", help="LoRA adapter on the model: a PEFT folder, or the output of `birbal train`."
-)
+@click.option("--adapter", metavar="DIR", help="LoRA adapter on it: a PEFT folder, or the output of `birbal train`.")
 @click.option("--output", metavar="DIR", help="The run's folder.")
+@click.option("--benchmark", "benchmarks", multiple=True, metavar="NAME", help="One of --list; default: all of them.")
+@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Any task of the harness, beside the metrics.")
 @click.option(
-    "--benchmark", "benchmarks", multiple=True, metavar="NAME", help="One of --list; repeatable. Default: all of them."
-)
-@click.option(
-    "--task", "tasks", multiple=True, metavar="NAME", help="Any task of the harness, beside the leaderboard's metrics."
-)
-@click.option(
-    "--include-path",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Folder of further task files (YAML), which also replace the harness's of the same name.",
+    "--include-path", type=FILE, metavar="DIR", help="Further task files (YAML), which replace those of a name."
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N documents of every task.")
 @click.option("--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Examples in the prompt, for every task.")
-@click.option("--batch-size", default="8", show_default=True, metavar="N|auto", help="Requests computed together.")
+@click.option("--batch-size", default="8", metavar="N|auto", help="Requests computed together.")
 @click.option("--device", metavar="NAME", help="For example cuda:0 or cpu; default: a GPU where there is one.")
-@click.option(
-    "--backend",
-    type=click.Choice(["hf", "vllm"]),
-    default="hf",
-    show_default=True,
-    help="What computes: transformers, or vLLM (on GPUs).",
-)
+@click.option("--backend", type=click.Choice(["hf", "vllm"]), default="hf", help="transformers, or vLLM (on GPUs).")
 @click.option("--team", metavar="NAME", help="The model's name in results.json; default: the model's and adapter's.")
-@click.option("--overwrite", is_flag=True, help="Start anew where the folder holds another run.")
+@overwrite_option
 @click.option(
-    "--helm",
-    is_flag=True,
-    help="Ask through HELM, the challenge's client; --task is then a run entry, --include-path a folder of plugins.",
+    "--helm", is_flag=True, help="Ask through HELM: --task is a run entry, --include-path a folder of plugins."
 )
 @click.option("--list", "list_only", is_flag=True, help="Show the leaderboard's metrics and how each is measured.")
 @click.option("--dry-run", is_flag=True, help="Check names and show what would run; load no model, write nothing.")
@@ -100,12 +74,19 @@ def harness(helm: bool, list_only: bool, dry_run: bool, overwrite: bool, output_
       birbal harness --helm --model smollm2-135m --limit 20 --output runs/helm
       birbal harness --list
     """
-    if list_only:
-        _print_benchmarks(output_format)
-        return
     from birbal_ray.evaluate import harness as step
-    from birbal_ray.evaluate.benchmarks import COMPARABLE_NOTE
+    from birbal_ray.evaluate.benchmarks import COMPARABLE_NOTE, listing
     from birbal_ray.evaluate.leaderboard import METRICS
+
+    if list_only:
+        rows = listing()
+        if output_format == "text":  # narrow
+            for row in rows:
+                first, *others = (row.pop("tasks") or "-").split()
+                row |= {"tasks": f"{first} and {len(others)} more" if others else first}
+                del row["needs"]
+        print_table(rows, output_format)
+        return
 
     request = step.HarnessOptions(**settings)
     if helm:
@@ -127,39 +108,12 @@ def harness(helm: bool, list_only: bool, dry_run: bool, overwrite: bool, output_
         note(f"place it: birbal leaderboard --add {result.folder / step.RESULTS_FILE}")
 
 
-def _print_benchmarks(output_format: str) -> None:
-    from birbal_ray.evaluate.benchmarks import listing
-
-    rows = listing()
-    if output_format == "text":  # narrow
-        for row in rows:
-            first, *others = (row["tasks"] or "-").split()
-            row["tasks"] = f"{first} and {len(others)} more" if others else first
-    columns = [name for name in rows[0] if output_format != "text" or name != "needs"]
-    print_table(rows, output_format, columns)
-
-
 @click.command()
-@click.option(
-    "--raw",
-    "raw_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Another table of teams; default: the eight published ones.",
-)
-@click.option(
-    "--add",
-    "added_files",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="A model's results, placed among the teams. Repeatable: all compete with all.",
-)
-@click.option(
-    "--leave-one-out", "sensitivity", is_flag=True, help="Show how ranks and scores change when one team is left out."
-)
+@click.option("--raw", type=FILE, metavar="FILE", help="Another table of teams; default: the eight published ones.")
+@click.option("--add", multiple=True, type=FILE, metavar="FILE", help="A model's results, placed among the teams.")
+@click.option("--leave-one-out", is_flag=True, help="Show how ranks and scores change when one team is left out.")
 @format_option
-def leaderboard(raw_file: Path | None, added_files: tuple[Path, ...], sensitivity: bool, output_format: str) -> None:
+def leaderboard(raw: Path | None, add: tuple[Path, ...], leave_one_out: bool, output_format: str) -> None:
     """Rank teams by win rates over nine scenarios: open and hidden score, and the full score of both.
 
     Without options: the final leaderboard of the NeurIPS 2023 LLM Efficiency Challenge, RTX 4090
@@ -171,63 +125,44 @@ def leaderboard(raw_file: Path | None, added_files: tuple[Path, ...], sensitivit
     where results.json holds raw metrics from 0 to 1:
       {"team": "my-model", "metrics": {"MMLU - EM": 0.6, "GSM8K - EM": 0.41}}
     """
-    from birbal_ray.evaluate import leaderboard as files
-    from birbal_ray.evaluate.leaderboard import METRICS, leave_one_out, missing_metrics, rank_with, zeroed_scores
-    from birbal_ray.settings import ConfigError
+    from birbal_ray.evaluate import leaderboard as board
 
-    teams = files.load_published() if raw_file is None else files.load_teams(raw_file)
-    added = files.load_added(added_files, teams)
+    teams = board.load_published() if raw is None else board.load_teams(raw)
+    added = board.load_added(add, teams)
     everybody = {**teams, **added}
-    if sensitivity and len(everybody) < 2:
+    if leave_one_out and len(everybody) < 2:
         raise ConfigError("--leave-one-out needs at least 2 teams, found 1")
-    for file in added_files:
-        if remark := files.load_remark(file):
+    for file in add:
+        if remark := board.load_remark(file):
             note(f"{file}: {remark}")
-    for name, values in (added if raw_file is None else everybody).items():
-        if missing := missing_metrics(values):
-            note(f"{name}: {len(missing)} of {len(METRICS)} metrics missing, counted as worst: {', '.join(missing)}")
-    places = rank_with(teams, added)
-    for zeroed in zeroed_scores(places):
+    for name, values in (added if raw is None else everybody).items():
+        if missing := board.missing_metrics(values):
+            missed = f"{len(missing)} of {len(board.METRICS)} metrics missing"
+            note(f"{name}: {missed}, counted as worst: {', '.join(missing)}")
+    places = board.rank_with(teams, added)
+    for zeroed in board.zeroed_scores(places):
         scenarios = " and ".join(zeroed.scenarios)
-        note(
-            f"warning: {zeroed.team}: win rate 0 on {scenarios}, so {zeroed.score} is next to 0 whatever the others are"
-        )
-    if sensitivity:
-        _print_sensitivities(leave_one_out(everybody), output_format)
-    else:
-        _print_places(places, output_format, with_added=bool(added))
+        why = f"win rate 0 on {scenarios}, so {zeroed.score} is next to 0 whatever the others are"
+        note(f"warning: {zeroed.team}: {why}")
+    if leave_one_out:
+        print_sensitivities(board.leave_one_out(everybody), output_format)
+        return
+    rows = []
+    for place in places:
+        # On a screen, a column of "no" is noise; for programs the columns stay the same.
+        marked = {"added": place.added} if added or output_format != "text" else {}
+        scores = {name: getattr(place, name.lower()) for name in ("Score_open", "Score_hidden", "Score_full")}
+        rows.append({"rank": place.rank, "team": place.team, **marked, **place.win_rates, **scores})
+    print_table(rows, output_format)
 
 
-def _print_places(places: list[Standing], output_format: str, with_added: bool) -> None:
-    rows: list[dict[str, Any]] = [
-        {
-            "rank": place.rank,
-            "team": place.team,
-            "added": place.added,
-            **place.win_rates,
-            "Score_open": place.score_open,
-            "Score_hidden": place.score_hidden,
-            "Score_full": place.score_full,
-        }
-        for place in places
-    ]
-    # On a screen, a column of "no" is noise; for programs the columns stay the same.
-    columns = [name for name in rows[0] if name != "added" or with_added or output_format != "text"]
-    print_table(rows, output_format, columns)
-
-
-def _print_sensitivities(found: list[Sensitivity], output_format: str) -> None:
-    rows: list[dict[str, Any]] = []
+def print_sensitivities(found: list[Sensitivity], output_format: str) -> None:
+    """Each team's rank and score, the span of them, and those without each other team."""
+    rows = []
     for entry in found:
-        row = {
-            "rank": entry.rank,
-            "team": entry.team,
-            "best rank": entry.ranks[0],
-            "worst rank": entry.ranks[1],
-            "Score_full": entry.score_full,
-            "lowest": entry.scores[0],
-            "highest": entry.scores[1],
-        }
+        (best, worst), (lowest, highest) = entry.ranks, entry.scores
+        row: dict[str, Any] = {"rank": entry.rank, "team": entry.team, "best rank": best, "worst rank": worst}
+        row |= {"Score_full": entry.score_full, "lowest": lowest, "highest": highest}
         for other in found:
             rank, score = entry.without.get(other.team, (None, None))
             if output_format == "text":  # narrow: a heading of two lines, ranks alone
@@ -256,15 +191,10 @@ def models(context: click.Context, output_format: str) -> None:
         return
     from birbal_ray.models import EMBEDDED, cache_folder
 
-    rows = [
-        {
-            "model": model.name,
-            "what": model.summary,
-            "license": model.license,
-            "ready": (cache_folder() / "models" / f"{model.name}-{model.sha256[:12]}").is_dir(),
-        }
-        for model in EMBEDDED.values()
-    ]
+    rows = []
+    for model in EMBEDDED.values():
+        is_ready = (cache_folder() / "models" / f"{model.name}-{model.sha256[:12]}").is_dir()
+        rows.append({"model": model.name, "what": model.summary, "license": model.license, "ready": is_ready})
     print_table(rows, output_format)
 
 
@@ -285,13 +215,7 @@ def fetch(name: str, revision: str | None) -> None:
 
 @click.command("export-predictions")
 @click.argument("run")
-@click.option(
-    "--output",
-    required=True,
-    type=click.Path(path_type=Path),
-    callback=refuse_url,
-    help="Folder for one JSON file per task.",
-)
+@click.option("--output", required=True, type=FILE, callback=refuse_url, help="Folder for one JSON file per task.")
 def export_predictions(run: str, output: Path) -> None:
     """Write a finished score run as JSON, one file per task: the layout of the published recipe.
 
