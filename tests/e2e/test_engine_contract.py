@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from birbal_ray.score.config import EngineSettings, ResourceSettings
-from birbal_ray.score.engine import Adapter, VllmEngine, vllm_arguments
+from birbal_ray.score.engine import Adapter, Request, Sampling, VllmEngine, vllm_arguments
 from tests.fixtures.engine_contract import MAX_MODEL_LEN, EngineContract
 
 pytestmark = pytest.mark.vllm
@@ -54,3 +54,44 @@ def test_vllm_takes_every_argument(engine, resources, ranks):
     inspect.signature(LLM).bind(**given)
     made = EngineArgs(**given)
     assert {name: getattr(made, name) for name in given} == given
+
+
+@pytest.fixture(scope="module")
+def adapter(served_model, tmp_path_factory):
+    """A LoRA adapter with random weights on all linear layers of the tiny model, saved by PEFT."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    settings = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+    folder = tmp_path_factory.mktemp("adapter")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(served_model), settings).save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_gives_the_log_probabilities_that_peft_gives(served_model, adapter):
+    """vLLM serves the base model without a word where an adapter's modules match nothing."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    ids = [2 + (7 * n * n) % 240 for n in range(40)]
+    settings = EngineSettings(device="cpu", max_model_len=MAX_MODEL_LEN)
+    resources = ResourceSettings(kv_cache_gib=1, threads_per_replica=2)
+    engine = VllmEngine(served_model, settings, resources, [Adapter("mine", str(adapter), 8)])
+    engine.add("base", Request("", ids, 1, sampling=Sampling(prompt_logprobs=True)))
+    engine.add("adapted", Request("", ids, 1, adapter="mine", sampling=Sampling(prompt_logprobs=True)))
+    found = {}
+    while engine.has_unfinished():
+        found |= dict(engine.step())
+    base = AutoModelForCausalLM.from_pretrained(served_model).eval()
+    expected = {}
+    with torch.no_grad():
+        for name, model in (("base", base), ("adapted", None)):
+            model = model or PeftModel.from_pretrained(base, adapter).eval()
+            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)  # position, vocabulary
+            expected[name] = [logprobs[place, token].item() for place, token in enumerate(ids[1:])]
+    for name, values in expected.items():
+        assert [one.logprob for one in found[name].prompt_tokens] == pytest.approx(values, abs=1e-3)
+    assert max(abs(a - b) for a, b in zip(*expected.values(), strict=True)) > 0.05, "the adapter changes something"
