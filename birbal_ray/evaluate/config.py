@@ -78,4 +78,4 @@ class EvaluateConfig(Settings):
     def scoring(self) -> ScoreConfig:
         """The same settings as those of a score run of the base model."""
         shared = {name: getattr(self, name) for name in ScoreConfig.model_fields if name in type(self).model_fields}
-        return ScoreConfig(**shared)
+        return ScoreConfig(**{**shared, "model": self.model.model_dump()})

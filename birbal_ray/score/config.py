@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any, Literal
@@ -80,6 +81,14 @@ class PromptFormatSettings(Settings):
     )
 
 
+class ScoredModelSettings(ModelSettings):
+    """The model that answers."""
+
+    adapter: str | None = Field(
+        None, description="LoRA adapter to score with: a PEFT folder, or the output of birbal train"
+    )
+
+
 class PromptSettings(Settings):
     """The few-shot prompt."""
 
@@ -147,6 +156,7 @@ class ResourceSettings(Settings):
         return given
 
 
+@functools.cache
 def vllm_argument_names() -> frozenset[str]:
     """The fields of vLLM's EngineArgs, read from its source: importing vLLM takes ten seconds. Empty without vLLM."""
     found = importlib.util.find_spec("vllm")
@@ -168,7 +178,7 @@ class ScoreConfig(Settings):
     """Everything `birbal score` can be told."""
 
     tasks: TaskSettings = TaskSettings()
-    model: ModelSettings = ModelSettings()
+    model: ScoredModelSettings = ScoredModelSettings()
     prompt: PromptSettings = PromptSettings()
     completion: CompletionSettings = CompletionSettings()
     engine: EngineSettings = EngineSettings()

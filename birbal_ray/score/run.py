@@ -37,7 +37,7 @@ from birbal_ray.score.monitor import Snapshot
 from birbal_ray.score.pipeline import check_cluster, logical_cpus, run_shards
 from birbal_ray.score.plan import ScorePlan, Shard, make_plan, unpack_archives
 from birbal_ray.score.results import summarise, unfinished
-from birbal_ray.score.stages import load_tokenizer
+from birbal_ray.score.stages import find_model, load_tokenizer
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import is_url, local_copy, run_folder
 
@@ -68,7 +68,7 @@ def score(config: ScoreConfig, *, overwrite: bool = False, progress: ProgressLin
     config = resolve_config(config)
     started = time.monotonic()
     plan = plan_run(config, progress)
-    config, model_revision, fingerprint = _pinned_model(config)
+    config, model_revision, fingerprint = pin_model(config)
     with run_folder(config.output or "") as folder, stoppable():
         resumed = start_run(folder, STEP, identity_of(config, plan, fingerprint), overwrite=overwrite)
         missing = {shard.file_name for shard in unfinished(folder / ROWS_FOLDER, plan.shards(config.shard_rows))}
@@ -134,13 +134,13 @@ def plan_run(
     )
 
 
-def _pinned_model(config: ScoreConfig) -> tuple[ScoreConfig, str | None, str]:
-    """(config whose model means the same on every worker and day, its revision, its fingerprint)."""
-    if config.engine.backend == "simulated":
-        return config, None, "simulated"
-    model = models.resolve_model(config.model.name, config.model.revision)
-    settings = config.model.model_copy(update=models.pin_model(model))
-    return config.model_copy(update={"model": settings}), model.revision, model.fingerprint
+def pin_model(config: ScoreConfig) -> tuple[ScoreConfig, str | None, str]:
+    """(config whose model and adapter mean the same on every worker and day, its revision, their fingerprint)."""
+    model, adapter, fingerprint = find_model(config)
+    update = {} if config.engine.backend == "simulated" else models.pin_model(model)
+    if adapter:
+        update = {**update, "adapter": adapter.place}
+    return config.model_copy(update={"model": config.model.model_copy(update=update)}), model.revision, fingerprint
 
 
 def identity_of(config: ScoreConfig, plan: ScorePlan, model_fingerprint: str) -> dict[str, Any]:

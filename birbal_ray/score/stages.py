@@ -129,12 +129,16 @@ class Generate:
         # Straight to the file: Ray's own stdout object keeps what is printed for a while.
         os.write(1, f"replica {self._replica} pid {os.getpid()} node {context.get_node_id()}\n".encode())
         ray.get(board.started.remote(self._replica, context.get_node_id()))  # type: ignore[attr-defined]
-        path = _model_folder(config, model_fingerprint) if config.engine.backend == "vllm" else Path()
+        model, own, found = find_model(config)
+        if found != model_fingerprint:
+            raise models.ModelError(f"{model.path}: not the model that the run was started with, on this node")
+        self._adapter = own.name if own else ""  # of shards whose variant names none
         resources = _with_threads(config.resources, replicas_per_node)
         self._meters = _meters(self._replica)
         self._at: set[str] = set()  # shards in flight
         here = [replace(one, path=str(local_copy(one.path))) for one in adapters]
-        self._loop = EngineLoop(lambda: load_engine(path, config.engine, resources, here))
+        here += [Adapter(own.name, str(own.path), own.rank)] if own else []
+        self._loop = EngineLoop(lambda: load_engine(model.path, config.engine, resources, here))
         board.ready.remote(self._replica)  # type: ignore[attr-defined]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +148,7 @@ class Generate:
         self._at.add(name)
         token_ids, prompts = table["token_ids"].to_pylist(), table["few_shot_prompt"].to_pylist()
         wanted = [index for index, error in enumerate(table["error"].to_pylist()) if error is None]
-        max_tokens, adapter = row["shard"]["max_completion_tokens"], row["shard"]["variant"]["adapter"]
+        max_tokens, adapter = row["shard"]["max_completion_tokens"], row["shard"]["variant"]["adapter"] or self._adapter
         requests = [Request(prompts[index], token_ids[index], max_tokens, adapter) for index in wanted]
         try:
             futures = self._loop.submit(requests, row["prefix_token_ids"])
@@ -236,11 +240,16 @@ def load_tokenizer(config: ScoreConfig) -> Tokenizer:
     return models.load_tokenizer(models.resolve_model(config.model.name, config.model.revision, weights=False).path)
 
 
-def _model_folder(config: ScoreConfig, fingerprint: str) -> Path:
-    model = models.resolve_model(config.model.name, config.model.revision)
-    if model.fingerprint != fingerprint:
-        raise models.ModelError(f"{model.path}: not the model that the run was started with, on this node")
-    return model.path
+def find_model(config: ScoreConfig) -> tuple[models.Model, models.AdapterFolder | None, str]:
+    """(model, its adapter if the settings name one, fingerprint of both); ConfigError for another model's adapter."""
+    if config.engine.backend == "simulated":
+        model = models.Model("simulated", Path("simulated"), None, "simulated")
+    else:
+        model = models.resolve_model(config.model.name, config.model.revision)
+    if not config.model.adapter:
+        return model, None, model.fingerprint
+    adapter = models.find_adapter(config.model.adapter, model)
+    return model, adapter, f"{model.fingerprint}+{adapter.fingerprint}"
 
 
 def _with_threads(resources: ResourceSettings, replicas_per_node: int) -> ResourceSettings:
