@@ -14,7 +14,7 @@ from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import mix
 from birbal_ray.ni.catalog import sample_tasks_folder
 from birbal_ray.report.run import report
-from birbal_ray.run import LOG_FOLDER, MANIFEST_FILE, stoppable
+from birbal_ray.run import LOG_FOLDER, MANIFEST_FILE, sigterm_as_interrupt
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.pipeline import logical_cpus
 from birbal_ray.score.run import score
@@ -136,7 +136,7 @@ def run_pipeline(
     with ExitStack() as stack:
         if overwrite or not all(folder.is_file(f"{step}/{MANIFEST_FILE}") for step, _ in work):
             here = folder.local if folder.is_local else cache_folder() / "pipeline"
-            stack.enter_context(stoppable())
+            stack.enter_context(sigterm_as_interrupt())
             stack.enter_context(
                 ray_session(
                     _logical_cpus(recipe), here / LOG_FOLDER / "ray.log", about=job_metadata("pipeline", recipe.output)

@@ -197,6 +197,7 @@ def _read_source(
     """(columns, rows) of a file, or of a dataset on the Hub or in a folder."""
     from birbal_ray.ni.importing import read_rows
     from birbal_ray.ni.schema import TaskError
+    from birbal_ray.settings import one_line
 
     file = Path(source)
     if file.suffix in (".csv", ".tsv", ".jsonl", ".json", ".parquet") or file.is_file():
@@ -211,7 +212,7 @@ def _read_source(
         try:
             table = pq.ParquetFile(file).read()
         except (pa.ArrowInvalid, OSError) as error:
-            raise TaskError(f"{source}: not a readable Parquet file ({' '.join(str(error).split())})") from None
+            raise TaskError(f"{source}: not a readable Parquet file ({one_line(error)})") from None
         return table.column_names, table.to_pylist()
     import datasets
 
@@ -219,7 +220,7 @@ def _read_source(
     try:
         rows = datasets.load_dataset(source, subset, split=split, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise TaskError(f"{source}: no such file, and not a dataset that the Hub gives ({reason})") from None
     for column, feature in rows.features.items():
         if isinstance(feature, datasets.ClassLabel):  # numbers that stand for names

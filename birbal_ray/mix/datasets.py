@@ -19,7 +19,7 @@ from birbal_ray.mix.config import ColumnMapping, SourceSettings
 from birbal_ray.mix.features import hash_all
 from birbal_ray.mix.files import BATCH_ROWS, SUFFIXES, read_records, sha256_of_file
 from birbal_ray.mix.rows import OUTSIDE_ROWS
-from birbal_ray.settings import ConfigError, nearest
+from birbal_ray.settings import ConfigError, nearest, one_line
 from birbal_ray.storage import absolute
 
 Record = Mapping[str, Any]
@@ -238,7 +238,7 @@ def _commit_of(name: str, repository: str, revision: str) -> str:
 
 
 def _unreachable(name: str, repository: str, error: Exception) -> ConfigError:
-    detail = (" ".join(str(error).split()) or type(error).__name__)[:160]
+    detail = (one_line(error) or type(error).__name__)[:160]
     return ConfigError(
         f"source {name}: {repository} can't be had from the Hub ({detail}); a gated dataset needs HF_TOKEN; without "
         f"a network, download it elsewhere and give the file: sources: [{{name: {name}, path: FILE}}]"

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from birbal_ray.settings import ConfigError
+from birbal_ray.settings import ConfigError, one_line
 from birbal_ray.storage import Folder, absolute, open_folder
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -106,7 +106,7 @@ def _parquet_records(place: str, setting: str) -> Iterator[tuple[int, Any]]:
                     number += 1
                     yield number, record
     except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(f"{setting}: {place}, after row {number}: not a Parquet file ({reason})") from None
 
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray.models import find_adapter, load_tokenizer, resolve_model
-from birbal_ray.run import RunError, read_json, read_manifest
+from birbal_ray.run import RunError, read_manifest
 from birbal_ray.score.config import ResourceSettings
 from birbal_ray.score.engine import Adapter, Request, Sampling, load_engine, vllm_arguments
 from birbal_ray.score.engine_loop import EngineLoop
 from birbal_ray.serve.app import COUNTED, Service, is_loopback, make_app
 from birbal_ray.serve.config import ServeConfig, ServedEngine
 from birbal_ray.settings import ConfigError
+from birbal_ray.storage import open_folder
 
 STEP = "serve"
 
@@ -142,7 +143,7 @@ def load_served(config: ServeConfig) -> Served:
     found = find_adapter(given_adapter, model) if given_adapter else None
     threads = config.resources.threads_per_replica or len(os.sched_getaffinity(0))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is loaded
-    shape = read_json(model.path / "config.json")
+    shape = open_folder(model.path).read_json("config.json")
     shape = shape.get("text_config", shape)
     length = min(engine.max_model_len, shape.get("max_position_embeddings") or engine.max_model_len)
     return Served(

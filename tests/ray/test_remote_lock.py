@@ -11,6 +11,7 @@ import pytest
 from birbal_ray import lock
 from birbal_ray.run import open_run
 from birbal_ray.storage import RunError, open_folder
+from tests.conftest import slow
 from tests.fixtures.s3_server import BUCKET, python_at, s3_proxy
 
 HOLD = """
@@ -111,3 +112,20 @@ def test_a_paused_holder_does_not_come_back_inside(s3):
     assert all(float(end) < inside for _, end in checks)
     second.communicate(timeout=30)
     assert second.returncode == 0
+
+
+@slow
+@pytest.mark.timeout(600)
+def test_two_runs_with_the_lease_as_it_is_and_writes_of_20_seconds(s3):
+    """The first keeps its folder however long it works, the second is refused."""
+    hold = "\n".join(line for line in HOLD.split("\n") if "LEASE_SECONDS" not in line)
+    url = f"s3://{BUCKET}/slow-20"
+    with s3_proxy(s3, lambda method, path: 20.0 if method == "PUT" else 0.0) as server:
+        first = python_at(server, hold, url, "100")
+        time.sleep(25)
+        second = python_at(server, hold, url, "100")
+        assert "held" not in second.communicate(timeout=300)[0]
+        assert second.returncode != 0
+        printed = first.communicate(timeout=300)[0].split("\n")
+    checks = [tuple(map(float, line.split())) for line in printed if " " in line]
+    assert first.returncode == 0 and checks[-1][1] - checks[0][0] > 90
