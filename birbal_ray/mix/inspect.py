@@ -26,7 +26,7 @@ def explain(mix: str | os.PathLike[str] | Folder, row_id: str) -> dict[str, Any]
     Raises RunError when the folder is no finished mix, ConfigError when the row was no candidate.
     """
     folder = open_folder(mix)
-    settings = read_manifest(folder, "mix")["identity"]["settings"]
+    settings = read_manifest(folder, "mix", oldest=2)["identity"]["settings"]
     record = _find(folder, row_id)
     tasks = {(row["source"], row["task"]): row for row in read_table(folder, TASKS_FILE, MIX_TASKS).to_pylist()}
     if record is None:

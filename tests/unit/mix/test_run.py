@@ -6,6 +6,7 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.inspect import diff, explain
@@ -144,6 +145,24 @@ def test_loads_as_a_dataset(made, tmp_path):
         "json", data_files=str(made.folder.local / "alpaca/train.json"), cache_dir=str(tmp_path)
     )
     assert set(alpaca["train"].column_names) == {"instruction", "input", "output"} and len(alpaca["train"]) == 578
+
+
+def test_other_trainers_are_told_how_to_get_the_training_text(made):
+    text = (made.folder.local / "alpaca" / "README.md").read_text()
+    axolotl = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])["datasets"][0]
+    names = axolotl["type"]
+    for line in (made.folder.local / axolotl["path"]).read_text().splitlines():
+        record = json.loads(line)
+        # axolotl: system ("" here) + the format without input, which the record has none of; the answer by itself
+        assert not {"input", "system"} & record.keys()
+        assert names["no_input_format"].format(instruction=record[names["field_instruction"]]) == record["question"]
+        assert record[names["field_output"]] == record["answer"]
+    info = json.loads((made.folder.local / "alpaca" / "dataset_info.json").read_text())
+    for split in ("train", "eval"):
+        entry = info[f"birbal_text_{split}"]
+        lines = (made.folder.local / "alpaca" / entry["file_name"]).read_text().splitlines()
+        assert all(set(entry["columns"].values()) == json.loads(line).keys() for line in lines)
+    assert "birbal_text_train" in text and "alpaca/README.md" in (made.folder.local / "README.md").read_text()
 
 
 def test_card_says_what_is_inside(made):
