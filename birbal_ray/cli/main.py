@@ -15,6 +15,7 @@ import click
 from birbal_ray import __version__
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 COMMANDS = {  # name: its module, its line in `birbal --help`
     "demo": ("steps", "The whole recipe, small, on this machine."),
     "pipeline": ("steps", "The whole recipe on your tasks and model."),
@@ -98,10 +99,7 @@ class Commands(click.Group):
             context.exit(EXIT_USAGE if isinstance(error, usage) else EXIT_FAILED)
 
 
-@click.group(
-    cls=Commands,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True},
-)
+@click.group(cls=Commands, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="birbal")
 def main() -> None:
     """Make a language model better with one GPU and one day: find what it gets wrong, train on that.

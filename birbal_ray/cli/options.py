@@ -191,7 +191,6 @@ def _option(flag: str, field: FieldInfo, about: str) -> Callable[[Any], Any]:
         multiple=multiple,
         metavar=metavar or None,
         default=(field.default or None) if multiple else field.default,
-        show_default=True,
         help=f"{about[:1].upper()}{about[1:]}.{' Repeatable.' if multiple else ''}",
     )
 

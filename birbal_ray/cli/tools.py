@@ -19,7 +19,7 @@ FILE: Any = click.Path(path_type=Path)
 @click.command()
 @click.option("--run", metavar="DIR", required=True, help="Output folder of `birbal train`.")
 @click.option("--output", metavar="DIR", required=True, help="The merged model's folder.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", help="Never 4-bit.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", help="Of the merged weights.")
 @click.option("--prompts", type=click.IntRange(min=1), default=8, help="Eval rows to compare on.")
 @overwrite_option
 @format_option
@@ -43,9 +43,12 @@ def merge(run: str, output: str, dtype: str, prompts: int, overwrite: bool, outp
 @click.option("--adapter", metavar="DIR", help="LoRA adapter on it: a PEFT folder, or the output of `birbal train`.")
 @click.option("--output", metavar="DIR", help="The run's folder.")
 @click.option("--benchmark", "benchmarks", multiple=True, metavar="NAME", help="One of --list; default: all of them.")
-@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Any task of the harness, beside the metrics.")
+@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Any task of the harness, beside the benchmarks.")
 @click.option(
-    "--include-path", type=FILE, metavar="DIR", help="Further task files (YAML), which replace those of a name."
+    "--include-path",
+    type=FILE,
+    metavar="DIR",
+    help="Task files (YAML) that add to the harness's, or replace them by name.",
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N documents of every task.")
 @click.option("--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Examples in the prompt, for every task.")
@@ -54,9 +57,7 @@ def merge(run: str, output: str, dtype: str, prompts: int, overwrite: bool, outp
 @click.option("--backend", type=click.Choice(["hf", "vllm"]), default="hf", help="transformers, or vLLM (on GPUs).")
 @click.option("--team", metavar="NAME", help="The model's name in results.json; default: the model's and adapter's.")
 @overwrite_option
-@click.option(
-    "--helm", is_flag=True, help="Ask through HELM: --task is a run entry, --include-path a folder of plugins."
-)
+@click.option("--helm", is_flag=True, help="Ask by HELM, the challenge's client; --task is an entry for it.")
 @click.option("--list", "list_only", is_flag=True, help="Show the leaderboard's metrics and how each is measured.")
 @click.option("--dry-run", is_flag=True, help="Check names and show what would run; load no model, write nothing.")
 @format_option
@@ -66,7 +67,8 @@ def harness(helm: bool, list_only: bool, dry_run: bool, overwrite: bool, output_
     A finished benchmark stands in the output folder and is not run again: the same command continues,
     further --benchmark add to it. results.json there goes to `birbal leaderboard --add`. The harness's
     definitions are not HELM's, by which the published figures were made: an indication, not the same.
-    --helm makes an environment for HELM (600 MB, once), starts `birbal serve` and measures through it.
+    --helm makes an environment for HELM (600 MB, once), starts `birbal serve` and measures through it;
+    --include-path is a folder of plugins then.
 
     \b
     Example:
@@ -110,7 +112,9 @@ def harness(helm: bool, list_only: bool, dry_run: bool, overwrite: bool, output_
 
 @click.command()
 @click.option("--raw", type=FILE, metavar="FILE", help="Another table of teams; default: the eight published ones.")
-@click.option("--add", multiple=True, type=FILE, metavar="FILE", help="A model's results, placed among the teams.")
+@click.option(
+    "--add", multiple=True, type=FILE, metavar="FILE", help="A model's results to place; all compete with all."
+)
 @click.option("--leave-one-out", is_flag=True, help="Show how ranks and scores change when one team is left out.")
 @format_option
 def leaderboard(raw: Path | None, add: tuple[Path, ...], leave_one_out: bool, output_format: str) -> None:
