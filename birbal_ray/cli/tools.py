@@ -64,7 +64,7 @@ def merge(run: str, output: str, dtype: str, prompts: int, overwrite: bool, outp
 def harness(helm: bool, list_only: bool, dry_run: bool, overwrite: bool, output_format: str, **settings: Any) -> None:
     """Measure a model with lm-evaluation-harness on the benchmarks of the challenge's leaderboard.
 
-    A finished benchmark stands in the output folder and is not run again: the same command continues,
+    A finished benchmark is kept in the output folder and not run again: the same command continues,
     further --benchmark add to it. results.json there goes to `birbal leaderboard --add`. The harness's
     definitions are not HELM's, by which the published figures were made: an indication, not the same.
     --helm makes an environment for HELM (600 MB, once), starts `birbal serve` and measures through it;
@@ -121,7 +121,7 @@ def leaderboard(raw: Path | None, add: tuple[Path, ...], leave_one_out: bool, ou
     """Rank teams by win rates over nine scenarios: open and hidden score, and the full score of both.
 
     Without options: the final leaderboard of the NeurIPS 2023 LLM Efficiency Challenge, RTX 4090
-    track, computed anew from the teams' raw metrics. A metric that a model lacks counts as worst.
+    track, computed from the teams' raw metrics. A metric that a model lacks counts as worst.
 
     \b
     Example:

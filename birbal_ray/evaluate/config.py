@@ -38,7 +38,7 @@ class PrimaryComparison(Settings):
 
 
 class EvaluateConfig(Settings):
-    """Everything `birbal evaluate` can be told."""
+    """All settings of `birbal evaluate`."""
 
     RENAMED: ClassVar[Mapping[str, str | None]] = {"bootstrap": None}  # intervals are Student's t now
 

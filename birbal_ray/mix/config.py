@@ -109,7 +109,7 @@ class MixResources(Settings):
 
 
 class MixConfig(Settings):
-    """Everything `birbal mix` can be told."""
+    """All settings of `birbal mix`."""
 
     scores: str | None = Field(None, description="output folder of `birbal score`")
     output: str | None = Field(None, description="run folder; the same command on a finished one does nothing")

@@ -175,7 +175,7 @@ def vllm_argument_names() -> frozenset[str]:
 
 
 class ScoreConfig(Settings):
-    """Everything `birbal score` can be told."""
+    """All settings of `birbal score`."""
 
     tasks: TaskSettings = TaskSettings()
     model: ScoredModelSettings = ScoredModelSettings()

@@ -25,7 +25,7 @@ class ServedEngine(EngineSettings):
 
 
 class ServeConfig(Settings):
-    """Everything `birbal serve` can be told."""
+    """All settings of `birbal serve`."""
 
     run: str | None = Field(None, description="output of birbal train: its base model with its adapter")
     model: ServedModel = ServedModel()

@@ -95,7 +95,7 @@ class TrainResources(Settings):
 
 
 class TrainConfig(Settings):
-    """Everything `birbal train` can be told."""
+    """All settings of `birbal train`."""
 
     mix: str | None = Field(None, description="output folder of `birbal mix`")
     output: str | None = Field(None, description="run folder; the same command on it continues a stopped run")

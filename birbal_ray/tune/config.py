@@ -124,7 +124,7 @@ class TuneResources(Settings):
 
 
 class TuneConfig(Settings):
-    """Everything `birbal tune` can be told."""
+    """All settings of `birbal tune`."""
 
     scores: str | None = Field(None, description="output folder of `birbal score`")
     output: str | None = Field(None, description="run folder; the same command continues a search that broke off")
