@@ -20,13 +20,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
 import random
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ def settings(folder: Path, output: Path, replicas: int) -> ScoreConfig:
         "output": str(output),
         "engine.backend": "simulated",
         "engine.device": "cpu",
+        "shard_rows": 512,  # as on a GPU
         "resources.num_replicas": replicas,
         "resources.num_prepare_workers": max(1, replicas // 2),
     }
@@ -88,7 +89,7 @@ def run(folder: Path, output: Path, replicas: int) -> dict[str, Any]:
     """One run in this process: its figures."""
     from birbal_ray.score.run import score
 
-    usage, begun = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
+    usage, start = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
     result = score(settings(folder, output, replicas))
     after = resource.getrusage(resource.RUSAGE_SELF)
     session = result.manifest["last_session"]
@@ -96,7 +97,7 @@ def run(folder: Path, output: Path, replicas: int) -> dict[str, Any]:
         "replicas": replicas,
         "rows": session["rows"],
         "rows_per_second": session["rows"] / session["steady_seconds"],
-        "wall_seconds": time.monotonic() - begun,
+        "wall_seconds": time.monotonic() - start,
         "steady_seconds": session["steady_seconds"],
         "driver_cpu_seconds": after.ru_utime + after.ru_stime - usage.ru_utime - usage.ru_stime,
         "driver_peak_mib": after.ru_maxrss / 1024,
@@ -105,18 +106,18 @@ def run(folder: Path, output: Path, replicas: int) -> dict[str, Any]:
 
 def prepare_rate(folder: Path) -> float:
     """Prompts/s of one prepare worker with the small model's tokenizer, in this process."""
-    from birbal_ray.progress import ProgressLine
-    from birbal_ray.score.run import plan_run
+    from birbal_ray.score.plan import plan_run
     from birbal_ray.score.stages import BuildPrompts
+    from birbal_ray.storage import open_folder
 
     config = load_config(ScoreConfig, None, [], {"tasks.path": str(folder), "tasks.instances_per_task": 1000})
-    shards = plan_run(config, ProgressLine()).shards(config.shard_rows)
-    prepare = BuildPrompts(config)
-    prepare(asdict(shards[0]))
-    begun = time.monotonic()
+    shards = plan_run(config).shards(64)
+    build = BuildPrompts(config, open_folder(folder))
+    build({"shard": pickle.dumps(shards[0])})
+    start = time.monotonic()
     for shard in shards[1:]:
-        prepare(asdict(shard))
-    return sum(shard.num_rows for shard in shards[1:]) / (time.monotonic() - begun)
+        build({"shard": pickle.dumps(shard)})
+    return sum(shard.num_rows for shard in shards[1:]) / (time.monotonic() - start)
 
 
 def child(*arguments: object) -> dict[str, Any]:

@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +84,10 @@ def make_tasks(folder: Path) -> None:
 
 def prompts_of(config: ScoreConfig, *, longest_first: bool = False) -> tuple[list[str], list[int]]:
     """(prompts, completion tokens allowed), tasks adjacent, by name or in the order of `birbal score`."""
-    from birbal_ray.score.plan import make_plan
-    from birbal_ray.score.stages import load_tokenizer
+    from birbal_ray.score.plan import plan_run
 
     texts, limits = [], []
-    plan = make_plan(config, partial(load_tokenizer, config))
+    plan = plan_run(config)
     by_name = {planned.name: planned for planned in plan.tasks}
     ordered = dict.fromkeys(shard.task for shard in plan.shards(NUM_INSTANCES)) if longest_first else by_name
     for planned in (by_name[name] for name in ordered):

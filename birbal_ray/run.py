@@ -200,7 +200,7 @@ def open_run(
     with hold_lock(folder) as lock:
         resumed, manifest, files = _claim(folder, step, json.loads(json.dumps(identity)), owns, overwrite)
         run = Run(folder, step, resumed, manifest, files, lock)
-        with contextlib.suppress(FileNotFoundError, RunError, TypeError, ValueError, AttributeError):
+        with contextlib.suppress(FileNotFoundError, RunError, KeyError, TypeError, ValueError, AttributeError):
             run._earlier_seconds = float(folder.read_json(PROGRESS_FILE)["wall_seconds"]) if resumed else 0.0
         error: BaseException | None = None
         try:

@@ -60,10 +60,12 @@ TASKS = pa.schema(
         pa.field("unreachable_fraction", pa.float64()),
         pa.field("unreachable_reason", pa.string()),
         pa.field("definition_is_text", pa.bool_()),  # in the task file, where newer ones hold a list
+        pa.field("metric_version", pa.int32()),  # of its scores
+        pa.field("stop_reason", pa.string()),  # why no further instances were scored
     ]
 )
 
-ROWS_FOLDER = "rows"  # SCORE_ROWS, one Parquet file a shard
+ROWS_FOLDER = "rows"  # SCORE_ROWS, one file {task}/{first}-{last}.parquet a range of the task's hash order
 TASKS_FILE = "tasks.parquet"
 TASK_SCORES_FILE = "task_scores.parquet"
 QUARANTINE_FILE = "quarantine.jsonl"  # {"file", "reason"} of each task file that was not used

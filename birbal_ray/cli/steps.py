@@ -60,17 +60,24 @@ def dry_run_option(text: str) -> Any:
         "--replicas": "resources.num_replicas",
         "--device": "engine.device",
         "--strict": "tasks.strict",
+        "--adaptive": "adaptive.enabled",
     },
     step="score",
 )
 @overwrite_option
+@click.option("--retry-errors", is_flag=True, help="Score error rows again; every other row stays as it is.")
+@click.option("--rescore", is_flag=True, help="Compute all scores from the stored predictions; starts no engine.")
 @dry_run_option("Say what would run: tasks, prompts, tokens, time. Starts no engine.")
 @format_option
-def score(config: ScoreConfig, overwrite: bool, dry_run: bool, output_format: str) -> None:
+def score(
+    config: ScoreConfig, overwrite: bool, retry_errors: bool, rescore: bool, dry_run: bool, output_format: str
+) -> None:
     """Run few-shot inference over task files and score every completion.
 
-    Writes rows/*.parquet (one row per instance), task_scores.parquet and manifest.json. Stopped at
-    any moment, it continues when called again; settings under `resources` may change in between.
+    Writes rows/TASK/*.parquet (one row per instance), task_scores.parquet and manifest.json. Stopped at
+    any moment, it continues when called again. A run can grow and shrink: tasks added, changed or left
+    out, more or fewer instances; rows that are there and still asked for stay. Another model or prompt is
+    another run.
 
     \b
     Examples:
@@ -83,12 +90,14 @@ def score(config: ScoreConfig, overwrite: bool, dry_run: bool, output_format: st
     if dry_run:
         print_score_plan(step.resolve_config(config), output_format)
     else:
-        print_score(step.score(config, overwrite=overwrite), output_format)
+        result = step.score(config, overwrite=overwrite, retry_errors=retry_errors, rescore_all=rescore)
+        print_score(result, output_format)
 
 
 def print_score(result: ScoreResult, output_format: str) -> None:
     """The table per task on stdout, totals on stderr."""
     rows: list[dict[str, Any]] = result.task_scores
+    stops = result.manifest.get("stops") or {}
     if output_format == "text":
         rows = [
             {
@@ -100,6 +109,7 @@ def print_score(result: ScoreResult, output_format: str) -> None:
                 if row["task_score"] is None
                 else f"{row['task_score_low']:.3f} to {row['task_score_high']:.3f}",
                 "errors": row["num_errors"],
+                **({"stopped because": stops.get(row["task"])} if stops else {}),
             }
             for row in rows
         ]
@@ -118,14 +128,15 @@ def print_score(result: ScoreResult, output_format: str) -> None:
             f"the last session: {session['rows']} rows in {session['wall_seconds']:.0f} s, "
             f"{session['rows_per_second']:.1f} rows/s once the model was loaded ({session['load_seconds']:.0f} s)"
         )
+    if result.manifest["deaths"]:
+        note(f"engines died {len(result.manifest['deaths'])} times; the last time: {result.manifest['deaths'][-1]}")
     note(f"scored rows and task scores: {result.folder}")
 
 
 def print_score_plan(config: ScoreConfig, output_format: str) -> None:
     """Prompts and tokens per task on stdout; sums and the time they take on stderr."""
     from birbal_ray.progress import last_throughput
-    from birbal_ray.score import throughput
-    from birbal_ray.score.run import describe_plan, plan_run
+    from birbal_ray.score.run import describe_plan, plan_run, throughput_key
 
     progress = ProgressLine()
     plan = plan_run(config, progress, count_tokens=True)
@@ -150,10 +161,10 @@ def print_score_plan(config: ScoreConfig, output_format: str) -> None:
     own = sum(task.num_own_tokens or 0 for task, _ in counts)
     completion = sum(task.max_completion_tokens * count for task, count in counts)
     total = shared + own
-    note(f"prompts {sum(count for _, count in counts):,} in {len(plan.shards(config.shard_rows)):,} shards")
+    note(f"prompts {sum(count for _, count in counts):,} in {len(plan.shards(config.shard_rows or 1)):,} shards")
     note(f"prompt tokens {total:,}: {shared:,} shared ({shared / max(1, total):.0%}), {own:,} own")
     note(f"to compute with the prefix cache: {shared_once + own:,} prompt, at most {completion:,} completion tokens")
-    if rate := last_throughput(throughput.rate_key(config)):
+    if rate := last_throughput(throughput_key(config)):
         rate *= config.resources.num_replicas
         note(f"about {duration((total + completion / 4) / rate)} at the {rate:,.0f} tokens/s last seen here")
     else:

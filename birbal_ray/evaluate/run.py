@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from birbal_ray.cluster import job_metadata, ray_session
 from birbal_ray.evaluate.compare import adjust, compare, gate_failures, pair_tasks, scopes
@@ -21,31 +20,22 @@ from birbal_ray.evaluate.heldout import HeldOut, find_mixes, held_out, union
 from birbal_ray.evaluate.models import ADAPTER, BASE, EvaluatedModel, resolve_models
 from birbal_ray.models import Model, load_with_adapter, merge_adapter, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine
-from birbal_ray.run import (
-    LOG_FOLDER,
-    MANIFEST_FILE,
-    RunError,
-    finish_run,
-    read_json,
-    start_run,
-    stoppable,
-    write_parquet,
-)
+from birbal_ray.run import LOG_FOLDER, Run, RunError, open_run, sigterm_as_interrupt
 from birbal_ray.schemas import COMPARISONS, COMPARISONS_FILE, EVALUATION, EVALUATION_FILE, ROWS_FOLDER
-from birbal_ray.score import throughput
-from birbal_ray.score.config import ScoreConfig
+from birbal_ray.score.adaptive import FixedSchedule
+from birbal_ray.score.config import CPU_SHARD_ROWS, ScoreConfig
 from birbal_ray.score.engine import Adapter
-from birbal_ray.score.monitor import Snapshot
-from birbal_ray.score.pipeline import check_cluster, logical_cpus, run_shards
-from birbal_ray.score.plan import PromptVariant, ScorePlan, unpack_archives
-from birbal_ray.score.results import read_scores, summarise, unfinished
-from birbal_ray.score.run import INPUTS_FOLDER, describe_plan, identity_of, plan_run, resolve_config, write_plan
+from birbal_ray.score.monitor import Session
+from birbal_ray.score.pipeline import check_cluster, logical_cpus, score_shards
+from birbal_ray.score.plan import PromptVariant, RowFiles, ScorePlan, plan_run, publish_inputs
+from birbal_ray.score.results import read_scores, summarise
+from birbal_ray.score.run import describe_plan, identity_of, plan_hash, resolve_config, write_plan
 from birbal_ray.settings import ConfigError, canonical_hash
 from birbal_ray.statistics import MIN_TASKS, detectable_difference
-from birbal_ray.storage import is_url, local_copy, run_folder
+from birbal_ray.storage import FileRecord, Folder, cache_folder, is_url, local_copy
 
 STEP = "evaluate"
-FOLDED_FOLDER = "folded"
+OWNS = ("rows/*.parquet", "inputs/*", "tasks.parquet", "quarantine.jsonl", EVALUATION_FILE, COMPARISONS_FILE)
 SIMULATED = Model("simulated", Path("simulated"), None, "simulated")
 
 
@@ -53,7 +43,7 @@ SIMULATED = Model("simulated", Path("simulated"), None, "simulated")
 class EvaluateResult:
     """What a run left: its folder, its manifest, EVALUATION and COMPARISONS rows."""
 
-    folder: Path
+    folder: Folder
     manifest: dict[str, Any]
     evaluation: list[dict[str, Any]]
     comparisons: list[dict[str, Any]]
@@ -122,18 +112,23 @@ def evaluate(
     """
     progress = progress or ProgressLine()
     setup = prepare_evaluation(config)
-    started = time.monotonic()
     plan = plan_run(setup.scoring, progress, excluded=setup.excluded)
-    with run_folder(setup.config.output or "") as folder, stoppable():
-        resumed = start_run(folder, STEP, _identity(setup, plan), overwrite=overwrite)
-        if resumed and (folder / MANIFEST_FILE).exists():
-            progress.message(f"{folder} is up to date; nothing to do")
-            return _read(folder)
-        plan = unpack_archives(plan, folder / INPUTS_FOLDER)
-        write_plan(folder, plan)
+    inputs = [path for path in (config.tasks.path, *setup.mixes, *(one.path for one in setup.models[1:])) if path]
+    with (
+        open_run(
+            setup.config.output or "", STEP, _identity(setup, plan), owns=OWNS, overwrite=overwrite, inputs=inputs
+        ) as run,
+        sigterm_as_interrupt(),
+    ):
+        if run.manifest:
+            progress.message(f"{run.folder} is up to date; nothing to do")
+            return _read(run)
+        everything = is_url(config.tasks.path) or not run.folder.is_local
+        plan = publish_inputs(plan, run.folder, everything=everything)
+        write_plan(run.folder, plan)
         describe_evaluation(setup, plan, progress)
-        meters = _score(setup, plan, folder, progress)
-        return _finish(setup, plan, folder, meters, round(time.monotonic() - started, 3))
+        _score(setup, plan, run, progress)
+        return _finish(setup, plan, run)
 
 
 def prepare_evaluation(config: EvaluateConfig) -> Setup:
@@ -180,7 +175,9 @@ def describe_evaluation(setup: Setup, plan: ScorePlan, progress: ProgressLine) -
 
 
 def _identity(setup: Setup, plan: ScorePlan) -> dict[str, Any]:
-    identity = identity_of(setup.scoring, plan, setup.model.fingerprint)
+    identity = identity_of(setup.scoring, setup.model.fingerprint)
+    identity["plan"] = plan_hash(setup.scoring, plan)
+    identity["tasks"] = {task.name: task.sha256 for task in plan.tasks}
     identity["adapters_served_as"] = "lora" if setup.lora else "merged"
     identity["prompt_formats"] = sorted(setup.config.prompt_formats)
     identity["models"] = {one.name: f"{one.kind} {one.fingerprint}" for one in setup.models}
@@ -188,50 +185,46 @@ def _identity(setup: Setup, plan: ScorePlan) -> dict[str, Any]:
     return identity
 
 
-def _score(setup: Setup, plan: ScorePlan, folder: Path, progress: ProgressLine) -> list[throughput.Meter]:
+def _score(setup: Setup, plan: ScorePlan, run: Run, progress: ProgressLine) -> None:
     """Score what is missing, one engine after the other. Finished files stay whatever happens."""
-    rows_folder, logs = folder / ROWS_FOLDER, folder / LOG_FOLDER
-    todo, num_done = [], 0
+    found = _rows_of(run.folder)
+    todo = []
     for served in setup.engines():
         variants = [variant for one in served for variant in setup.variants(one)]
-        shards = plan.shards(setup.scoring.shard_rows, variants)
-        missing = unfinished(rows_folder, shards)
-        num_done += sum(shard.num_rows for shard in shards) - sum(shard.num_rows for shard in missing)
-        if missing:
+        if missing := plan.shards(setup.scoring.shard_rows or CPU_SHARD_ROWS, found, variants):
             todo.append((served, missing))
-    if num_done:
-        progress.message(f"continuing: {num_done} rows are done and skipped")
+    if found.all_names():
+        progress.message(f"continuing: {found.total_rows} rows are done and skipped")
     if not todo:
-        return []
-    meters = []
-    with ray_session(logical_cpus(setup.scoring), logs / "ray.log", about=job_metadata(STEP, setup.config.output)):
-        lacking = check_cluster(setup.scoring)
-        if lacking:
-            progress.message(
-                f"waiting, {lacking}; gives up after {setup.scoring.resources.no_progress_minutes:g} minutes"
-            )
+        return
+    log_file = run.folder.local / LOG_FOLDER / "ray.log" if run.folder.is_local else None
+    with ray_session(logical_cpus(setup.scoring), log_file, about=job_metadata(STEP, setup.config.output)):
+        if lacking := check_cluster(setup.scoring):
+            minutes = setup.scoring.resources.no_progress_minutes
+            progress.message(f"waiting, {lacking}; gives up after {minutes:g} minutes")
         for served, shards in todo:
+            started = time.monotonic()
             names = ", ".join(one.name for one in served)
-            meters.append(meter := throughput.Meter(0, sum(shard.num_rows for shard in shards)))
-            with _model_of(setup, served, folder, progress) as (config, fingerprint):
+            session = Session(progress, 0, run.progress, f"{names}: ")
+            with _model_of(setup, served, run.folder, progress) as (config, fingerprint):
+                logs = run.folder.at(LOG_FOLDER)
                 progress.update(f"{names}: starting {config.resources.num_replicas} engine(s); logs in {logs}")
                 adapters = [Adapter(one.name, one.origin, one.rank or 0) for one in served[1:]]
-                show = partial(_show, progress, names, meter)
-                here = is_url(setup.config.output or "") or is_url(setup.config.tasks.path or "")
-                work = run_shards(
-                    shards, config, fingerprint, rows_folder, logs, show, adapters, setup.excluded, files_here=here
-                )
+                work = FixedSchedule(shards), config, fingerprint, run.folder, session.see, adapters, setup.excluded
                 try:
-                    for shard in work:
-                        meter.written(shard.rows, shard.errors)
+                    score_shards(*work)
                 finally:
                     progress.close()
-    return meters
+                    run.session({**session.record(), "wall_seconds": round(time.monotonic() - started, 3)})
+
+
+def _rows_of(folder: Folder) -> RowFiles:
+    return RowFiles(folder.subfolder(ROWS_FOLDER).files())
 
 
 @contextlib.contextmanager
 def _model_of(
-    setup: Setup, served: Sequence[EvaluatedModel], folder: Path, progress: ProgressLine
+    setup: Setup, served: Sequence[EvaluatedModel], folder: Folder, progress: ProgressLine
 ) -> Iterator[tuple[ScoreConfig, str]]:
     """(settings, fingerprint) of the model that an engine loads; an adapter's is made for the time."""
     first = served[0]
@@ -245,43 +238,46 @@ def _model_of(
     if dtype == "auto":
         dtype = "float32" if setup.scoring.engine.device == "cpu" else "bfloat16"
     progress.update(f"{first.name}: folding the adapter into {dtype} weights")
-    whole = folder / FOLDED_FOLDER / first.name
-    whole.parent.mkdir(exist_ok=True)
+    # Where all nodes see it, if they see the run folder; at a URL only this one does.
+    place = folder.local if folder.is_local else cache_folder()
+    place.mkdir(parents=True, exist_ok=True)
+    whole = Path(tempfile.mkdtemp(prefix=".folded-", dir=place)) / first.name
     merge_adapter(load_with_adapter(setup.model.path, Path(first.path), dtype), setup.model.path, whole)
     try:
         yield setup.scoring_of(str(whole)), resolve_model(str(whole)).fingerprint
     finally:
-        shutil.rmtree(folder / FOLDED_FOLDER)
+        shutil.rmtree(whole.parent)
 
 
-def _show(progress: ProgressLine, name: str, meter: throughput.Meter, seen: Snapshot) -> None:
-    progress.update(f"{name}: {meter.line(seen)}")
-
-
-def _finish(
-    setup: Setup, plan: ScorePlan, folder: Path, meters: Sequence[throughput.Meter], wall_seconds: float
-) -> EvaluateResult:
+def _finish(setup: Setup, plan: ScorePlan, run: Run) -> EvaluateResult:
     evaluation, scores, rows = [], {}, {"planned": 0, "scored": 0, "errors": 0}
     cached = prompt = 0
+    folder, rows_folder, found = run.folder, run.folder.subfolder(ROWS_FOLDER), _rows_of(run.folder)
+    files: dict[str, FileRecord] = {}
     for one in setup.models:
         for variant in setup.variants(one):
-            files = [
-                folder / ROWS_FOLDER / shard.file_name for shard in plan.shards(setup.scoring.shard_rows, [variant])
-            ]
-            results = summarise(files, plan.tasks)
+            results = summarise(rows_folder, found, plan.tasks, variant_folder=variant.folder)
+            if results.damaged:
+                folder.delete(f"{ROWS_FOLDER}/{name}" for name in results.damaged)
+                raise RunError(
+                    f"{folder}: {len(results.damaged)} files of rows were damaged (first: {results.damaged[0]}); run "
+                    "the same command again, which scores these rows again"
+                )
             for row in results.task_scores:
                 where = {"held_out": setup.kind(row["task"]), "model": one.name, "kind": one.kind}
                 evaluation.append({**row, **where, "prompt_format": variant.prompt_format})
-            scores[one.name, variant.prompt_format] = read_scores(files)
+            scores[one.name, variant.prompt_format] = read_scores(rows_folder, results.files)
+            files |= {f"{ROWS_FOLDER}/{name}": record for name, record in results.files.items()}
             rows["planned"] += results.rows["planned"]
             rows["scored"] += results.rows["scored"]
             prompt, cached = prompt + results.tokens["prompt"], cached + results.tokens["cached"]
     rows["errors"] = rows["planned"] - rows["scored"]
     comparisons = compare_models(setup, plan, scores)
-    write_parquet(folder / EVALUATION_FILE, pa.Table.from_pylist(evaluation, schema=EVALUATION))
-    write_parquet(folder / COMPARISONS_FILE, pa.Table.from_pylist(comparisons, schema=COMPARISONS))
-    finish_run(
-        folder,
+    tables = (EVALUATION_FILE, evaluation, EVALUATION), (COMPARISONS_FILE, comparisons, COMPARISONS)
+    for name, content, schema in tables:
+        files[name] = folder.write_parquet(name, pa.Table.from_pylist(content, schema=schema))
+    files |= write_plan(folder, plan)
+    run.finish(
         {
             "settings": setup.config.model_dump(),
             "seed": setup.config.seed,
@@ -290,11 +286,12 @@ def _finish(
             "mix": " and ".join(setup.mixes) or None,
             "rows": {**rows, "left_out": sum(task.num_excluded for task in plan.tasks)},
             "tokens": {"prompt": prompt, "cached": cached, "cached_fraction": cached / prompt if prompt else None},
-            "sessions": [meter.session() for meter in meters],
-            "wall_seconds": wall_seconds,
+            "sessions": run.sessions(),
         },
+        files,
+        summary=f"{len(setup.models) - 1} models compared on {len(plan.tasks)} tasks",
     )
-    return _read(folder)
+    return _read(run)
 
 
 def compare_models(
@@ -319,6 +316,6 @@ def check_gate(result: EvaluateResult, delta: float | None) -> None:
         raise RunError("; ".join(failures))
 
 
-def _read(folder: Path) -> EvaluateResult:
-    tables = [pq.read_table(folder / file).to_pylist() for file in (EVALUATION_FILE, COMPARISONS_FILE)]
-    return EvaluateResult(folder, read_json(folder / MANIFEST_FILE), *tables)
+def _read(run: Run) -> EvaluateResult:
+    tables = [run.folder.read_table(file).to_pylist() for file in (EVALUATION_FILE, COMPARISONS_FILE)]
+    return EvaluateResult(run.folder, run.manifest or {}, *tables)

@@ -34,6 +34,9 @@ OWNED_ARGUMENTS = {
 }
 
 
+GPU_SHARD_ROWS, CPU_SHARD_ROWS = 512, 64  # a driver pays 16 ms a shard; a CPU engine does 64 rows in 15 s
+
+
 class TaskSettings(Settings):
     """Which task files, and what is taken of them."""
 
@@ -144,7 +147,8 @@ class ResourceSettings(Settings):
     )
     shards_in_flight: int = Field(3, ge=1, le=64, description="shards given to one engine at a time")
     num_prepare_workers: int = Field(1, ge=1, description="processes that read, build prompts and count tokens")
-    max_engine_restarts: int = Field(2, ge=0, description="dead engines replaced before the run fails")
+    max_start_retries: int = Field(2, ge=0, description="further tries of a replica that fails to start")
+    max_engine_restarts: int = Field(2, ge=0, description="restarts of one replica before the run fails")
     simulated_row_seconds: float = Field(0.0, ge=0, description="simulated backend only")
     no_progress_minutes: float = Field(20.0, gt=0, description="the run fails after so long without a finished row")
 
@@ -174,6 +178,19 @@ def vllm_argument_names() -> frozenset[str]:
     return frozenset(fields)
 
 
+class AdaptiveSettings(Settings):
+    """When a task has been scored enough: DESIGN's adaptive scoring."""
+
+    enabled: bool = Field(False, description="stop each task when its score is known and its share is filled")
+    score_margin: float = Field(0.05, gt=0, lt=1, description="half-width of the 95 % interval of a task's score")
+    first_instances: int = Field(100, ge=2, description="rows of a task before the first look; then twice as many")
+    failed_rows_factor: float = Field(1.0, ge=0, description="failed rows wanted, in shares of the mix")
+    exact_match_budget: int = Field(50_000, ge=0, description="the mix's budget, exact-match tasks")
+    generation_budget: int = Field(50_000, ge=0, description="the mix's budget, generation tasks")
+    gamma: float = Field(1.0, ge=0, le=16, description="the mix's task_score.gamma")
+    failed_below: float = Field(0.2, ge=0, le=1, description="generation rows under this ROUGE-L count as failed")
+
+
 class ScoreConfig(Settings):
     """All settings of `birbal score`."""
 
@@ -183,6 +200,9 @@ class ScoreConfig(Settings):
     completion: CompletionSettings = CompletionSettings()
     engine: EngineSettings = EngineSettings()
     resources: ResourceSettings = ResourceSettings()
+    adaptive: AdaptiveSettings = AdaptiveSettings()
     output: str | None = Field(None, description="run folder; the same command on it continues where it stopped")
     seed: int = Field(0, ge=0, description="another seed takes other instances of each task")
-    shard_rows: int = Field(64, ge=1, le=4096, description="instances of one task per output file")
+    shard_rows: int | None = Field(
+        None, ge=1, le=65_536, description="instances of one task per output file; null: 512 on GPU, 64 on CPU"
+    )

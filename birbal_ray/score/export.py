@@ -3,47 +3,51 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from birbal_ray.run import RunError, read_manifest, write_atomic
 from birbal_ray.schemas import ROWS_FOLDER, TASKS_FILE
+from birbal_ray.score.plan import RowFiles
+from birbal_ray.storage import open_folder
 
 PUBLISHED_COLUMNS = ["orig_input", "few_shot_prompt", "answer", "prediction"]
 
 
-def export_published_json(run: Path, output: Path) -> tuple[int, int]:
+def export_published_json(run: str | Path, output: Path) -> tuple[int, int]:
     """Write `{task}.json` per task of a finished score run; (files, rows) written.
 
-    Each holds a list of {orig_input, few_shot_prompt, answer, prediction} by row id. Rows with an
-    error have an empty prediction. Raises RunError when `run` is no finished score run, or its files
-    are not all there any more.
+    Each holds a list of objects by row id: {orig_input, few_shot_prompt, answer, prediction}, and what the
+    published scripts read beside these: ground_truth and orig_output (the references), task_file, id. Rows with an
+    error have an empty prediction. Raises RunError when `run` is no finished score run, or its files are not all
+    there any more.
     """
-    read_manifest(run, "score")
-    files = defaultdict(list)
-    for file in (run / ROWS_FOLDER).glob("*.parquet"):
-        if not file.name.startswith(".tmp-"):
-            files[file.name.rsplit("-", 3)[0]].append(file)  # TASK-CHUNK-of-CHUNKS.parquet
-    tasks = pq.read_table(run / TASKS_FILE, columns=["task", "num_instances"]).to_pylist()
+    folder = open_folder(run)
+    read_manifest(folder, "score")
+    rows_folder = folder.subfolder(ROWS_FOLDER)
+    found = RowFiles(rows_folder.files())
+    tasks = folder.read_table(TASKS_FILE, ["task", "num_instances"]).to_pylist()
     num_rows = 0
     for task in tasks:
         name = task["task"]
-        try:
-            parts = [pq.read_table(file, columns=[*PUBLISHED_COLUMNS, "row_id"]) for file in files[name]]
-        except (pa.ArrowInvalid, OSError) as error:
+        if found.num_rows(name) != task["num_instances"]:
             raise RunError(
-                f"{run}: the rows of {name} can't be read ({error}); run `birbal score` on it again"
-            ) from None
-        found = sum(part.num_rows for part in parts)
-        if found != task["num_instances"]:
-            raise RunError(
-                f"{run}: {found} rows of {name} are there, {task['num_instances']} were scored; "
+                f"{folder}: {found.num_rows(name)} rows of {name} are there, {task['num_instances']} were scored; "
                 "run `birbal score` on it again"
             )
-        records = pa.concat_tables(parts).sort_by("row_id").select(PUBLISHED_COLUMNS).to_pylist()
+        columns = [*PUBLISHED_COLUMNS, "row_id", "instance_id"]
+        parts = [rows_folder.read_table(file, columns) for file in found.names(name)]
+        records = [
+            {
+                **{column: row[column] for column in PUBLISHED_COLUMNS},
+                "ground_truth": row["answer"],
+                "task_file": f"{name}.json",
+                "id": row["instance_id"],
+                "orig_output": row["answer"],
+            }
+            for row in pa.concat_tables(parts).sort_by("row_id").to_pylist()
+        ]
         write_atomic(output / f"{name}.json", (json.dumps(records, indent=1, ensure_ascii=False) + "\n").encode())
-        num_rows += found
+        num_rows += len(records)
     return len(tasks), num_rows

@@ -7,34 +7,28 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
+import pyarrow as pa
+
 from birbal_ray.cluster import AUTH_MODE, WorkerRequest, can_place
-from birbal_ray.run import RunError, RunFailedError
+from birbal_ray.run import LOG_FOLDER, RunError, RunFailedError
+from birbal_ray.schemas import ROWS_FOLDER
+from birbal_ray.score.adaptive import Schedule
 from birbal_ray.score.config import ResourceSettings, ScoreConfig
 from birbal_ray.score.engine import Adapter
-from birbal_ray.score.monitor import EngineMonitor, Snapshot
-from birbal_ray.score.plan import Shard
+from birbal_ray.score.monitor import EngineMonitor, Snapshot, Watchdog
 from birbal_ray.score.stages import BuildPrompts, Generate, ScoreAndWrite
+from birbal_ray.storage import Folder
 
 WRITE_CPUS = 0.25  # logical: scoring and writing a shard takes milliseconds
 REPLICAS_PER_WRITER = 4
-BOARD_ATTEMPTS, BOARD_PAUSE_SECONDS = 3, 2.0
+MONITOR_ATTEMPTS, MONITOR_PAUSE_SECONDS = 3, 2.0
 ACCELERATOR_LABEL = "ray.io/accelerator-type"  # of a node, set by Ray
 SHARED_SECONDS = 120.0  # a network file system's attribute caches are older than a minute at times
-POLL_SECONDS = 1.0  # each look costs the cores that may be the engine's a few milliseconds
-
-
-@dataclass(frozen=True, slots=True)
-class ShardDone:
-    """A shard's file stands under its final name."""
-
-    file: str
-    rows: int
-    errors: int
+POLL_SECONDS = 1.0  # each poll costs the cores that may be the engine's a few milliseconds
+IDLE_SECONDS = 0.2  # the source waits so long when there is nothing to give out
 
 
 def logical_cpus(config: ScoreConfig) -> float:
@@ -73,126 +67,104 @@ def check_cluster(config: ScoreConfig) -> str | None:
     return missing
 
 
-def run_shards(
-    shards: Sequence[Shard],
+def score_shards(
+    schedule: Schedule,
     config: ScoreConfig,
     model_fingerprint: str,
-    rows_folder: Path,
-    log_folder: Path,
+    folder: Folder,
     on_poll: Callable[[Snapshot], None],
     adapters: Sequence[Adapter] = (),
     excluded: Collection[str] = frozenset(),
-    files_here: bool = False,
-) -> Iterator[ShardDone]:
-    """Score the shards on the connected cluster; yields each one whose file is written.
+) -> None:
+    """Score what the schedule gives out on the connected cluster; returns when all of it is written.
 
-    `adapters`: what the shards' variants name. `excluded`: instances that no shard counts.
-    `files_here`: only this node sees the task files and the rows folder, so reading and writing stay on it.
-    Calls `on_poll` about once a second in between. `config.model` must name the model as
-    workers find it, `model_fingerprint` what they must find. Raises RunFailedError when engines died more often
-    than `resources.max_engine_restarts`, or nothing moved for `resources.no_progress_minutes`.
+    Rows go to `rows/` of the run folder, replicas' logs to `logs/`. `adapters`: what the shards' variants name.
+    `excluded`: instances that no shard counts. Calls `on_poll` about once a second, and once at the end, with what
+    happened since. `config.model` must name the model as workers find it, `model_fingerprint` what they must find.
+    Raises RunFailedError when no engine can start, one died more often than `resources.max_engine_restarts`, or
+    nothing moved for `resources.no_progress_minutes`.
     """
     import ray
 
-    here = _this_node() if files_here else None
-    board = _board()
-    events: queue.SimpleQueue[ShardDone | BaseException | None] = queue.SimpleQueue()
+    resources = config.resources
+    # Enough that every engine has its shards and the next one, and the stages around it theirs.
+    limit = resources.num_replicas * (resources.shards_in_flight + 2) + 2 * resources.num_prepare_workers + 2
+    monitor = _start_monitor(schedule, limit, resources)
+    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
     def consume() -> None:
         try:
-            engine_arguments = (config, model_fingerprint, tuple(adapters), board, str(log_folder))
-            for row in _dataset(shards, config, engine_arguments, rows_folder, excluded, here).iter_rows():
-                events.put(ShardDone(row["file"], row["rows"], row["errors"]))
-            events.put(None)
+            dataset = _dataset(config, (config, model_fingerprint, tuple(adapters), monitor, folder), folder, excluded)
+            for _ in dataset.iter_internal_ref_bundles():  # their content came through the monitor
+                pass
+            ended.put(None)
         except BaseException as error:  # handed to the main thread, which raises it
-            events.put(error)
+            ended.put(error)
 
-    consumer = threading.Thread(target=consume, name="ray-data", daemon=True)
-    consumer.start()
-    watch = _Watch(config, log_folder)
-
-    def look() -> None:
-        snapshot = ray.get(board.snapshot.remote())
-        watch.look(snapshot)
-        on_poll(snapshot)
-
-    polled = time.monotonic()
+    threading.Thread(target=consume, name="ray-data", daemon=True).start()
+    logs = folder.at(LOG_FOLDER)
+    watchdog, rows_seen = Watchdog(resources, logs), _RowsSeen(folder)
     while True:
         try:
-            event = events.get(timeout=POLL_SECONDS)
+            error, done = ended.get(timeout=POLL_SECONDS), True
         except queue.Empty:
-            look()
-            continue
-        if event is None:
-            look()
-            consumer.join(timeout=30)  # Ray must not be shut down under its feet
+            error, done = None, False
+        snapshot = ray.get(monitor.snapshot.remote())
+        on_poll(snapshot)
+        watchdog.check(snapshot)
+        rows_seen.check(snapshot)
+        if error is not None:
+            raise RunFailedError(f"{_root_reason(error)} (logs: {logs})") from error
+        if done:
             return
-        if isinstance(event, BaseException):
-            look()  # it may know the reason behind
-            raise RunFailedError(f"{_root_reason(event)} (logs: {log_folder})") from event
-        watch.see(rows_folder / event.file)
-        yield event
-        if time.monotonic() - polled > POLL_SECONDS:
-            look()
-            polled = time.monotonic()
 
 
-def _board() -> Any:
-    """A EngineMonitor that answers.
+def _start_monitor(schedule: Schedule, limit: int, resources: ResourceSettings) -> Any:
+    """An EngineMonitor on this node that answers.
 
     A head that can't call this process back takes it for gone, and cancels every actor that it asks for
     (https://github.com/ray-project/ray/issues/53797). A lost call passes; another RAY_AUTH_MODE or a firewall
     does not.
     """
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    for attempt in range(1, BOARD_ATTEMPTS + 1):
-        board = ray.remote(EngineMonitor).options(num_cpus=0, scheduling_strategy=_this_node()).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    arguments = schedule, limit, resources.num_replicas, resources.max_start_retries
+    for attempt in range(1, MONITOR_ATTEMPTS + 1):
+        monitor = ray.remote(EngineMonitor).options(num_cpus=0, scheduling_strategy=here).remote(*arguments)
         try:
-            ray.get(board.snapshot.remote())
+            ray.get(monitor.take.remote(0))
             break
         except ray.exceptions.ActorDiedError:
-            if attempt == BOARD_ATTEMPTS:
+            if attempt == MONITOR_ATTEMPTS:
                 raise RunError(
                     "the cluster's head can't call this process back, so it cancels whatever is started from here; "
                     f"RAY_AUTH_MODE must be the same here (now: {os.environ.get(AUTH_MODE, 'not set')}) and on the "
                     "cluster, and the head must reach this machine's ports"
                 ) from None
-            time.sleep(BOARD_PAUSE_SECONDS)
-    return board
+            time.sleep(MONITOR_PAUSE_SECONDS)
+    return monitor
 
 
-def _this_node() -> Any:
+def _dataset(config: ScoreConfig, engine_arguments: tuple[Any, ...], folder: Folder, excluded: Collection[str]) -> Any:
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    from ray.data import ActorPoolStrategy, DataContext
 
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-
-
-def _dataset(
-    shards: Sequence[Shard],
-    config: ScoreConfig,
-    engine_arguments: tuple[Any, ...],
-    rows_folder: Path,
-    excluded: Collection[str],
-    here: Any,
-) -> Any:
-    import ray
-    from ray.data import ActorPoolStrategy
-
-    resources = config.resources
+    resources, monitor = config.resources, engine_arguments[3]
     gpu = config.engine.device == "gpu"
-    # A cluster's head often offers no CPUs: what must run beside the driver asks for none.
-    placed = {"scheduling_strategy": here} if here else {}
+    context = DataContext.get_current()
+    context.target_max_block_size = 1  # else shards wait in the source until a block is full
+    context.max_consecutive_actor_init_deaths = resources.num_replicas * (resources.max_start_retries + 1)
     per_node = math.ceil(resources.num_replicas / max(1, sum(node["Alive"] for node in ray.nodes())))
     return (
-        ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
+        # Without CPUs of its own, or Ray would fuse it with the next stage, and one worker would get every shard.
+        ray.data.read_datasource(_source(monitor), num_cpus=0, override_num_blocks=1)
         .map(
             BuildPrompts,
-            fn_constructor_args=(config, excluded),
+            fn_constructor_args=(config, folder, excluded),
             compute=ActorPoolStrategy(size=resources.num_prepare_workers),
-            num_cpus=0 if here else 1,
-            **placed,
+            num_cpus=1,
         )
         .map(
             Generate,
@@ -209,14 +181,40 @@ def _dataset(
         )
         .map(
             ScoreAndWrite,
-            fn_constructor_args=(str(rows_folder),),
+            fn_constructor_args=(folder, config.adaptive.failed_below, monitor),
             # Actors, not tasks: they start beside the engines. A task's process starts when the first shard
-            # is there, and until it stands (12 s on a busy machine) nothing would be written.
+            # is there, and until it runs (12 s on a busy machine) nothing would be written.
             compute=ActorPoolStrategy(size=num_writers(config)),
-            num_cpus=0 if here else WRITE_CPUS,
-            **placed,
+            num_cpus=WRITE_CPUS,
         )
     )
+
+
+def _source(monitor: Any) -> Any:
+    """A Ray Data source whose one task gives shards, a row each, as the monitor's schedule decides on them."""
+    import ray
+    from ray.data import Datasource
+    from ray.data.block import BlockMetadata
+    from ray.data.datasource import ReadTask
+
+    class ShardSource(Datasource):
+        def estimate_inmemory_data_size(self) -> int | None:
+            return None
+
+        def get_read_tasks(self, *_: Any, **__: Any) -> list[Any]:
+            def read() -> Iterable[pa.Table]:
+                position = 0
+                while (shards := ray.get(monitor.take.remote(position))) is not None:
+                    for shard in shards:
+                        yield pa.table({"shard": [shard]})
+                    position += len(shards)
+                    if not shards:
+                        time.sleep(IDLE_SECONDS)
+
+            unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+            return [ReadTask(read, unknown)]
+
+    return ShardSource()
 
 
 def _card(resources: ResourceSettings, gpu: bool) -> dict[str, Any]:
@@ -230,42 +228,28 @@ def _card(resources: ResourceSettings, gpu: bool) -> dict[str, Any]:
     return {}
 
 
-class _Watch:
-    """Fails the run when engines keep dying or nothing moves."""
+class _RowsSeen:
+    """Fails the run when files that writers published never show in the run folder as the driver sees it."""
 
-    def __init__(self, config: ScoreConfig, log_folder: Path) -> None:
-        self._limit = config.resources.max_engine_restarts
-        self._patience = config.resources.no_progress_minutes * 60
-        self._log_folder = log_folder
-        self._version, self._moved = -1, time.monotonic()
-        self._seen = False
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._waiting: list[str] = []
         self._first_at: float | None = None
+        self._seen = False
 
-    def see(self, file: Path) -> None:
-        """A writer says that `file` stands; raise RunFailedError if none such ever shows here."""
-        self._seen = self._seen or file.exists()
+    def check(self, snapshot: Snapshot) -> None:
+        """Look for the files until one is seen; raise RunFailedError if none ever is."""
+        if self._seen:
+            return
+        self._waiting += [f"{ROWS_FOLDER}/{file.name}" for file in snapshot.files]
+        if not self._waiting:
+            return
         self._first_at = self._first_at or time.monotonic()
+        self._seen = any(self._folder.is_file(name) for name in self._waiting[:3])
         if not self._seen and time.monotonic() - self._first_at > SHARED_SECONDS:
             raise RunFailedError(
-                f"{file}: written on another node and not seen here; --output must be on storage that all nodes see, "
-                "or an s3:// or gs:// URL"
-            )
-
-    def look(self, snapshot: Snapshot) -> None:
-        """Raise RunFailedError if it is time to stop."""
-        if max(snapshot.num_restarts, len(snapshot.deaths)) > self._limit:
-            last = snapshot.deaths[-1] if snapshot.deaths else "its process was killed (out of memory?)"
-            raise RunFailedError(
-                f"an engine died {max(snapshot.num_restarts, len(snapshot.deaths))} times, "
-                f"resources.max_engine_restarts is {self._limit}; the last time: {last} (logs: {self._log_folder})"
-            )
-        if snapshot.version != self._version:
-            self._version, self._moved = snapshot.version, time.monotonic()
-        elif time.monotonic() - self._moved > self._patience:
-            state = "loading its model" if snapshot.num_ready == 0 else "at work"
-            raise RunFailedError(
-                f"no progress for {self._patience / 60:g} minutes (resources.no_progress_minutes); "
-                f"{snapshot.num_started} engine(s) started, last seen {state} (logs: {self._log_folder})"
+                f"{self._folder.at(self._waiting[0])}: written on another node and not seen here; --output must be "
+                "on storage that all nodes see, or an s3:// or gs:// URL"
             )
 
 

@@ -1,26 +1,33 @@
-"""A run planned from its task files before anything heavy starts."""
+"""A run planned from its task files before anything heavy starts: tasks, prompts' limits, shards."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from birbal_ray.ni import catalog, labels, prompt, reader
-from birbal_ray.ni.metrics import EXACT_MATCH, find_unreachable
+from birbal_ray.ni.metrics import EXACT_MATCH, METRIC_VERSION, find_unreachable
 from birbal_ray.ni.schema import Instance, Task, TaskError, take_first
-from birbal_ray.run import write_atomic
+from birbal_ray.progress import ProgressLine
+from birbal_ray.run import write_json
 from birbal_ray.schemas import TASKS
 from birbal_ray.score.config import CompletionSettings, ScoreConfig
-from birbal_ray.score.tokens import Tokenizer, prompt_token_ids
+from birbal_ray.score.tokens import Tokenizer, load_tokenizer, prompt_token_ids
+from birbal_ray.settings import canonical_hash
+from birbal_ray.storage import FileRecord, Folder, cache_folder
 
 INPUT_HEAD = "### Input:\n"
 FEW_SHOT, ZERO_SHOT = "few_shot", "zero_shot"
+INPUTS_FOLDER = "inputs"  # task files that workers read from the run folder
+PLAN_FORMAT = 2  # of the cached plans
+PREFILL_WORK = 16  # a prompt's own tokens, in decoded tokens: about what 58 tokens of prefill cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +40,7 @@ class PromptVariant:
 
     @property
     def folder(self) -> str:
-        """Where its shards go, below the rows folder."""
+        """Where its rows go, below the rows folder."""
         return f"{self.model}/{self.prompt_format}/" if self.model else ""
 
 
@@ -47,7 +54,7 @@ class PlannedTask:
     sha256: str
     label: labels.Label
     num_available: int
-    num_instances: int
+    num_instances: int  # that the run takes, at most
     num_shots: int
     max_completion_tokens: int
     repairs: dict[str, int]
@@ -65,30 +72,179 @@ class PlannedTask:
     num_too_long: int | None = None
     num_prompts: int | None = None  # for the engine: neither too long nor without a reference
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides this task's predictions, beside what decides all rows of the run."""
+        return {"sha256": self.sha256, "max_completion_tokens": self.max_completion_tokens}
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A chunk of one task's instances: the unit of work, of output and of resumption."""
+    """A range of one task's hash order, `first` included, `last` not: the unit of work, of output, of resuming.
+
+    `retry`: rows of the range that are scored again; the file's other rows stay as they are.
+    """
 
     task: str
-    path: str
+    path: str  # of the task file: on every node, or below the run folder
     sha256: str
     label: str
-    chunk: int
-    num_chunks: int
-    num_rows: int
+    first: int
+    last: int
     max_completion_tokens: int
     variant: PromptVariant = PromptVariant()
+    retry: tuple[int, ...] | None = None
 
     @property
-    def file_name(self) -> str:
-        """The shard's Parquet file, below the rows folder."""
-        return f"{self.variant.folder}{self.task}-{self.chunk:05d}-of-{self.num_chunks:05d}.parquet"
+    def num_rows(self) -> int:
+        """Rows of its file."""
+        return self.last - self.first
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Shard:
-        """The inverse of `dataclasses.asdict`."""
-        return cls(**{**values, "variant": PromptVariant(**values["variant"])})
+    @property
+    def name(self) -> str:
+        """Its Parquet file, below the rows folder."""
+        return row_file(f"{self.variant.folder}{self.task}", self.first, self.last)
+
+    @property
+    def work(self) -> int:
+        """What it costs, in decoded tokens at most."""
+        rows = self.num_rows if self.retry is None else len(self.retry)
+        return rows * row_work(self.max_completion_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Sums over a task's scored rows; `num_failed` are those with score 0 (exact match) or below a limit."""
+
+    num_scored: int = 0
+    num_failed: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.num_scored + other.num_scored,
+            self.num_failed + other.num_failed,
+            self.total + other.total,
+            self.squares + other.squares,
+        )
+
+    @property
+    def mean(self) -> float:
+        """Of at least one score."""
+        return self.total / self.num_scored
+
+    def half_width(self, label: str) -> float:
+        """Half the width of the mean's 95 % interval: Wilson's for exact match, Student's t otherwise."""
+        n = self.num_scored
+        if n < 2:
+            return math.inf
+        if label == EXACT_MATCH:
+            z, p = 1.959963984540054, self.mean
+            return z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+        from scipy.special import stdtrit
+
+        variance = max(0.0, self.squares - self.total**2 / n) / (n - 1)
+        return float(stdtrit(n - 1, 0.975)) * math.sqrt(variance / n)
+
+    def low(self, label: str) -> float:
+        """The interval's lower end."""
+        n = self.num_scored
+        centre = (self.mean + 3.8415 / (2 * n)) / (1 + 3.8415 / n) if label == EXACT_MATCH else self.mean
+        return centre - self.half_width(label)
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """What a writer published. `name` is below the rows folder."""
+
+    name: str
+    task: str
+    num_rows: int
+    num_errors: int
+    record: FileRecord
+    tally: Tally
+
+
+def row_folder(task: str) -> str:
+    """A task's folder of rows (`task` may have a variant's folder in front). Names that begin with a dot are hidden."""
+    above, slash, name = task.rpartition("/")
+    return f"{above}{slash}%2E{name[1:]}" if name.startswith(".") else task
+
+
+def row_file(task: str, first: int, last: int) -> str:
+    """The file of rows [first, last) of a task's hash order, below the rows folder."""
+    return f"{row_folder(task)}/{first:06d}-{last:06d}.parquet"
+
+
+class RowFiles:
+    """Ranges of hash order that are on disk: `{variant folder}{task}` → [(first, last)], sorted, none overlapping.
+
+    `overlapping` names files whose rows are in others too (two sessions cut a task differently at the same time).
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._ranges: dict[str, list[tuple[int, int]]] = {}
+        self.overlapping: list[str] = []
+        for name in sorted(name for name in names if name.endswith(".parquet")):
+            task, _, stem = name.removesuffix(".parquet").rpartition("/")
+            first, _, last = stem.partition("-")
+            if not (task and first.isdigit() and last.isdigit()):
+                continue
+            ranges = self._ranges.setdefault(task, [])
+            if ranges and int(first) < ranges[-1][1]:
+                self.overlapping.append(name)
+            else:
+                ranges.append((int(first), int(last)))
+
+    @property
+    def tasks(self) -> list[str]:
+        """`{variant folder}{row_folder(task)}` of all that has rows."""
+        return list(self._ranges)
+
+    def names(self, task: str) -> list[str]:
+        """The task's files below the rows folder, in hash order."""
+        return [row_file(task, first, last) for first, last in self._ranges.get(row_folder(task), ())]
+
+    def num_rows(self, task: str) -> int:
+        """Rows of a task."""
+        return sum(last - first for first, last in self._ranges.get(row_folder(task), ()))
+
+    @property
+    def total_rows(self) -> int:
+        """Rows of all tasks."""
+        return sum(self.num_rows(task) for task in self._ranges)
+
+    def gaps(self, task: str, end: int) -> list[tuple[int, int]]:
+        """The ranges below `end` that are in no file."""
+        gaps, position = [], 0
+        for first, last in [*self._ranges.get(row_folder(task), ()), (end, end)]:
+            if position < min(first, end):
+                gaps.append((position, min(first, end)))
+            position = max(position, last)
+        return gaps
+
+    def add(self, task: str, ranges: Iterable[tuple[int, int]]) -> None:
+        """Count ranges as there."""
+        self._ranges[row_folder(task)] = sorted([*self._ranges.get(row_folder(task), ()), *ranges])
+
+    def add_file(self, name: str) -> None:
+        """Count a file as there."""
+        self.add(name.rpartition("/")[0], [self.range_of(name)])
+
+    def copy(self) -> RowFiles:
+        """Another with the same ranges."""
+        return RowFiles(self.all_names())
+
+    def all_names(self) -> list[str]:
+        """Every file, none that overlaps another."""
+        return [name for task in self._ranges for name in self.names(task)]
+
+    @staticmethod
+    def range_of(name: str) -> tuple[int, int]:
+        """[first, last) of a file."""
+        first, last = name.removesuffix(".parquet").rpartition("/")[2].split("-")
+        return int(first), int(last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,57 +259,39 @@ class ScorePlan:
 
     @property
     def num_rows(self) -> int:
-        """Rows that the run will hold."""
+        """Rows that the run will hold, at most."""
         return sum(task.num_instances for task in self.tasks)
 
-    def shards(self, shard_rows: int, variants: Sequence[PromptVariant] = (PromptVariant(),)) -> list[Shard]:
-        """All shards, those of one task and variant adjacent, long completions first.
+    def shards(
+        self, shard_rows: int, found: RowFiles | None = None, variants: Sequence[PromptVariant] = (PromptVariant(),)
+    ) -> list[Shard]:
+        """Shards of all rows that are not `found`, those of one task and variant adjacent, long completions first.
 
         A task of long completions that comes last leaves the engines a handful of sequences to the end
         (docs/decisions/0002): started first, the short ones fill the batch beside it.
         """
-        result = []
+        found = found or RowFiles(())
         longest_first = sorted(self.tasks, key=lambda task: (-task.max_completion_tokens, task.name))
-        for variant, task in itertools.product(variants, longest_first):
-            count = math.ceil(task.num_instances / shard_rows)
-            for chunk in range(count):
-                rows = min(shard_rows, task.num_instances - chunk * shard_rows)
-                result.append(
-                    Shard(
-                        task.name,
-                        task.path,
-                        task.sha256,
-                        task.label.value,
-                        chunk,
-                        count,
-                        rows,
-                        task.max_completion_tokens,
-                        variant,
-                    )
-                )
-        return result
+        return [
+            shard
+            for variant, task in itertools.product(variants, longest_first)
+            for shard in shards_of(
+                task, shard_rows, found.gaps(f"{variant.folder}{task.name}", task.num_instances), variant
+            )
+        ]
 
-    def table(self) -> pa.Table:
-        """The tasks as TASKS rows."""
+    def table(self, stops: Mapping[str, str]) -> pa.Table:
+        """The tasks as TASKS rows; `stops`: why a task was not scored further."""
+        names = set(TASKS.names)
         return pa.Table.from_pylist(
             [
                 {
+                    **{key: value for key, value in asdict(task).items() if key in names},
                     "task": task.name,
                     "label": task.label.value,
                     "label_reason": task.label.reason,
-                    "definition": task.definition,
-                    "categories": list(task.categories),
-                    "sources": list(task.sources),
-                    "domains": list(task.domains),
-                    "licenses": list(task.licenses),
-                    "sha256": task.sha256,
-                    "num_shots": task.num_shots,
-                    "num_available": task.num_available,
-                    "num_instances": task.num_instances,
-                    "max_completion_tokens": task.max_completion_tokens,
-                    "unreachable_fraction": task.unreachable_fraction,
-                    "unreachable_reason": task.unreachable_reason,
-                    "definition_is_text": task.definition_is_text,
+                    "metric_version": METRIC_VERSION,
+                    "stop_reason": stops.get(task.name),
                 }
                 for task in self.tasks
             ],
@@ -161,20 +299,39 @@ class ScorePlan:
         )
 
 
-def make_plan(
+def row_work(max_completion_tokens: int) -> int:
+    """What one row costs, in decoded tokens at most."""
+    return max_completion_tokens + PREFILL_WORK
+
+
+def shards_of(
+    task: PlannedTask,
+    shard_rows: int,
+    gaps: Iterable[tuple[int, int]],
+    variant: PromptVariant = PromptVariant(),
+) -> list[Shard]:
+    """Ranges of a task cut at multiples of `shard_rows`."""
+    shards = []
+    for first, last in gaps:
+        cuts = [first, *range((first // shard_rows + 1) * shard_rows, last, shard_rows), last]
+        for start, end in itertools.pairwise(cuts):
+            about = task.name, task.path, task.sha256, task.label.value
+            shards.append(Shard(*about, start, end, task.max_completion_tokens, variant))
+    return shards
+
+
+def plan_run(
     config: ScoreConfig,
-    load_tokenizer: Callable[[], Tokenizer],
+    progress: ProgressLine | None = None,
     *,
     excluded: Collection[str] = frozenset(),
     count_tokens: bool = False,
-    progress: Callable[[str], None] = lambda text: None,
 ) -> ScorePlan:
-    """Read every chosen task file once and decide what the run does with it; writes nothing.
+    """Read every chosen task file once and decide what the run does with it; writes nothing to the run folder.
 
-    The tokenizer is loaded when the choice of tasks is known to be right: that may take a download.
-    `excluded`: row ids and text keys (ni.schema) of instances that the run may not take.
-
-    Files that can't be used are quarantined, or raise TaskError when `config.tasks.strict`.
+    `excluded`: row ids and text keys (ni.schema) of instances that the run may not take. What was found in a
+    file is kept in the cache by its size, time and the settings that matter (workers check its sha256 when they
+    read it). Files that can't be used are quarantined, or raise TaskError when `config.tasks.strict`.
     """
     root = Path(config.tasks.path or "")
     files = reader.find_task_files(root)
@@ -182,56 +339,75 @@ def make_plan(
     if duplicates:
         raise TaskError(f"{root}: two files named {sorted(duplicates)[0]}.json")
     names, absent = catalog.choose_names([file.name for file in files], config.tasks.select, root)
-    chosen = set(names) - set(_known(config.tasks.exclude, [file.name for file in files], root))
+    available = {file.name for file in files}
+    for name in config.tasks.exclude:
+        if name not in available:
+            raise TaskError(catalog.unknown_task(name, sorted(available), root))
+    chosen = set(names) - set(config.tasks.exclude)
     if not chosen:
         raise TaskError(f"{root}: none of its {len(files)} tasks is chosen (tasks.select = {config.tasks.select!r})")
     overrides = labels.default_overrides()
     unknown: tuple[str, ...] = ()
     if config.tasks.label_overrides:
         own_labels = labels.read_overrides(Path(config.tasks.label_overrides))
-        unknown = tuple(sorted(own_labels.keys() - {file.name for file in files}))
+        unknown = tuple(sorted(own_labels.keys() - available))
         overrides |= own_labels
 
-    tokenizer = load_tokenizer()
-    planned, quarantined, left_out = [], [], []
+    planner = _TaskPlanner(config, load_tokenizer(config), overrides, excluded, count_tokens)
+    tasks, quarantined, left_out = [], [], []
     files = [file for file in files if file.name in chosen]
-    for done, (file, task) in enumerate(reader.read_tasks(files), 1):
-        progress(f"reading tasks {done}/{len(files)}: {file.name}")
-        if isinstance(task, TaskError):
-            if config.tasks.strict:
-                raise task
-            quarantined.append((file.label, str(task)))
-            continue
-        if config.tasks.strict:
-            prompt.shared_prefix(task, config.prompt.num_shots, strict=True)
-        reason = catalog.excluded_by(task, config.tasks.exclude_families)
-        if reason:
-            left_out.append((task.name, reason))
-            continue
-        allowed = take_first(task, None, config.seed, excluded)
-        if task.instances and not allowed:
-            left_out.append((task.name, f"none of its {len(task.instances):,} instances is held out"))
-            continue
-        label = labels.label_task(task, overrides)
-        planned.append(_plan_task(task, allowed, file, label, config, tokenizer, count_tokens))
-    if not planned:
+    with _PlanCache(config, overrides, excluded, use=not (count_tokens or config.tasks.strict)) as cache:
+        for done, (file, outcome) in enumerate(cache.plan(files, planner), 1):
+            if progress:
+                progress.update(f"reading tasks {done}/{len(files)}: {file.name}")
+            if isinstance(outcome, PlannedTask):
+                limit = config.tasks.instances_per_task or outcome.num_available
+                num_instances = min(limit, outcome.num_available - outcome.num_excluded)
+                path = str(file.path.resolve())
+                tasks.append(replace(outcome, num_instances=num_instances, path=path, member=file.member))
+            elif outcome[0] == "quarantined":
+                quarantined.append((file.label, outcome[1]))
+            else:
+                left_out.append((file.name, outcome[1]))
+    if not tasks:
         reasons = "; ".join(reason for _, reason in (quarantined + left_out)[:3])
         raise TaskError(f"{root}: no usable task ({reasons})")
-    planned.sort(key=lambda task: task.name)
-    return ScorePlan(tuple(planned), tuple(quarantined), tuple(left_out), tuple(absent), unknown)
+    tasks.sort(key=lambda task: task.name)
+    return ScorePlan(tuple(tasks), tuple(quarantined), tuple(left_out), tuple(absent), unknown)
 
 
-def unpack_archives(plan: ScorePlan, folder: Path) -> ScorePlan:
-    """The plan with its archived tasks as files of `folder`: workers read tasks one by one, a tar has no index."""
-    archived = [reader.TaskFile(task.name, Path(task.path), task.member) for task in plan.tasks if task.member]
-    paths = {}
-    for file, data in reader.read_files(archived):
-        assert isinstance(data, bytes)  # archives raise as a whole
-        paths[file.name] = folder / f"{file.name}.json"
-        if not paths[file.name].exists() or paths[file.name].read_bytes() != data:
-            write_atomic(paths[file.name], data)
-    tasks = (replace(task, path=str(paths[task.name]), member=None) if task.member else task for task in plan.tasks)
+def publish_inputs(plan: ScorePlan, folder: Folder, *, everything: bool) -> ScorePlan:
+    """The plan with task files that workers can't reach as files of the run folder, named by content.
+
+    Members of an archive (a tar has no index), or `everything`: this machine's disk is not the other nodes'.
+    """
+    moved = {
+        task.name: f"{INPUTS_FOLDER}/{task.name}.{task.sha256[:16]}.json"
+        for task in plan.tasks
+        if task.member or everything
+    }
+    there = folder.files(INPUTS_FOLDER)
+    missing = [
+        reader.TaskFile(task.name, Path(task.path), task.member)
+        for task in plan.tasks
+        if task.name in moved and moved[task.name] not in there
+    ]
+    for file, data in reader.read_files(missing):
+        if isinstance(data, OSError):
+            raise TaskError(f"{file.label}: can't be read ({data.strerror})")
+        folder.write_bytes(moved[file.name], data)
+    tasks = (replace(task, path=moved.get(task.name, task.path)) for task in plan.tasks)
     return replace(plan, tasks=tuple(tasks))
+
+
+def read_planned(folder: Folder, path: str, name: str, sha256: str) -> Task:
+    """A planned task's file, wherever the plan left it; raises TaskError where it is another one by now."""
+    task = reader.parse_task(
+        name, folder.read_bytes(path) if path.startswith(f"{INPUTS_FOLDER}/") else Path(path).read_bytes()
+    )
+    if task.sha256 != sha256:
+        raise TaskError(f"{path}: the file changed while the run was going on; run the same command again")
+    return task
 
 
 def completion_tokens(label: str, lengths: Sequence[int], settings: CompletionSettings) -> int:
@@ -249,11 +425,6 @@ def completion_tokens(label: str, lengths: Sequence[int], settings: CompletionSe
     return min(settings.max_completion_tokens, wanted + settings.headroom_tokens)
 
 
-def prefix_token_ids(task: Task, num_shots: int, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of what all few-shot prompts of a task begin with."""
-    return prompt_token_ids(tokenizer, [prompt.shared_prefix(task, num_shots) + INPUT_HEAD])[0]
-
-
 def too_long_reason(num_prompt_tokens: int, max_completion_tokens: int, max_model_len: int) -> str | None:
     """Why a prompt doesn't fit, or None."""
     room = max_model_len - max_completion_tokens
@@ -265,63 +436,133 @@ def too_long_reason(num_prompt_tokens: int, max_completion_tokens: int, max_mode
     )
 
 
-def _plan_task(
-    task: Task,
-    allowed: Sequence[Instance],
-    file: reader.TaskFile,
-    label: labels.Label,
-    config: ScoreConfig,
-    tokenizer: Tokenizer,
-    count_tokens: bool,
-) -> PlannedTask:
-    taken = allowed[: config.tasks.instances_per_task]
-    references = sorted({reference for instance in taken for reference in instance.references})
-    lengths = [len(ids) for ids in tokenizer(references, add_special_tokens=False)["input_ids"]] if references else []
-    max_tokens = completion_tokens(label.value, lengths, config.completion)
-    too_long_texts = {text for text, length in zip(references, lengths, strict=True) if length > max_tokens}
-    unreachable = find_unreachable(task, label.value, prompt.extract_answer, lambda text: text not in too_long_texts)
-    shared = own = too_long = usable = None
-    if count_tokens:
-        shared, own, too_long, usable = _count_tokens(task, taken, max_tokens, config, tokenizer)
-    return PlannedTask(
-        name=task.name,
-        path=str(file.path.resolve()),
-        member=file.member,
-        sha256=task.sha256,
-        label=label,
-        num_available=len(task.instances),
-        num_instances=len(taken),
-        num_shots=min(config.prompt.num_shots, len(task.positive_examples)),
-        max_completion_tokens=max_tokens,
-        repairs=task.repairs,
-        definition=task.definition,
-        categories=task.categories,
-        sources=task.sources,
-        domains=task.domains,
-        licenses=task.licenses,
-        num_excluded=len(task.instances) - len(allowed),
-        unreachable_fraction=unreachable.fraction,
-        unreachable_reason=unreachable.reason,
-        definition_is_text=task.definition_is_text,
-        num_shared_tokens=shared,
-        num_own_tokens=own,
-        num_too_long=too_long,
-        num_prompts=usable,
-    )
+_Outcome = PlannedTask | tuple[str, str]  # ("quarantined" or "left out", reason)
 
 
-def _count_tokens(
-    task: Task, taken: Sequence[Instance], max_tokens: int, config: ScoreConfig, tokenizer: Tokenizer
-) -> tuple[int, int, int, int]:
-    shared = len(prefix_token_ids(task, config.prompt.num_shots, tokenizer))
-    usable = [prompt.own_part(instance.input).removeprefix(INPUT_HEAD) for instance in taken if instance.error is None]
-    lengths = [len(ids) for ids in tokenizer(usable, add_special_tokens=False)["input_ids"]] if usable else []
-    too_long = [n for n in lengths if too_long_reason(shared + n, max_tokens, config.engine.max_model_len)]
-    return shared, sum(lengths) - sum(too_long), len(too_long), len(lengths) - len(too_long)
+@dataclass(frozen=True)
+class _TaskPlanner:
+    """What becomes of one task file."""
+
+    config: ScoreConfig
+    tokenizer: Tokenizer
+    overrides: dict[str, labels.Label]
+    excluded: Collection[str]
+    count_tokens: bool
+
+    def __call__(self, file: reader.TaskFile, task: Task | TaskError) -> _Outcome:
+        config = self.config
+        if isinstance(task, TaskError):
+            if config.tasks.strict:
+                raise task
+            return "quarantined", str(task)
+        if config.tasks.strict:
+            prompt.shared_prefix(task, config.prompt.num_shots, strict=True)
+        if reason := catalog.excluded_by(task, config.tasks.exclude_families):
+            return "left out", reason
+        allowed = take_first(task, None, config.seed, self.excluded)
+        if task.instances and not allowed:
+            return "left out", f"none of its {len(task.instances):,} instances is held out"
+        # All references, not those of the instances taken: more instances must not change the rows that exist.
+        references = sorted({reference for instance in task.instances for reference in instance.references})
+        ids = self.tokenizer(references, add_special_tokens=False)["input_ids"] if references else []
+        label = labels.label_task(task, self.overrides)
+        max_tokens = completion_tokens(label.value, [len(one) for one in ids], config.completion)
+        too_long = {text for text, one in zip(references, ids, strict=True) if len(one) > max_tokens}
+        unreachable = find_unreachable(task, label.value, prompt.extract_answer, lambda text: text not in too_long)
+        planned = PlannedTask(
+            name=task.name,
+            path=str(file.path),
+            member=file.member,
+            sha256=task.sha256,
+            label=label,
+            num_available=len(task.instances),
+            num_instances=0,
+            num_shots=min(config.prompt.num_shots, len(task.positive_examples)),
+            max_completion_tokens=max_tokens,
+            repairs=task.repairs,
+            definition=task.definition,
+            categories=task.categories,
+            sources=task.sources,
+            domains=task.domains,
+            licenses=task.licenses,
+            num_excluded=len(task.instances) - len(allowed),
+            unreachable_fraction=unreachable.fraction,
+            unreachable_reason=unreachable.reason,
+            definition_is_text=task.definition_is_text,
+        )
+        return (
+            self._counted(planned, task, allowed[: config.tasks.instances_per_task]) if self.count_tokens else planned
+        )
+
+    def _counted(self, planned: PlannedTask, task: Task, taken: Sequence[Instance]) -> PlannedTask:
+        config = self.config
+        prefix = prompt.shared_prefix(task, config.prompt.num_shots) + INPUT_HEAD
+        (shared,) = prompt_token_ids(self.tokenizer, [prefix])
+        own = [prompt.own_part(one.input).removeprefix(INPUT_HEAD) for one in taken if one.error is None]
+        lengths = [len(ids) for ids in self.tokenizer(own, add_special_tokens=False)["input_ids"]] if own else []
+        limit, room = planned.max_completion_tokens, config.engine.max_model_len
+        too_long = [length for length in lengths if too_long_reason(len(shared) + length, limit, room)]
+        return replace(
+            planned,
+            num_shared_tokens=len(shared),
+            num_own_tokens=sum(lengths) - sum(too_long),
+            num_too_long=len(too_long),
+            num_prompts=len(lengths) - len(too_long),
+        )
 
 
-def _known(names: Sequence[str], available: Sequence[str], path: Path) -> Sequence[str]:
-    for name in names:
-        if name not in set(available):
-            raise TaskError(catalog.unknown_task(name, available, path))
-    return names
+class _PlanCache:
+    """What earlier plans found in task files, in the cache folder: one JSON per settings that matter."""
+
+    def __init__(
+        self, config: ScoreConfig, overrides: Mapping[str, labels.Label], excluded: Collection[str], *, use: bool
+    ) -> None:
+        key = {
+            "format": [PLAN_FORMAT, METRIC_VERSION],
+            "families": config.tasks.exclude_families,
+            "model": [config.model.name, config.model.revision, config.engine.backend],
+            "prompt": config.prompt.model_dump(),
+            "completion": config.completion.model_dump(),
+            "seed": config.seed,
+            "overrides": {name: asdict(label) for name, label in overrides.items()},
+            "excluded": sorted(excluded),
+        }
+        self._file = cache_folder() / "plans" / f"{canonical_hash(key)[:32]}.json"
+        self._use = use
+        self._known: dict[str, Any] = {}
+        self._new: dict[str, Any] = {}
+
+    def __enter__(self) -> _PlanCache:
+        if self._use:
+            try:
+                self._known = dict(json.loads(self._file.read_text(encoding="utf-8")))
+            except (OSError, ValueError):
+                self._known = {}
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._use and kind is None and self._new:
+            try:
+                write_json(self._file, {**self._known, **self._new})
+            except OSError:
+                return  # a cache that can't be written costs time, not the run
+
+    def plan(self, files: Sequence[reader.TaskFile], planner: _TaskPlanner) -> Iterator[tuple[reader.TaskFile, Any]]:
+        """Each file's outcome, read from the cache or made by `planner`."""
+        keys = {}
+        for file in files:
+            stat = file.path.stat() if file.path.exists() else None
+            keys[file] = f"{file.path.resolve()}:{file.member}:{stat and (stat.st_size, stat.st_mtime_ns)}"
+            if keys[file] in self._known:
+                yield file, _revive(self._known[keys[file]])
+        for file, task in reader.read_tasks([file for file in files if keys[file] not in self._known]):
+            outcome = planner(file, task)
+            self._new[keys[file]] = asdict(outcome) if isinstance(outcome, PlannedTask) else outcome
+            yield file, outcome
+
+
+def _revive(entry: Any) -> _Outcome:
+    if isinstance(entry, list):
+        return entry[0], entry[1]
+    texts = {name: tuple(entry[name]) for name in ("categories", "sources", "domains", "licenses")}
+    return PlannedTask(**{**entry, **texts, "label": labels.Label(**entry["label"])})

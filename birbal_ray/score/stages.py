@@ -1,17 +1,22 @@
 """The stages a shard passes through, each a Ray Data map over rows of one shard each.
 
-prepare (read, build prompts, count tokens) → generate (engine) → write (score, one Parquet file).
-A Ray Data row is a whole shard, so a block can never split one. A stage that is retried makes the
-same rows again, and the last one writes by rename: exactly once by construction.
+build prompts (read, count tokens) → generate (engine) → score and write (one Parquet file). A Ray Data row is a
+complete shard, so a block can never split one. Every stage runs on whatever node has room, reads and writes the run
+folder itself, and makes the same rows when it is retried; the last one publishes whole files: exactly once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import os
+import pickle
+import tempfile
+import threading
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +24,22 @@ import pyarrow as pa
 
 from birbal_ray import models
 from birbal_ray.cluster import log_to
-from birbal_ray.ni import prompt, reader
-from birbal_ray.ni.metrics import METRIC_OF_LABEL, score_answer
-from birbal_ray.ni.schema import Instance, Task, TaskError, take_first
-from birbal_ray.run import write_parquet
-from birbal_ray.schemas import SCORE_ROWS
+from birbal_ray.ni import prompt
+from birbal_ray.ni.metrics import EXACT_MATCH, METRIC_OF_LABEL, score_answer
+from birbal_ray.ni.schema import Instance, Task, take_first
+from birbal_ray.run import LOG_FOLDER
+from birbal_ray.schemas import ROWS_FOLDER, SCORE_ROWS
 from birbal_ray.score import plan
 from birbal_ray.score.config import ResourceSettings, ScoreConfig
 from birbal_ray.score.engine import Adapter, Completion, Request, load_engine
 from birbal_ray.score.engine_loop import EngineDeadError, EngineLoop
-from birbal_ray.score.monitor import EngineMonitor
-from birbal_ray.score.plan import ZERO_SHOT, Shard
-from birbal_ray.score.simulated import SimulatedTokenizer
-from birbal_ray.score.tokens import Tokenizer, prompt_token_ids
-from birbal_ray.storage import local_copy
+from birbal_ray.score.plan import ZERO_SHOT, Shard, Tally, WrittenFile
+from birbal_ray.score.tokens import load_tokenizer, prompt_token_ids
+from birbal_ray.settings import one_line
+from birbal_ray.storage import Folder, input_folder
 
-# What prepare hands to generate: the rows so far, with the prompts' token ids.
-PREPARED_ROWS = pa.schema(
+# What build hands to generate: the rows so far, with the prompts' token ids.
+PROMPT_ROWS = pa.schema(
     [
         *(
             SCORE_ROWS.field(name)
@@ -46,32 +50,35 @@ PREPARED_ROWS = pa.schema(
     ]
 )
 COMPLETED_ROWS = pa.schema(
-    [field for field in PREPARED_ROWS if field.name != "token_ids"]
+    [field for field in PROMPT_ROWS if field.name != "token_ids"]
     + [SCORE_ROWS.field(name) for name in ("prediction", "num_cached_tokens", "num_completion_tokens", "finish_reason")]
 )
-REPORT_INTERVAL_SECONDS = 1.0
-COUNTED = ("rows", "errors", "prompt_tokens", "cached_tokens", "completion_tokens")
+REPORT_SECONDS = 1.0  # between a replica's reports
+LOG_UPLOAD_SECONDS = 10.0
+METADATA_KEY = b"birbal"  # of a file of rows: what its rows were made from
 
 
 class BuildPrompts:
     """Reads a shard's instances, builds their prompts, counts tokens on the CPU.
 
-    Instances that can't be scored and prompts that don't fit get their `error` here, so that they
-    never reach the engine.
+    Instances that can't be scored and prompts that don't fit get their `error` here, so that they never reach the
+    engine.
     """
 
-    def __init__(self, config: ScoreConfig, excluded: Collection[str] = frozenset()) -> None:
-        self._config, self._excluded = config, excluded
+    def __init__(self, config: ScoreConfig, folder: Folder, excluded: Collection[str] = frozenset()) -> None:
+        self._config, self._folder, self._excluded = config, folder, excluded
         self._tokenizer = load_tokenizer(config)
         # A task's shards are adjacent: without this each would parse its file again.
         self._ordered_instances = functools.lru_cache(maxsize=4)(self._read)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        shard = Shard.from_dict(row)
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """`{"shard"}` → the same with PROMPT_ROWS (Arrow IPC) and the token ids of what the prompts begin with."""
+        shard: Shard = pickle.loads(row["shard"])  # noqa: S301 (our own source's)
         config = self._config
-        task, ordered = self._ordered_instances(shard.path, shard.sha256)
-        first = shard.chunk * config.shard_rows
-        instances = ordered[first : first + config.shard_rows]
+        task, ordered = self._ordered_instances(shard.path, shard.task, shard.sha256)
+        instances = ordered[shard.first : shard.last]
+        if shard.retry is not None:
+            instances = [instances[position] for position in shard.retry]
         trained = shard.variant.prompt_format == ZERO_SHOT
         prefix = (
             prompt.training_prefix(task.definition) if trained else prompt.shared_prefix(task, config.prompt.num_shots)
@@ -99,145 +106,222 @@ class BuildPrompts:
                 }
             )
         (shared,) = tokens_of([prefix + plan.INPUT_HEAD])
-        table = pa.Table.from_pylist(rows, schema=PREPARED_ROWS)
-        return {"shard": asdict(shard), "prefix_token_ids": shared, "prepared": _to_bytes(table)}
+        table = pa.Table.from_pylist(rows, schema=PROMPT_ROWS)
+        return {"shard": row["shard"], "prefix_token_ids": shared, "rows": _to_bytes(table)}
 
-    def _read(self, path: str, sha256: str) -> tuple[Task, list[Instance]]:
-        task = reader.read_task(Path(path))
-        if task.sha256 != sha256:
-            raise TaskError(f"{path}: the file changed while the run was going on; start anew with --overwrite")
-        return task, take_first(task, self._config.tasks.instances_per_task, self._config.seed, self._excluded)
+    def _read(self, path: str, name: str, sha256: str) -> tuple[Task, list[Instance]]:
+        task = plan.read_planned(self._folder, path, name, sha256)
+        return task, take_first(task, None, self._config.seed, self._excluded)
 
 
 class Generate:
-    """One engine; gets the completions of the shards given to it by several threads at once."""
+    """One engine; gets the completions of the shards given to it by several threads at once.
+
+    A process whose engine fails ends itself (the device may be poisoned), and Ray starts it again under the same
+    actor id; what was in flight is tried again. The monitor knows which shards these were.
+    """
 
     def __init__(
         self,
         config: ScoreConfig,
         model_fingerprint: str,
         adapters: Sequence[Adapter],
-        board: EngineMonitor,
-        log_folder: str,
+        monitor: Any,
+        folder: Folder,
         replicas_per_node: int,
     ) -> None:
         import ray
 
         context = ray.get_runtime_context()
-        self._board, self._replica = board, context.get_actor_id() or "driver"
-        log_to(Path(log_folder) / f"replica-{self._replica[:12]}.log")
+        self._monitor, self._replica = monitor, context.get_actor_id() or "driver"
+        self._upload_log = _log_into(folder, f"{LOG_FOLDER}/replica-{self._replica[:12]}.log")
         # Straight to the file: Ray's own stdout object keeps what is printed for a while.
         os.write(1, f"replica {self._replica} pid {os.getpid()} node {context.get_node_id()}\n".encode())
-        ray.get(board.started.remote(self._replica, context.get_node_id()))  # type: ignore[attr-defined]
-        model, own, found = find_model(config)
-        if found != model_fingerprint:
-            raise models.ModelError(f"{model.path}: not the model that the run was started with, on this node")
-        self._adapter = own.name if own else ""  # of shards whose variant names none
-        resources = _with_threads(config.resources, replicas_per_node)
-        self._meters = _meters(self._replica)
-        self._at: set[str] = set()  # shards in flight
-        here = [replace(one, path=str(local_copy(one.path))) for one in adapters]
-        here += [Adapter(own.name, str(own.path), own.rank)] if own else []
-        self._loop = EngineLoop(lambda: load_engine(model.path, config.engine, resources, here))
-        board.ready.remote(self._replica)  # type: ignore[attr-defined]
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        table = _from_bytes(row["prepared"])
-        os.write(1, f"begins {Shard.from_dict(row['shard']).file_name}\n".encode())
-        name = f"{row['shard']['task']} chunk {row['shard']['chunk']}"
-        self._at.add(name)
-        token_ids, prompts = table["token_ids"].to_pylist(), table["few_shot_prompt"].to_pylist()
-        wanted = [index for index, error in enumerate(table["error"].to_pylist()) if error is None]
-        max_tokens, adapter = row["shard"]["max_completion_tokens"], row["shard"]["variant"]["adapter"] or self._adapter
-        requests = [Request(prompts[index], token_ids[index], max_tokens, adapter) for index in wanted]
+        self._turns = _Turns()
+        while not ray.get(monitor.started.remote(self._replica, context.get_node_id())):
+            time.sleep(3600)  # tried too often; a constructor that waits gets no work and holds nobody up
         try:
-            futures = self._loop.submit(requests, row["prefix_token_ids"])
-            completions = dict(zip(wanted, self._collect(futures, token_ids, wanted), strict=True))
-        except EngineDeadError as error:
-            # It can't tell which request was too much for it; every shard it was at is a suspect.
-            self._give_up(f"{', '.join(sorted(self._at))}: {error}")
-            raise
-        self._at.discard(name)
-        return {"shard": row["shard"], "completed": _to_bytes(_with_completions(table, completions))}
+            model, own, found = find_model(config)
+            if found != model_fingerprint:
+                raise models.ModelError(f"{model.path}: not the model that the run was started with, on this node")
+            self._adapter = own.name if own else ""  # of shards whose variant names none
+            resources = _with_threads(config.resources, replicas_per_node)
+            here = [replace(one, path=str(input_folder(one.path))) for one in adapters]
+            here += [Adapter(own.name, str(own.path), own.rank)] if own else []
+            self._loop = EngineLoop(lambda: load_engine(model.path, config.engine, resources, here))
+        except Exception as error:  # whatever it is: another try, in a new process, may go well
+            self._end(monitor.start_failed, f"{type(error).__name__}: {one_line(error)}")
+        ray.get(monitor.ready.remote(self._replica))
 
-    def _collect(self, futures: Sequence[Any], token_ids: list[list[int]], wanted: list[int]) -> list[Completion]:
-        completions: list[Completion] = []
-        counts = dict.fromkeys(COUNTED, 0)
-        reported = time.monotonic()
-        for index, future in zip(wanted, futures, strict=True):
-            done = future.result()
-            completions.append(done)
-            counts["rows"] += 1
-            counts["errors"] += done.error is not None
-            counts["prompt_tokens"] += len(token_ids[index])
-            counts["cached_tokens"] += done.num_cached_tokens or 0
-            counts["completion_tokens"] += done.num_completion_tokens
-            if time.monotonic() - reported > REPORT_INTERVAL_SECONDS or len(completions) == len(futures):
-                self._board.add.remote(self._replica, dict(counts))  # type: ignore[attr-defined]
-                for name, count in counts.items():
-                    if count:  # a Counter refuses 0
-                        self._meters[name].inc(count)
-                counts, reported = dict.fromkeys(counts, 0), time.monotonic()
-        return completions
-
-    def _give_up(self, reason: str) -> None:
-        """End this process: an engine that failed may hold a poisoned device. Ray starts a new one."""
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """BuildPrompts' row → `{"shard"}` with COMPLETED_ROWS (Arrow IPC)."""
         import ray
 
-        ray.get(self._board.died.remote(self._replica, reason))  # type: ignore[attr-defined]
+        shard: Shard = pickle.loads(row["shard"])  # noqa: S301
+        table = _from_bytes(row["rows"])
+        os.write(1, f"begins {shard.name}\n".encode())
+        ids, prompts = table["token_ids"].to_pylist(), table["few_shot_prompt"].to_pylist()
+        ready = [index for index, error in enumerate(table["error"].to_pylist()) if error is None]
+        completions: dict[int, Completion] = {}
+        alone, parts, fatal = ray.get(self._monitor.begin.remote(self._replica, shard.name, table.num_rows))
+        with self._turns.take(alone=alone):
+            for first, last in parts:
+                indices = [index for index in ready if first <= index < last]
+                if alone:
+                    ray.get(self._monitor.trying.remote(self._replica, shard.name, (first, last)))
+                about = shard.max_completion_tokens, shard.variant.adapter or self._adapter
+                requests = [Request(prompts[index], ids[index], *about) for index in indices]
+                try:
+                    futures = self._loop.submit(requests, row["prefix_token_ids"])
+                    done = self._collect(futures, [len(ids[index]) for index in indices], shard)
+                except EngineDeadError as error:
+                    self._end(self._monitor.died, str(error))
+                completions |= dict(zip(indices, done, strict=True))
+            for index, reason in fatal.items():
+                completions[index] = Completion("", None, 0, None, f"the engine died of it: {reason}")
+            self._monitor.completed.remote(self._replica, shard.name)
+        return {"shard": row["shard"], "rows": _to_bytes(_with_completions(table, completions))}
+
+    def _collect(self, futures: Sequence[Any], num_prompt_tokens: Sequence[int], shard: Shard) -> list[Completion]:
+        completions: list[Completion] = []
+        counts: dict[str, int] = {}
+        reported = time.monotonic()
+        for num_tokens, future in zip(num_prompt_tokens, futures, strict=True):
+            done: Completion = future.result()
+            completions.append(done)
+            for name, count in (
+                ("rows", 1),
+                ("errors", int(done.error is not None)),
+                ("prompt_tokens", num_tokens),
+                ("cached_tokens", done.num_cached_tokens or 0),
+                ("completion_tokens", done.num_completion_tokens),
+                ("work", plan.row_work(shard.max_completion_tokens)),
+            ):
+                counts[name] = counts.get(name, 0) + count
+            if time.monotonic() - reported > REPORT_SECONDS or len(completions) == len(futures):
+                self._monitor.add.remote(self._replica, counts)
+                counts, reported = {}, time.monotonic()
+        return completions
+
+    def _end(self, report: Any, reason: str) -> None:
+        import ray
+
+        print(f"this process ends: {reason}", flush=True)
+        ray.get(report.remote(self._replica, reason))
+        self._upload_log()
         os._exit(1)
 
 
-def _meters(replica: str) -> dict[str, Any]:
-    """Counters for Ray's metrics (Prometheus); a rate of them is rows/s, tokens/s, and so on."""
-    from ray.util.metrics import Counter
-
-    meters = {}
-    for name in COUNTED:
-        meters[name] = Counter(f"birbal_{name}", f"{name.replace('_', ' ')} of a scoring replica", ("replica",))
-        meters[name].set_default_tags({"replica": replica[:12]})
-    return meters
-
-
 class ScoreAndWrite:
-    """Scores a shard's completions and writes its Parquet file under its final name."""
+    """Scores a shard's completions, writes its Parquet file under its final name, tells the monitor."""
 
-    def __init__(self, rows_folder: str) -> None:
-        self._folder = Path(rows_folder)
+    def __init__(self, folder: Folder, failed_below: float, monitor: Any) -> None:
+        self._folder, self._failed_below, self._monitor = folder.subfolder(ROWS_FOLDER), failed_below, monitor
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        shard = Shard.from_dict(row["shard"])
-        table = scored_table(shard.task, shard.label, _from_bytes(row["completed"]).to_pylist())
-        if table.num_rows != shard.num_rows:
-            raise RuntimeError(f"{shard.file_name}: {table.num_rows} rows, the plan says {shard.num_rows}")
-        write_parquet(self._folder / shard.file_name, table)
-        return {"file": shard.file_name, "rows": table.num_rows, "errors": table.num_rows - table["error"].null_count}
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Generate's row → the file's name."""
+        import ray
+
+        shard: Shard = pickle.loads(row["shard"])  # noqa: S301
+        table = score_table(shard.task, shard.label, _from_bytes(row["rows"]).to_pylist())
+        if shard.retry is not None:
+            table = replace_rows(self._folder.read_table(shard.name), shard.retry, table)
+        file = write_rows(self._folder, shard.name, table, shard, self._failed_below)
+        ray.get(self._monitor.written.remote(file))
+        return {"file": shard.name}
 
 
-def scored_table(task: str, label: str, completed: list[dict[str, Any]]) -> pa.Table:
-    """SCORE_ROWS of one task from COMPLETED_ROWS; a row with an error has no score."""
+def write_rows(folder: Folder, name: str, table: pa.Table, shard: Shard, failed_below: float) -> WrittenFile:
+    """Publish a shard's SCORE_ROWS below the rows folder, with what they were made from in the file's metadata."""
+    if table.num_rows != shard.num_rows:
+        raise RuntimeError(f"{name}: {table.num_rows} rows, the plan says {shard.num_rows}")
+    made_from = {
+        "task": shard.task,
+        "first": shard.first,
+        "last": shard.last,
+        "sha256": shard.sha256,
+        "max_completion_tokens": shard.max_completion_tokens,
+    }
+    record = folder.write_parquet(name, table.replace_schema_metadata({METADATA_KEY: json.dumps(made_from).encode()}))
+    num_errors = table.num_rows - table["error"].null_count
+    return WrittenFile(
+        name, shard.task, table.num_rows, num_errors, record, tally_of(table["score"], shard.label, failed_below)
+    )
+
+
+def tally_of(scores: pa.ChunkedArray, label: str, failed_below: float) -> Tally:
+    """Sums over the scores that are not null."""
+    values = scores.drop_null().to_numpy()
+    failed = values == 0 if label == EXACT_MATCH else values < failed_below
+    return Tally(len(values), int(failed.sum()), float(values.sum()), float((values**2).sum()))
+
+
+def replace_rows(old: pa.Table, positions: Sequence[int], new: pa.Table) -> pa.Table:
+    """`old` with the rows at `positions` exchanged for `new`'s, all others value for value."""
+    both = pa.concat_tables([old.cast(new.schema), new])
+    order = list(range(old.num_rows))
+    for place, position in enumerate(positions):
+        order[position] = old.num_rows + place
+    return both.take(order)
+
+
+def score_table(task: str, label: str, completed: list[dict[str, Any]]) -> pa.Table:
+    """SCORE_ROWS of one task from COMPLETED_ROWS (or SCORE_ROWS, to be scored again); an error row has no score."""
     rows = []
     for row in completed:
         extracted = prompt.extract_answer(row["prediction"])
         score = score_answer(label, extracted, row["answer"]) if row["error"] is None else None
-        rows.append(
-            {
-                **row,
-                "task": task,
-                "label": label,
-                "metric": METRIC_OF_LABEL[label],
-                "extracted": extracted,
-                "score": score,
-            }
-        )
+        about = {"task": task, "label": label, "metric": METRIC_OF_LABEL[label]}
+        rows.append({**row, **about, "extracted": extracted, "score": score})
     return pa.Table.from_pylist(rows, schema=SCORE_ROWS)
 
 
-def load_tokenizer(config: ScoreConfig) -> Tokenizer:
-    """The model's tokenizer. The simulated backend splits at white space."""
-    if config.engine.backend == "simulated":
-        return SimulatedTokenizer()
-    return models.load_tokenizer(models.resolve_model(config.model.name, config.model.revision, weights=False).path)
+class _Turns:
+    """Lets any number of threads in, or one alone."""
+
+    def __init__(self) -> None:
+        self._free = threading.Condition()
+        self._inside, self._taken = 0, False
+
+    @contextlib.contextmanager
+    def take(self, *, alone: bool) -> Iterator[None]:
+        with self._free:
+            self._free.wait_for(lambda: not self._taken)
+            if alone:
+                self._taken = True
+                self._free.wait_for(lambda: self._inside == 0)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._free:
+                self._inside -= 1
+                self._taken = self._taken and not alone
+                self._free.notify_all()
+
+
+def _log_into(folder: Folder, name: str) -> Callable[[], None]:
+    """Send this process's output to a file of the run folder; call the result to publish what is there (at a URL)."""
+    if folder.is_local:
+        log_to(folder.local / name)
+        return lambda: None
+    file = Path(tempfile.mkdtemp(prefix="birbal-log-")) / Path(name).name
+    log_to(file)
+
+    def upload() -> None:
+        with contextlib.suppress(Exception):  # a log isn't worth a failed replica
+            folder.upload(file, name)
+
+    def keep_uploading() -> None:
+        size = -1
+        while True:
+            time.sleep(LOG_UPLOAD_SECONDS)
+            if file.stat().st_size != size:
+                size = file.stat().st_size
+                upload()
+
+    threading.Thread(target=keep_uploading, name="log", daemon=True).start()
+    return upload
 
 
 def find_model(config: ScoreConfig) -> tuple[models.Model, models.AdapterFolder | None, str]:
@@ -253,7 +337,7 @@ def find_model(config: ScoreConfig) -> tuple[models.Model, models.AdapterFolder 
 
 
 def _with_threads(resources: ResourceSettings, replicas_per_node: int) -> ResourceSettings:
-    """The settings with this process's share of the node's cores, told to OpenMP before torch is loaded.
+    """The settings with this process's share of the node's cores, given to OpenMP before torch is loaded.
 
     Ray derives OMP_NUM_THREADS from num_cpus: one logical CPU would mean one core (2.5, not 4.7 requests/s).
     """
@@ -262,12 +346,12 @@ def _with_threads(resources: ResourceSettings, replicas_per_node: int) -> Resour
     return resources.model_copy(update={"threads_per_replica": threads})
 
 
-def _with_completions(table: pa.Table, completions: dict[int, Completion]) -> pa.Table:
+def _with_completions(table: pa.Table, completions: Mapping[int, Completion]) -> pa.Table:
     rows = table.drop_columns(["token_ids"]).to_pylist()
     for index, row in enumerate(rows):
         done = completions.get(index)
         row["prediction"] = done.text if done else ""
-        row["error"] = done.error if done else row["error"]
+        row["error"] = row["error"] or (done.error if done else None)
         ran = done is not None and done.error is None
         row["num_cached_tokens"] = done.num_cached_tokens if done and ran else None
         row["num_completion_tokens"] = done.num_completion_tokens if done and ran else None

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from birbal_ray import models
 from birbal_ray.ni.prompt import STOP, ChatTemplate
+from birbal_ray.score.config import ScoreConfig
+from birbal_ray.score.simulated import SimulatedTokenizer
 
 
 class Tokenizer(Protocol):
@@ -12,6 +15,13 @@ class Tokenizer(Protocol):
 
     def __call__(self, text: list[str], *, add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
         """`{"input_ids": …}`, one list of token ids per text."""
+
+
+def load_tokenizer(config: ScoreConfig) -> Tokenizer:
+    """The model's tokenizer. The simulated backend splits at white space."""
+    if config.engine.backend == "simulated":
+        return SimulatedTokenizer()
+    return models.load_tokenizer(models.resolve_model(config.model.name, config.model.revision, weights=False).path)
 
 
 def prompt_token_ids(

@@ -22,9 +22,9 @@ def test_real_tasks_killed_and_run_again_agree_with_transformers(shared_data, tm
     tasks = shared_data / "ni-tiny" / "tasks"
     command = ["score", "--tasks", tasks, "--output", run, "--device", "cpu", "--instances-per-task", NUM_PER_TASK]
     process = birbal(*command)
-    wait_for(lambda: len(list((run / "rows").glob("[!.]*.parquet"))) >= 3, process)
+    wait_for(lambda: len(list((run / "rows").rglob("[!.]*.parquet"))) >= 3, process)
     kill_whole(process)
-    kept = {file.name: file.stat().st_mtime_ns for file in (run / "rows").glob("[!.]*.parquet")}
+    kept = {str(file): file.stat().st_mtime_ns for file in (run / "rows").rglob("[!.]*.parquet")}
     _, errors = finish(birbal(*command))
     assert f"continuing: {len(kept)} of " in errors
     assert {name: (run / "rows" / name).stat().st_mtime_ns for name in kept} == kept, "what stood is not scored again"

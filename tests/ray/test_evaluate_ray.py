@@ -94,7 +94,7 @@ def test_tables_are_the_rows_means(evaluated):
     assert len(table) == 2 * 2 * 3
     means = {}
     for line in table:
-        prefix = f"{line['model']}/{line['prompt_format']}/{line['task']}-"
+        prefix = f"{line['model']}/{line['prompt_format']}/{line['task']}/"
         scores = [row["score"] for name, part in rows.items() if name.startswith(prefix) for row in part]
         assert line["num_scored"] == len(scores) == NUM_ASKED
         assert line["task_score"] == pytest.approx(sum(scores) / len(scores))

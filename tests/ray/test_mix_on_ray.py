@@ -62,7 +62,7 @@ def test_same_bytes_with_near_duplicates_and_one_chunk(local_ray, scores, tmp_pa
 
 def test_an_error_in_a_worker_is_one_line(local_ray, scores, tmp_path):
     folder = forget_files(shutil.copytree(scores, tmp_path / "s"))
-    shard = sorted((folder / "rows").glob("*.parquet"))[7]
+    shard = sorted((folder / "rows").rglob("*.parquet"))[7]
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(RunError, match=f"{shard.name}: not a readable Parquet file") as caught:
         mix(config(folder, tmp_path / "m", 0))

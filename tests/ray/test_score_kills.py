@@ -61,8 +61,8 @@ def undisturbed(birbal: Start, arguments, tmp_path_factory):
 
 def finished_files(run: Path) -> dict[str, tuple[int, int]]:
     """Shard file → (inode, time of change): both stay unless the file is written again."""
-    files = (run / "rows").glob("[!.]*.parquet") if (run / "rows").is_dir() else ()
-    return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
+    files = (run / "rows").rglob("[!.]*.parquet") if (run / "rows").is_dir() else ()
+    return {f"{file.parent.name}/{file.name}": (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 90) -> bool:

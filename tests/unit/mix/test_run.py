@@ -343,7 +343,7 @@ def test_scores_of_another_model(scores, tmp_path):
 
 def test_half_written_scores(scores, tmp_path):
     folder = damaged(scores, tmp_path)
-    shard = sorted((folder / "rows").glob("*.parquet"))[1]
+    shard = sorted((folder / "rows").rglob("*.parquet"))[1]
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])
     with pytest.raises(RunError, match=f"{shard.name}: not a readable Parquet file"):
@@ -364,7 +364,7 @@ def test_half_written_scores(scores, tmp_path):
 
 def test_score_files_of_another_layout(scores, tmp_path):
     folder = damaged(scores, tmp_path)
-    shard = sorted((folder / "rows").glob("*.parquet"))[0]
+    shard = sorted((folder / "rows").rglob("*.parquet"))[0]
     table = pq.read_table(shard)
     pq.write_table(table.drop_columns("prediction"), shard)
     with pytest.raises(RunError, match="column 'prediction' is missing"):
@@ -384,7 +384,7 @@ def test_score_files_of_another_layout(scores, tmp_path):
 
 def test_repeated_row_ids(scores, tmp_path):
     folder = damaged(scores, tmp_path)
-    shard = sorted((folder / "rows").glob("*.parquet"))[0]
+    shard = sorted((folder / "rows").rglob("*.parquet"))[0]
     table = pq.read_table(shard)
     pq.write_table(pa.concat_tables([table.slice(0, len(table) - 1), table.slice(0, 1)]), shard)
     with pytest.raises(RunError, match="1 row ids occur twice, one of them in 'task0000"):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
-from functools import partial
+import pickle
 
+import pyarrow as pa
 import pytest
 
 from birbal_ray.ni.schema import TaskError
-from birbal_ray.score import plan as planning
 from birbal_ray.score import stages
 from birbal_ray.score.config import CompletionSettings, ScoreConfig
+from birbal_ray.score.plan import RowFiles, Shard, completion_tokens, plan_run, publish_inputs
 from birbal_ray.settings import load_config
+from birbal_ray.storage import open_folder
 from tests.unit.ni.test_reader import archive
 
 
@@ -22,37 +23,79 @@ def config(folder, **flags):
 
 
 def make(folder, **flags):
-    settings = config(folder, **flags)
-    return planning.make_plan(settings, partial(stages.load_tokenizer, settings), count_tokens=True)
+    return plan_run(config(folder, **flags), count_tokens=True)
+
+
+def built(settings, folder, shard):
+    """PROMPT_ROWS of a shard."""
+    row = stages.BuildPrompts(settings, open_folder(folder))({"shard": pickle.dumps(shard)})
+    return stages._from_bytes(row["rows"]).to_pylist()
 
 
 def test_shards_cover_every_instance_once_and_tasks_stay_adjacent(write_task):
     folder = write_task("task_a", 10)
     write_task("task_b", 3)
     shards = make(folder).shards(4)
-    assert [(s.task, s.chunk, s.num_chunks, s.num_rows) for s in shards] == [
-        ("task_a", 0, 3, 4),
-        ("task_a", 1, 3, 4),
-        ("task_a", 2, 3, 2),
-        ("task_b", 0, 1, 3),
+    assert [(s.task, s.first, s.last) for s in shards] == [
+        ("task_a", 0, 4),
+        ("task_a", 4, 8),
+        ("task_a", 8, 10),
+        ("task_b", 0, 3),
     ]
-    assert len({s.file_name for s in shards}) == 4
+    assert [s.name for s in shards][2:] == ["task_a/000008-000010.parquet", "task_b/000000-000003.parquet"]
 
 
-def test_prepare_rows_of_all_shards_are_the_first_k_in_hash_order(write_task):
+def test_only_gaps_between_files_are_planned_whatever_their_size(write_task):
+    folder = write_task("task_a", 20)
+    found = RowFiles(["task_a/000003-000007.parquet", "task_a/000012-000014.parquet", "task_a/notes.txt", "x.parquet"])
+    assert [(s.first, s.last) for s in make(folder).shards(5, found)] == [(0, 3), (7, 10), (10, 12), (14, 15), (15, 20)]
+    assert found.num_rows("task_a") == 6 and found.total_rows == 6
+    assert not make(folder).shards(5, RowFiles(s.name for s in make(folder).shards(3)))
+
+
+def test_rows_that_two_files_hold_are_said():
+    found = RowFiles(["t/000000-000004.parquet", "t/000002-000006.parquet", "t/000004-000008.parquet"])
+    assert found.overlapping == ["t/000002-000006.parquet"]
+    assert found.num_rows("t") == 8
+
+
+def test_a_task_whose_name_begins_with_a_dot_is_not_hidden():
+    shard = Shard(".task", "", "", "generation", 0, 4, 8)
+    assert shard.name == "%2Etask/000000-000004.parquet"
+    found = RowFiles([shard.name])
+    assert found.names(".task") == [shard.name] and found.gaps(".task", 5) == [(4, 5)]
+
+
+def test_prompt_rows_of_all_shards_are_the_first_k_in_hash_order(write_task):
     folder = write_task("task_a", 30)
-    settings = config(folder, **{"tasks.instances_per_task": 9, "shard_rows": 4})
-    plan = planning.make_plan(settings, partial(stages.load_tokenizer, settings))
-    prepare = stages.BuildPrompts(settings)
-    ids = []
-    for shard in plan.shards(4):
-        row = prepare(asdict(shard))
-        ids += stages._from_bytes(row["prepared"])["row_id"].to_pylist()
+    settings = config(folder, **{"tasks.instances_per_task": 9})
+    ids = [row["row_id"] for shard in plan_run(settings).shards(4) for row in built(settings, folder, shard)]
     assert len(ids) == len(set(ids)) == 9
-    fewer = config(folder, **{"tasks.instances_per_task": 5, "shard_rows": 100})
-    (shard,) = planning.make_plan(fewer, partial(stages.load_tokenizer, fewer)).shards(100)
-    row = stages.BuildPrompts(fewer)(asdict(shard))
-    assert stages._from_bytes(row["prepared"])["row_id"].to_pylist() == ids[:5]
+    fewer = config(folder, **{"tasks.instances_per_task": 5})
+    (shard,) = plan_run(fewer).shards(100)
+    assert [row["row_id"] for row in built(fewer, folder, shard)] == ids[:5]
+
+
+def test_more_instances_leave_the_limit_of_completions_as_it_is(write_task):
+    entries = [{"id": str(n), "input": f"word {n}", "output": ["x " * (n + 1)]} for n in range(40)]
+    folder = write_task("task_a", Instances=entries)
+    one, many = (plan_run(config(folder, **{"tasks.instances_per_task": n})).tasks[0] for n in (1, 40))
+    assert one.identity == many.identity
+
+
+def test_a_plan_is_cached_by_a_files_size_and_time(write_task, monkeypatch, tmp_path):
+    monkeypatch.setenv("BIRBAL_CACHE", str(tmp_path / "cache"))
+    folder = write_task("task_a", 5)
+    (folder / "broken.json").write_text("{")
+    first = plan_run(config(folder))
+    monkeypatch.setattr("birbal_ray.ni.reader.parse_task", None)  # not called again
+    assert plan_run(config(folder)) == first
+    assert plan_run(config(folder, **{"tasks.instances_per_task": 2})).tasks[0].num_instances == 2
+    monkeypatch.undo()
+    monkeypatch.setenv("BIRBAL_CACHE", str(tmp_path / "cache"))
+    write_task("task_a", 7)
+    assert plan_run(config(folder)).tasks[0].num_instances == 7
+    assert plan_run(config(folder, seed=1)).tasks[0].num_instances == 7
 
 
 def test_unusable_files_are_quarantined_and_strict_stops(write_task):
@@ -88,18 +131,20 @@ def test_archive_is_unpacked_before_workers_read_it(write_task, tmp_path):
     data = (folder / "task_a.json").read_bytes()
     plan = make(archive(tmp_path / "ni.tar.gz", {"ni/tasks/task_a.json": data}))
     assert plan.tasks[0].member == "ni/tasks/task_a.json"
-    plan = planning.unpack_archives(plan, tmp_path / "inputs")
-    assert (tmp_path / "inputs" / "task_a.json").read_bytes() == data
-    assert plan.shards(10)[0].path == str(tmp_path / "inputs" / "task_a.json")
+    run = open_folder(tmp_path / "run")
+    plan = publish_inputs(plan, run, everything=False)
+    (shard,) = plan.shards(10)
+    assert run.read_bytes(shard.path) == data
+    assert len(built(config(folder), run, shard)) == 5
 
 
 def test_a_task_file_that_changes_during_the_run_stops_it(write_task):
     folder = write_task("task_a", 5)
     settings = config(folder)
-    (shard,) = planning.make_plan(settings, partial(stages.load_tokenizer, settings)).shards(10)
+    (shard,) = plan_run(settings).shards(10)
     write_task("task_a", 6)
     with pytest.raises(TaskError, match="changed while the run was going on"):
-        stages.BuildPrompts(settings)(asdict(shard))
+        built(settings, folder, shard)
 
 
 def test_too_long_prompts_and_bad_instances_are_error_rows_before_the_engine(write_task):
@@ -110,9 +155,8 @@ def test_too_long_prompts_and_bad_instances_are_error_rows_before_the_engine(wri
     ]
     folder = write_task("task_a", Instances=entries)
     settings = config(folder)
-    (shard,) = planning.make_plan(settings, partial(stages.load_tokenizer, settings)).shards(10)
-    row = stages.BuildPrompts(settings)(asdict(shard))
-    rows = {row["instance_id"]: row for row in stages._from_bytes(row["prepared"]).to_pylist()}
+    (shard,) = plan_run(settings).shards(10)
+    rows = {row["instance_id"]: row for row in built(settings, folder, shard)}
     assert rows["ok"]["error"] is None
     assert rows["ok"]["token_ids"]
     assert rows["long"]["error"].startswith("prompt too long: 400")
@@ -123,10 +167,10 @@ def test_too_long_prompts_and_bad_instances_are_error_rows_before_the_engine(wri
 
 def test_completion_tokens():
     settings = CompletionSettings(max_completion_tokens=50, headroom_fraction=0.5, headroom_tokens=8)
-    assert planning.completion_tokens("exact_match", [1, 2, 7], settings) == 15
-    assert planning.completion_tokens("generation", [10] * 99 + [1000], settings) == 23  # p99, not the longest
-    assert planning.completion_tokens("generation", [100], settings) == 50
-    assert planning.completion_tokens("exact_match", [], settings) == 8
+    assert completion_tokens("exact_match", [1, 2, 7], settings) == 15
+    assert completion_tokens("generation", [10] * 99 + [1000], settings) == 23  # p99, not the longest
+    assert completion_tokens("generation", [100], settings) == 50
+    assert completion_tokens("exact_match", [], settings) == 8
 
 
 def completed(row_id, prediction, answer, error=None):
@@ -147,9 +191,15 @@ def completed(row_id, prediction, answer, error=None):
 
 def test_scored_rows():
     rows = [completed("a", "yes\n\nmore", ["no", "yes"]), completed("b", "", ["no"], "prompt too long: …")]
-    first, second = stages.scored_table("t", "exact_match", rows).to_pylist()
+    first, second = stages.score_table("t", "exact_match", rows).to_pylist()
     assert (first["extracted"], first["score"], first["metric"]) == ("yes", 1.0, "exact_match")
     assert (second["score"], second["error"]) == (None, "prompt too long: …")
-    (row,) = stages.scored_table("t", "generation", [completed("a", "the red car", ["a red car"])]).to_pylist()
+    (row,) = stages.score_table("t", "generation", [completed("a", "the red car", ["a red car"])]).to_pylist()
     assert (row["metric"], round(row["score"], 4)) == ("rouge_l", 0.6667)
     json.dumps(row)
+
+
+def test_rows_that_are_tried_again_change_nothing_else():
+    old = pa.table({"row_id": ["a", "b", "c"], "score": [0.5, None, None]})
+    new = pa.table({"row_id": ["c"], "score": [1.0]})
+    assert stages.replace_rows(old, (2,), new).to_pylist() == [*old.slice(0, 2).to_pylist(), *new.to_pylist()]

@@ -1,0 +1,185 @@
+"""The scheduler of adaptive scoring against made-up tasks: no Ray, no clock."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from birbal_ray.mix.allocation import TaskDemand, allocate
+from birbal_ray.ni.labels import Label
+from birbal_ray.score.adaptive import GROW, STOP, USED_UP, AdaptiveSchedule, FixedSchedule
+from birbal_ray.score.config import AdaptiveSettings
+from birbal_ray.score.plan import PlannedTask, RowFiles, Shard, Tally, WrittenFile
+from birbal_ray.storage import FileRecord
+
+
+def task(name, size, label="exact_match", limit=8):
+    empty = {"repairs": {}, "definition": "", "categories": (), "sources": (), "domains": (), "licenses": ()}
+    return PlannedTask(name, "", None, "0", Label(label, ""), size, size, 4, limit, **empty)
+
+
+class Model:
+    """Fixed scores of every row of every task, in hash order."""
+
+    def __init__(self, tasks, skill, seed=0):
+        rng = random.Random(seed)
+        self.scores = {
+            one.name: [
+                float(rng.random() < skill[one.name])
+                if one.label.value == "exact_match"
+                else min(1.0, max(0.0, rng.gauss(skill[one.name], 0.2)))
+                for _ in range(one.num_instances)
+            ]
+            for one in tasks
+        }
+        self.below = {one.name: 1e-9 if one.label.value == "exact_match" else 0.2 for one in tasks}
+
+    def tally(self, name, first, last):
+        values = self.scores[name][first:last]
+        failed = sum(value < self.below[name] for value in values)
+        return Tally(len(values), failed, sum(values), sum(value * value for value in values))
+
+    def write(self, shard):
+        record = FileRecord("0" * 64, 1)
+        return WrittenFile(
+            shard.name, shard.task, shard.num_rows, 0, record, self.tally(shard.task, shard.first, shard.last)
+        )
+
+
+def run(schedule, model, rng, in_flight=4, stop_after=None):
+    """Score what the schedule gives out, finishing in a random order; every shard given out."""
+    given, running = [], []
+    while not schedule.finished or running:
+        while len(running) < in_flight and (shard := schedule.next()):
+            given.append(shard)
+            running.append(shard)
+        assert running, "the schedule waits for nothing"
+        schedule.record(model.write(running.pop(rng.randrange(len(running)))))
+        if stop_after is not None and len(given) >= stop_after:
+            return given
+    assert schedule.next() is None
+    return given
+
+
+def covered(given):
+    rows = {}
+    for shard in given:
+        rows.setdefault(shard.task, []).extend(range(shard.first, shard.last))
+    return rows
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 900), st.floats(0, 1), st.booleans()), min_size=1, max_size=8),
+    st.integers(1, 200),
+    st.integers(0, 800),
+    st.sampled_from([0.03, 0.05, 0.2]),
+    st.integers(0, 1000),
+)
+def test_every_task_ends_with_a_prefix_of_its_rows_and_a_true_reason(kinds, shard_rows, budget, margin, seed):
+    tasks = [task(f"t{n}", size, "exact_match" if exact else "generation") for n, (size, _, exact) in enumerate(kinds)]
+    model = Model(tasks, {f"t{n}": skill for n, (_, skill, _) in enumerate(kinds)}, seed)
+    asked = AdaptiveSettings(score_margin=margin, exact_match_budget=budget, generation_budget=budget)
+    schedule = AdaptiveSchedule(tasks, asked, shard_rows, RowFiles(()), {})
+    rows = covered(run(schedule, model, random.Random(seed)))
+    decisions = schedule.decided()
+    demands = {label: [] for label in ("exact_match", "generation")}
+    for one in tasks:
+        size = len(rows[one.name])
+        assert sorted(rows[one.name]) == list(range(size)), "every row once, without gaps"
+        assert size == one.num_instances or size in {100 * 2**k for k in range(20)}
+        tally = model.tally(one.name, 0, size)
+        demands[one.label.value].append(TaskDemand(one.name, one.num_instances, min(1.0, tally.mean)))
+    for one in tasks:
+        size, label = len(rows[one.name]), one.label.value
+        tally = model.tally(one.name, 0, size)
+        assert (schedule.stops[one.name].reason == USED_UP) == (size == one.num_instances)
+        if size < one.num_instances:
+            assert tally.half_width(label) <= margin
+            low = min(1.0, max(0.0, tally.low(label)))
+            others = [other for other in demands[label] if other.name != one.name]
+            share = allocate(budget, [*others, TaskDemand(one.name, one.num_instances, low)]).counts[one.name]
+            assert tally.num_failed >= share, "with all scores known"
+    assert [one.task for one in decisions if one.action == STOP].count("t0") >= 1
+    assert all(one.reason for one in decisions)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 30), st.integers(5, 120))
+def test_a_resume_replays_the_decisions_and_uses_every_row(seed, stop_after, shard_rows):
+    tasks = [task(f"t{n}", 700, limit=8 + n) for n in range(4)]
+    model = Model(tasks, {"t0": 0.02, "t1": 0.4, "t2": 0.9, "t3": 0.99}, seed)
+    asked = AdaptiveSettings(exact_match_budget=300, score_margin=0.05)
+    first = AdaptiveSchedule(tasks, asked, shard_rows, RowFiles(()), {})
+    done = run(first, model, random.Random(seed), in_flight=1, stop_after=stop_after)
+    log = first.decided()
+    found = RowFiles(shard.name for shard in done)
+    tallies = {}
+    for shard in done:
+        tallies[shard.task] = tallies.get(shard.task, Tally()) + model.tally(shard.task, shard.first, shard.last)
+    again = AdaptiveSchedule(tasks, asked, shard_rows, found, tallies, log)
+    rest = run(again, model, random.Random(seed + 1))
+    rows = covered([*done, *rest])
+    assert all(sorted(numbers) == list(range(len(numbers))) for numbers in rows.values())
+    resumed = [*log, *again.decided()]
+    grown = [(one.task, one.size) for one in resumed if one.action == GROW]
+    assert len(grown) == len(set(grown)), "nothing is decided twice"
+
+
+def test_a_wide_margin_and_no_budget_stop_at_the_first_look():
+    tasks = [task("a", 5000), task("b", 5000, "generation")]
+    asked = AdaptiveSettings(score_margin=0.2, exact_match_budget=0, generation_budget=0)
+    schedule = AdaptiveSchedule(tasks, asked, 64, RowFiles(()), {})
+    rows = covered(run(schedule, Model(tasks, {"a": 0.5, "b": 0.5}), random.Random(0)))
+    assert {name: len(numbers) for name, numbers in rows.items()} == {"a": 100, "b": 100}
+
+
+def test_long_completions_come_first_and_all_tasks_get_their_first_range_before_any_its_second():
+    tasks = [task("short", 400, limit=8), task("long", 400, limit=200)]
+    schedule = AdaptiveSchedule(tasks, AdaptiveSettings(), 100, RowFiles(()), {})
+    assert [schedule.next().task for _ in range(2)] == ["long", "short"]
+    assert schedule.next() is None and not schedule.finished
+
+
+def test_more_instances_reopen_a_task_that_was_used_up():
+    model = Model([task("a", 300)], {"a": 0.5})
+    asked = AdaptiveSettings(score_margin=0.001)
+    schedule = AdaptiveSchedule([task("a", 120)], asked, 100, RowFiles(()), {})
+    done = run(schedule, model, random.Random(0))
+    found, tallies = RowFiles(shard.name for shard in done), {"a": model.tally("a", 0, 120)}
+    again = AdaptiveSchedule([task("a", 300)], asked, 100, found, tallies, schedule.decided())
+    assert sum(shard.num_rows for shard in run(again, model, random.Random(0))) == 180
+
+
+def test_rows_to_try_again_go_first_and_count_for_no_size():
+    retry = Shard("a", "", "0", "exact_match", 0, 120, 8, retry=(3,))
+    model = Model([task("a", 120)], {"a": 0.5})
+    found, tallies = RowFiles([retry.name]), {"a": model.tally("a", 0, 120)}
+    schedule = AdaptiveSchedule([task("a", 120)], AdaptiveSettings(), 100, found, tallies, retries=[retry])
+    assert not schedule.finished and schedule.next() == retry
+    schedule.record(model.write(retry))
+    assert schedule.finished
+
+
+@pytest.mark.parametrize("label", ["exact_match", "generation"])
+def test_half_widths_agree_with_the_intervals_that_are_reported(label):
+    from birbal_ray.ni.metrics import mean_interval
+
+    values = Model([task("a", 300, label)], {"a": 0.4}).scores["a"]
+    tally = Tally(300, 0, sum(values), sum(value**2 for value in values))
+    _, low, high = mean_interval(label, values)
+    assert tally.half_width(label) == pytest.approx((high - low) / 2, rel=0.02)
+    assert tally.low(label) == pytest.approx(low, abs=2e-3)
+    assert Tally(1, 0, 1.0, 1.0).half_width(label) == math.inf
+
+
+def test_a_fixed_schedule_gives_its_list_and_ends():
+    shards = [Shard("t", "", "", "exact_match", n, n + 1, 8) for n in range(3)]
+    schedule = FixedSchedule(shards)
+    assert [schedule.next() for _ in range(3)] == shards
+    assert schedule.finished and schedule.next() is None
+    assert FixedSchedule([]).finished
