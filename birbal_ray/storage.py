@@ -91,6 +91,20 @@ def cache_folder() -> Path:
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "birbal_ray"
 
 
+def make_cache_folder(name: str) -> Path:
+    """A folder in the cache. Raises RunError where it can't be written."""
+    folder = cache_folder() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError("no permission to write")
+    except OSError as error:
+        raise RunError(
+            f"the cache {folder} can't be written ({error.strerror or error}); set BIRBAL_CACHE to a folder that can"
+        ) from None
+    return folder
+
+
 def open_folder(path: str | os.PathLike[str] | Folder) -> Folder:
     """The folder at a path or URL, whether or not something is there. Makes no request (but one for a bucket's region).
 
@@ -376,9 +390,8 @@ def input_folder(path: str | os.PathLike[str], needed: Callable[[str], bool] | N
     if not is_url(path):
         return Path(path)
     folder = open_folder(path)
-    copies = cache_folder() / "inputs" / canonical_hash(folder.place)[:16]
+    copies = make_cache_folder(f"inputs/{canonical_hash(folder.place)[:16]}")
     target = copies / folder.root.rpartition("/")[2]
-    copies.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(copies / ".lock"):
         files = folder.files()
         if not files and (stat := folder.stat("")):

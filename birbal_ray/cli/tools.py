@@ -193,7 +193,8 @@ def models(context: click.Context, output_format: str) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from birbal_ray.models import EMBEDDED, cache_folder
+    from birbal_ray.models import EMBEDDED
+    from birbal_ray.storage import cache_folder
 
     rows = []
     for model in EMBEDDED.values():

@@ -8,6 +8,7 @@ import struct
 import pytest
 
 from birbal_ray import doctor, models
+from birbal_ray.storage import RunError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1234\n"
 
@@ -74,3 +75,14 @@ def test_names_that_are_no_model_are_refused(tmp_path):
     for name in ("nobody", "./absent", str(tmp_path / "absent"), "a/b/c"):
         with pytest.raises(models.ModelError, match="no such folder, not a Hub id"):
             models.resolve_model(name)
+
+
+@pytest.mark.parametrize("kind", ["a file", "not there"])
+def test_a_cache_that_can_t_be_written_is_named_with_the_way_out(tmp_path, monkeypatch, kind):
+    cache = tmp_path / "cache" if kind == "a file" else "/proc/birbal"
+    (tmp_path / "cache").write_text("")
+    monkeypatch.setenv("BIRBAL_CACHE", str(cache))
+    with pytest.raises(RunError, match=rf"the cache {cache}/models can't be written \(.*set BIRBAL_CACHE") as caught:
+        models.resolve_model("smollm2-135m")
+    (check,) = [check for check in doctor.examine("smollm2-135m", ".") if check.name == "model"]
+    assert (check.state, check.advice) == ("problem", str(caught.value))
