@@ -82,6 +82,8 @@ class SimulatedEngine:
         words = self._answer(request).split(" ")
         room = min(request.max_tokens, self.max_model_len - len(request.token_ids))
         ids, finish_reason = _token_ids(words[:room]), "stop" if len(words) <= room else "length"
+        if ends := [place for place, token_id in enumerate(ids) if token_id in request.sampling.stop_token_ids]:
+            ids, room, finish_reason = ids[: ends[0] + 1], ends[0], "stop"
         text = " ".join(words[:room])
         if ends := [text.index(stop) for stop in request.sampling.stop if stop in text]:
             text, finish_reason = text[: min(ends)], "stop"
