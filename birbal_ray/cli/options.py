@@ -50,7 +50,8 @@ def settings_options(
         key, _, about = key.partition(": ")
         options.append(_option(flag, fields[key], about or fields[key].description or ""))
         names[flag.split()[0].removeprefix("--").replace("-", "_")] = key
-    example = next(f"{key}={field.default}" for key, field in fields.items() if _is_free_number(key, field, names))
+    numbers = (f"{key}={field.default}" for key, field in fields.items() if _is_free_number(key, field, names))
+    example = next(numbers, f"{next(iter(fields))}=VALUE")
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)

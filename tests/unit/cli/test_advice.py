@@ -14,21 +14,13 @@ from click.testing import CliRunner
 from birbal_ray.cli.main import COMMANDS, main
 from birbal_ray.cli.options import find_config
 from birbal_ray.cli.steps import explain_command
-from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import mix
-from birbal_ray.score.config import ScoreConfig
-from birbal_ray.serve.config import ServeConfig
 from birbal_ray.settings import load_config
-from birbal_ray.train.config import TrainConfig
-from birbal_ray.tune.config import TuneConfig
 from tests.conftest import REPOSITORY
 from tests.fixtures.score_folder import made_up_rows, write_score_folder
+from tests.unit.cli.test_options import SCHEMAS
 
-SCHEMAS = {
-    **{"score": ScoreConfig, "mix": MixConfig, "tune": TuneConfig, "train": TrainConfig},
-    **{"evaluate": EvaluateConfig, "serve": ServeConfig},
-}
 MARKDOWN = sorted(
     {*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md"), *(REPOSITORY / "cluster").glob("*.md")}
 )
@@ -115,6 +107,10 @@ def test_a_command_that_is_shown_is_taken(where, line, monkeypatch):
         context = command.make_context(command.name, list(rest))
     except click.exceptions.Exit:  # --help, --list
         return
+    for name, value in context.params.items():
+        if name.endswith("_config") and value:  # of `birbal pipeline`, `birbal doctor --cluster`
+            step = name.removesuffix("_config")
+            load_config(SCHEMAS[step], find_config(step, value))
     config, schema = context.params.get("config_file"), SCHEMAS.get(command.name)
     if schema is None:
         return
