@@ -30,22 +30,14 @@ from birbal_ray.evaluate.benchmarks import (
 from birbal_ray.evaluate.models import EvaluatedModel, resolve_models
 from birbal_ray.models import Model, resolve_model
 from birbal_ray.progress import ProgressLine, duration
-from birbal_ray.run import (
-    MANIFEST_FILE,
-    RunError,
-    RunFailedError,
-    finish_run,
-    read_json,
-    start_run,
-    stoppable,
-    write_json,
-)
+from birbal_ray.run import RunError, RunFailedError, open_run, sigterm_as_interrupt
 from birbal_ray.settings import ConfigError, canonical_hash, nearest
-from birbal_ray.storage import is_url, run_folder
+from birbal_ray.storage import Folder, open_folder
 
 STEP = "harness"
 RESULTS_FILE = "results.json"
 BENCHMARKS_FOLDER, TASKS_FOLDER = "benchmarks", "tasks"
+OWNS = (RESULTS_FILE, f"{BENCHMARKS_FOLDER}/*.json", f"{TASKS_FOLDER}/*.json")
 SHAPING_PACKAGES = ("lm_eval", "transformers")  # another version may give other figures
 INSTALL = "pip install 'birbal-ray[harness]'"
 HUB_SECONDS = 5.0
@@ -88,7 +80,7 @@ class BenchmarkRun:
 class HarnessResult:
     """A run's folder, its manifest, one row per finished benchmark or task."""
 
-    folder: Path
+    folder: Folder
     manifest: dict[str, Any]
     rows: list[dict[str, Any]]
 
@@ -124,42 +116,49 @@ def run(options: HarnessOptions, *, overwrite: bool = False, progress: ProgressL
     name = Path(model.name).name
     team = options.team or (f"{name} + {adapter.name}" if adapter else name)
     index = _index(options, [one for one in runs if overwrite or not _is_finished(options, one)])
-    started = time.monotonic()
-    with run_folder(options.output or "") as folder, stoppable():
-        resumed = start_run(folder, STEP, _identity(options, model, adapter), overwrite=overwrite)
-        pending = [one for one in runs if not (folder / one.file).exists()]
-        if resumed and not pending and (folder / MANIFEST_FILE).exists():
-            _write_results(options, team, folder, {})  # another --team needs no measuring
-            progress.message(f"{folder} is up to date; nothing to do")
-            return _read(folder)
-        (folder / MANIFEST_FILE).unlink(missing_ok=True)  # a further benchmark makes it unfinished again
+    identity = _identity(options, model, adapter)
+    inputs = [str(options.include_path)] if options.include_path else []
+    with (
+        sigterm_as_interrupt(),
+        open_run(options.output or "", STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run,
+    ):
+        folder = run.folder
+        pending = [one for one in runs if one.file not in run.files]
+        if run.manifest is not None and not pending:
+            progress.message(f"{folder} is up to date; nothing to measure")
+            if run.manifest["team"] == team:
+                return HarnessResult(folder, run.manifest, _rows(folder))
+        if run.manifest is not None:
+            run.withdraw()  # a further benchmark or another --team makes it unfinished again
         loaded, failures = _load(index, pending, progress)  # before the model: minutes sooner
         lm = load_model(options, model.path, adapter) if loaded else None
         for one in (one for one in pending if one.name in loaded):
             tasks, began = loaded.pop(one.name), time.monotonic()
             progress.message(f"{one.name}: {len(tasks)} tasks" if len(tasks) > 1 else f"{one.name}: {one.tasks[0]}")
+            run.progress(len(runs) - len(pending), len(runs), text=f"{one.name} of {len(runs)} benchmarks")
             raw = run_tasks(index, lm, tasks, one, options.limit)
             if one.benchmark:
                 leaderboard_metrics({one.name: raw})  # what has no value must not count as finished
             seconds = time.monotonic() - began
-            write_json(folder / one.file, {**raw, "wall_seconds": round(seconds, 3)})
+            folder.write_json(one.file, {**raw, "wall_seconds": round(seconds, 3)})
             progress.message(f"{one.name}: done in {duration(seconds)}")
-        _write_results(options, team, folder, failures)
+        benchmarks, others = _raw(folder, BENCHMARKS_FOLDER), _raw(folder, TASKS_FOLDER)
+        content = results_file(team, benchmarks, others, limit=options.limit, failures=failures)
+        folder.write_json(RESULTS_FILE, content)
         if len(failures) == 1:
             raise RunFailedError(": not run: ".join(next(iter(failures.items()))))
         if failures:
             raise RunFailedError(f"not run: {', '.join(failures)}; the reasons are above and in {RESULTS_FILE}")
-        finish_run(
-            folder,
-            {
-                "model": {"name": model.name, "revision": model.revision},
-                "adapter": asdict(adapter) if adapter else None,
-                "limit": options.limit,
-                "finished": [*sorted(_raw(folder)), *sorted(_raw(folder, TASKS_FOLDER))],
-                "wall_seconds": round(time.monotonic() - started, 3),
-            },
-        )
-        return _read(folder)
+        manifest = {
+            "model": {"name": model.name, "revision": model.revision},
+            "adapter": asdict(adapter) if adapter else None,
+            "team": team,
+            "limit": options.limit,
+            "finished": [*benchmarks, *others],
+        }
+        names = [RESULTS_FILE, *folder.files(BENCHMARKS_FOLDER), *folder.files(TASKS_FOLDER)]
+        finished = run.finish(manifest, names, summary=f"{len(benchmarks)} benchmarks, {len(others)} other tasks")
+        return HarnessResult(folder, finished, _rows(folder))
 
 
 def check_options(options: HarnessOptions) -> HarnessOptions:
@@ -195,8 +194,7 @@ def select_runs(options: HarnessOptions) -> list[BenchmarkRun]:
 
 
 def _is_finished(options: HarnessOptions, one: BenchmarkRun) -> bool:
-    output = options.output or ""
-    return not is_url(output) and (Path(output) / one.file).exists()
+    return open_folder(options.output or "").is_file(one.file)
 
 
 def _index(options: HarnessOptions, pending: Sequence[BenchmarkRun]) -> Any:
@@ -246,19 +244,12 @@ def _identity(options: HarnessOptions, model: Model, adapter: EvaluatedModel | N
     }
 
 
-def _raw(folder: Path, kind: str = BENCHMARKS_FOLDER) -> dict[str, dict[str, Any]]:
-    return {file.stem: read_json(file) for file in sorted((folder / kind).glob("*.json"))}
+def _raw(folder: Folder, kind: str) -> dict[str, dict[str, Any]]:
+    return {name[len(kind) + 1 : -len(".json")]: folder.read_json(name) for name in folder.files(kind)}
 
 
-def _write_results(options: HarnessOptions, team: str, folder: Path, failures: dict[str, str]) -> None:
-    content = results_file(team, _raw(folder), _raw(folder, TASKS_FOLDER), limit=options.limit, failures=failures)
-    if not (folder / RESULTS_FILE).exists() or read_json(folder / RESULTS_FILE) != content:
-        write_json(folder / RESULTS_FILE, content)
-
-
-def _read(folder: Path) -> HarnessResult:
-    rows = result_rows(_raw(folder), _raw(folder, TASKS_FOLDER))
-    return HarnessResult(folder, read_json(folder / MANIFEST_FILE), rows)
+def _rows(folder: Folder) -> list[dict[str, Any]]:
+    return result_rows(_raw(folder, BENCHMARKS_FOLDER), _raw(folder, TASKS_FOLDER))
 
 
 def check_installed(backend: str = "hf") -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,7 +16,7 @@ from birbal_ray.mix.write import AUDIT_FILE
 from birbal_ray.ni.schema import text_key
 from birbal_ray.run import RunError, read_manifest
 from birbal_ray.settings import ConfigError
-from birbal_ray.storage import local_copy
+from birbal_ray.storage import Folder, open_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,12 @@ def find_mixes(models: Sequence[EvaluatedModel], given: str | None) -> list[str]
     A mix is known by its identity hash, so `given` may be where an adapter's mix has been moved to. Raises
     ConfigError where an adapter's own mix is nowhere to be had, RunError where the given one is none.
     """
-    found = {read_manifest(local_copy(given), "mix")["identity_hash"]: given} if given else {}
+    found = {read_manifest(given, "mix")["identity_hash"]: given} if given else {}
     for one in models:
         if one.mix is None or one.mix_identity in found:
             continue
         try:
-            there = read_manifest(local_copy(one.mix), "mix")["identity_hash"]
+            there = read_manifest(one.mix, "mix")["identity_hash"]
             problem = f"{one.mix} holds another one by now ({there[:12]}…)"
         except RunError as error:
             there, problem = None, str(error)
@@ -64,30 +64,31 @@ def union(found: Sequence[HeldOut]) -> HeldOut | None:
     return HeldOut(frozenset().union(*(one.keys for one in found)), frozenset().union(*(one.sampled for one in found)))
 
 
-def held_out(mix: Path) -> HeldOut:
-    """What the finished mix in `mix` leaves for an honest test. Raises RunError when it is none.
+def held_out(place: str | os.PathLike[str]) -> HeldOut:
+    """What the finished mix at a path or URL leaves for an honest test. Raises RunError when it is none.
 
     Of a task that was sampled, every candidate is left out, not only the chosen rows: what was not
     chosen is what the base model got right, which would favour it (docs/decisions/0032). Rows of any
     task whose text was trained on under another id are left out too.
     """
+    mix = open_folder(place)
     read_manifest(mix, "mix")
     sampled: set[str] = set()
     candidates: dict[str, list[str]] = {}
-    for batch in _batches(mix / AUDIT_FILE, ["row_id", "source", "task", "kept"]):
+    for batch in _batches(mix, AUDIT_FILE, ["row_id", "source", "task", "kept"]):
         ours = batch.filter(pc.equal(batch["source"], NATURAL_INSTRUCTIONS))
         sampled |= set(ours.filter(ours["kept"])["task"].to_pylist())
         for task, row_id in zip(ours["task"].to_pylist(), ours["row_id"].to_pylist(), strict=True):
             candidates.setdefault(task, []).append(row_id)
     keys = {row_id for task in sampled for row_id in candidates[task]}
     for split in ("train", "eval"):
-        for batch in _batches(mix / f"{split}.parquet", ["instruction", "input"]):
+        for batch in _batches(mix, f"{split}.parquet", ["instruction", "input"]):
             texts = zip(batch["instruction"].to_pylist(), batch["input"].to_pylist(), strict=True)
             keys.update(text_key(instruction, text) for instruction, text in texts)
     return HeldOut(frozenset(keys), frozenset(sampled))
 
 
-def _batches(file: Path, columns: list[str]) -> Iterator[pa.Table]:
-    with pq.ParquetFile(file) as parquet:
+def _batches(mix: Folder, name: str, columns: list[str]) -> Iterator[pa.Table]:
+    with mix.open_input(name) as file, pq.ParquetFile(file) as parquet:
         for batch in parquet.iter_batches(columns=columns):
             yield pa.Table.from_batches([batch])

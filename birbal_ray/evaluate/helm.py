@@ -98,7 +98,7 @@ def run_helm(
             "num_retries": retries,
         }
         rows = [{"entry": name, **figure} for name, figure in figures.items()]
-        return HarnessResult(folder, run.finish(manifest, [RESULTS_FILE], summary=f"{len(rows)} entries"), rows)
+        return HarnessResult(run.folder, run.finish(manifest, [RESULTS_FILE], summary=f"{len(rows)} entries"), rows)
 
 
 def check_options(options: HarnessOptions, *, dry_run: bool = False) -> None:

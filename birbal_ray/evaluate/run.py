@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import tempfile
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from birbal_ray.cluster import job_metadata, ray_session
-from birbal_ray.evaluate.compare import adjust, compare, gate_failures, pair_tasks, scopes
+from birbal_ray.evaluate.compare import adjust, compare, dead_adapter, gate_failures, pair_tasks, scopes
 from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.evaluate.heldout import HeldOut, find_mixes, held_out, union
 from birbal_ray.evaluate.models import ADAPTER, BASE, EvaluatedModel, resolve_models
@@ -32,9 +33,10 @@ from birbal_ray.score.results import read_scores, summarise
 from birbal_ray.score.run import describe_plan, identity_of, plan_hash, resolve_config, write_plan
 from birbal_ray.settings import ConfigError, canonical_hash
 from birbal_ray.statistics import MIN_TASKS, detectable_difference
-from birbal_ray.storage import FileRecord, Folder, cache_folder, is_url, local_copy
+from birbal_ray.storage import FileRecord, Folder, cache_folder, is_url
 
 STEP = "evaluate"
+REFERENCE_FILE = "reference.json"  # that training leaves beside an adapter
 OWNS = ("rows/*.parquet", "inputs/*", "tasks.parquet", "quarantine.jsonl", EVALUATION_FILE, COMPARISONS_FILE)
 SIMULATED = Model("simulated", Path("simulated"), None, "simulated")
 
@@ -142,7 +144,7 @@ def prepare_evaluation(config: EvaluateConfig) -> Setup:
     mixes = find_mixes(found, config.mix)
     if scoring.engine.backend == "vllm":
         scoring = scoring.model_copy(update={"model": scoring.model.model_copy(update=pin_model(model))})
-    return Setup(config, scoring, found, mixes, union([held_out(local_copy(mix)) for mix in mixes]), model)
+    return Setup(config, scoring, found, mixes, union([held_out(mix) for mix in mixes]), model)
 
 
 def describe_evaluation(setup: Setup, plan: ScorePlan, progress: ProgressLine) -> None:
@@ -271,6 +273,7 @@ def _finish(setup: Setup, plan: ScorePlan, run: Run) -> EvaluateResult:
             rows["planned"] += results.rows["planned"]
             rows["scored"] += results.rows["scored"]
             prompt, cached = prompt + results.tokens["prompt"], cached + results.tokens["cached"]
+    _refuse_dead_adapters(setup, folder, list(files))
     rows["errors"] = rows["planned"] - rows["scored"]
     comparisons = compare_models(setup, plan, scores)
     tables = (EVALUATION_FILE, evaluation, EVALUATION), (COMPARISONS_FILE, comparisons, COMPARISONS)
@@ -292,6 +295,28 @@ def _finish(setup: Setup, plan: ScorePlan, run: Run) -> EvaluateResult:
         summary=f"{len(setup.models) - 1} models compared on {len(plan.tasks)} tasks",
     )
     return _read(run)
+
+
+def _refuse_dead_adapters(setup: Setup, folder: Folder, files: Sequence[str]) -> None:
+    """Raise RunError where an adapter that changes PEFT's answers left every completion as the base model's."""
+
+    def predictions(one: EvaluatedModel) -> dict[tuple[str, str], str]:
+        found = {}
+        for variant in setup.variants(one):
+            prefix = f"{ROWS_FOLDER}/{variant.folder}"
+            for name in (name for name in files if name.startswith(prefix)):
+                rows = folder.read_table(name, ["row_id", "prediction"]).to_pydict()
+                keys = ((variant.prompt_format, row_id) for row_id in rows["row_id"])
+                found.update(zip(keys, rows["prediction"], strict=True))
+        return found
+
+    for one in setup.models:
+        reference = Path(one.path) / REFERENCE_FILE
+        if one.kind == ADAPTER and reference.is_file():
+            base, own = predictions(setup.models[0]), predictions(one)
+            same = sum(own[key] == text for key, text in base.items())
+            if reason := dead_adapter(json.loads(reference.read_text(encoding="utf-8")), same, len(base)):
+                raise RunError(f"adapter {one.name}: {reason}")
 
 
 def compare_models(
