@@ -301,7 +301,7 @@ def _refuse_dead_adapters(setup: Setup, folder: Folder, files: Sequence[str]) ->
     """Raise RunError where an adapter that changes PEFT's answers left every completion as the base model's."""
 
     def predictions(one: EvaluatedModel) -> dict[tuple[str, str], str]:
-        found = {}
+        found: dict[tuple[str, str], str] = {}
         for variant in setup.variants(one):
             prefix = f"{ROWS_FOLDER}/{variant.folder}"
             for name in (name for name in files if name.startswith(prefix)):
