@@ -23,7 +23,6 @@ from birbal_ray.settings import ConfigError
 
 PACKED = "birbal_packed"  # the name under which transformers knows `packed_attention`
 QUERY_CHUNK = 512  # queries at a time under a sliding window, where the fallback needs a mask of the chunk's band
-DENSE_WARNING_TOKENS = 4096
 # Arguments of transformers' attention functions that change the scores. Ignoring one would train another model.
 _UNSUPPORTED = {"softcap": "soft caps", "s_aux": "attention sinks", "position_bias": "position biases"}
 
@@ -184,14 +183,3 @@ def per_sample_attention(
             parts = [query[:, :, first:last], key[:, :, oldest:last], value[:, :, oldest:last]]
             outputs.append(attend(*parts, attn_mask=band))
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)
-
-
-def dense_mask_warning(implementation: str, tokens: int) -> str | None:
-    """What a dense mask over `tokens` costs, where one is built over more than 4,096; else None."""
-    if implementation not in ("sdpa", "eager") or tokens <= DENSE_WARNING_TOKENS:
-        return None
-    return (
-        f"model.attention={implementation} builds a mask of {tokens:,} x {tokens:,} ({tokens**2 / 2**20:,.0f} MiB at "
-        f"a byte each) and computes attention across all samples of a batch, {tokens // DENSE_WARNING_TOKENS} times "
-        f"what packs of {DENSE_WARNING_TOKENS:,} cost a token; model.attention=auto needs no mask"
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from birbal_ray.models import Model
 from birbal_ray.progress import duration, last_throughput
 from birbal_ray.settings import ConfigError
+from birbal_ray.speeds import CARDS
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import Packing
 
@@ -18,15 +20,14 @@ GIB = 1 << 30
 # four bytes for each 256 of those (Dettmers et al. 2023, QLoRA, section 3).
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 MASTER_BYTES = 4  # adapter weights and gradients are float32
+DENSE_WARNING_TOKENS = 4096
 OPTIMIZER_BYTES = {"paged_adamw_32bit": 8.0, "adamw_torch": 8.0, "adamw_8bit": 2.03}
 LOGIT_CHUNK_TOKENS = 256  # TRL's fused LM head computes the loss in chunks
 # What a card keeps for itself: CUDA context, workspaces of cuBLAS; and memory lost between blocks.
-CONTEXT_BYTES, FRAGMENTATION = int(0.8 * GIB), 0.05
-# From the makers' data sheets, by Ray's names.
-CARD_GIB = {
-    **{"GeForce-RTX-4090": 24, "GeForce-RTX-3090": 24, "A10G": 24, "L4": 24, "L40S": 48, "T4": 16, "V100": 16},
-    **{"A100-40G": 40, "A100-80G": 80, "H100": 80, "H200": 141, "GeForce-RTX-5090": 32},
-}
+CONTEXT_BYTES, FRAGMENTATION = int(0.8 * GIB), 0.03
+UTILISATION = 0.45  # of a card's peak, which torchtune reaches in QLoRA on an RTX 4090 (README: 2,413 tokens/s)
+WRITE_BYTES_PER_SECOND = 200e6  # of a slow disk
+LOADING_SECONDS = 120.0  # from start to first evaluation, where no run has measured it
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,9 @@ class Shapes:
 
     linear: tuple[tuple[int, int], ...]
     targets: tuple[tuple[int, int], ...]
+    into_residual: tuple[tuple[int, int], ...]  # of the linear layers whose outputs are added to the residual stream
     num_other: int  # embeddings, output head, norms
+    norm_features: int  # what all norms normalise for one token
     num_layers: int
     hidden: int
     num_heads: int
@@ -61,7 +64,7 @@ def shapes_of(model_path: Path, target_modules: list[str] | str) -> Shapes:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     head = model.get_output_embeddings()
     linear = {
-        name: tuple(module.weight.shape)
+        name: (module.out_features, module.in_features)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     }
@@ -69,15 +72,23 @@ def shapes_of(model_path: Path, target_modules: list[str] | str) -> Shapes:
         targets = [shape for name, shape in linear.items() if name.rpartition(".")[2] in target_modules]
     else:
         targets = list(linear.values())
-    text = config.get_text_config()
-    num_all = sum(parameter.numel() for parameter in model.parameters())
+    text = model.config.get_text_config()
+    heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    per_token = {"q_norm": heads, "k_norm": kv_heads}  # norms of single heads
+    norms = {n: m for n, m in model.named_modules() if type(m).__name__.endswith(("RMSNorm", "LayerNorm"))}
     return Shapes(
         linear=tuple(linear.values()),
         targets=tuple(targets),
-        num_other=num_all - sum(out * into for out, into in linear.values()),
+        into_residual=tuple(shape for name, shape in linear.items() if name.endswith(("o_proj", "down_proj"))),
+        num_other=sum(p.numel() for p in model.parameters()) - sum(out * into for out, into in linear.values()),
+        norm_features=sum(
+            sum(p.numel() for p in module.parameters()) * per_token.get(name.rpartition(".")[2], 1)
+            for name, module in norms.items()
+            if ".layers." in f".{name}"
+        ),
         num_layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        num_heads=text.num_attention_heads,
+        num_heads=heads,
         vocabulary=text.vocab_size,
     )
 
@@ -88,18 +99,25 @@ def num_trainable(shapes: Shapes, r: int) -> int:
 
 
 def estimate(shapes: Shapes, config: TrainConfig, *, gpu: bool, attention: str) -> list[Part]:
-    """Peak memory of a training step by part, in bytes. Tokens in flight: micro x sequence length."""
-    batch = config.batch
+    """Peak memory of a training step by part, in bytes. Tokens in flight: micro x sequence length.
+
+    `attention`: the setting; only `sdpa` and `eager` build something that grows with the square of the tokens.
+    """
+    batch, lora = config.batch, config.lora
     half = 2 if (config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and gpu)) else 4
     tokens = batch.micro * batch.sequence_length
     num_linear = sum(out * into for out, into in shapes.linear)
     weight_bytes = NF4_BYTES if config.model.quantization == "nf4" else half
-    trainable = num_trainable(shapes, config.lora.r)
+    trainable = num_trainable(shapes, lora.r)
     optimizer = config.optimizer.name if config.optimizer.name != "auto" else "paged_adamw_32bit"
-    # Of one layer, per token: what every linear layer takes and gives, once more for the adapter's dropout.
-    per_layer = tokens * sum(out + 2 * into for out, into in shapes.linear) // shapes.num_layers * half
-    kept = tokens * shapes.hidden * half * shapes.num_layers
-    largest = max((out * into for out, into in shapes.linear), default=0)
+    # What autograd keeps of all layers, per token: of each adapted layer its input after dropout, dropout's mask
+    # (a byte) and the r features between its matrices; outputs that go on to attention or activation; what comes out
+    # of these; the float32 inputs of the norms.
+    saved = sum(into * (half + (lora.dropout > 0)) + lora.r * half for _, into in shapes.targets)
+    saved += half * (sum(out for out, _ in shapes.linear) - sum(out for out, _ in shapes.into_residual))
+    saved += half * sum(into for _, into in shapes.into_residual) + 4 * shapes.norm_features
+    inputs = tokens * shapes.hidden * half * shapes.num_layers
+    widest = max((into for _, into in shapes.targets), default=0)
     parts = [
         Part("base weights", int(num_linear * weight_bytes), f"{num_linear:,} x {weight_bytes:.3f} B"),
         Part("embeddings, head, norms", shapes.num_other * half, f"{shapes.num_other:,} x {half} B"),
@@ -110,21 +128,25 @@ def estimate(shapes: Shapes, config: TrainConfig, *, gpu: bool, attention: str) 
         ),
     ]
     if config.gradient_checkpointing:
-        parts.append(Part("activations", kept + 2 * per_layer, f"{shapes.num_layers} layer inputs, one layer twice"))
+        layer = f"{saved / shapes.num_layers / 1000:.0f} KB x {tokens:,} tokens"
+        parts.append(Part("layer inputs", inputs, f"{shapes.num_layers} layers"))
+        parts.append(Part("one recomputed layer", tokens * saved // shapes.num_layers, layer))
     else:
-        parts.append(Part("activations", per_layer * shapes.num_layers, f"{shapes.num_layers} whole layers"))
+        parts.append(Part("activations", tokens * saved, f"{shapes.num_layers} complete layers"))
     if attention == "sdpa":
         parts.append(Part("attention mask", tokens * tokens * half, f"{tokens:,} x {tokens:,}, {half} B"))
     elif attention == "eager":
         parts.append(Part("attention scores", tokens * tokens * shapes.num_heads * (half + 4), "all heads, eager"))
+    transient = tokens * widest * (half + 4 * (half == 2))  # the widest input's gradient and its float32 copy
     if config.model.quantization == "nf4":
-        parts.append(Part("dequantised layer", largest * half, "the largest, one at a time"))
-    chunk = min(tokens, LOGIT_CHUNK_TOKENS) * shapes.vocabulary * 4 * 3
-    head = shapes.vocabulary * shapes.hidden * half if not gpu else 0
-    parts.append(Part("logits", chunk + head, f"{LOGIT_CHUNK_TOKENS} tokens at a time"))
+        transient += max((out * into for out, into in shapes.linear), default=0) * half
+    transient += min(tokens, LOGIT_CHUNK_TOKENS) * shapes.vocabulary * 4 * 3
+    transient += shapes.vocabulary * shapes.hidden * half if not gpu else 0
+    parts.append(Part("transients", transient, "gradient, float32 copy, one dequantised layer, a chunk of logits"))
     used = sum(part.num_bytes for part in parts)
     if gpu:
-        parts.append(Part("CUDA and fragments", CONTEXT_BYTES + int(used * FRAGMENTATION), "0.8 GiB and 5 %"))
+        parts.append(Part("CUDA context", CONTEXT_BYTES, "and cuBLAS's workspaces"))
+        parts.append(Part("fragments", int(used * FRAGMENTATION), f"{FRAGMENTATION:.0%}"))
     else:
         parts.append(Part("Python, torch", int(1.2 * GIB), "libraries and their buffers"))
     return parts
@@ -185,8 +207,8 @@ def device_memory_bytes(config: TrainConfig) -> int | None:
 
         return int(psutil.virtual_memory().total * 0.9)
     if resources.accelerator_type:
-        known = CARD_GIB.get(resources.accelerator_type)
-        return known * GIB if known else None
+        card = CARDS.get(resources.accelerator_type)
+        return int(card.memory_gib * GIB) if card else None
     import torch
 
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
@@ -194,7 +216,7 @@ def device_memory_bytes(config: TrainConfig) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """What a dry run found out. Bytes; tokens; `steps` are optimizer steps."""
+    """What a dry run found out. Bytes; tokens; seconds; `steps` are optimizer steps."""
 
     parts: list[Part]
     memory_bytes: int | None
@@ -202,14 +224,17 @@ class Preflight:
     fits: bool
     num_trainable: int
     packing: dict[str, Packing]
+    kernel: str  # what will compute attention
     steps_per_epoch: float
     tokens_per_second: float | None
+    speed_source: str  # where that figure comes from
+    least_budget_seconds: float | None  # loading, a step, the first and the last evaluation, saving; as measured here
     steps_in_budget: int | None
     epochs_in_budget: float | None
 
 
 def run_preflight(config: TrainConfig, model: Model, packing: dict[str, Packing]) -> Preflight:
-    """Memory and steps; nothing is loaded."""
+    """Memory, steps and time; nothing is loaded, the model's config is enough."""
     gpu = config.resources.device == "gpu"
     attention = config.model.attention
     shapes = shapes_of(model.path, config.lora.target_modules)
@@ -219,13 +244,30 @@ def run_preflight(config: TrainConfig, model: Model, packing: dict[str, Packing]
     change = None
     if memory is not None and not fits:
         change = change_that_fits(shapes, config, memory, gpu=gpu, attention=attention)
-    per_step = config.batch.micro * config.batch.accumulation
-    steps_per_epoch = packing["train"].num_packs / per_step
-    rate = last_throughput(rate_key(config))
+    steps_per_epoch = packing["train"].num_packs / (config.batch.micro * config.batch.accumulation)
+    tokens_per_step = packing["train"].num_tokens / steps_per_epoch
+    key = rate_key(config)
+    rate, source = last_throughput(key), "last seen here"
+    least = None
+    if rate:
+        setup, evaluation, save, best = (
+            last_throughput(f"{key} {name}") or 0.0
+            for name in ("setup_seconds", "eval_seconds", "save_seconds", "best_seconds")
+        )
+        least = setup + evaluation + tokens_per_step / rate + save + best
+    elif (name := config.resources.accelerator_type or "") in CARDS:
+        rate = UTILISATION * CARDS[name].tflops * 1e12 / flops_per_token(shapes, config)
+        source = f"by arithmetic: {UTILISATION:.0%} of {CARDS[name].tflops:g} TFLOP/s, {name}'s data sheet"
+        setup = LOADING_SECONDS
+        evaluation = packing["eval"].num_tokens / (rate * num_passes(config))
+        best = num_trainable(shapes, config.lora.r) * MASTER_BYTES / WRITE_BYTES_PER_SECOND
+        save = 3 * best
     steps = None
     if rate and config.budget:
-        tokens_per_step = packing["train"].num_tokens / steps_per_epoch
-        steps = int(config.budget * rate / tokens_per_step)
+        step = (
+            tokens_per_step / rate + evaluation / config.evaluation.every_steps + save / config.checkpoint.every_steps
+        )
+        steps = max(0, int((config.budget - setup - evaluation - save - best) / step))
     return Preflight(
         parts=parts,
         memory_bytes=memory,
@@ -233,11 +275,35 @@ def run_preflight(config: TrainConfig, model: Model, packing: dict[str, Packing]
         fits=fits,
         num_trainable=num_trainable(shapes, config.lora.r),
         packing=packing,
+        kernel=expected_kernel(config),
         steps_per_epoch=steps_per_epoch,
         tokens_per_second=rate,
+        speed_source=source,
+        least_budget_seconds=least,
         steps_in_budget=steps,
         epochs_in_budget=steps / steps_per_epoch if steps is not None else None,
     )
+
+
+def num_passes(config: TrainConfig) -> int:
+    """Passes through the layers in a training step: forward, backward, and forward again to recompute activations."""
+    return 3 if config.gradient_checkpointing else 2
+
+
+def flops_per_token(shapes: Shapes, config: TrainConfig) -> float:
+    """Floating-point operations of a training step for one token; attention inside short samples is left out.
+
+    Two for each weight and pass; frozen weights get no gradient, the adapter's do (one more pass). With a dense mask,
+    attention across all tokens of a micro batch comes on top.
+    """
+    passes = num_passes(config)
+    weights = sum(out * into for out, into in shapes.linear) + shapes.vocabulary * shapes.hidden
+    flops = 2.0 * passes * weights + 2.0 * (passes + 1) * num_trainable(shapes, config.lora.r)
+    if config.model.attention in ("sdpa", "eager"):
+        tokens = config.batch.micro * config.batch.sequence_length
+        # Scores and sums of values, 4 x tokens a feature, in each forward pass; 2.5 times that backward.
+        flops += (passes - 1 + 2.5) * 4.0 * tokens * shapes.hidden * shapes.num_layers
+    return flops
 
 
 def describe_preflight(found: Preflight, config: TrainConfig) -> list[str]:
@@ -252,21 +318,53 @@ def describe_preflight(found: Preflight, config: TrainConfig) -> list[str]:
         if packing.num_long:
             done = "dropped" if config.batch.long_samples == "drop" else "cut at the end"
             lines.append(f"{split}: {packing.num_long:,} samples over batch.sequence_length were {done}")
+    lines.append(f"attention: {found.kernel}")
+    tokens = config.batch.micro * config.batch.sequence_length
+    if warning := dense_mask_warning(config.model.attention, tokens):
+        lines.append(f"warning: {warning}")
     need = total_bytes(found.parts) / GIB
     have = f" of {found.memory_bytes / GIB:.1f}" if found.memory_bytes else ""
     lines.append(f"{found.num_trainable:,} trainable parameters; about {need:.1f} GiB needed{have}")
     lines.append(f"{found.steps_per_epoch:,.1f} optimizer steps an epoch, {config.epochs:g} epochs asked for")
     if found.tokens_per_second:
         seconds = config.epochs * found.packing["train"].num_tokens / found.tokens_per_second
-        lines.append(f"at the {found.tokens_per_second:,.0f} tokens/s last seen here that takes {duration(seconds)}")
-    if found.epochs_in_budget is not None and found.epochs_in_budget < config.epochs:
+        rate = f"{found.tokens_per_second:,.0f} tokens/s"
+        if found.speed_source == "last seen here":
+            lines.append(f"at the {rate} last seen here that takes {duration(seconds)}")
+        else:
+            lines.append(f"estimate, not measured: {rate} ({found.speed_source}); that takes {duration(seconds)}")
+    if found.epochs_in_budget is not None:
         fit = f"{found.epochs_in_budget:.2g} epochs ({found.steps_in_budget:,} steps)"
-        lines.append(f"{fit} will fit in the budget; {config.epochs:g} were asked for")
+        if found.epochs_in_budget < config.epochs:
+            lines.append(f"{fit} will fit in the budget; {config.epochs:g} were asked for")
+        elif found.speed_source != "last seen here":
+            lines.append(f"{fit} would fit in the budget")
     return lines
 
 
+def expected_kernel(config: TrainConfig) -> str:
+    """What will compute attention on the device that the settings name, in words."""
+    if config.model.attention != "auto":
+        return config.model.attention
+    if config.resources.device != "gpu" or config.model.dtype == "float32":
+        return "sdpa sample by sample, without a mask (torch's varlen kernel needs CUDA and 16 bits)"
+    if (card := config.resources.accelerator_type) in ("T4", "V100"):
+        return f"sdpa sample by sample, without a mask (the varlen kernel does not run on a {card})"
+    return "varlen FlashAttention of torch, without a mask"
+
+
+def dense_mask_warning(attention: str, tokens: int) -> str | None:
+    """What a dense mask over a micro batch's `tokens` costs, where one is built over more than 4,096; else None."""
+    if attention not in ("sdpa", "eager") or tokens <= DENSE_WARNING_TOKENS:
+        return None
+    return (
+        f"model.attention={attention} builds a mask of {tokens:,} x {tokens:,} ({tokens**2 / 2**20:,.0f} MiB at a byte "
+        f"each) and computes attention across all samples of a batch; model.attention=auto needs no mask"
+    )
+
+
 def refuse_if_too_large(found: Preflight) -> None:
-    """Raise ConfigError with the change that would make it fit."""
+    """Raise ConfigError with the change that would make it fit the device."""
     if found.fits or found.memory_bytes is None:
         return
     need, have = total_bytes(found.parts) / GIB, found.memory_bytes / GIB
@@ -276,9 +374,20 @@ def refuse_if_too_large(found: Preflight) -> None:
     raise ConfigError(f"about {need:.1f} GiB are needed, the device has {have:.1f}; {advice}")
 
 
+def refuse_if_too_short(found: Preflight, config: TrainConfig) -> None:
+    """Raise ConfigError where the budget is shorter than loading, one step, two evaluations and saving take here."""
+    if config.budget and found.least_budget_seconds and config.budget < found.least_budget_seconds:
+        raise ConfigError(
+            f"budget={config.budget:.0f} s is too short: loading, a step, the evaluations and saving took "
+            f"{found.least_budget_seconds:.0f} s on this device; set --budget to "
+            f"{math.ceil(found.least_budget_seconds)}s or more"
+        )
+
+
 def rate_key(config: TrainConfig) -> str:
-    """Under which `rates` keeps the tokens per second of such a run."""
+    """Under which the tokens per second of such a run are kept."""
     settings = config.batch
     where = config.resources.accelerator_type or config.resources.device
     shape = f"{settings.sequence_length} {settings.micro} r{config.lora.r} {config.model.quantization}"
-    return f"train {config.model.name} {where} {shape}"
+    kernel = "" if config.model.attention == "auto" else f" {config.model.attention}"
+    return f"train {config.model.name} {where} {shape}{kernel}"

@@ -157,6 +157,3 @@ def test_the_kernel_in_force_is_named_with_the_reason_for_a_fallback():
     assert attention.name_kernel("sdpa", cpu, torch.float32, 64) == "sdpa"
     named = attention.name_kernel(PACKED, cpu, torch.float32, 64)
     assert named == "per-sample sdpa (torch's varlen kernel needs CUDA, the device is cpu)"
-    assert attention.dense_mask_warning("sdpa", 4096) is None
-    assert attention.dense_mask_warning(PACKED, 16384) is None
-    assert "16,384 x 16,384 (256 MiB" in attention.dense_mask_warning("sdpa", 16384)
