@@ -362,8 +362,11 @@ def print_tune(result: TuneResult, output_format: str) -> None:
 @overwrite_option
 @dry_run_option("Tokens, memory by part, steps in the budget; trains nothing.")
 @click.option("--calibrate", is_flag=True, help="With --dry-run: run 4 steps to learn the speed.")
+@click.option("--push", metavar="REPO", help="Then upload the adapter to this Hub repository (private; HF_TOKEN).")
 @format_option
-def train(config: TrainConfig, overwrite: bool, dry_run: bool, calibrate: bool, output_format: str) -> None:
+def train(
+    config: TrainConfig, overwrite: bool, dry_run: bool, calibrate: bool, push: str | None, output_format: str
+) -> None:
     """Fine-tune a 4-bit base model with LoRA on a mix; the adapter of the lowest eval loss is kept.
 
     One Ray Train worker, on the card that resources.accelerator_type names. The learning rate
@@ -385,8 +388,17 @@ def train(config: TrainConfig, overwrite: bool, dry_run: bool, calibrate: bool, 
         found = step.dry_run(config, calibrate=calibrate)
         print_preflight(found, config, output_format)
         refuse_if_too_large(found)
+        if push:
+            note(f"would upload the files of {config.output}/adapter to {push}: adapter, settings, card, reference")
     else:
-        print_train(step.train(config, overwrite=overwrite), output_format)
+        result = step.train(config, overwrite=overwrite)
+        print_train(result, output_format)
+        if push:
+            from birbal_ray.models import ADAPTER_FOLDER
+            from birbal_ray.train.card import push_to_hub
+
+            names = [name for name in result.manifest["files"] if name.startswith(f"{ADAPTER_FOLDER}/")]
+            note(f"uploaded to {push_to_hub(result.folder, names, push)}")
 
 
 def print_preflight(found: Preflight, config: TrainConfig, output_format: str) -> None:
@@ -410,8 +422,8 @@ def print_train(result: TrainResult, output_format: str) -> None:
     outcome, folder = result.manifest["result"], result.folder
     names = ("epochs", "ended_by", "base_eval_loss", "best_eval_loss", "best_step")
     row = {"steps": outcome["num_steps"], **{name.replace("_", " "): outcome[name] for name in names}}
-    print_table([{**row, "seconds": outcome["elapsed_seconds"], "adapter": str(folder / "adapter")}], output_format)
-    note(f"loss curve: {folder / 'loss_curve.png'}; TensorBoard: tensorboard --logdir {folder / 'tensorboard'}")
+    print_table([{**row, "seconds": outcome["elapsed_seconds"], "adapter": folder.at("adapter")}], output_format)
+    note(f"loss curve: {folder.at('loss_curve.png')}; TensorBoard: tensorboard --logdir {folder.at('tensorboard')}")
 
 
 # --- evaluate

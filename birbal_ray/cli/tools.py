@@ -21,9 +21,20 @@ FILE: Any = click.Path(path_type=Path)
 @click.option("--output", metavar="DIR", required=True, help="The merged model's folder.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", help="Of the merged weights.")
 @click.option("--prompts", type=click.IntRange(min=1), default=8, help="Eval rows to compare on.")
+@click.option("--modelfile", is_flag=True, help="Also write a Modelfile, for `ollama create`.")
+@click.option("--push", metavar="REPO", help="Then upload the model to this Hub repository (private; HF_TOKEN).")
 @overwrite_option
 @format_option
-def merge(run: str, output: str, dtype: str, prompts: int, overwrite: bool, output_format: str) -> None:
+def merge(
+    run: str,
+    output: str,
+    dtype: str,
+    prompts: int,
+    modelfile: bool,
+    push: str | None,
+    overwrite: bool,
+    output_format: str,
+) -> None:
     """Merge the adapter of a training run into unquantised base weights, and compare before with after.
 
     The output is a model folder (safetensors) that `birbal score --model DIR`, vLLM and transformers load.
@@ -34,8 +45,12 @@ def merge(run: str, output: str, dtype: str, prompts: int, overwrite: bool, outp
     """
     from birbal_ray.train.merge import merge as step
 
-    result = step(run, output, dtype=dtype, num_prompts=prompts, overwrite=overwrite)
+    result = step(run, output, dtype=dtype, num_prompts=prompts, modelfile=modelfile, overwrite=overwrite)
     print_table([result.manifest["comparison"] | {"model": str(result.folder)}], output_format)
+    if push:
+        from birbal_ray.train.card import push_to_hub
+
+        note(f"uploaded to {push_to_hub(result.folder, list(result.manifest['files']), push)}")
 
 
 @click.command()

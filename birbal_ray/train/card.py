@@ -1,14 +1,78 @@
-"""What a finished run shows: the adapter's model card and the loss curve."""
+"""A finished run's adapter folder: its files, model card, upload to the Hub; the loss curve."""
 
 from __future__ import annotations
 
-import io
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from birbal_ray.run import write_atomic
+from birbal_ray.models import ADAPTER_CONFIG, ADAPTER_FOLDER, Model
+from birbal_ray.run import MANIFEST_FILE
+from birbal_ray.settings import one_line
+from birbal_ray.storage import Folder, RunError
+from birbal_ray.train.checkpoints import REFERENCE_FILE
+
+CURVE_FILE = "loss_curve.png"
+
+
+def publish_adapter(
+    folder: Folder, best: Path, manifest: dict[str, Any], mix_manifest: dict[str, Any], model: Model
+) -> list[str]:
+    """Copy the best adapter to adapter/ of the run, with its card; the names of its files.
+
+    It names the base model so that others can load it: as on the Hub where it came from there.
+    """
+    names = []
+    for file in sorted(best.iterdir()):
+        name = f"{ADAPTER_FOLDER}/{file.name}"
+        names.append(name)
+        if file.name == ADAPTER_CONFIG:
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            if model.revision and "/" in model.name and not Path(model.name).exists():
+                settings |= {"base_model_name_or_path": model.name, "revision": model.revision}
+            folder.write_json(name, settings)
+        elif file.name == REFERENCE_FILE:
+            reference = json.loads(file.read_text(encoding="utf-8"))
+            folder.write_json(name, {**reference, "model": model.name, "model_fingerprint": model.fingerprint})
+        elif file.name != "README.md":
+            folder.upload(file, name)
+    card = adapter_card(manifest, manifest["settings"], mix_manifest)
+    folder.write_bytes(f"{ADAPTER_FOLDER}/README.md", card.encode())
+    return sorted({*names, f"{ADAPTER_FOLDER}/README.md"})
+
+
+def push_to_hub(folder: Folder, names: list[str], repository: str) -> str:
+    """Upload files of a finished run, and its manifest, to a model repository on the Hub; its address.
+
+    A repository that does not exist is created, as a private one. Files of adapter/ go to its top. Raises RunError
+    where the Hub refuses (no token, no right to write there) or can't be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    try:
+        hub = HfApi()
+        address = hub.create_repo(repository, private=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="birbal-push-") as temporary:
+            operations = []
+            for name in [*names, MANIFEST_FILE]:
+                file = Path(temporary) / name
+                if folder.is_local:
+                    file = folder.local / name
+                else:
+                    folder.download(name, file)
+                target = name.removeprefix(f"{ADAPTER_FOLDER}/") if name != MANIFEST_FILE else "birbal_manifest.json"
+                operations.append(CommitOperationAdd(path_in_repo=target, path_or_fileobj=str(file)))
+            hub.create_commit(repository, operations, commit_message="Upload from birbal_ray")
+        return str(address)
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, ConnectionError) as error:
+        raise RunError(
+            f"--push {repository}: the Hub did not take it ({one_line(error)[:300]}); set HF_TOKEN to a token that may "
+            f"write there. The files are kept in {folder}, and the same command tries again"
+        ) from None
 
 
 def adapter_card(manifest: dict[str, Any], settings: dict[str, Any], mix: dict[str, Any]) -> str:
@@ -93,8 +157,8 @@ def smoothed(values: list[float], weight: float = 0.8) -> list[float]:
     return result
 
 
-def draw_loss_curve(metrics: list[dict[str, Any]], best_step: int | None, file: Path) -> None:
-    """PNG of train and eval loss over steps, the best adapter's evaluation marked."""
+def draw_loss_curve(metrics: list[dict[str, Any]], best_step: int | None, sink: Any) -> None:
+    """Write a PNG to a binary file: train and eval loss over steps, the best adapter's evaluation marked."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -118,6 +182,4 @@ def draw_loss_curve(metrics: list[dict[str, Any]], best_step: int | None, file: 
     axes.set_ylabel("loss per token (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
-    picture = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(picture)
-    write_atomic(file, picture.getvalue())
+    FigureCanvasAgg(figure).print_png(sink)

@@ -6,11 +6,16 @@ A checkpoint `step-000064` is complete or absent: `files.json` in it lists its f
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
+
+from birbal_ray.settings import canonical_hash
+from birbal_ray.storage import Folder, Uploader, cache_folder
 
 METRICS_FILE = "metrics.jsonl"  # one line for each step or evaluation
 STATUS_FILE = "status.json"  # the worker's state, rewritten every second
@@ -21,6 +26,15 @@ OUTCOME_FILE = "outcome.json"  # in the checkpoint that a run ended with
 SELF_CHECK_FILE = "self_check.json"  # that packing and adapter work on this model, with this kernel
 EASED_FILE = "eased.json"  # the smaller micro batch that the run continues with after the card ran out of memory
 REFERENCE_FILE = "reference.json"  # beside an adapter: what PEFT computes with it, for `evaluate` to compare with
+WORKING_FILE = "working.json"  # of a run at a URL: names the folder in which each machine works for it
+TENSORBOARD_FOLDER, BEST_FOLDER, PACKED_FOLDER = "tensorboard", "best", "packed"
+STATE_FILES = (METRICS_FILE, BEST_FILE, "clock.json", SELF_CHECK_FILE, EASED_FILE)
+# Every file that a run makes in its folder (fnmatch), beside those of every step.
+OWNS = (
+    *(*STATE_FILES, STATUS_FILE, SESSION_FILE, STOP_FILE, WORKING_FILE, "worker.json", "loss_curve.png"),
+    *("packed/*", "checkpoints/*", "best/*", "adapter/*", "tensorboard/*", "ray/*"),
+)
+STOP_POLL_SECONDS = 3.0  # between two questions to a URL whether the run shall stop
 NOT_NEEDED = ("checkpoints", "best", "packed", "tensorboard")  # of a training run, to use its adapter
 CHECKPOINTS_FOLDER, WORK_FOLDER = "checkpoints", ".work"  # in a run folder; in it, what is being written
 FILES_FILE = "files.json"  # {name: size in bytes} of all others in the checkpoint
@@ -33,6 +47,77 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         return []
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Remote:
+    """Where a run's finished files go: the run folder. Does nothing where that is the folder it works in."""
+
+    def __init__(self, folder: Folder, working: Path, uploads: Uploader | None = None) -> None:
+        self.folder, self.working, self._uploads = folder, working, uploads
+        self._asked = -math.inf
+
+    def add(self, *names: str) -> None:
+        """Upload these files and folders soon, in this order."""
+        if self._uploads:
+            self._uploads.add(*names)
+
+    def prune(self, top: str, keep: int) -> None:
+        """Delete all but the latest `keep` of the `step-…` folders that are uploaded below `top`."""
+        if not self._uploads:
+            return
+        names = [name for name in self.folder.files(top) if _NAME.fullmatch(name.split("/")[1])]
+        old = sorted({name.split("/")[1] for name in names})[:-keep]
+        doomed = [name for name in names if name.split("/")[1] in old]
+        # The list that makes a checkpoint complete goes first.
+        self.folder.delete([name for name in doomed if name.endswith(f"/{FILES_FILE}")])
+        self.folder.delete(doomed)
+
+    @property
+    def status_seconds(self) -> float:
+        """Between two writes of status.json."""
+        return 5.0 if self._uploads else 1.0
+
+    def stop_requested(self) -> bool:
+        """Whether the driver asks the worker to save and end."""
+        if not self._uploads:
+            return (self.working / STOP_FILE).exists()
+        if time.monotonic() - self._asked < STOP_POLL_SECONDS:
+            return False
+        self._asked = time.monotonic()
+        return self.folder.is_file(STOP_FILE)
+
+
+def working_folder(folder: Folder) -> Path:
+    """Where a process of this machine works for the run at a URL; an overwritten run gets another folder."""
+    token = folder.read_json(WORKING_FILE)["token"]
+    return cache_folder() / "train" / canonical_hash([folder.place, token])[:16]
+
+
+def download_state(folder: Folder, working: Path) -> None:
+    """Bring packs, metrics, the best adapter and the latest complete checkpoint of a run at a URL into `working`.
+
+    What lies there of an earlier session stays where its checkpoint is at least as new: an outage may have kept it
+    from being uploaded. Does nothing for a run folder on this machine.
+    """
+    if folder.is_local:
+        return
+    files = folder.files()
+    markers = re.compile(rf"{CHECKPOINTS_FOLDER}/(step-\d+)/{re.escape(FILES_FILE)}")
+    complete = sorted(found[1] for found in map(markers.fullmatch, files) if found)
+    mine = latest_checkpoint(working / CHECKPOINTS_FOLDER)
+    wanted = [name for name in files if name.startswith(f"{PACKED_FOLDER}/")]
+    if complete and (mine is None or mine.name < complete[-1]):
+        for name in (CHECKPOINTS_FOLDER, BEST_FOLDER):
+            shutil.rmtree(working / name, ignore_errors=True)
+        prefixes = (f"{CHECKPOINTS_FOLDER}/{complete[-1]}/", f"{BEST_FOLDER}/")
+        wanted += [name for name in files if name.startswith(prefixes) or name in STATE_FILES]
+    else:
+        wanted += [name for name in STATE_FILES if name in files and not (working / name).exists()]
+    for name in wanted:
+        target = working / name
+        if name.startswith(f"{PACKED_FOLDER}/") and target.exists() and target.stat().st_size == files[name].size:
+            continue
+        folder.download(name, target)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

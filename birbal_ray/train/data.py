@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from birbal_ray.ni.prompt import ChatTemplate, render_prompt
 from birbal_ray.run import write_json
 from birbal_ray.settings import ConfigError
+from birbal_ray.storage import Folder, open_folder
 
-PACKED_FOLDER = "packed"
 FIGURES_FILE = "packs.json"
 IGNORED = -100  # the label of a token without loss
 BATCH_ROWS = 1000  # rows tokenised together
@@ -143,7 +142,7 @@ def text_columns(chat: ChatTemplate | None) -> list[str]:
 
 
 def prepare(
-    mix: Path,
+    mix: Folder | Path,
     folder: Path,
     tokenizer: Any,
     sequence_length: int,
@@ -168,8 +167,9 @@ def prepare(
     folder.mkdir(parents=True)
     figures = {}
     for split, limit, num_layouts in (("train", None, min(math.ceil(epochs), MAX_LAYOUTS)), ("eval", num_eval_rows, 1)):
-        file = mix / f"{eval_split if split == 'eval' else split}.parquet"
-        table = pq.read_table(file, columns=text_columns(chat))
+        source = open_folder(mix)
+        name = f"{eval_split if split == 'eval' else split}.parquet"
+        file, table = source.at(name), source.read_table(name, columns=text_columns(chat))
         if table.num_rows == 0:
             hint = "; make the mix with eval_fraction above 0, the best adapter is chosen by its loss there"
             raise ConfigError(f"{file}: no rows{hint * (split == 'eval')}")

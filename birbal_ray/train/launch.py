@@ -17,11 +17,10 @@ from typing import Any
 
 from birbal_ray.cluster import MIN_LOGICAL_CPUS, WorkerRequest, can_place, job_metadata, log_to, ray_session
 from birbal_ray.models import Model, ModelError, resolve_model
-from birbal_ray.object_store import filesystem_of
 from birbal_ray.progress import ProgressLine, duration, save_throughput
-from birbal_ray.run import LOG_FOLDER, RunError, RunFailedError, read_json, write_json
+from birbal_ray.run import LOG_FOLDER, Run, RunFailedError, read_json, write_json
 from birbal_ray.settings import ConfigError
-from birbal_ray.storage import absolute, child, elsewhere, is_url, refresh
+from birbal_ray.storage import Folder, RunError, Uploader, cache_folder, open_folder
 from birbal_ray.train.checkpoints import (
     CHECKPOINTS_FOLDER,
     EASED_FILE,
@@ -29,10 +28,15 @@ from birbal_ray.train.checkpoints import (
     SESSION_FILE,
     STATUS_FILE,
     STOP_FILE,
+    TENSORBOARD_FOLDER,
     WORK_FOLDER,
+    Remote,
+    download_state,
     read_metrics,
+    working_folder,
 )
 from birbal_ray.train.config import TrainConfig
+from birbal_ray.train.deadline import CLOCK_FILE
 from birbal_ray.train.preflight import rate_key
 
 STEP = "train"
@@ -63,14 +67,16 @@ def worker_request(config: TrainConfig) -> WorkerRequest:
 
 
 def train_on_cluster(
-    config: TrainConfig, model: Model, folder: Path, progress: ProgressLine, steps_per_epoch: float
+    config: TrainConfig, model: Model, folder: Folder, progress: ProgressLine, run: Run | None = None
 ) -> dict[str, Any]:
     """Run one worker, show its progress, return its outcome (see `sft.Outcome`). SIGTERM and Ctrl-C let it save first.
 
     A worker that dies is replaced and continues from the latest checkpoint, `resources.max_failures`
-    times; then RunFailedError is raised. Errors that would only come again end the run at once, by RunError.
+    times; then RunFailedError is raised. Errors that would only come again end the run at once, by RunError. A worker
+    whose card is full is replaced by one with a smaller micro batch. `run` gets progress.json.
     """
-    with ray_session(logical_cpus(config), folder / LOG_FOLDER / "ray.log", about=job_metadata(STEP, config.output)):
+    logs = (folder.local if folder.is_local else cache_folder()) / LOG_FOLDER
+    with ray_session(logical_cpus(config), logs / "ray.log", about=job_metadata(STEP, config.output)):
         import ray
 
         def missing() -> str | None:
@@ -84,25 +90,27 @@ def train_on_cluster(
                 raise RunError(reason)
             progress.update(f"waiting (at most {duration(left)} more, resources.wait): {reason}")
             time.sleep(min(POLL_SECONDS, left))
-        progress.update(f"starting the worker; logs in {folder / LOG_FOLDER}")
-        while "eased" in (result := _run_worker(config, model, folder, progress, missing)):
+        progress.update(f"starting the worker; logs in {folder.at(LOG_FOLDER)}")
+        while True:
             config = ease(config, folder)
+            result = _run_worker(config, model, folder, progress, run, missing)
+            if "eased" not in result:
+                break
+            smaller = ease(config, folder).batch
             progress.message(
-                f"{result['eased']}; continuing with batch.micro={config.batch.micro} "
-                f"batch.accumulation={config.batch.accumulation}, from the last checkpoint"
+                f"{result['eased']}; continuing with batch.micro={smaller.micro} "
+                f"batch.accumulation={smaller.accumulation}, from the last checkpoint"
             )
-    steps = [line for line in read_metrics(folder / METRICS_FILE) if "loss" in line and line.get("step_seconds")]
-    if seconds := sum(line["step_seconds"] for line in steps[1:]):  # the first step warms up
-        save_throughput(rate_key(config), sum(line["tokens"] for line in steps[1:]) / seconds)
+    for name, value in result.pop("speeds", {}).items():
+        save_throughput(f"{rate_key(config)}{name}", value)
     return result
 
 
-def ease(config: TrainConfig, folder: Path) -> TrainConfig:
+def ease(config: TrainConfig, folder: Folder) -> TrainConfig:
     """The configuration with the smaller micro batch that eased.json asks for, if the run has one."""
-    file = folder / EASED_FILE
-    if not file.exists():
+    if not folder.is_file(EASED_FILE):
         return config
-    micro = min(config.batch.micro, read_json(file)["micro"])
+    micro = min(config.batch.micro, folder.read_json(EASED_FILE)["micro"])
     product = config.batch.micro * config.batch.accumulation
     while product % micro:
         micro -= 1
@@ -111,13 +119,18 @@ def ease(config: TrainConfig, folder: Path) -> TrainConfig:
 
 
 def _run_worker(
-    config: TrainConfig, model: Model, folder: Path, progress: ProgressLine, missing: Callable[[], str | None]
+    config: TrainConfig,
+    model: Model,
+    folder: Folder,
+    progress: ProgressLine,
+    run: Run | None,
+    missing: Callable[[], str | None],
 ) -> dict[str, Any]:
     """One worker until it ends, with its progress on the line; its result."""
     # A future, not Thread.join: interrupted, join takes a living thread for a dead one (gh-90882).
     done: concurrent.futures.Future[dict[str, Any]] = concurrent.futures.Future()
     threading.Thread(target=_fit, args=(config, model, folder, done), name="train", daemon=True).start()
-    shown = _Status(folder, config)
+    shown = _Status(folder, config, run)
     checked, reason = time.monotonic(), None
     try:
         while not concurrent.futures.wait([done], POLL_SECONDS).done:
@@ -126,7 +139,7 @@ def _run_worker(
             # Its node was taken away; Ray places the worker as soon as another one joins.
             progress.update(f"waiting: {reason}" if reason else shown.text(progress))
     except KeyboardInterrupt:
-        (folder / STOP_FILE).touch()
+        folder.write_bytes(STOP_FILE, b"")
         grace = config.resources.stop_grace
         progress.message(f"stopping: the worker saves a checkpoint first (at most {grace:.0f} s)")
         concurrent.futures.wait([done], grace)
@@ -138,63 +151,70 @@ def _run_worker(
 
 
 class _Status:
-    """The progress line of a run, from the files that its worker writes, maybe on another machine."""
+    """The progress line of a run, and its progress.json, from the status that its worker writes on its node."""
 
-    def __init__(self, folder: Path, config: TrainConfig) -> None:
-        self._folder, self._config = folder, config
-        self._started, self._wall_start = time.monotonic(), time.time()
+    def __init__(self, folder: Folder, config: TrainConfig, run: Run | None) -> None:
+        self._folder, self._config, self._run = folder, config, run
+        self._started, self._wall_start = time.monotonic(), int(time.time())
+        self._read_at, self._text = -math.inf, ""
         self._warned = False
 
     def text(self, progress: ProgressLine) -> str:
         """The latest state; warns once when the budget is too short for the epochs asked for."""
-        file = self._folder / STATUS_FILE
-        if not file.exists() or file.stat().st_mtime < self._wall_start:
-            return f"loading the model ({duration(time.monotonic() - self._started)})"
-        status = read_json(file)
+        if time.monotonic() - self._read_at < (POLL_SECONDS if self._folder.is_local else NODES_SECONDS):
+            return self._text
+        self._read_at = time.monotonic()
+        stat = self._folder.stat(STATUS_FILE)
+        if not stat or stat.modified < self._wall_start:
+            self._text = f"loading the model ({duration(time.monotonic() - self._started)})"
+            if self._run:
+                self._run.progress(None, None, text=self._text)
+            return self._text
+        status = self._folder.read_json(STATUS_FILE)
         forecast, step = status["forecast"], status["step"]
         if forecast and forecast["by_budget"] and step >= 3 and not self._warned:
             self._warned = True
             wanted = self._config.epochs
             progress.message(f"{forecast['epochs']:.2g} epochs will fit in the budget; {wanted:g} were asked for")
-        metrics = read_metrics(self._folder / METRICS_FILE)
         parts = [f"step {step}/{status['max_steps']}", f"epoch {status['epoch']:.2f}"]
-        if train := next((line for line in reversed(metrics) if "loss" in line), None):
+        figures: dict[str, Any] = {}
+        if train := status["train"]:
             parts += [f"loss {train['loss']:.4f}", f"lr {train['learning_rate']:.2e}"]
             if train.get("step_seconds"):
-                parts.append(f"{train['tokens'] / train['step_seconds']:.0f} tokens/s")
-        if evaluation := next((line for line in reversed(metrics) if "eval_loss" in line), None):
-            parts.append(f"eval loss {evaluation['eval_loss']:.4f}")
+                figures["rate_per_second"] = train["tokens"] / train["step_seconds"]
+                parts.append(f"{figures['rate_per_second']:.0f} tokens/s")
+        if status["evaluation"]:
+            parts.append(f"eval loss {status['evaluation']['eval_loss']:.4f}")
+        total = forecast["num_steps"] if forecast else status["max_steps"]
         if forecast:
-            left = (forecast["num_steps"] - step) * status["step_seconds"]
-            parts.append(f"ends in {duration(left)}{' (budget)' if forecast['by_budget'] else ''}")
-        return " · ".join(parts)
+            figures["eta_seconds"] = (total - step) * status["step_seconds"]
+            ends = duration(figures["eta_seconds"])
+            parts.append(f"ends in {ends}{' (budget)' if forecast['by_budget'] else ''}")
+        self._text = " · ".join(parts)
+        if self._run:
+            self._run.progress(step, total, text=self._text, **figures)
+        return self._text
 
 
-def _fit(config: TrainConfig, model: Model, folder: Path, done: concurrent.futures.Future[dict[str, Any]]) -> None:
+def _fit(config: TrainConfig, model: Model, folder: Folder, done: concurrent.futures.Future[dict[str, Any]]) -> None:
     """Ray Train's part, in a thread of its own; sets `done` to the worker's outcome or to what ended the run."""
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
-    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     gpu = config.resources.device == "gpu"
-    url = absolute(config.output) if config.output and is_url(config.output) else None
-    (folder / SESSION_FILE).unlink(missing_ok=True)
-    refresh(folder)
+    folder.delete([SESSION_FILE])
     # Ray keeps its own record of sessions here; checkpoints are ours (docs/decisions/0021).
-    storage: dict[str, Any] = {"storage_path": str(folder / RAY_FOLDER)}
-    if url:
-        system, path = filesystem_of(child(url, RAY_FOLDER))
-        storage = {"storage_path": path, "storage_filesystem": system}
+    storage: dict[str, Any] = {"storage_path": folder.path(RAY_FOLDER)}
+    if not folder.is_local:
+        storage["storage_filesystem"] = folder.filesystem
     trainer = TorchTrainer(
         train_on_worker,
         train_loop_config={
             "config": config.model_dump(mode="json"),
             "fingerprint": model.fingerprint,
-            "folder": str(folder),
-            "url": url,
-            "node": ray.get_runtime_context().get_node_id(),
+            "folder": folder.place,
         },
         torch_config=TorchConfig(backend="gloo"),  # one worker has nobody to talk to
         scaling_config=ScalingConfig(
@@ -211,14 +231,13 @@ def _fit(config: TrainConfig, model: Model, folder: Path, done: concurrent.futur
     )
     try:
         result = trainer.fit().return_value
-        refresh(folder)
         if result is None:
-            raise RunFailedError(f"{folder}: the worker ended without a result (log: {folder / 'logs/worker.log'})")
+            raise RunFailedError(f"{folder}: the worker ended without a result (log: {folder.at('logs/worker.log')})")
         if "error" in result:
             raise RunError(result["error"])
         done.set_result(result)
     except TrainingFailedError as error:
-        if reason := lasting_reason(error, folder):  # Ray's own files are on the same disk
+        if reason := lasting_reason(error, folder.local if folder.is_local else Path.cwd()):  # of Ray's own files
             done.set_exception(RunError(reason))
             return
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -233,21 +252,29 @@ def _fit(config: TrainConfig, model: Model, folder: Path, done: concurrent.futur
 
 
 def train_on_worker(options: dict[str, Any]) -> dict[str, Any]:
-    """What the worker does: `fine_tune`, with its log in the run folder; its outcome, or `error`: why it can't go on.
+    """What the worker does: `fine_tune` in the run folder, with its log there.
 
-    session.json holds the same, unless the disk is full.
+    Its outcome; or `error`: why it can't go on; or `eased`: why it should start again with a smaller micro batch.
+    For a run at a URL it works in a folder of its own machine, which starts with what is at the URL, and uploads what
+    it has finished. session.json holds the result, unless the disk is full.
     """
     import ray
 
     started = time.monotonic()
     config = TrainConfig.model_validate(options["config"])
-    here = ray.get_runtime_context().get_node_id()
-    with elsewhere(options["url"], Path(options["folder"]), "", options["node"], here) as folder:
-        return run_session(config, options["fingerprint"], folder, here, started)
+    folder = open_folder(options["folder"])
+    node = ray.get_runtime_context().get_node_id()
+    if folder.is_local:
+        return run_session(config, options["fingerprint"], Remote(folder, folder.local), node, started)
+    working = working_folder(folder)
+    download_state(folder, working)
+    with Uploader(folder, working) as uploads:
+        return run_session(config, options["fingerprint"], Remote(folder, working, uploads), node, started)
 
 
-def run_session(config: TrainConfig, fingerprint: str, folder: Path, node: str, started: float) -> dict[str, Any]:
-    """One worker's session in `folder`; see `train_on_worker`. Raises what a new worker may get past."""
+def run_session(config: TrainConfig, fingerprint: str, remote: Remote, node: str, started: float) -> dict[str, Any]:
+    """One worker's session; see `train_on_worker`. Raises what a new worker may get past."""
+    folder = remote.working
     for name in _WORLD:
         os.environ.pop(name, None)
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # packs vary in shape
@@ -256,7 +283,7 @@ def run_session(config: TrainConfig, fingerprint: str, folder: Path, node: str, 
         log_to(folder / "logs" / "worker.log")
         os.write(1, f"worker pid {os.getpid()}\n".encode())
         write_json(folder / "worker.json", {"pid": os.getpid(), "node": node})
-        result = fine_tune_here(config, fingerprint, folder, started)
+        result = fine_tune_here(config, fingerprint, remote, started)
     except (ModelError, RunError, ConfigError) as error:
         result = {"error": str(error)}
     except Exception as error:
@@ -264,6 +291,7 @@ def run_session(config: TrainConfig, fingerprint: str, folder: Path, node: str, 
             # A new process starts with an empty card; the driver starts it with what eased.json says.
             smaller = {"micro": config.batch.micro // 2, "reason": " ".join(str(error).split())[:300]}
             write_json(folder / EASED_FILE, smaller)
+            remote.add(EASED_FILE)
             return {"eased": f"the card ran out of memory at batch.micro={config.batch.micro}"}
         reason = lasting_reason(error, folder)
         if reason is None:
@@ -273,10 +301,11 @@ def run_session(config: TrainConfig, fingerprint: str, folder: Path, node: str, 
         shutil.rmtree(folder / CHECKPOINTS_FOLDER / WORK_FOLDER, ignore_errors=True)
     with contextlib.suppress(OSError):  # still full: Ray gives the result to the driver
         write_json(folder / SESSION_FILE, result)
+        remote.add(SESSION_FILE, "logs", TENSORBOARD_FOLDER)
     return result
 
 
-def fine_tune_here(config: TrainConfig, fingerprint: str, folder: Path, started: float) -> dict[str, Any]:
+def fine_tune_here(config: TrainConfig, fingerprint: str, remote: Remote, started: float) -> dict[str, Any]:
     """Check the node's model and device, then fine-tune; each line of metrics also goes to Ray."""
     import ray.train
     import torch
@@ -302,7 +331,19 @@ def fine_tune_here(config: TrainConfig, fingerprint: str, folder: Path, started:
             ray.train.report({name: value for name, value in line.items() if value is not None})
             reported = time.monotonic()
 
-    return asdict(fine_tune(config, model.path, folder, report, started=started))
+    outcome = fine_tune(config, model.path, remote.working, report, started=started, remote=remote)
+    return asdict(outcome) | {"speeds": measured_speeds(remote.working)}
+
+
+def measured_speeds(folder: Path) -> dict[str, float]:
+    """What a later run is planned with: tokens per second of training time, and the seconds of everything else."""
+    steps = [line for line in read_metrics(folder / METRICS_FILE) if "loss" in line and line.get("step_seconds")]
+    seconds = sum(line["step_seconds"] for line in steps[1:])  # the first step warms up
+    if not seconds or not (folder / CLOCK_FILE).exists():
+        return {}
+    clock = read_json(folder / CLOCK_FILE)
+    names = ("setup_seconds", "eval_seconds", "save_seconds", "best_seconds")
+    return {"": sum(line["tokens"] for line in steps[1:]) / seconds, **{f" {name}": clock[name] for name in names}}
 
 
 def mark_diverged(line: Mapping[str, Any]) -> str | None:

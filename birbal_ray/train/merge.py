@@ -1,37 +1,34 @@
-"""Merge: an adapter folded into its base model's weights, compared before and after."""
+"""Merge: an adapter folded into its base model's weights, compared before and after; ready for Ollama and the Hub."""
 
 from __future__ import annotations
 
-import time
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from birbal_ray.models import load_tokenizer, load_with_adapter, merge_adapter, resolve_model
+from birbal_ray.models import ADAPTER_FOLDER, load_tokenizer, load_with_adapter, merge_adapter, resolve_model
 from birbal_ray.progress import ProgressLine
-from birbal_ray.run import (
-    MANIFEST_FILE,
-    finish_run,
-    read_json,
-    read_manifest,
-    start_run,
-    stoppable,
-)
+from birbal_ray.run import open_run, read_input, read_manifest, sigterm_as_interrupt
 from birbal_ray.settings import ConfigError
-from birbal_ray.storage import local_copy, run_folder
-from birbal_ray.train.checkpoints import NOT_NEEDED
+from birbal_ray.storage import Folder, input_folder, open_folder
 
 STEP = "merge"
+OWNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "Modelfile", "work/*")
 NEW_TOKENS = 16
+MODELFILE = "Modelfile"
+# Ollama's template language. The prompt format that the mix was trained in: no preamble, the answer ends with EOS.
+BIRBAL_TEMPLATE = (
+    "{{ if .System }}### Instruction:\n{{ .System }}\n\n{{ end }}"
+    "### Input:\n{{ .Prompt }}\n\n### Response:\n{{ .Response }}"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class MergeResult:
     """A model folder and how it compares."""
 
-    folder: Path
+    folder: Folder
     manifest: dict[str, Any]
 
 
@@ -41,18 +38,19 @@ def merge(
     *,
     dtype: str = "bfloat16",
     num_prompts: int = 8,
+    modelfile: bool = False,
     overwrite: bool = False,
     progress: ProgressLine | None = None,
 ) -> MergeResult:
     """Fold the adapter of a training run into base weights of `dtype`, as a model folder in `output`.
 
     The comparison holds, over eval prompts of the run's mix: the largest absolute difference of the
-    next-token logits, and the fraction of greedy tokens that agree. Raises RunError (no finished
-    run there), ConfigError (another run's folder, other base weights than were trained on).
+    next-token logits, and the fraction of greedy tokens that agree. `modelfile` also writes a Modelfile, for
+    `ollama create NAME -f Modelfile`. Raises RunError (no finished run there), ConfigError (another run's folder,
+    other base weights than were trained on).
     """
     progress = progress or ProgressLine()
-    here = local_copy(run, NOT_NEEDED)
-    trained = read_manifest(here, "train")
+    trained = read_manifest(run, "train")
     model = resolve_model(
         trained["model"]["name"], trained["model"]["revision"] if "/" in trained["model"]["name"] else None
     )
@@ -65,37 +63,57 @@ def merge(
         "train": trained["identity_hash"],
         "best_step": trained["result"]["best_step"],
         "dtype": dtype,
+        "modelfile": modelfile,
         "model_fingerprint": model.fingerprint,
     }
-    with run_folder(output) as folder, stoppable():
-        resumed = start_run(folder, STEP, identity, overwrite=overwrite)
-        if resumed and (folder / MANIFEST_FILE).exists():
+    with (
+        sigterm_as_interrupt(),
+        open_run(output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=[run, str(model.path)]) as merging,
+    ):
+        folder = merging.folder
+        if merging.manifest:
             progress.message(f"{folder} is up to date; nothing to do")
-            return MergeResult(folder, read_json(folder / MANIFEST_FILE))
-        started = time.monotonic()
-        questions = _questions(local_copy(trained["settings"]["mix"]), num_prompts)
-        comparison = _merge(model.path, here / "adapter", folder, dtype, questions, progress)
-        finish_run(
-            folder,
-            {
-                "model": trained["model"],
-                "dtype": dtype,
-                "comparison": comparison,
-                "wall_seconds": round(time.monotonic() - started, 3),
-            },
-        )
-        return MergeResult(folder, read_json(folder / MANIFEST_FILE))
+            return MergeResult(folder, merging.manifest)
+        questions = _questions(trained["settings"]["mix"], num_prompts)
+        adapter = input_folder(run, lambda name: name.startswith(f"{ADAPTER_FOLDER}/")) / ADAPTER_FOLDER
+        with tempfile.TemporaryDirectory(prefix="work", dir=folder.local if folder.is_local else None) as name:
+            working = Path(name) / "model"
+            comparison = _merge(model.path, adapter, working, dtype, questions, progress)
+            if modelfile:
+                (working / MODELFILE).write_text(ollama_modelfile(working), encoding="utf-8")
+            files = sorted(file.name for file in working.iterdir())
+            for file in files:
+                if folder.is_local:
+                    (working / file).replace(folder.local / file)
+                else:
+                    folder.upload(working / file, file)
+        manifest = {"model": trained["model"], "dtype": dtype, "comparison": comparison}
+        same = f"{comparison['same_tokens_fraction']:.1%} of {comparison['num_prompts']} answers' tokens the same"
+        return MergeResult(folder, merging.finish(manifest, files, summary=f"{dtype} weights; {same}"))
 
 
-def _questions(mix: Path, count: int) -> list[str]:
-    file = mix / "eval.parquet"
-    if not file.exists():
-        raise ConfigError(f"{file}: missing; the comparison takes its prompts from the mix that was trained on")
-    return pq.read_table(file, columns=["question"]).slice(0, count)["question"].to_pylist()
+def ollama_modelfile(folder: Path) -> str:
+    """A Modelfile for `ollama create`: the weights beside it, the prompt format as template, greedy answers."""
+    from transformers import AutoTokenizer
+
+    stop = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).eos_token
+    lines = ["FROM .", f'TEMPLATE """{BIRBAL_TEMPLATE}"""', "PARAMETER temperature 0"]
+    return "\n".join([*lines, f"PARAMETER stop {stop!r}".replace("'", '"'), 'PARAMETER stop "\\n\\n"', ""])
+
+
+def _questions(mix: str, count: int) -> list[str]:
+    folder = open_folder(mix)
+    try:
+        read_input(folder, read_manifest(folder, "mix"), "eval.parquet")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{folder.at('eval.parquet')}: missing; the comparison takes its prompts from the mix that was trained on"
+        ) from None
+    return folder.read_table("eval.parquet", columns=["question"]).slice(0, count)["question"].to_pylist()
 
 
 def _merge(
-    base: Path, adapter: Path, folder: Path, dtype: str, questions: list[str], progress: ProgressLine
+    base: Path, adapter: Path, working: Path, dtype: str, questions: list[str], progress: ProgressLine
 ) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
@@ -107,20 +125,16 @@ def _merge(
     progress.update("answers with the adapter")
     before = [_answer(model, tokenizer, question) for question in questions]
     progress.update("merging")
-    temporary = folder / ".work"
-    merge_adapter(model, base, temporary)
+    merge_adapter(model, base, working)
     del model
     # What counts is what was written.
     merged = (
-        AutoModelForCausalLM.from_pretrained(temporary, dtype=getattr(torch, dtype), use_safetensors=True)
+        AutoModelForCausalLM.from_pretrained(working, dtype=getattr(torch, dtype), use_safetensors=True)
         .to(device)
         .eval()
     )
     progress.update("answers of the merged model")
     after = [_answer(merged, tokenizer, question) for question in questions]
-    for file in temporary.iterdir():
-        file.replace(folder / file.name)
-    temporary.rmdir()
     progress.close()
     tokens = [
         (a, b) for (_, one), (_, other) in zip(before, after, strict=True) for a, b in zip(one, other, strict=False)

@@ -2,131 +2,133 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import json
 import os
-import shutil
 import tempfile
+import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from birbal_ray.models import Model, load_tokenizer, pin_model, read_template, resolve_model
+from birbal_ray.models import Model, find_adapter, load_tokenizer, pin_model, read_template, resolve_model
 from birbal_ray.progress import ProgressLine
-from birbal_ray.run import (
-    MANIFEST_FILE,
-    RunError,
-    finish_run,
-    package_versions,
-    read_json,
-    read_manifest,
-    start_run,
-    stoppable,
-    write_atomic,
-)
+from birbal_ray.run import Run, check_input, open_run, package_versions, read_manifest, sigterm_as_interrupt
 from birbal_ray.settings import ConfigError, require
-from birbal_ray.storage import absolute, is_url, local_copy, run_folder
-from birbal_ray.train.card import adapter_card, draw_loss_curve
-from birbal_ray.train.checkpoints import BEST_FILE, EASED_FILE, METRICS_FILE, SELF_CHECK_FILE, STOP_FILE, read_metrics
+from birbal_ray.storage import Folder, RunError, absolute, is_url, open_folder
+from birbal_ray.train.card import CURVE_FILE, draw_loss_curve, publish_adapter
+from birbal_ray.train.checkpoints import (
+    BEST_FILE,
+    EASED_FILE,
+    METRICS_FILE,
+    OWNS,
+    PACKED_FOLDER,
+    SELF_CHECK_FILE,
+    STOP_FILE,
+    WORKING_FILE,
+    download_state,
+    read_metrics,
+    working_folder,
+)
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.data import PACKED_FOLDER, Packing, prepare
+from birbal_ray.train.data import Packing, prepare
 from birbal_ray.train.deadline import CLOCK_FILE
-from birbal_ray.train.launch import STEP, ease, mark_diverged, train_on_cluster
-from birbal_ray.train.preflight import Preflight, describe_preflight, refuse_if_too_large, run_preflight
+from birbal_ray.train.launch import STEP, mark_diverged, train_on_cluster
+from birbal_ray.train.preflight import (
+    Preflight,
+    describe_preflight,
+    refuse_if_too_large,
+    refuse_if_too_short,
+    run_preflight,
+)
 
-ADAPTER_FOLDER, CURVE_FILE = "adapter", "loss_curve.png"
 CALIBRATION_STEPS = 4
 TEXT_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What a run left."""
+    """A finished run."""
 
-    folder: Path
+    folder: Folder
     manifest: dict[str, Any]
 
 
 def train(config: TrainConfig, *, overwrite: bool = False, progress: ProgressLine | None = None) -> TrainResult:
-    """Train, or continue, in `config.output`.
+    """Train, or continue, in `config.output`, a path or a URL.
 
     Raises ConfigError (settings, mix, memory, another run's folder), ModelError, RunError (the run
     broke off; the last checkpoint is kept and the same command continues).
     """
     progress = progress or ProgressLine()
+    output = require(config.output, "--output")
     config, model = resolve_config(config)
-    mix = local_copy(config.mix or "")
-    mix_manifest = read_mix(mix)
-    tokenizer = load_tokenizer(model.path)
-    chat = read_template(tokenizer, config.prompt.format, config.prompt.chat_template_arguments)
-    with run_folder(require(config.output, "--output"), follow=True) as folder, stoppable():
-        resumed = start_run(folder, STEP, _identity(config, model, mix_manifest), overwrite=overwrite)
-        if resumed and (folder / MANIFEST_FILE).exists():
-            progress.message(f"{folder} is up to date; nothing to do")
-            return TrainResult(folder, read_json(folder / MANIFEST_FILE))
-        packing = prepare(
-            mix,
-            folder / PACKED_FOLDER,
-            tokenizer,
-            config.batch.sequence_length,
-            config.batch.long_samples,
-            config.evaluation.num_rows,
-            progress.update,
-            seed=config.seed,
-            epochs=config.epochs,
-            chat=chat,
-        )
+    mix, mix_manifest = read_mix(config.mix or "")
+    identity = _identity(config, model, mix_manifest)
+    inputs = [mix.place, str(model.path), *filter(None, [config.lora.from_adapter])]
+    with (
+        sigterm_as_interrupt(),
+        open_run(output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run,
+    ):
+        if run.manifest:
+            progress.message(f"{run.folder} is up to date; nothing to do")
+            return TrainResult(run.folder, run.manifest)
+        working = _working_folder(run)
+        packing = _pack(config, model, mix, working, progress)
+        if not run.folder.is_local:
+            for file in sorted((working / PACKED_FOLDER).iterdir()):
+                name = f"{PACKED_FOLDER}/{file.name}"
+                if name not in run.files:
+                    run.folder.upload(file, name)
         found = run_preflight(config, model, packing)
         for line in describe_preflight(found, config):
             progress.message(line)
         refuse_if_too_large(found)
-        (folder / STOP_FILE).unlink(missing_ok=True)
-        if resumed and read_metrics(folder / METRICS_FILE):
-            progress.message(f"continuing from the last checkpoint in {folder}")
-        outcome = train_on_cluster(ease(config, folder), model, folder, progress, found.steps_per_epoch)
+        refuse_if_too_short(found, config)
+        run.folder.delete([STOP_FILE])
+        if run.resumed and METRICS_FILE in run.files:
+            progress.message(f"continuing from the last checkpoint in {run.folder}")
+        outcome = train_on_cluster(config, model, run.folder, progress, run)
         if outcome["ended_by"] == "stop":
             progress.message(f"stopped after step {outcome['num_steps']}, checkpoint saved; the same command continues")
             raise KeyboardInterrupt
-        return _finish(config, model, folder, mix_manifest, packing, outcome, progress)
+        download_state(run.folder, working)
+        return _finish(config, model, run, working, mix_manifest, packing, outcome, progress)
 
 
 def dry_run(config: TrainConfig, *, calibrate: bool = False, progress: ProgressLine | None = None) -> Preflight:
-    """Tokens, memory, and what will fit in the budget; trains nothing but, to calibrate, a few steps."""
+    """Tokens, memory, and what will fit in the budget; checks the architecture; trains a few steps to calibrate.
+
+    Without `calibrate` neither weights nor a card are needed: the model's config and tokenizer are enough.
+    """
     progress = progress or ProgressLine()
     place = _calibration_place(config) if calibrate else None
-    config, model = resolve_config(config)
-    mix = local_copy(config.mix or "")
-    read_mix(mix)
-    tokenizer = load_tokenizer(model.path)
-    chat = read_template(tokenizer, config.prompt.format, config.prompt.chat_template_arguments)
+    config, model = resolve_config(config, weights=calibrate)
+    mix, _ = read_mix(config.mix or "")
     with tempfile.TemporaryDirectory(prefix="birbal-train-", dir=place) as name:
         folder = Path(name)
-        packing = prepare(
-            mix,
-            folder / PACKED_FOLDER,
-            tokenizer,
-            config.batch.sequence_length,
-            config.batch.long_samples,
-            config.evaluation.num_rows if not calibrate else 8,
-            progress.update,
-            seed=config.seed,
-            chat=chat,
-        )
+        packing = _pack(config, model, mix, folder, progress, num_eval_rows=8 if calibrate else None)
         found = run_preflight(config, model, packing)
+        from birbal_ray.train.self_check import check_architecture
+
+        progress.update("checking packing and adapter on the model's architecture")
+        check_architecture(model.path, config)
+        progress.message(
+            "packed samples do not see each other, and the adapter gets a gradient (checked without weights)"
+        )
         if calibrate and found.fits:
             progress.message(f"calibrating: {CALIBRATION_STEPS} steps")
             short = config.model_copy(update={"budget": None, "max_steps": CALIBRATION_STEPS, "output": None})
-            with stoppable():
-                train_on_cluster(short, model, folder, progress, found.steps_per_epoch)
+            with sigterm_as_interrupt():
+                train_on_cluster(short, model, open_folder(folder), progress)
             found = run_preflight(config, model, packing)
     progress.close()
     return found
 
 
-def resolve_config(config: TrainConfig) -> tuple[TrainConfig, Model]:
+def resolve_config(config: TrainConfig, *, weights: bool = True) -> tuple[TrainConfig, Model]:
     """(configuration with `auto` decided and paths absolute, its model). Raises ConfigError, ModelError."""
     mix = absolute(require(config.mix, "--mix"))
     device = config.resources.device
@@ -147,23 +149,60 @@ def resolve_config(config: TrainConfig) -> tuple[TrainConfig, Model]:
     for tracker in config.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise ConfigError(f"trackers: {tracker} is not installed; run: pip install {tracker}")
-    model = resolve_model(config.model.name, config.model.revision)
+    model = resolve_model(config.model.name, config.model.revision, weights=weights)
+    lora = config.lora
+    if lora.from_adapter:
+        place = absolute(lora.from_adapter)
+        adapter = find_adapter(place, model)
+        if adapter.rank != lora.r:
+            raise ConfigError(f"lora.from_adapter {place}: its r is {adapter.rank}; pass --set lora.r={adapter.rank}")
+        lora = lora.model_copy(update={"from_adapter": adapter.place})
     resources = config.resources.model_copy(update={"device": device})
     model_settings = config.model.model_copy(update=pin_model(model))
-    return config.model_copy(update={"mix": mix, "resources": resources, "model": model_settings}), model
+    changes = {"mix": mix, "resources": resources, "model": model_settings, "lora": lora}
+    return config.model_copy(update=changes), model
 
 
-def read_mix(mix: Path) -> dict[str, Any]:
-    """The mix's manifest. Raises RunError or ConfigError when it is none, unfinished, or lacks a column."""
-    manifest = read_manifest(mix, "mix")
-    for split in ("train", "eval"):
-        file = mix / f"{split}.parquet"
-        if not file.exists():
-            raise ConfigError(f"{file}: missing, though {mix / MANIFEST_FILE} is there; make the mix again")
-        absent = {"question", "answer"} - set(pq.read_schema(file).names)
+def read_mix(place: str) -> tuple[Folder, dict[str, Any]]:
+    """A mix's folder and manifest. Raises RunError or ConfigError for another folder, an unfinished or edited mix."""
+    folder = open_folder(place)
+    manifest = read_manifest(folder, "mix")
+    splits = ("train.parquet", "eval.parquet")
+    check_input(folder, manifest, splits)
+    for name in splits:
+        try:
+            with folder.open_input(name) as source:
+                absent = {"question", "answer"} - set(pq.read_schema(source).names)
+        except pa.ArrowInvalid as error:
+            raise ConfigError(f"{folder.at(name)}: not a Parquet file ({error})") from None
         if absent:
-            raise ConfigError(f"{file}: no column {', '.join(sorted(absent))}; expected the output of `birbal mix`")
-    return manifest
+            raise ConfigError(
+                f"{folder.at(name)}: no column {', '.join(sorted(absent))}; expected the output of `birbal mix`"
+            )
+    return folder, manifest
+
+
+def _pack(
+    config: TrainConfig,
+    model: Model,
+    mix: Folder,
+    folder: Path,
+    progress: ProgressLine,
+    num_eval_rows: int | None = None,
+) -> dict[str, Packing]:
+    tokenizer = load_tokenizer(model.path)
+    return prepare(
+        mix,
+        folder / PACKED_FOLDER,
+        tokenizer,
+        config.batch.sequence_length,
+        config.batch.long_samples,
+        num_eval_rows or config.evaluation.num_rows,
+        progress.update,
+        seed=config.seed,
+        epochs=config.epochs,
+        chat=read_template(tokenizer, config.prompt.format, config.prompt.chat_template_arguments),
+    )
 
 
 def _calibration_place(config: TrainConfig) -> Path | None:
@@ -181,6 +220,17 @@ def _calibration_place(config: TrainConfig) -> Path | None:
     return place
 
 
+def _working_folder(run: Run) -> Path:
+    """The run's folder, or for a URL a folder of this machine that belongs to this run alone."""
+    if run.folder.is_local:
+        return run.folder.local
+    if WORKING_FILE not in run.files:
+        run.folder.write_json(WORKING_FILE, {"token": uuid.uuid4().hex})
+    folder = working_folder(run.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def _identity(config: TrainConfig, model: Model, mix_manifest: dict[str, Any]) -> dict[str, Any]:
     """Everything that decides the adapter; paths and resources don't, nor does how a step's sequences are split."""
     settings = config.model_dump(
@@ -190,6 +240,8 @@ def _identity(config: TrainConfig, model: Model, mix_manifest: dict[str, Any]) -
     settings["checkpoint"].pop("keep")
     batch = settings["batch"]
     batch["sequences_per_step"] = batch.pop("micro") * batch.pop("accumulation")
+    if config.lora.from_adapter:
+        settings["lora"]["from_adapter"] = find_adapter(config.lora.from_adapter, model).fingerprint
     versions = package_versions()
     return {
         "settings": settings,
@@ -202,23 +254,24 @@ def _identity(config: TrainConfig, model: Model, mix_manifest: dict[str, Any]) -
 def _finish(
     config: TrainConfig,
     model: Model,
-    folder: Path,
+    run: Run,
+    working: Path,
     mix_manifest: dict[str, Any],
     packing: dict[str, Packing],
     outcome: dict[str, Any],
     progress: ProgressLine,
 ) -> TrainResult:
-    metrics = read_metrics(folder / METRICS_FILE)
-    if not (folder / BEST_FILE).exists():
+    here = open_folder(working)
+    metrics = read_metrics(working / METRICS_FILE)
+    if not here.is_file(BEST_FILE):
         reason = next(filter(None, map(mark_diverged, metrics)), "the run made no evaluation")
-        raise RunError(f"{folder}: no adapter was kept; {reason}")
-    best = read_json(folder / BEST_FILE)
+        raise RunError(f"{run.folder}: no adapter was kept; {reason}")
+    best = here.read_json(BEST_FILE)
     base_loss = next(line["eval_loss"] for line in metrics if "eval_loss" in line and line["step"] == 0)
     if best["eval_loss"] >= base_loss:
         progress.message(f"warning: no adapter beats the base model's eval loss of {base_loss:.4f}")
-    clock = read_json(folder / CLOCK_FILE)
+    clock = here.read_json(CLOCK_FILE)
     settings = config.model_dump(mode="json")
-    eased, checked = folder / EASED_FILE, folder / SELF_CHECK_FILE
     manifest = {
         "settings": settings,
         "seed": config.seed,
@@ -232,8 +285,8 @@ def _finish(
         },
         "result": {
             **outcome,
-            "eased": read_json(eased) if eased.exists() else None,
-            "self_check": read_json(checked) if checked.exists() else None,
+            "eased": here.read_json(EASED_FILE) if here.is_file(EASED_FILE) else None,
+            "self_check": here.read_json(SELF_CHECK_FILE) if here.is_file(SELF_CHECK_FILE) else None,
             "train_tokens": sum(line["tokens"] for line in metrics if "loss" in line),
             "base_eval_loss": base_loss,
             "best_eval_loss": best["eval_loss"],
@@ -242,23 +295,12 @@ def _finish(
             "setup_seconds": round(clock["setup_seconds"], 3),
         },
     }
-    draw_loss_curve(metrics, best["step"], folder / CURVE_FILE)
-    card = adapter_card(manifest, settings, mix_manifest)
-    _publish_adapter(folder, folder / best["folder"], card, config, model)
-    finish_run(folder, manifest)
-    return TrainResult(folder, read_json(folder / MANIFEST_FILE))
-
-
-def _publish_adapter(folder: Path, best: Path, card: str, config: TrainConfig, model: Model) -> None:
-    """Copy the best adapter to adapter/, with its card, naming the base model so that others can load it."""
-    temporary = folder / f".tmp-{ADAPTER_FOLDER}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(best, temporary)
-    adapter_config = json.loads((temporary / "adapter_config.json").read_text(encoding="utf-8"))
-    if model.revision and model.name == config.model.name and "/" in model.name and not Path(model.name).exists():
-        adapter_config |= {"base_model_name_or_path": model.name, "revision": model.revision}
-    write_atomic(temporary / "adapter_config.json", (json.dumps(adapter_config, indent=1) + "\n").encode())
-    write_atomic(temporary / "README.md", card.encode())
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder / ADAPTER_FOLDER)
-    temporary.rename(folder / ADAPTER_FOLDER)
+    with run.folder.writer(CURVE_FILE) as sink:
+        draw_loss_curve(metrics, best["step"], sink)
+    names = publish_adapter(run.folder, working / best["folder"], manifest, mix_manifest, model)
+    files = [*names, CURVE_FILE, METRICS_FILE, BEST_FILE]
+    summary = (
+        f"eval loss {base_loss:.4f} → {best['eval_loss']:.4f} at step {best['step']:,} of {outcome['num_steps']:,} "
+        f"(ended by {outcome['ended_by']})"
+    )
+    return TrainResult(run.folder, run.finish(manifest, files, summary=summary))

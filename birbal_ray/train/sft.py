@@ -26,31 +26,33 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 from trl import SFTConfig, SFTTrainer
 
 from birbal_ray.models import load_tokenizer
-from birbal_ray.run import RunError, read_json, write_atomic, write_json
+from birbal_ray.run import read_json, write_json
+from birbal_ray.storage import RunError, open_folder, write_atomic
 from birbal_ray.train.attention import choose_attention, name_kernel
 from birbal_ray.train.checkpoints import (
     BEST_FILE,
+    BEST_FOLDER,
     CHECKPOINTS_FOLDER,
     METRICS_FILE,
     OUTCOME_FILE,
+    PACKED_FOLDER,
     REFERENCE_FILE,
     SELF_CHECK_FILE,
     STATUS_FILE,
-    STOP_FILE,
+    TENSORBOARD_FOLDER,
     WORK_FOLDER,
+    Remote,
     finish_checkpoint,
     latest_checkpoint,
     remove_old,
 )
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.data import IGNORED, PACKED_FOLDER, PackedSamples, load_packs
+from birbal_ray.train.data import IGNORED, PackedSamples, load_packs
 from birbal_ray.train.deadline import CLOCK_FILE, Clock, Deadline, learning_rate_factor
+from birbal_ray.train.preflight import WRITE_BYTES_PER_SECOND
 from birbal_ray.train.self_check import check_model
 
-TENSORBOARD_FOLDER, BEST_FOLDER = "tensorboard", "best"
-STATUS_SECONDS = 1.0  # between two writes of status.json
 ENDS = ("epochs", "max_steps", "budget")
-WRITE_BYTES_PER_SECOND = 200e6  # of a slow disk: what saving is expected to take before it was measured
 REFERENCE_PROMPTS, REFERENCE_TOKENS, REFERENCE_CHOICES = 4, 1024, 20
 
 
@@ -74,6 +76,7 @@ def fine_tune(
     callbacks: Sequence[TrainerCallback] = (),
     *,
     started: float | None = None,
+    remote: Remote | None = None,
 ) -> Outcome:
     """Train, or go on from the latest checkpoint in `folder`, until the data, the steps or the budget end.
 
@@ -93,6 +96,7 @@ def fine_tune(
         if checkpoint and (checkpoint / OUTCOME_FILE).exists():
             return Outcome(**read_json(checkpoint / OUTCOME_FILE))
         trainer = make_trainer(config, model_path, folder, clock)
+        trainer.remote = remote or trainer.remote
         record_self_check(trainer)
         trainer.args.eval_on_start = checkpoint is None
         for callback in (SftCallback(trainer, report), *callbacks):
@@ -140,6 +144,7 @@ def record_self_check(trainer: BudgetTrainer) -> None:
     settings = trainer.settings.model
     found = check_model(trainer.model, compute_dtype(trainer.settings), settings.quantization)
     write_json(file, {"kernel": kernel, **asdict(found)})
+    trainer.remote.add(SELF_CHECK_FILE)
 
 
 def load_base(path: Path, config: TrainConfig) -> Any:
@@ -238,6 +243,7 @@ class BudgetTrainer(SFTTrainer):
 
     def __init__(self, settings: TrainConfig, folder: Path, clock: Clock, **options: Any) -> None:
         self.settings, self.folder = settings, folder
+        self.remote = Remote(open_folder(folder), folder)
         self.deadline = Deadline(settings.budget, 1, clock)
         self.run_progress = 0.0  # decided once a step: the schedule and the end must agree
         self.ended_by: str | None = None  # as in Outcome; None while the run goes on
@@ -289,7 +295,7 @@ class BudgetTrainer(SFTTrainer):
             self.ended_by = "max_steps" if step == self.settings.max_steps else "epochs"
         elif self.run_progress >= 1.0:
             self.ended_by = "budget"
-        elif (self.folder / STOP_FILE).exists():
+        elif self.remote.stop_requested():
             self.ended_by = "stop"
 
     def outcome(self) -> Outcome:
@@ -346,8 +352,10 @@ class BudgetTrainer(SFTTrainer):
         written = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.ended_by in ENDS:
             write_json(written / OUTCOME_FILE, asdict(self.outcome()))
-        finish_checkpoint(written, checkpoints)
+        saved = finish_checkpoint(written, checkpoints)
         remove_old(checkpoints, self.settings.checkpoint.keep)
+        self.remote.add(METRICS_FILE, CLOCK_FILE, f"{CHECKPOINTS_FOLDER}/{saved.name}")
+        self.remote.prune(CHECKPOINTS_FOLDER, self.settings.checkpoint.keep)
         self._saved_at = time.monotonic()
         self.deadline.clock.save_seconds = self._saved_at - started
 
@@ -419,6 +427,8 @@ class SftCallback(TrainerCallback):
         self._step_seconds = 0.0
         self._tokens_before = 0
         self._status_written = -math.inf
+        self._train: dict[str, Any] | None = None  # the latest lines of metrics.jsonl
+        self._evaluation: dict[str, Any] | None = None
         best = self._folder / BEST_FILE
         self._best = json.loads(best.read_text())["eval_loss"] if best.exists() else math.inf
 
@@ -483,9 +493,14 @@ class SftCallback(TrainerCallback):
         else:
             return  # the summary at the end
         line["elapsed_seconds"] = clock.elapsed_seconds
+        if "eval_loss" in line:
+            self._evaluation = line
+        else:
+            self._train = line
         with (self._folder / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if self._trainer.ended_by or "eval_loss" in line or time.monotonic() - self._status_written > STATUS_SECONDS:
+        due = time.monotonic() - self._status_written > self._trainer.remote.status_seconds
+        if self._trainer.ended_by or "eval_loss" in line or due:
             self._status_written = time.monotonic()
             self._write_status(state)
         self._report(line)
@@ -510,7 +525,9 @@ class SftCallback(TrainerCallback):
         status |= {"elapsed_seconds": clock.elapsed_seconds, "step_seconds": clock.step_seconds}
         status |= {"eval_seconds": clock.eval_seconds, "save_seconds": clock.save_seconds}
         status["forecast"] = asdict(forecast) if forecast else None
+        status |= {"train": self._train, "evaluation": self._evaluation}
         write_json(self._folder / STATUS_FILE, status)
+        self._trainer.remote.add(STATUS_FILE)
 
 
 def save_best(trainer: BudgetTrainer, step: int, eval_loss: float) -> None:
@@ -527,3 +544,5 @@ def save_best(trainer: BudgetTrainer, step: int, eval_loss: float) -> None:
     for other in best.iterdir():
         if other != target:
             shutil.rmtree(other, ignore_errors=True)
+    trainer.remote.add(f"{BEST_FOLDER}/{target.name}", BEST_FILE, METRICS_FILE)
+    trainer.remote.prune(BEST_FOLDER, 1)

@@ -80,7 +80,8 @@ def undisturbed(alone, tiny_model, tiny_mix, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("undisturbed")
     length = SETTINGS["batch.sequence_length"]
-    prepare(tiny_mix, folder / "packed", AutoTokenizer.from_pretrained(tiny_model), length, "drop", 2000)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    prepare(tiny_mix, folder / "packed", tokenizer, length, "drop", 2000, epochs=SETTINGS["epochs"])
     alone(folder)
     return folder
 

@@ -15,8 +15,9 @@ import pytest
 
 from birbal_ray.run import RunError
 from birbal_ray.settings import load_config
+from birbal_ray.storage import open_folder
 from birbal_ray.train.card import draw_loss_curve
-from birbal_ray.train.checkpoints import all_checkpoints, read_metrics
+from birbal_ray.train.checkpoints import Remote, all_checkpoints, read_metrics
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import load_packs, prepare
 
@@ -54,6 +55,11 @@ def run_folder(packed, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "packed").symlink_to(packed)
     return tmp_path / "run"
+
+
+def remote(folder):
+    """A run folder that the worker works in directly."""
+    return Remote(open_folder(folder), folder)
 
 
 def losses(folder):
@@ -269,7 +275,8 @@ def test_loss_falls_and_the_best_adapter_is_the_lowest_eval(tiny_model, run_fold
     assert best["eval_loss"] == evaluations[best["step"]] < evaluations[0]
     assert [line for line in metrics if "loss" in line][-1]["learning_rate"] < 0.001 * 5e-3
     assert list((run_folder / "tensorboard").rglob("events.out.tfevents.*"))
-    draw_loss_curve(metrics, best["step"], run_folder / "loss_curve.png")
+    with (run_folder / "loss_curve.png").open("wb") as file:
+        draw_loss_curve(metrics, best["step"], file)
     assert (run_folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -383,7 +390,7 @@ def test_a_full_disk_is_said_once_whatever_stays_full(tmp_path, monkeypatch):
 
     half = tmp_path / "checkpoints" / ".work"
 
-    def fill(config, fingerprint, folder, begun):
+    def fill(config, fingerprint, remote, started):
         (half / "checkpoint-3").mkdir(parents=True)
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -397,7 +404,7 @@ def test_a_full_disk_is_said_once_whatever_stays_full(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "write_json", write)
     full = []
     for _ in range(2):
-        assert "no space left on the disk" in launch.run_session(settings(), "", tmp_path, "node", 0.0)["error"]
+        assert "no space left on the disk" in launch.run_session(settings(), "", remote(tmp_path), "node", 0.0)["error"]
         assert not half.exists()
         full.append("by others too")
     assert "no space left on the disk" in json.loads((tmp_path / "session.json").read_text())["error"]
@@ -459,14 +466,14 @@ def test_out_of_memory_continues_with_half_the_micro_batch_and_trains_the_same_t
     monkeypatch.setattr(
         launch,
         "fine_tune_here",
-        lambda config, fingerprint, folder, started: asdict(sft.fine_tune(config, tiny_model, folder)),
+        lambda config, fingerprint, remote, started: asdict(sft.fine_tune(config, tiny_model, remote.working)),
     )
     with monkeypatch.context() as patch:
         patch.setattr(sft.BudgetTrainer, "compute_loss", too_large_for(1))
         micros = []
-        while "eased" in (result := launch.run_session(config, "", folder, "node", 0.0)):
+        while "eased" in (result := launch.run_session(config, "", remote(folder), "node", 0.0)):
             assert result["eased"] == f"the card ran out of memory at batch.micro={config.batch.micro}"
-            config = launch.ease(config, folder)
+            config = launch.ease(config, open_folder(folder))
             micros.append((config.batch.micro, config.batch.accumulation))
     assert micros == [(2, 2), (1, 4)]
     assert (result["ended_by"], result["num_steps"]) == ("max_steps", 8)
@@ -483,7 +490,9 @@ def test_out_of_memory_continues_with_half_the_micro_batch_and_trains_the_same_t
         other = tmp_path / "one"
         other.mkdir()
         (tmp_path / "packs").rename(other / "packed")
-        assert "ran out of memory at batch.micro=1" in launch.run_session(config, "", other, "node", 0.0)["error"]
+        assert (
+            "ran out of memory at batch.micro=1" in launch.run_session(config, "", remote(other), "node", 0.0)["error"]
+        )
 
 
 class PagedOptimizer:

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
 from birbal_ray.models import resolve_model
-from birbal_ray.run import MANIFEST_FILE, finish_run, read_json, start_run, write_json
+from birbal_ray.run import MANIFEST_FILE, open_run, read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,6 @@ def trained(tiny_model, tiny_mix, tmp_path_factory):
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("train")
-    start_run(folder, "train", {"model_fingerprint": resolve_model(str(tiny_model)).fingerprint})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -26,15 +25,15 @@ def trained(tiny_model, tiny_mix, tmp_path_factory):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first
             torch.nn.init.normal_(parameter, std=0.2, generator=generator)
-    model.save_pretrained(folder / "adapter")
-    finish_run(
-        folder,
-        {
-            "model": {"name": str(tiny_model), "revision": None, "path": str(tiny_model)},
-            "settings": {"mix": str(tiny_mix)},
-            "result": {"best_step": 4},
-        },
-    )
+    identity = {"model_fingerprint": resolve_model(str(tiny_model)).fingerprint}
+    manifest = {
+        "model": {"name": str(tiny_model), "revision": None, "path": str(tiny_model)},
+        "settings": {"mix": str(tiny_mix)},
+        "result": {"best_step": 4},
+    }
+    with open_run(folder, "train", identity, owns=["adapter/*"]) as run:
+        model.save_pretrained(folder / "adapter")
+        run.finish(manifest, [name for name in run.folder.files() if name.startswith("adapter/")], summary="")
     return folder
 
 
@@ -77,9 +76,19 @@ def test_other_base_weights_than_were_trained_on_are_refused(trained, tmp_path):
     other = tmp_path / "train"
     other.mkdir()
     manifest = read_json(trained / MANIFEST_FILE)
-    write_json(other / MANIFEST_FILE, manifest | {"identity": {"model_fingerprint": "0" * 64}})
+    write_json(other / MANIFEST_FILE, manifest | {"identity": {"model_fingerprint": "0" * 64}, "files": {}})
     result = merge(other, tmp_path / "merged")
     assert result.exit_code == 2
     name = manifest["model"]["name"]
     assert f"{other}: trained on {name} with other weights than {name} holds now" in result.stderr
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_modelfile_for_ollama_holds_the_prompt_format(trained, tmp_path):
+    result = merge(trained, tmp_path / "merged", "--prompts", 1, "--modelfile")
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "merged" / "Modelfile").read_text()
+    assert text.startswith("FROM .\n")
+    assert "### Instruction:\n{{ .System }}\n\n{{ end }}### Input:\n{{ .Prompt }}\n\n### Response:\n" in text
+    assert 'PARAMETER stop "</s>"' in text
+    assert "Modelfile" in read_json(tmp_path / "merged" / MANIFEST_FILE)["files"]

@@ -1,5 +1,6 @@
 """`birbal train` up to where Ray would start: which mixes it refuses, what a dry run says."""
 
+import hashlib
 import json
 import shutil
 import sys
@@ -11,7 +12,7 @@ from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
 from birbal_ray.progress import ProgressLine, save_throughput
-from birbal_ray.run import RunError, RunFailedError, finish_run, start_run
+from birbal_ray.run import RunError, RunFailedError, open_run
 from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.train import run as step
 from birbal_ray.train.config import TrainConfig
@@ -51,38 +52,52 @@ def empty(folder, tiny_mix):
 
 
 def unfinished(folder, tiny_mix):
-    folder.mkdir()
-    start_run(folder, "mix", {})
+    with open_run(folder, "mix", {}, owns=[]):
+        pass
     return 1, f"{folder}: an unfinished `birbal mix` run (no manifest.json); rerun its command to finish it"
 
 
 def of_another_step(folder, tiny_mix):
-    folder.mkdir()
-    start_run(folder, "score", {})
-    finish_run(folder, {})
+    with open_run(folder, "score", {}, owns=[]) as run:
+        run.finish({}, [], summary="")
     return 1, f"{folder}: the output of `birbal score`, expected that of `birbal mix`"
 
 
 def without_a_split(folder, tiny_mix):
     shutil.copytree(tiny_mix, folder)
     (folder / "eval.parquet").unlink()
-    return 2, f"{folder}/eval.parquet: missing, though {folder}/manifest.json is there; make the mix again"
+    return 1, f"{folder}/eval.parquet: missing; put the original back, or run `birbal mix` again with another --output"
+
+
+def emptied(folder, tiny_mix):
+    shutil.copytree(tiny_mix, folder)
+    (folder / "train.parquet").write_bytes(b"")
+    return 1, f"{folder}/train.parquet: edited since its run finished (its sha256 is another); put the original back"
+
+
+def sign(folder):
+    """Write the files' hashes into the mix's manifest again."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in manifest["files"]}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"files": files}))
 
 
 def without_answers(folder, tiny_mix):
     shutil.copytree(tiny_mix, folder)
     pq.write_table(pa.table({"question": ["a"]}), folder / "train.parquet")
+    sign(folder)
     return 2, f"{folder}/train.parquet: no column answer; expected the output of `birbal mix`"
 
 
 def without_rows(folder, tiny_mix):
     shutil.copytree(tiny_mix, folder)
     pq.write_table(pq.read_table(folder / "eval.parquet").slice(0, 0), folder / "eval.parquet")
+    sign(folder)
     return 2, f"{folder}/eval.parquet: no rows; make the mix with eval_fraction above 0"
 
 
 @pytest.mark.parametrize(
-    "make", [missing, empty, unfinished, of_another_step, without_a_split, without_answers, without_rows]
+    "make", [missing, empty, unfinished, of_another_step, without_a_split, emptied, without_answers, without_rows]
 )
 def test_a_mix_that_cannot_be_trained_on_is_said_in_one_line(birbal_train, tiny_mix, tmp_path, make):
     code, message = make(tmp_path / "mix", tiny_mix)
@@ -149,7 +164,8 @@ def test_a_run_is_continued_with_its_own_settings_alone(birbal_train, tiny_mix, 
     result = birbal_train(tiny_mix, "--output", run, "--set", "max_steps=50")
     assert result.exit_code == 2
     assert "max_steps: 60 → 50" in result.stderr
-    (run / "manifest.json").write_text(json.dumps({"result": dict.fromkeys(RESULT, 0.0)}))
+    manifest = {"result": dict.fromkeys(RESULT, 0.0), "files": {}, "wall_seconds": 1.0}
+    (run / "manifest.json").write_text(json.dumps(manifest))
     result = birbal_train(tiny_mix, "--output", run, "--set", "max_steps=60")
     assert result.exit_code == 0, result.output
     assert "is up to date; nothing to do" in result.stderr
@@ -186,15 +202,18 @@ def test_calibrating_on_a_cluster_packs_beside_the_output(tiny_mix, tiny_model, 
     step.dry_run(config, calibrate=True)
     ((output, folder),) = places
     assert output is None, "nothing goes to the run's own folder"
-    assert folder.parent == tmp_path / "shared"
+    assert folder.local.parent == tmp_path / "shared"
     assert list((tmp_path / "shared").iterdir()) == []
 
 
 def test_a_run_without_an_adapter_says_why(tmp_path):
     lines = [{"step": 0, "eval_loss": 5.0}, {"step": 4, "eval_loss": float("nan")}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(RunError, match="the eval loss is not a number since step 4: the adapter diverged"):
-        step._finish(TrainConfig(), None, tmp_path, {}, {}, {}, ProgressLine())
+    with (
+        pytest.raises(RunError, match="the eval loss is not a number since step 4: the adapter diverged"),
+        open_run(tmp_path / "run", "train", {}, owns=[]) as run,
+    ):
+        step._finish(TrainConfig(), None, run, tmp_path, {}, {}, {}, ProgressLine())
 
 
 def test_a_missing_setting_is_named():
