@@ -114,6 +114,9 @@ class TrainConfig(Settings):
     batch: BatchSettings = BatchSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     gradient_checkpointing: bool = Field(True, description="recompute activations: less memory, about a third slower")
+    kernels: Literal["auto", "none"] = Field(
+        "auto", description="auto: Liger's fused norms and MLP on a GPU, where installed and found equal; none: plain"
+    )
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     trackers: list[Literal["wandb", "mlflow"]] = Field([], description="beside TensorBoard, if installed")

@@ -56,50 +56,16 @@ def check_model(model: Any, dtype: torch.dtype, quantization: str = "none") -> S
     if quantization == "nf4":
         _check_quantised(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    embedding = model.get_input_embeddings()
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randint(0, embedding.num_embeddings, (n,), generator=generator).tolist() for n in LENGTHS)
-    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
-
-    def measure(ids: list[int], lengths: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """b's logits, (tokens of b, vocabulary), and the gradient of b's loss by parameter."""
-        batch = collate([{"input_ids": ids, "labels": ids, "seq_lengths": lengths}])
-        batch.pop("labels")
-        inputs = {key: x.to(embedding.weight.device) if torch.is_tensor(x) else x for key, x in batch.items()}
-        sixteen = dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(embedding.weight.device.type, dtype=dtype if sixteen else torch.bfloat16, enabled=sixteen):
-            try:
-                logits = model(**inputs, use_cache=False).logits[0, -len(b) :].float()
-            except ValueError as error:  # a layer that says itself what it cannot compute
-                reason = " ".join(str(error).split())
-                raise RunError(f"the model cannot compute packed samples: {reason} {_layer_types(base)}") from error
-        loss = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(b[1:], device=logits.device))
-        if not math.isfinite(float(loss.detach())):
-            raise RunError("the model's loss is not a number on its first sample; set model.dtype=float32, or check it")
-        found = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
-        gradients = {name: g.cpu() for name, g in zip(trainable, found, strict=True) if g is not None}
-        return logits.detach().cpu(), gradients
-
-    training = model.training
-    model.eval()
+    packed, alone = measure_sample(model, dtype, packed=True), measure_sample(model, dtype)
+    implementation = base.config._attn_implementation
+    base.set_attn_implementation("eager")
     try:
-        packed, packed_gradients = measure(a + b, list(LENGTHS))
-        alone, gradients = measure(b, [len(b)])
-        implementation = base.config._attn_implementation
-        base.set_attn_implementation("eager")
-        try:
-            eager, _ = measure(b, [len(b)])
-        finally:
-            base.set_attn_implementation(implementation)
+        eager = measure_sample(model, dtype)
     finally:
-        model.train(training)
-    _check_gradients(gradients, trainable)
-    result = SelfCheck(
-        packed_difference=_worst_token(packed, alone),
-        packed_gradient_difference=_difference(packed_gradients, gradients),
-        eager_difference=_worst_token(alone, eager),
-        seconds=time.monotonic() - started,
-    )
+        base.set_attn_implementation(implementation)
+    _check_gradients(alone[1], trainable)
+    logits, gradient = compare(packed, alone)
+    result = SelfCheck(logits, gradient, compare(alone, eager)[0], time.monotonic() - started)
     exact = dtype == torch.float32
     kernel_limit = KERNEL_TOLERANCE_32 if exact else KERNEL_TOLERANCE_16
     if not result.eager_difference <= kernel_limit:
@@ -122,6 +88,53 @@ def check_model(model: Any, dtype: torch.dtype, quantization: str = "none") -> S
                 f"{_layer_types(base)}; choose a model whose layers all attend"
             )
     return result
+
+
+def measure_sample(
+    model: Any, dtype: torch.dtype, *, packed: bool = False
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(logits of sample b: tokens x vocabulary, gradient of its loss by trainable parameter), b alone or behind a.
+
+    Dropout and NEFTune are off; the parameters' own `grad` stays as it is.
+    """
+    embedding = model.get_input_embeddings()
+    device = embedding.weight.device
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(0, embedding.num_embeddings, (n,), generator=generator).tolist() for n in LENGTHS)
+    ids, lengths = (a + b, list(LENGTHS)) if packed else (b, [len(b)])
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    batch = collate([{"input_ids": ids, "labels": ids, "seq_lengths": lengths}])
+    batch.pop("labels")
+    inputs = {key: x.to(device) if torch.is_tensor(x) else x for key, x in batch.items()}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    sixteen = dtype in (torch.bfloat16, torch.float16)
+    training = model.training
+    model.eval()
+    try:
+        with torch.autocast(device.type, dtype=dtype if sixteen else torch.bfloat16, enabled=sixteen):
+            logits = model(**inputs, use_cache=False).logits[0, -len(b) :].float()
+    except ValueError as error:  # a layer that says itself what it cannot compute
+        reason = " ".join(str(error).split())
+        raise RunError(f"the model cannot compute packed samples: {reason} {_layer_types(model)}") from error
+    finally:
+        model.train(training)
+    loss = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(b[1:], device=device))
+    if not math.isfinite(float(loss.detach())):
+        raise RunError("the model's loss is not a number on its first sample; set model.dtype=float32, or check it")
+    found = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
+    gradients = {name: g.cpu() for name, g in zip(trainable, found, strict=True) if g is not None}
+    return logits.detach().cpu(), gradients
+
+
+def compare(
+    found: tuple[torch.Tensor, dict[str, torch.Tensor]], wanted: tuple[torch.Tensor, dict[str, torch.Tensor]]
+) -> tuple[float, float]:
+    """Relative differences of two results of `measure_sample`: (logits at the worst token, gradient as a vector)."""
+    x, y = (logits - logits.mean(dim=-1, keepdim=True) for logits in (found[0], wanted[0]))
+    logits = float(((x - y).norm(dim=-1) / y.norm(dim=-1).clamp_min(1e-12)).max())
+    apart = sum(float((found[1][name] - wanted[1][name]).double().square().sum()) for name in wanted[1])
+    size = sum(float(g.double().square().sum()) for g in wanted[1].values())
+    return logits, math.sqrt(apart / max(1e-30, size))
 
 
 def check_architecture(path: Path, config: TrainConfig) -> SelfCheck:
@@ -187,19 +200,8 @@ def _check_quantised(model: Any) -> None:
         )
 
 
-def _worst_token(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The largest relative difference of a token's logits, each token's mean taken off. Both (tokens, vocabulary)."""
-    found, wanted = (x - x.mean(dim=-1, keepdim=True) for x in (found, wanted))
-    return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(1e-12)).max())
-
-
-def _difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
-    """Relative difference of two gradients as one long vector."""
-    apart = sum(float((found[name] - wanted[name]).double().square().sum()) for name in wanted)
-    return math.sqrt(apart / max(1e-30, sum(float(g.double().square().sum()) for g in wanted.values())))
-
-
-def _layer_types(base: Any) -> str:
+def _layer_types(model: Any) -> str:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     kinds = sorted(set(getattr(base.config.get_text_config(), "layer_types", None) or []))
     words = ("attn", "attention", "mixer", "mamba", "ssm")
     classes = {type(m).__name__ for name, m in base.named_modules() if name.rpartition(".")[2].endswith(words)}

@@ -49,6 +49,7 @@ from birbal_ray.train.checkpoints import (
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import IGNORED, PackedSamples, load_packs
 from birbal_ray.train.deadline import CLOCK_FILE, Clock, Deadline, learning_rate_factor
+from birbal_ray.train.kernels import apply_kernels
 from birbal_ray.train.preflight import WRITE_BYTES_PER_SECOND
 from birbal_ray.train.self_check import check_model
 
@@ -66,6 +67,7 @@ class Outcome:
     peak_memory_bytes: int | None  # of torch's allocator; None on a CPU
     peak_device_bytes: int | None = None  # used on the card after a step at most, paged optimizer state included
     attention: str = ""  # the kernel in force
+    fused_kernels: str = ""
 
 
 def fine_tune(
@@ -97,6 +99,7 @@ def fine_tune(
             return Outcome(**read_json(checkpoint / OUTCOME_FILE))
         trainer = make_trainer(config, model_path, folder, clock)
         trainer.remote = remote or trainer.remote
+        trainer.fused_kernels = apply_kernels(trainer.model, compute_dtype(config), config.kernels)
         record_self_check(trainer)
         trainer.args.eval_on_start = checkpoint is None
         for callback in (SftCallback(trainer, report), *callbacks):
@@ -138,7 +141,7 @@ def make_trainer(config: TrainConfig, model_path: Path, folder: Path, clock: Clo
 def record_self_check(trainer: BudgetTrainer) -> None:
     """Check the model (see `self_check`) unless an earlier session did, on the same kernel; leaves self_check.json."""
     file = trainer.folder / SELF_CHECK_FILE
-    kernel = trainer.kernel
+    kernel = f"{trainer.kernel}; fused kernels: {trainer.fused_kernels}"
     if file.exists() and read_json(file)["kernel"] == kernel:
         return
     settings = trainer.settings.model
@@ -260,6 +263,7 @@ class BudgetTrainer(SFTTrainer):
         head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         device = next(self.model.parameters()).device
         self.kernel = name_kernel(base.config._attn_implementation, device, compute_dtype(settings), head_size)
+        self.fused_kernels = "none"
         self.peak_device_bytes: int | None = None
         self._base_log_probs: Any = None
         adapter_bytes = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
@@ -307,6 +311,7 @@ class BudgetTrainer(SFTTrainer):
             peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
             peak_device_bytes=self.peak_device_bytes,
             attention=self.kernel,
+            fused_kernels=self.fused_kernels,
         )
 
     def _due_seconds(self, step: int) -> float:

@@ -45,6 +45,8 @@ def results():
     """Figures by name; written and printed when the last test has ended."""
     found = {}
     yield found
+    if not found:
+        return
     RESULTS_FILE.write_text(json.dumps(found, indent=1) + "\n")
     print(f"\n{'figure':52} value")
     for name, value in found.items():
@@ -152,7 +154,7 @@ def test_the_self_check_passes_on_the_card(card, results, mistral, packed, tmp_p
     trainer = make_trainer(recipe(mistral), mistral, folder, Clock(folder / "clock.json"))
     record_self_check(trainer)
     checked = json.loads((folder / "self_check.json").read_text())
-    assert checked["kernel"] == "varlen FlashAttention of torch"
+    assert checked["kernel"].startswith("varlen FlashAttention of torch")
     results["self-check"] = {name: round(x, 5) if isinstance(x, float) else x for name, x in checked.items()}
 
 

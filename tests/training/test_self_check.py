@@ -12,7 +12,7 @@ from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.train import attention
 from birbal_ray.train.attention import choose_attention
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.self_check import check_architecture, check_model
+from birbal_ray.train.self_check import check_architecture, check_model, compare, measure_sample
 
 SHAPE = {
     "vocab_size": 96,
@@ -119,3 +119,32 @@ def test_a_config_alone_is_enough_and_hybrid_layers_are_refused_by_name(tmp_path
     assert "linear_attention" in json.loads((write("hybrid", hybrid) / "config.json").read_text())["layer_types"]
     with pytest.raises(RunError, match=r"cannot compute packed samples.*layer types: full_attention, linear_att"):
         check_architecture(tmp_path / "hybrid", TrainConfig())
+
+
+def test_fused_kernels_stay_only_where_they_compute_the_same():
+    """Stand-ins for Liger's: each replaces the norms' forward, as its own functions do."""
+    from birbal_ray.train.kernels import apply_if_equal, apply_kernels
+
+    model = adapted()
+    norm = model.get_base_model().model.norm
+    expected = measure_sample(model, torch.float32)
+    assert apply_kernels(model, torch.float32, "auto") == "none (Liger's kernels need CUDA)"
+
+    def fused(scale):
+        def forward(x):
+            return scale * torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+        return lambda: setattr(norm, "forward", forward)
+
+    assert apply_if_equal(model, torch.float32, fused(1.0)) is None
+    assert "forward" in vars(norm)
+    del norm.forward
+    reason = apply_if_equal(model, torch.float32, fused(1.1))
+    assert "they change logits by 10.0%" in reason
+    assert "forward" not in vars(norm), "undone"
+
+    def broken():
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    assert apply_if_equal(model, torch.float32, broken).startswith("no kernel image")
+    assert compare(measure_sample(model, torch.float32), expected) == (0.0, 0.0)
