@@ -37,7 +37,7 @@ def main() -> None:
         num_bytes += len(data)
         num_rows += len(task.instances)
         for instance in task.instances:
-            num_characters += len(prompt.few_shot_prompt(task, instance.input))
+            num_characters += len(prompt.render_prompt(task.definition, prompt.examples_of(task), instance.input))
         if label.value == metrics.GENERATION and len(pairs) < NUM_PAIRS:
             usable = [i.references[0] for i in task.instances if i.references and i.references[0].isascii()][:400]
             pairs += list(zip(usable, usable[1:] + usable[:1], strict=True))

@@ -93,7 +93,7 @@ def prompts_of(config: ScoreConfig, *, longest_first: bool = False) -> tuple[lis
     for planned in (by_name[name] for name in ordered):
         task = reader.read_task(Path(planned.path))
         for instance in take_first(task, NUM_INSTANCES, config.seed):
-            texts.append(prompt.few_shot_prompt(task, instance.input))
+            texts.append(prompt.render_prompt(task.definition, prompt.examples_of(task), instance.input))
             limits.append(planned.max_completion_tokens)
     return texts, limits
 

@@ -6,7 +6,7 @@ from enum import IntEnum, IntFlag
 
 import pyarrow as pa
 
-from birbal_ray.ni.prompt import own_part, training_prefix
+from birbal_ray.ni.prompt import render_prompt
 
 NATURAL_INSTRUCTIONS = "natural_instructions"  # `source` of every scored row
 
@@ -156,4 +156,4 @@ BUCKET_OF = {name: number for number, name in enumerate(BUCKETS)}
 
 def question_of(instruction: str, text: str) -> str:
     """Training text without loss; the instruction part is left out when it is blank."""
-    return training_prefix(instruction) + own_part(text)
+    return render_prompt(instruction, (), text, preamble=False)

@@ -119,23 +119,3 @@ def _messages(definition: str, examples: Sequence[Example], text: str, chat: Cha
 
 def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
-
-
-def shared_prefix(task: Task, num_shots: int = DEFAULT_NUM_SHOTS, *, strict: bool = False) -> str:
-    """What all prompts of a task begin with, without the head of the last input."""
-    return render_prefix(task.definition, examples_of(task, num_shots, strict=strict)).removesuffix("### Input:\n")
-
-
-def own_part(text: str) -> str:
-    """What follows the shared prefix for one input."""
-    return f"### Input:\n{text}\n\n### Response:\n"
-
-
-def training_prefix(instruction: str) -> str:
-    """What all prompts of a task begin with in the training format; empty for a blank instruction."""
-    return render_prefix(instruction, (), preamble=False).removesuffix("### Input:\n")
-
-
-def few_shot_prompt(task: Task, text: str, num_shots: int = DEFAULT_NUM_SHOTS) -> str:
-    """The whole prompt for one input of a task."""
-    return render_prompt(task.definition, examples_of(task, num_shots), text)

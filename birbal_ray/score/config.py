@@ -92,7 +92,7 @@ class ScoredModelSettings(ModelSettings):
     )
 
 
-class PromptSettings(Settings):
+class PromptSettings(PromptFormatSettings):
     """The few-shot prompt."""
 
     num_shots: int = Field(4, ge=0, le=64, description="positive examples in the prompt, at most")

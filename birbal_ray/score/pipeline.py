@@ -181,7 +181,7 @@ def _dataset(config: ScoreConfig, engine_arguments: tuple[Any, ...], folder: Fol
         )
         .map(
             ScoreAndWrite,
-            fn_constructor_args=(folder, config.adaptive.failed_below, monitor),
+            fn_constructor_args=(config, folder, monitor),
             # Actors, not tasks: they start beside the engines. A task's process starts when the first shard
             # is there, and until it runs (12 s on a busy machine) nothing would be written.
             compute=ActorPoolStrategy(size=num_writers(config)),

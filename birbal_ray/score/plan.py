@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -12,8 +13,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from birbal_ray import models
 from birbal_ray.ni import catalog, labels, prompt, reader
 from birbal_ray.ni.metrics import EXACT_MATCH, METRIC_VERSION, find_unreachable
+from birbal_ray.ni.prompt import ChatTemplate
 from birbal_ray.ni.schema import Instance, Task, TaskError, take_first
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import write_json
@@ -23,7 +26,6 @@ from birbal_ray.score.tokens import Tokenizer, load_tokenizer, prompt_token_ids
 from birbal_ray.settings import canonical_hash
 from birbal_ray.storage import FileRecord, Folder, cache_folder
 
-INPUT_HEAD = "### Input:\n"
 FEW_SHOT, ZERO_SHOT = "few_shot", "zero_shot"
 INPUTS_FOLDER = "inputs"  # task files that workers read from the run folder
 PLAN_FORMAT = 2  # of the cached plans
@@ -353,7 +355,9 @@ def plan_run(
         unknown = tuple(sorted(own_labels.keys() - available))
         overrides |= own_labels
 
-    planner = _TaskPlanner(config, load_tokenizer(config), overrides, excluded, count_tokens)
+    tokenizer = load_tokenizer(config)
+    chat = models.read_template(tokenizer, config.prompt.format, config.prompt.chat_template_arguments)
+    planner = _TaskPlanner(config, tokenizer, chat, overrides, excluded, count_tokens)
     tasks, quarantined, left_out = [], [], []
     files = [file for file in files if file.name in chosen]
     with _PlanCache(config, overrides, excluded, use=not (count_tokens or config.tasks.strict)) as cache:
@@ -445,6 +449,7 @@ class _TaskPlanner:
 
     config: ScoreConfig
     tokenizer: Tokenizer
+    chat: ChatTemplate | None
     overrides: dict[str, labels.Label]
     excluded: Collection[str]
     count_tokens: bool
@@ -456,7 +461,7 @@ class _TaskPlanner:
                 raise task
             return "quarantined", str(task)
         if config.tasks.strict:
-            prompt.shared_prefix(task, config.prompt.num_shots, strict=True)
+            prompt.examples_of(task, config.prompt.num_shots, strict=True)
         if reason := catalog.excluded_by(task, config.tasks.exclude_families):
             return "left out", reason
         allowed = take_first(task, None, config.seed, self.excluded)
@@ -468,7 +473,8 @@ class _TaskPlanner:
         label = labels.label_task(task, self.overrides)
         max_tokens = completion_tokens(label.value, [len(one) for one in ids], config.completion)
         too_long = {text for text, one in zip(references, ids, strict=True) if len(one) > max_tokens}
-        unreachable = find_unreachable(task, label.value, prompt.extract_answer, lambda text: text not in too_long)
+        extract = functools.partial(prompt.extract_answer, chat=self.chat is not None)
+        unreachable = find_unreachable(task, label.value, extract, lambda text: text not in too_long)
         planned = PlannedTask(
             name=task.name,
             path=str(file.path),
@@ -496,9 +502,11 @@ class _TaskPlanner:
 
     def _counted(self, planned: PlannedTask, task: Task, taken: Sequence[Instance]) -> PlannedTask:
         config = self.config
-        prefix = prompt.shared_prefix(task, config.prompt.num_shots) + INPUT_HEAD
-        (shared,) = prompt_token_ids(self.tokenizer, [prefix])
-        own = [prompt.own_part(one.input).removeprefix(INPUT_HEAD) for one in taken if one.error is None]
+        about = task.definition, prompt.examples_of(task, config.prompt.num_shots)
+        prefix = prompt.render_prefix(*about, self.chat)
+        (shared,) = prompt_token_ids(self.tokenizer, [prefix], chat=self.chat)
+        usable = (one.input for one in taken if one.error is None)
+        own = [prompt.render_prompt(*about, text, self.chat)[len(prefix) :] for text in usable]
         lengths = [len(ids) for ids in self.tokenizer(own, add_special_tokens=False)["input_ids"]] if own else []
         limit, room = planned.max_completion_tokens, config.engine.max_model_len
         too_long = [length for length in lengths if too_long_reason(len(shared) + length, limit, room)]

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from birbal_ray.ni.metrics import mean_interval
 from birbal_ray.run import RunError
 from birbal_ray.schemas import SCORE_ROWS
+from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.plan import PlannedTask, RowFiles, Shard, Tally, WrittenFile
 from birbal_ray.score.stages import score_table, tally_of, write_rows
 from birbal_ray.settings import sha256_of
@@ -171,7 +172,7 @@ def find_error_rows(folder: Folder, found: RowFiles, tasks: Sequence[PlannedTask
     return shards
 
 
-def rescore(folder: Folder, names: Iterable[str], task: PlannedTask, failed_below: float) -> list[WrittenFile]:
+def rescore(folder: Folder, names: Iterable[str], task: PlannedTask, config: ScoreConfig) -> list[WrittenFile]:
     """Compute extracted answers and scores of a task's files from their predictions; the other columns stay.
 
     Files in which nothing changes are not written.
@@ -179,9 +180,9 @@ def rescore(folder: Folder, names: Iterable[str], task: PlannedTask, failed_belo
     written = []
     for name in names:
         old = folder.read_table(name).select(SCORE_ROWS.names)
-        new = score_table(task.name, task.label.value, old.to_pylist())
+        new = score_table(task.name, task.label.value, old.to_pylist(), config.prompt.format)
         if not new.equals(old.cast(SCORE_ROWS)):
-            written.append(write_rows(folder, name, new, _shard_of(task, name), failed_below))
+            written.append(write_rows(folder, name, new, _shard_of(task, name), config.adaptive.failed_below))
     return written
 
 

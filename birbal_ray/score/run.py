@@ -100,13 +100,13 @@ def score(
                 f"{len(amendment.set_aside)} files of rows are damaged or not what is asked for now "
                 f"(first: {amendment.set_aside[0]}) and were moved to {target}"
             )
-        rows, failed_below = run.folder.subfolder(ROWS_FOLDER), config.adaptive.failed_below
+        rows = run.folder.subfolder(ROWS_FOLDER)
         records = {
             name: known[f"{ROWS_FOLDER}/{name}"] for name in found.all_names() if f"{ROWS_FOLDER}/{name}" in known
         }
         for task in plan.tasks:
             if rescore_all or task.name in amendment.rescored:
-                written = rescore(rows, found.names(task.name), task, failed_below)
+                written = rescore(rows, found.names(task.name), task, config)
                 records |= {file.name: file.record for file in written}
         write_plan(run.folder, plan)
         describe_plan(plan, config, progress)

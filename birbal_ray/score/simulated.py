@@ -30,9 +30,17 @@ def _token_ids(words: Sequence[str]) -> list[int]:
 
 
 class SimulatedTokenizer:
-    """One token per word; decodes the words it has seen."""
+    """One token per word; decodes the words it has seen. A chat's turns are `<role> text <end>`."""
 
     bos_token_id = None
+    chat_template = "as apply_chat_template writes it"
+
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        """The turns as one text."""
+        turns = "".join(f"<{one['role']}>\n{one['content']}\n<end>\n" for one in messages)
+        return turns + "<assistant>\n" * add_generation_prompt
 
     def __call__(self, text: list[str], *, add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
         return {"input_ids": [_token_ids(one.split()) for one in text]}

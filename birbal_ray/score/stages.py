@@ -31,10 +31,10 @@ from birbal_ray.run import LOG_FOLDER
 from birbal_ray.schemas import ROWS_FOLDER, SCORE_ROWS
 from birbal_ray.score import plan
 from birbal_ray.score.config import ResourceSettings, ScoreConfig
-from birbal_ray.score.engine import Adapter, Completion, Request, load_engine
+from birbal_ray.score.engine import Adapter, Completion, Request, Sampling, load_engine
 from birbal_ray.score.engine_loop import EngineDeadError, EngineLoop
 from birbal_ray.score.plan import ZERO_SHOT, Shard, Tally, WrittenFile
-from birbal_ray.score.tokens import load_tokenizer, prompt_token_ids
+from birbal_ray.score.tokens import load_tokenizer, prompt_token_ids, stops
 from birbal_ray.settings import one_line
 from birbal_ray.storage import Folder, input_folder
 
@@ -68,11 +68,14 @@ class BuildPrompts:
     def __init__(self, config: ScoreConfig, folder: Folder, excluded: Collection[str] = frozenset()) -> None:
         self._config, self._folder, self._excluded = config, folder, excluded
         self._tokenizer = load_tokenizer(config)
+        self._chat = models.read_template(self._tokenizer, config.prompt.format, config.prompt.chat_template_arguments)
+        strings, ids = stops(self._tokenizer, self._chat)
+        self._sampling = pickle.dumps(Sampling(stop=strings, stop_token_ids=ids))
         # A task's shards are adjacent: without this each would parse its file again.
         self._ordered_instances = functools.lru_cache(maxsize=4)(self._read)
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """`{"shard"}` → the same with PROMPT_ROWS (Arrow IPC) and the token ids of what the prompts begin with."""
+        """`{"shard"}` → the same with PROMPT_ROWS (Arrow IPC), the ids of what all prompts begin with, the sampling."""
         shard: Shard = pickle.loads(row["shard"])  # noqa: S301 (our own source's)
         config = self._config
         task, ordered = self._ordered_instances(shard.path, shard.task, shard.sha256)
@@ -80,11 +83,10 @@ class BuildPrompts:
         if shard.retry is not None:
             instances = [instances[position] for position in shard.retry]
         trained = shard.variant.prompt_format == ZERO_SHOT
-        prefix = (
-            prompt.training_prefix(task.definition) if trained else prompt.shared_prefix(task, config.prompt.num_shots)
-        )
-        tokens_of = functools.partial(prompt_token_ids, self._tokenizer, as_trained=trained)
-        prompts = [prefix + prompt.own_part(instance.input) for instance in instances]
+        examples = () if trained else prompt.examples_of(task, config.prompt.num_shots)
+        about: dict[str, Any] = {"chat": self._chat, "preamble": not trained}
+        tokens_of = functools.partial(prompt_token_ids, self._tokenizer, as_trained=trained, chat=self._chat)
+        prompts = [prompt.render_prompt(task.definition, examples, one.input, **about) for one in instances]
         usable = [text for text, instance in zip(prompts, instances, strict=True) if instance.error is None]
         token_ids = iter(tokens_of(usable))
         rows = []
@@ -105,9 +107,14 @@ class BuildPrompts:
                     "num_prompt_tokens": None if instance.error else len(ids),
                 }
             )
-        (shared,) = tokens_of([prefix + plan.INPUT_HEAD])
+        (shared,) = tokens_of([prompt.render_prefix(task.definition, examples, **about)])
         table = pa.Table.from_pylist(rows, schema=PROMPT_ROWS)
-        return {"shard": row["shard"], "prefix_token_ids": shared, "rows": _to_bytes(table)}
+        return {
+            "shard": row["shard"],
+            "prefix_token_ids": shared,
+            "sampling": self._sampling,
+            "rows": _to_bytes(table),
+        }
 
     def _read(self, path: str, name: str, sha256: str) -> tuple[Task, list[Instance]]:
         task = plan.read_planned(self._folder, path, name, sha256)
@@ -169,7 +176,8 @@ class Generate:
                 indices = [index for index in ready if first <= index < last]
                 if alone:
                     ray.get(self._monitor.trying.remote(self._replica, shard.name, (first, last)))
-                about = shard.max_completion_tokens, shard.variant.adapter or self._adapter
+                adapter = shard.variant.adapter or self._adapter
+                about = shard.max_completion_tokens, adapter, pickle.loads(row["sampling"])  # noqa: S301
                 requests = [Request(prompts[index], ids[index], *about) for index in indices]
                 try:
                     futures = self._loop.submit(requests, row["prefix_token_ids"])
@@ -215,15 +223,16 @@ class Generate:
 class ScoreAndWrite:
     """Scores a shard's completions, writes its Parquet file under its final name, tells the monitor."""
 
-    def __init__(self, folder: Folder, failed_below: float, monitor: Any) -> None:
-        self._folder, self._failed_below, self._monitor = folder.subfolder(ROWS_FOLDER), failed_below, monitor
+    def __init__(self, config: ScoreConfig, folder: Folder, monitor: Any) -> None:
+        self._folder, self._monitor = folder.subfolder(ROWS_FOLDER), monitor
+        self._failed_below, self._format = config.adaptive.failed_below, config.prompt.format
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Generate's row → the file's name."""
         import ray
 
         shard: Shard = pickle.loads(row["shard"])  # noqa: S301
-        table = score_table(shard.task, shard.label, _from_bytes(row["rows"]).to_pylist())
+        table = score_table(shard.task, shard.label, _from_bytes(row["rows"]).to_pylist(), self._format)
         if shard.retry is not None:
             table = replace_rows(self._folder.read_table(shard.name), shard.retry, table)
         file = write_rows(self._folder, shard.name, table, shard, self._failed_below)
@@ -265,11 +274,11 @@ def replace_rows(old: pa.Table, positions: Sequence[int], new: pa.Table) -> pa.T
     return both.take(order)
 
 
-def score_table(task: str, label: str, completed: list[dict[str, Any]]) -> pa.Table:
+def score_table(task: str, label: str, completed: list[dict[str, Any]], prompt_format: str = prompt.BIRBAL) -> pa.Table:
     """SCORE_ROWS of one task from COMPLETED_ROWS (or SCORE_ROWS, to be scored again); an error row has no score."""
     rows = []
     for row in completed:
-        extracted = prompt.extract_answer(row["prediction"])
+        extracted = prompt.extract_answer(row["prediction"], chat=prompt_format == prompt.CHAT)
         score = score_answer(label, extracted, row["answer"]) if row["error"] is None else None
         about = {"task": task, "label": label, "metric": METRIC_OF_LABEL[label]}
         rows.append({**row, **about, "extracted": extracted, "score": score})

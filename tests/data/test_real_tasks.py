@@ -11,7 +11,7 @@ import pytest
 from rouge_score import rouge_scorer
 
 from birbal_ray.ni import catalog, labels, metrics, prompt, reader
-from birbal_ray.ni.schema import Example, Task
+from birbal_ray.ni.schema import Example
 
 NUM_PAIRS = 20_000
 
@@ -76,9 +76,9 @@ def test_rules_leave_out_no_selected_task(tasks):
 
 def test_prompts_share_their_prefix_and_hold_no_unpaired_surrogate(tasks):
     for task in tasks:
-        prefix = prompt.shared_prefix(task)
+        prefix = prompt.render_prefix(task.definition, prompt.examples_of(task))
         for instance in task.instances[:50]:
-            text = prompt.few_shot_prompt(task, instance.input)
+            text = prompt.render_prompt(task.definition, prompt.examples_of(task), instance.input)
             assert text.startswith(prefix)
             assert text.endswith(f"{instance.input}\n\n### Response:\n")
             text.encode()
@@ -92,9 +92,8 @@ def test_published_example_to_the_byte(shared_data):
     for shot in shots[:-1]:
         text, output = shot.split("\n\n### Response:\n")
         examples.append(Example(text, output))
-    task = Task("t", definition, tuple(examples), (), (), (), (), (), (), (), "", 0, {})
     assert len(examples) == 4
-    assert prompt.few_shot_prompt(task, record["orig_input"]) == record["few_shot_prompt"]
+    assert prompt.render_prompt(definition, examples, record["orig_input"]) == record["few_shot_prompt"]
     assert prompt.extract_answer(record["prediction"]) == "yes"
     assert metrics.exact_match(prompt.extract_answer(record["prediction"]), record["answer"]) == 1.0
 

@@ -25,7 +25,7 @@ def task():
 
 
 def test_prompt_bytes(task):
-    assert prompt.few_shot_prompt(task, "green", 1) == (
+    assert prompt.render_prompt(task.definition, prompt.examples_of(task, 1), "green") == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
         "response that appropriately completes the request.\n\n### Instruction:\nSay whether the colour is warm.\n\n"
         "### Input:\nred\n\n### Response:\nyes\n\n### Input:\ngreen\n\n### Response:\n"
@@ -33,9 +33,9 @@ def test_prompt_bytes(task):
 
 
 def test_shots_are_at_most_what_the_task_has(task):
-    assert prompt.shared_prefix(task, 9) == prompt.shared_prefix(task, 2)
+    assert prompt.examples_of(task, 9) == prompt.examples_of(task, 2) == task.positive_examples
     with pytest.raises(TaskError, match=r"t1.json: 'Positive Examples' has 2 entries, num_shots is 9"):
-        prompt.shared_prefix(task, 9, strict=True)
+        prompt.examples_of(task, 9, strict=True)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
@@ -11,7 +12,9 @@ import pytest
 from birbal_ray.ni.schema import TaskError
 from birbal_ray.score import stages
 from birbal_ray.score.config import CompletionSettings, ScoreConfig
-from birbal_ray.score.plan import RowFiles, Shard, completion_tokens, plan_run, publish_inputs
+from birbal_ray.score.engine import Sampling
+from birbal_ray.score.plan import ZERO_SHOT, RowFiles, Shard, completion_tokens, plan_run, publish_inputs
+from birbal_ray.score.simulated import SimulatedTokenizer
 from birbal_ray.settings import load_config
 from birbal_ray.storage import open_folder
 from tests.unit.ni.test_reader import archive
@@ -203,3 +206,54 @@ def test_rows_that_are_tried_again_change_nothing_else():
     old = pa.table({"row_id": ["a", "b", "c"], "score": [0.5, None, None]})
     new = pa.table({"row_id": ["c"], "score": [1.0]})
     assert stages.replace_rows(old, (2,), new).to_pylist() == [*old.slice(0, 2).to_pylist(), *new.to_pylist()]
+
+
+def test_chat_prompts_hold_the_examples_as_turns_and_stop_at_the_end_of_turn(write_task):
+    folder = write_task("t", 3)
+    settings = config(folder, **{"prompt.format": "chat", "prompt.num_shots": 1})
+    (shard,) = plan_run(settings).shards(10)
+    build = stages.BuildPrompts(settings, open_folder(folder))
+    row = build({"shard": pickle.dumps(shard)})
+    (first, *_) = stages._from_bytes(row["rows"]).to_pylist()
+    shared = "<system>\nSay whether the colour is warm.\n<end>\n<user>\nred\n<end>\n<assistant>\nyes\n<end>\n<user>\n"
+    assert first["few_shot_prompt"] == f"{shared}{first['orig_input']}\n<end>\n<assistant>\n"
+    assert first["token_ids"] == SimulatedTokenizer()([first["few_shot_prompt"]])["input_ids"][0]
+    assert row["prefix_token_ids"] == SimulatedTokenizer()([shared])["input_ids"][0]
+    (end,) = SimulatedTokenizer()(["<end>"])["input_ids"]
+    assert pickle.loads(row["sampling"]) == Sampling(stop=(), stop_token_ids=tuple(end))
+    zero_shot = replace(shard, variant=replace(shard.variant, prompt_format=ZERO_SHOT))
+    (first, *_) = stages._from_bytes(build({"shard": pickle.dumps(zero_shot)})["rows"]).to_pylist()
+    assert first["few_shot_prompt"] == (
+        f"<system>\nSay whether the colour is warm.\n<end>\n<user>\n{first['orig_input']}\n<end>\n<assistant>\n"
+    )
+
+
+def test_the_plan_counts_the_tokens_of_chat_prompts(write_task):
+    folder = write_task("t", 6)
+    for prompt_format in ("birbal", "chat"):
+        settings = config(folder, **{"prompt.format": prompt_format})
+        (task,) = plan_run(settings, count_tokens=True).tasks
+        (shard,) = plan_run(settings).shards(10)
+        assert task.num_shared_tokens * 6 + task.num_own_tokens == sum(
+            row["num_prompt_tokens"] for row in built(settings, folder, shard)
+        )
+
+
+def test_a_blank_line_ends_an_answer_only_in_the_published_format(write_task):
+    instances = [{"id": n, "input": f"in {n}", "output": ["one long part of it\n\nand another"]} for n in range(3)]
+    folder = write_task("t", Instances=instances)
+    (published,) = make(folder).tasks
+    (chat,) = make(folder, **{"prompt.format": "chat"}).tasks
+    assert (published.unreachable_fraction, chat.unreachable_fraction) == (1.0, 0.0)
+    assert "a blank line in the references" in published.unreachable_reason
+    rows = [completed("a", instances[0]["output"][0], instances[0]["output"])]
+    for prompt_format, score in (("birbal", 0.83), ("chat", 1.0)):
+        (row,) = stages.score_table("t", "generation", rows, prompt_format).to_pylist()
+        assert round(row["score"], 2) == score
+
+
+def test_references_that_no_completion_can_be_as_long_as_are_said(write_task):
+    folder = write_task("t", Instances=[{"id": n, "input": f"in {n}", "output": ["word " * 500]} for n in range(3)])
+    (task,) = make(folder).tasks
+    assert task.unreachable_fraction == 1.0
+    assert task.unreachable_reason == "the references have more tokens than a completion may have"
