@@ -112,18 +112,14 @@ class EngineLoop:
                 if key := self._open.pop(new, ""):
                     self._engine.abort(key)
                     self._running.pop(key, None)
-            elif not self._worth_sending_ahead(new):
-                self._start(new, 0)
+            elif not new.requests or not 0 < len(new.prefix[1]) < self._engine.max_model_len:
+                self._start(new, 0)  # nobody uses the prefix, or it doesn't fit and would only be refused
             elif new.prefix in self._waiting:
                 self._waiting[new.prefix].append(new)
             else:
                 self._waiting[new.prefix] = [new]
                 adapter, token_ids = new.prefix
                 self._add(Request("", token_ids, 1, adapter), partial(self._prefix_ready, new.prefix))
-
-    def _worth_sending_ahead(self, group: _Group) -> bool:
-        """Whether somebody uses the prefix, and it fits: one that doesn't would only be refused."""
-        return bool(group.requests) and 0 < len(group.prefix[1]) < self._engine.max_model_len
 
     def _prefix_ready(self, prefix: _Prefix, completion: Completion) -> None:
         computed = 0 if completion.error else len(prefix[1]) - (completion.num_cached_tokens or 0)

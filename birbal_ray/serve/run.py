@@ -11,13 +11,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from birbal_ray.models import find_adapter, load_tokenizer, resolve_model
 from birbal_ray.run import RunError, read_manifest
 from birbal_ray.score.config import ResourceSettings
 from birbal_ray.score.engine import Adapter, Request, Sampling, load_engine, vllm_arguments
 from birbal_ray.score.engine_loop import EngineLoop
+from birbal_ray.score.simulated import NUM_EMBEDDINGS, SimulatedTokenizer
 from birbal_ray.serve.app import COUNTED, Service, is_loopback, make_app
 from birbal_ray.serve.config import ServeConfig, ServedEngine
 from birbal_ray.settings import ConfigError
@@ -57,7 +57,7 @@ def serve(config: ServeConfig, tell: Callable[[str], None]) -> None:
 
         service = Service(
             loop,
-            _tokenizer(served),
+            SimulatedTokenizer() if served.engine.backend == "simulated" else load_tokenizer(served.path),
             served.num_embeddings,
             adapter=served.adapters[0].name if served.adapters else "",
             compat=config.compat,
@@ -129,8 +129,6 @@ def load_served(config: ServeConfig) -> Served:
 
         engine = engine.model_copy(update={"device": "gpu" if torch.cuda.is_available() else "cpu"})
     if engine.backend == "simulated":
-        from birbal_ray.score.simulated import NUM_EMBEDDINGS
-
         return Served("simulated", Path(), NUM_EMBEDDINGS, engine, config.resources)
     name, revision = config.merged or given.name, given.revision
     if config.run:
@@ -166,14 +164,6 @@ def _warm_up(loop: EngineLoop, served: Served) -> None:
         (future,) = loop.submit([Request("warm-up", [0, 1, 2, 3], 2, adapter, sampling)])
         if error := future.result().error:
             raise RunError(f"{served.name}: {error}")
-
-
-def _tokenizer(served: Served) -> Any:
-    if served.engine.backend == "simulated":
-        from birbal_ray.score.simulated import SimulatedTokenizer
-
-        return SimulatedTokenizer()
-    return load_tokenizer(served.path)
 
 
 @contextlib.contextmanager
