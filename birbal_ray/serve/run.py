@@ -70,6 +70,7 @@ def serve(config: ServeConfig, tell: Callable[[str], None]) -> None:
         for name in (signal.SIGTERM, signal.SIGINT):  # uvicorn drains, then raises the signal again: nothing to add
             signal.signal(name, lambda *_: None)
         host = f"[{config.host}]" if ":" in config.host else config.host
+        bound.listen(1024)  # a client that reads the line below may come before uvicorn accepts
         what = " with ".join([served.name, *(one.path for one in served.adapters)])
         tell(f"serving {what} at http://{host}:{bound.getsockname()[1]} (POST /process, /tokenize, /decode)")
         server.run(sockets=[bound])
