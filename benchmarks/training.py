@@ -1,9 +1,9 @@
 """Tokens per second of `birbal train` beside plain TRL, same data, same settings, one run.
 
-    python benchmarks/training.py --steps 12 --json training.json
+    python benchmarks/training.py --steps 6 --lengths 1024 4096 --json training.json
 
-(a) birbal train   Ray Train worker, deadline, metrics, checkpoints
-(b) TRL            SFTTrainer in a plain process, its own tokenising and packing, no checkpoints
+(a) birbal train   Ray Train worker, deadline, metrics, checkpoints; attention sample by sample, or varlen on a GPU
+(b) TRL            SFTTrainer in a plain process, its own tokenising and packing, no checkpoints; sdpa with a dense mask
 
 SmolLM2-135M in NF4 on a made-up mix (or --model, on a GPU if there is one). The first two steps
 warm up and are left out; evaluation is left out of both. Also: what a checkpoint costs, and how full
@@ -26,8 +26,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from birbal_ray.settings import sha256_of
+
 WARM_UP = 2
-SETTINGS = {"sequence_length": 512, "micro": 1, "accumulation": 2, "r": 16, "alpha": 32}
+SETTINGS = {"sequence_length": 1024, "micro": 1, "accumulation": 1, "r": 16, "alpha": 32}
 
 
 def make_mix(folder: Path) -> None:
@@ -44,7 +46,7 @@ def make_mix(folder: Path) -> None:
     files = {}
     for split, part in (("train", rows[:384]), ("eval", rows[384:])):
         pq.write_table(pa.Table.from_pylist(part), folder / f"{split}.parquet")
-        files[f"{split}.parquet"] = str(len(part))
+        files[f"{split}.parquet"] = sha256_of(folder / f"{split}.parquet")
     manifest = {"step": "mix", "identity_hash": "benchmark", "files": files, "composition": [], "licenses": []}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
@@ -166,40 +168,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096], help="tokens in a pack")
+    parser.add_argument("--length", type=int, default=1024, help=argparse.SUPPRESS)  # of the child process
     parser.add_argument("--rounds", type=int, default=2, help="a, b, a, b, …; the sum counts")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--variant", choices=["birbal", "trl"], help=argparse.SUPPRESS)  # the child process's part
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.variant:
+        SETTINGS["sequence_length"] = arguments.length
         run = run_birbal if arguments.variant == "birbal" else run_trl
         folder = arguments.folder
         figures = run(folder / "mix", folder / f"run-{os.getpid()}", arguments.model, arguments.steps)
         (folder / "figures.json").write_text(json.dumps(figures))
         return
-    results: dict[str, list[dict[str, Any]]] = {"birbal": [], "trl": []}
+    results: dict[str, dict[str, list[dict[str, Any]]]] = {
+        str(length): {"birbal": [], "trl": []} for length in arguments.lengths
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_mix(folder / "mix")
-        for _ in range(arguments.rounds):
-            for variant, runs in results.items():
-                print(f"running {variant} …", file=sys.stderr, flush=True)
-                command = [sys.executable, __file__, "--variant", variant, "--folder", str(folder)]
-                command += ["--model", arguments.model, "--steps", str(arguments.steps)]
-                with (folder / "log").open("w") as log:
-                    if subprocess.run(command, stdout=log, stderr=log).returncode != 0:
-                        sys.exit(f"{variant} failed:\n{(folder / 'log').read_text()[-3000:]}")
-                runs.append(json.loads((folder / "figures.json").read_text()))
-    rates = {}
-    print(f"{'variant':10} {'tokens':>8} {'seconds':>8} {'tokens/s':>9} {'packs full':>10} {'checkpoint s':>13}")
-    for variant, runs in results.items():
-        tokens, seconds = sum(run["tokens"] for run in runs), sum(run["seconds"] for run in runs)
-        rates[variant] = tokens / seconds
-        saves = [run["checkpoint_seconds"] for run in runs if run["checkpoint_seconds"] is not None]
-        save = f"{sum(saves) / len(saves):.2f}" if saves else "-"
-        full = runs[0]["packing_efficiency"]
-        print(f"{variant:10} {tokens:8,d} {seconds:8.1f} {rates[variant]:9.1f} {full:10.1%} {save:>13}")
-    print(f"birbal / trl: {rates['birbal'] / rates['trl']:.3f}")
+        for _, length, variant in itertools.product(range(arguments.rounds), results, ("birbal", "trl")):
+            print(f"running {variant} on packs of {length} …", file=sys.stderr, flush=True)
+            command = [sys.executable, __file__, "--variant", variant, "--length", length, "--folder", str(folder)]
+            command += ["--model", arguments.model, "--steps", str(arguments.steps)]
+            with (folder / "log").open("w") as log:
+                if subprocess.run(command, stdout=log, stderr=log).returncode != 0:
+                    sys.exit(f"{variant} failed:\n{(folder / 'log').read_text()[-3000:]}")
+            results[length][variant].append(json.loads((folder / "figures.json").read_text()))
+    print(f"{'packs':>6} {'variant':10} {'tokens':>8} {'seconds':>8} {'tokens/s':>9} {'full':>7} {'checkpoint s':>13}")
+    for length, variants in results.items():
+        rates = {}
+        for variant, runs in variants.items():
+            tokens, seconds = sum(run["tokens"] for run in runs), sum(run["seconds"] for run in runs)
+            rates[variant] = tokens / seconds
+            saves = [run["checkpoint_seconds"] for run in runs if run["checkpoint_seconds"] is not None]
+            save = f"{sum(saves) / len(saves):.2f}" if saves else "-"
+            full = runs[0]["packing_efficiency"]
+            row = f"{tokens:8,d} {seconds:8.1f} {rates[variant]:9.1f} {full:7.1%} {save:>13}"
+            print(f"{length:>6} {variant:10} {row}")
+        print(f"{length:>6} birbal / trl: {rates['birbal'] / rates['trl']:.3f}")
     if arguments.json:
         arguments.json.write_text(json.dumps({"settings": SETTINGS, "runs": results}, indent=1) + "\n")
 
