@@ -246,7 +246,7 @@ def export_predictions(run: str, output: Path) -> None:
       birbal export-predictions runs/score --output predictions/
     """
     from birbal_ray.score.export import export_published_json
-    from birbal_ray.storage import local_copy
+    from birbal_ray.storage import input_folder
 
-    files, rows = export_published_json(local_copy(run), output)
+    files, rows = export_published_json(input_folder(run), output)
     note(f"{rows} rows in {files} files: {output}")
