@@ -20,7 +20,8 @@ from typing import Any
 
 import filelock
 
-from birbal_ray.storage import RunError
+from birbal_ray.run import LOG_FOLDER
+from birbal_ray.storage import Folder, RunError, make_cache_folder
 
 FOLDER_PREFIX = "birbal-ray-"
 FOLDER_LOCK = ".driver.lock"  # held as long as the folder's driver lives
@@ -198,6 +199,11 @@ def ray_session(
                 ray.shutdown()
 
 
+def ray_log_file(folder: Folder) -> Path:
+    """Where to keep what Ray says in a driver's process: the run folder's logs/ray.log; for a URL, in the cache."""
+    return (folder.local if folder.is_local else make_cache_folder(f"ray/{os.getpid()}")) / LOG_FOLDER / "ray.log"
+
+
 def job_metadata(step: str, output: object) -> dict[str, str]:
     """Metadata of a step's Ray job."""
     return {"birbal_step": step, "birbal_output": str(output or "")}
@@ -312,6 +318,3 @@ def _quiet(log_file: Path | None) -> Iterator[None]:
         os.close(terminal)
         handler.close()
         sys.stderr = python_stderr
-
-
-told = job_metadata  # until every step says job_metadata

@@ -187,11 +187,11 @@ def adapter_fingerprint(folder: Path) -> str:
 
 def _misfit(weights: Path, model: Model) -> str | None:
     """Why an adapter's matrices don't fit the model's, or None. Reads the headers of the safetensors only."""
-    shapes = _check_safetensors(weights, str(weights.parent))
+    shapes = _read_shapes(weights, str(weights.parent))
     lora = {name: shape for name, shape in shapes.items() if re.search(r"\.lora_[AB]\.weight$", name)}
     tensors: dict[str, list[int]] = {}
     for file in model.path.glob("*.safetensors"):
-        tensors |= _check_safetensors(file, str(model.path))
+        tensors |= _read_shapes(file, str(model.path))
     modules = {name.rpartition(".")[0] for name in tensors}
     adapted = {name: name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in lora}
     if lora and modules and modules.isdisjoint(adapted.values()):
@@ -382,7 +382,7 @@ def _check_folder(folder: Path, where: str, *, weights: bool) -> None:
     if weights and not files:
         raise ModelError(f"{where}: no *.safetensors; other weight formats are not read (pickles can run code)")
     for file in files:
-        _check_safetensors(file, where)
+        _read_shapes(file, where)
 
 
 def _is_known_type(model_type: str) -> bool:
@@ -396,14 +396,14 @@ def _is_known_type(model_type: str) -> bool:
     return model_type in CONFIG_MAPPING_NAMES
 
 
-def _check_safetensors(file: Path, where: str) -> None:
-    """Raise ModelError unless the file's header is whole, says the file's size, and names a tensor."""
+def _read_shapes(file: Path, where: str) -> dict[str, list[int]]:
+    """Each tensor's shape, by its name. Raises ModelError unless the header is whole, fits the size, and names one."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="numpy") as tensors:
-            if tensors.keys():
-                return
+            if shapes := {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}:  # noqa: SIM118
+                return shapes
         reason = "no tensors in it"
     except (SafetensorError, OSError) as error:
         reason = one_line(error)
@@ -416,6 +416,3 @@ def _json_object(file: Path, where: str) -> dict[str, Any]:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ModelError(f"{where}: {file.name} is not a JSON object ({one_line(error)})") from None
-
-
-resolve, pinned = resolve_model, pin_model  # until every step says resolve_model, pin_model

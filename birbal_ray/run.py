@@ -29,11 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import filelock
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from birbal_ray.lock import LOCK_FILE, LOCK_RECORD, LocalLock, RemoteLock, hold_lock, this_process
+from birbal_ray.lock import LOCK_RECORD, LocalLock, RemoteLock, hold_lock
 from birbal_ray.settings import ConfigError, canonical_hash, flatten, format_value, one_line, sha256_of
 from birbal_ray.storage import (
     CHUNK_BYTES,
@@ -44,7 +40,6 @@ from birbal_ray.storage import (
     absolute,
     is_url,
     open_folder,
-    write_atomic,
 )
 
 RUN_FILE = "run.json"
@@ -422,53 +417,6 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
     return format_value(values[key]) if key in values else "(none)"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON (indented, UTF-8) atomically."""
-    write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def write_parquet(path: Path, table: pa.Table) -> None:
-    """Write a table as one zstd Parquet file atomically."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    write_atomic(path, sink.getvalue().to_pybytes())
-
-
-def read_json(path: Path) -> Any:
-    """Parsed JSON. Raises RunError naming the file when it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RunError(
-            f"{path}: not valid JSON ({error}); it was not written by birbal, or the disk damaged it"
-        ) from None
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; the lock falls with the process, however it ends.
-
-    Raises RunError at once when another live process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    holder = folder / f"{LOCK_FILE}.json"
-    lock = filelock.FileLock(folder / LOCK_FILE, blocking=False)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        who = read_json(holder) if holder.exists() else {}
-        raise RunError(
-            f"{folder}: another run is writing here (pid {who.get('pid', '?')} on {who.get('host', '?')}); "
-            "wait for it or stop it"
-        ) from None
-    try:
-        write_json(holder, this_process())
-        yield
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
-
-
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
     """SIGTERM ends the block as Ctrl-C does: by KeyboardInterrupt, through the clean-up."""
@@ -484,72 +432,6 @@ def sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-stoppable = sigterm_as_interrupt
-
-
-def start_run(folder: Path, step: str, identity: Mapping[str, Any], *, overwrite: bool = False) -> bool:
-    """Claim `folder` for a run made from `identity`; True when it continues an earlier one.
-
-    `identity` holds everything that decides the rows (settings, input hashes, model fingerprint).
-    Call it under `locked(folder)`. Raises RunMismatchError when the folder's run was made from
-    something else, ConfigError when it holds files that are no run's. With `overwrite` the files of
-    a finished run or of another one are removed; an unfinished one of the same identity goes on, so that
-    a command with `overwrite` can be repeated, too.
-    """
-    identity = json.loads(json.dumps(identity))
-    run_file = folder / RUN_FILE
-    # Of a process that was killed while writing. Where no run was begun, no others can be ours.
-    names = [".tmp-*"] if run_file.exists() else [f".tmp-*-{RUN_FILE}", f".tmp-*-{LOCK_FILE}.json"]
-    for leftover in [file for name in names for file in folder.glob(name)]:
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
-    strangers = [p.name for p in folder.iterdir() if not p.name.startswith(".lock")]
-    if run_file.exists():
-        earlier = _earlier(run_file, overwrite)
-        same = earlier.get("step") == step and earlier.get("identity") == identity
-        if same and not (overwrite and (folder / MANIFEST_FILE).exists()):
-            return True
-        if not overwrite:
-            raise RunMismatchError(folder, identity_differences(earlier, {"step": step, "identity": identity}))
-        _clear(folder)
-    elif strangers and set(strangers) != {LOG_FOLDER}:
-        raise ConfigError(
-            f"{folder}: not empty and not a birbal run (no {RUN_FILE}; holds {', '.join(sorted(strangers)[:3])}); "
-            "choose another --output"
-        )
-    write_json(run_file, {"step": step, "identity": identity, "identity_hash": canonical_hash(identity)})
-    return False
-
-
-def _earlier(run_file: Path, overwrite: bool) -> dict[str, Any]:
-    try:
-        return dict(read_json(run_file))
-    except (RunError, TypeError, ValueError):
-        if overwrite:
-            return {}
-        raise
-
-
-differences = identity_differences
-
-
-def finish_run(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest, which makes the run complete. Call it last."""
-    record = read_json(folder / RUN_FILE)
-    write_json(
-        folder / MANIFEST_FILE,
-        {
-            **record,
-            **manifest,
-            "code": code_version(),
-            "packages": package_versions(),
-            "python": platform.python_version(),
-        },
-    )
 
 
 def package_versions() -> dict[str, str]:
@@ -577,16 +459,3 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(
         ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
     ).stdout.strip()
-
-
-def _clear(folder: Path) -> None:
-    # The manifest goes first and run.json last, so that a crash half-way leaves an unfinished run.
-    (folder / MANIFEST_FILE).unlink(missing_ok=True)
-    for entry in folder.iterdir():
-        if entry.name.startswith(".lock") or entry.name == RUN_FILE:
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-    (folder / RUN_FILE).unlink()

@@ -17,7 +17,6 @@ import configparser
 import contextlib
 import functools
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -258,7 +257,7 @@ class Folder:
 
     def write_json(self, name: str, value: Any) -> FileRecord:
         """Write JSON: indented, UTF-8, a line break at its end."""
-        return self.write_bytes(name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+        return self.write_bytes(name, _json_bytes(value))
 
     def write_parquet(self, name: str, table: pa.Table) -> FileRecord:
         """Write a table as one zstd Parquet file."""
@@ -381,6 +380,16 @@ def write_atomic(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON on a disk, as `Folder.write_json` does."""
+    write_atomic(path, _json_bytes(value))
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON of a file on a disk. Raises RunError naming it when it is damaged."""
+    return open_folder(path.parent).read_json(path.name)
+
+
 def input_folder(path: str | os.PathLike[str], needed: Callable[[str], bool] | None = None) -> Path:
     """An input on this machine, for libraries that want a path: the path itself, or a copy of a URL's folder or file.
 
@@ -499,6 +508,10 @@ class Uploader:
             return
 
 
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
 def _version(result: Any) -> Version:
     return {key: result[key] for key in ("e_tag", "version") if result[key]}
 
@@ -541,7 +554,7 @@ def _object_store(scheme: str, bucket: str, environment: object, patient: bool) 
             "timeout": "120s",
         },
         "retry_config": {
-            "max_retries": 30 if patient else 3,
+            "max_retries": 100_000 if patient else 3,  # the time decides
             "retry_timeout": timedelta(seconds=RETRY_SECONDS if patient else 20.0),
         },
     }
@@ -596,12 +609,3 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
         os.fsync(directory)
     finally:
         os.close(directory)
-
-
-_WORKING_COPIES = ("child", "working_copy", "run_folder", "elsewhere", "refresh", "local_copy", "added_to", "outline")
-
-
-def __getattr__(name: str) -> Any:
-    if name in _WORKING_COPIES:  # until every step opens its folders by open_folder
-        return getattr(importlib.import_module("birbal_ray.working_copy"), name)
-    raise AttributeError(name)

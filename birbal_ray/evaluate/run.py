@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from birbal_ray.cluster import job_metadata, ray_session
+from birbal_ray.cluster import job_metadata, ray_log_file, ray_session
 from birbal_ray.evaluate.compare import adjust, compare, dead_adapter, gate_failures, pair_tasks, scopes
 from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.evaluate.heldout import HeldOut, find_mixes, held_out, union
@@ -199,7 +199,7 @@ def _score(setup: Setup, plan: ScorePlan, run: Run, progress: ProgressLine) -> N
         progress.message(f"continuing: {found.total_rows} rows are done and skipped")
     if not todo:
         return
-    log_file = run.folder.local / LOG_FOLDER / "ray.log" if run.folder.is_local else None
+    log_file = ray_log_file(run.folder)
     with ray_session(logical_cpus(setup.scoring), log_file, about=job_metadata(STEP, setup.config.output)):
         if lacking := check_cluster(setup.scoring):
             minutes = setup.scoring.resources.no_progress_minutes

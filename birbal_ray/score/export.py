@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from birbal_ray.run import RunError, read_manifest, write_atomic
+from birbal_ray.run import RunError, read_manifest
 from birbal_ray.schemas import ROWS_FOLDER, TASKS_FILE
 from birbal_ray.score.plan import RowFiles
-from birbal_ray.storage import open_folder
+from birbal_ray.storage import open_folder, write_atomic
 
 PUBLISHED_COLUMNS = ["orig_input", "few_shot_prompt", "answer", "prediction"]
 

@@ -19,12 +19,11 @@ from birbal_ray.ni.metrics import EXACT_MATCH, METRIC_VERSION, find_unreachable
 from birbal_ray.ni.prompt import ChatTemplate
 from birbal_ray.ni.schema import Instance, Task, TaskError, take_first
 from birbal_ray.progress import ProgressLine
-from birbal_ray.run import write_json
 from birbal_ray.schemas import TASKS
 from birbal_ray.score.config import CompletionSettings, ScoreConfig
 from birbal_ray.score.tokens import Tokenizer, load_tokenizer, prompt_token_ids
 from birbal_ray.settings import canonical_hash
-from birbal_ray.storage import FileRecord, Folder, cache_folder
+from birbal_ray.storage import FileRecord, Folder, cache_folder, write_json
 
 FEW_SHOT, ZERO_SHOT = "few_shot", "zero_shot"
 INPUTS_FOLDER = "inputs"  # task files that workers read from the run folder

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from birbal_ray import models
-from birbal_ray.cluster import job_metadata, ray_session
+from birbal_ray.cluster import job_metadata, ray_log_file, ray_session
 from birbal_ray.ni.metrics import METRIC_VERSION
 from birbal_ray.progress import ProgressLine, save_throughput
 from birbal_ray.run import (
@@ -339,8 +339,7 @@ def _score(
         keep(snapshot.decisions)
 
     try:
-        log_file = run.folder.local / LOG_FOLDER / "ray.log" if run.folder.is_local else None
-        with ray_session(logical_cpus(config), log_file, about=job_metadata(STEP, config.output)):
+        with ray_session(logical_cpus(config), ray_log_file(run.folder), about=job_metadata(STEP, config.output)):
             if missing := check_cluster(config):
                 minutes = config.resources.no_progress_minutes
                 progress.message(f"waiting, {missing}; gives up after {minutes:g} minutes")

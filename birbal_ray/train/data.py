@@ -20,9 +20,8 @@ import numpy as np
 import pyarrow as pa
 
 from birbal_ray.ni.prompt import ChatTemplate, render_prompt
-from birbal_ray.run import write_json
 from birbal_ray.settings import ConfigError
-from birbal_ray.storage import Folder, open_folder
+from birbal_ray.storage import Folder, open_folder, write_json
 
 FIGURES_FILE = "packs.json"
 IGNORED = -100  # the label of a token without loss

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from birbal_ray.run import write_json
+from birbal_ray.storage import write_json
 
 CLOCK_FILE = "clock.json"
 HEARTBEAT_SECONDS = 2.0

@@ -18,9 +18,9 @@ from typing import Any
 from birbal_ray.cluster import MIN_LOGICAL_CPUS, WorkerRequest, can_place, job_metadata, log_to, ray_session
 from birbal_ray.models import Model, ModelError, resolve_model
 from birbal_ray.progress import ProgressLine, duration, save_throughput
-from birbal_ray.run import LOG_FOLDER, Run, RunFailedError, read_json, write_json
+from birbal_ray.run import LOG_FOLDER, Run, RunFailedError
 from birbal_ray.settings import ConfigError
-from birbal_ray.storage import Folder, RunError, Uploader, cache_folder, open_folder
+from birbal_ray.storage import Folder, RunError, Uploader, cache_folder, open_folder, read_json, write_json
 from birbal_ray.train.checkpoints import (
     CHECKPOINTS_FOLDER,
     EASED_FILE,

@@ -26,8 +26,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 from trl import SFTConfig, SFTTrainer
 
 from birbal_ray.models import load_tokenizer
-from birbal_ray.run import read_json, write_json
-from birbal_ray.storage import RunError, open_folder, write_atomic
+from birbal_ray.storage import RunError, open_folder, read_json, write_atomic, write_json
 from birbal_ray.train.attention import choose_attention, name_kernel
 from birbal_ray.train.checkpoints import (
     BEST_FILE,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from birbal_ray.ni.catalog import sample_tasks_folder
 from birbal_ray.pipeline import DEMO, DEMO_HELD_OUT_TASKS
-from birbal_ray.run import read_json
+from birbal_ray.storage import read_json
 from tests.conftest import slow
 from tests.e2e.processes import birbal, finish, kill_whole, rows_of, wait_for
 

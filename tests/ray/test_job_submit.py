@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from birbal_ray.run import read_json
+from birbal_ray.storage import read_json
 from tests.conftest import REPOSITORY, slow, task_values
 from tests.ray.conftest import scored_rows
 from tests.ray.test_score_kills import finished_files

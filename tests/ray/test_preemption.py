@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from birbal_ray.run import read_json
+from birbal_ray.storage import read_json
 from tests.conftest import slow, task_values
 from tests.ray.conftest import scored_rows, start_cluster
 from tests.ray.test_score_kills import finished_files, wait_for

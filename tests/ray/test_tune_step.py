@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from matplotlib.image import imread
 
 from birbal_ray.cli.main import main
-from birbal_ray.run import read_json
+from birbal_ray.storage import read_json
 from tests.conftest import REPOSITORY
 from tests.e2e.processes import birbal, finish, kill_whole, wait_for
 from tests.fixtures.score_folder import made_up_rows, write_score_folder

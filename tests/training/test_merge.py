@@ -7,7 +7,8 @@ from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
 from birbal_ray.models import resolve_model
-from birbal_ray.run import MANIFEST_FILE, open_run, read_json, write_json
+from birbal_ray.run import MANIFEST_FILE, open_run
+from birbal_ray.storage import read_json, write_json
 
 
 @pytest.fixture(scope="module")

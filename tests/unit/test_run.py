@@ -1,75 +1,266 @@
-"""Run folders: nothing half-written is read as whole, nothing is mixed."""
+"""Run folders, on a disk and in object storage: nothing destroyed, nothing half-finished read as complete."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 
 import pytest
 
-from birbal_ray import run
+from birbal_ray.run import RunMismatchError, check_input, open_run, read_input, read_manifest
 from birbal_ray.settings import ConfigError
+from birbal_ray.storage import RunError, open_folder
+
+OWNS = ("rows/*/*.parquet", "tasks.parquet")
+IDENTITY = {"config": {"seed": 1, "model": "a"}}
 
 
-def test_atomic_write_leaves_no_temporary_file(tmp_path):
-    run.write_atomic(tmp_path / "a" / "f.txt", b"one")
-    run.write_atomic(tmp_path / "a" / "f.txt", b"two")
-    assert [file.name for file in (tmp_path / "a").iterdir()] == ["f.txt"]
-    assert (tmp_path / "a" / "f.txt").read_bytes() == b"two"
+def finished(folder, identity=IDENTITY, step="score", names=("rows/a/0.parquet", "tasks.parquet")):
+    """A finished run; gives its manifest."""
+    with open_run(folder, step, identity, owns=OWNS) as opened:
+        records = {name: folder.write_bytes(name, name.encode()) for name in names}
+        return opened.finish({"rows": 3}, records, summary="3 rows")
 
 
-def test_killed_while_writing_keeps_the_old_content(tmp_path):
-    target = tmp_path / "f.bin"
-    target.write_bytes(b"old")
-    code = (
-        "import os, sys, pathlib\nfrom birbal_ray import run\n"
-        "os.fsync = lambda descriptor: os.kill(os.getpid(), 9)\n"  # dies between writing and renaming
-        "run.write_atomic(pathlib.Path(sys.argv[1]), b'new' * 1000)"
-    )
-    assert subprocess.run([sys.executable, "-c", code, str(target)]).returncode == -9
-    assert target.read_bytes() == b"old"
+def contents(folder):
+    return {name: folder.read_bytes(name) for name in folder.files(hidden=True) if "lock" not in name}
 
 
-def test_changed_identity_is_refused_with_the_difference(tmp_path):
-    assert run.start_run(tmp_path, "score", {"config": {"seed": 1, "model": "a"}}) is False
-    assert run.start_run(tmp_path, "score", {"config": {"seed": 1, "model": "a"}}) is True
-    with pytest.raises(run.RunMismatchError) as caught:
-        run.start_run(tmp_path, "score", {"config": {"seed": 2, "model": "a"}})
+def test_a_run_goes_from_its_record_through_progress_to_its_manifest(folder):
+    with open_run(folder, "score", IDENTITY, owns=OWNS) as opened:
+        assert (opened.resumed, opened.manifest, opened.files) == (False, None, {})
+        assert folder.read_json("run.json")["identity"] == IDENTITY
+        opened.progress(1, 4, text="1 of 4 rows", rate_per_second=2.0)
+        opened.progress(2, 4)  # too soon
+        opened.progress(4, 4, text="4 of 4 rows", final=True)
+        seen = folder.read_json("progress.json")
+        assert (seen["done"], seen["total"], seen["text"]) == (4, 4, "4 of 4 rows")
+        assert 0 <= seen["wall_seconds"] < 60 and seen["started_at"] <= seen["updated_at"] <= time.time()
+        opened.session({"prompts": 4})
+        record = folder.write_bytes("rows/a/0.parquet", b"rows")
+        folder.write_bytes("tasks.parquet", b"tasks")
+        with pytest.raises(FileNotFoundError):
+            opened.finish({}, ["absent"], summary="")
+        assert "manifest.json" not in folder.files()
+        opened.finish({"rows": 4}, ["tasks.parquet"], summary="4 rows")
+        manifest = opened.finish({"rows": 4}, {"rows/a/0.parquet": record}, summary="4 rows")
+    assert manifest == read_manifest(folder, "score") == json.loads(folder.read_text("manifest.json"))
+    assert (manifest["step"], manifest["rows"], manifest["summary"]) == ("score", 4, "4 rows")
+    assert manifest["files"] == {"rows/a/0.parquet": {"sha256": record.sha256, "size": 4}}
+    assert manifest["packages"]["pyarrow"] and manifest["wall_seconds"] >= 0
+    with open_run(folder, "score", IDENTITY, owns=OWNS) as opened:
+        assert (opened.resumed, opened.manifest) == (True, manifest)
+        assert opened.files["rows/a/0.parquet"].size == 4
+        opened.session({"prompts": 0})
+        assert opened.sessions() == [{"prompts": 4}, {"prompts": 0}]
+        opened.withdraw()
+    with pytest.raises(RunError, match="unfinished `birbal score` run"):
+        read_manifest(folder, "score")
+
+
+def test_wall_seconds_are_those_of_all_sessions(folder, monkeypatch):
+    with open_run(folder, "score", IDENTITY, owns=OWNS) as opened:
+        opened._started -= 100
+        opened.progress(1, 2, final=True)
+    with open_run(folder, "score", IDENTITY, owns=OWNS) as opened:
+        assert 100 <= opened.wall_seconds < 160
+
+
+def test_what_ended_a_session_is_recorded(folder):
+    with pytest.raises(RunError), open_run(folder, "train", {}, owns=()) as opened:
+        opened.progress(3, 9, text="step 3 of 9", final=True)
+        raise RunError("the card\nran out of memory")
+    seen = folder.read_json("progress.json")
+    assert (seen["error"], seen["done"], seen["text"]) == ("the card ran out of memory", 3, "step 3 of 9")
+
+
+def test_changed_identity_is_refused_with_the_difference(folder):
+    finished(folder)
+    before = contents(folder)
+    with (
+        pytest.raises(RunMismatchError) as caught,
+        open_run(folder, "score", {"config": {"seed": 2, "model": "a"}}, owns=OWNS),
+    ):
+        pass
     assert caught.value.differences == ["config.seed: 1 → 2"]
     assert "--overwrite" in str(caught.value)
-    (tmp_path / "rows").mkdir()
-    (tmp_path / "rows" / "x").write_text("old")
-    assert run.start_run(tmp_path, "score", {"config": {"seed": 2}}, overwrite=True) is False
-    assert not (tmp_path / "rows").exists()
+    assert contents(folder) == before
 
 
-def test_overwrite_starts_a_finished_run_anew_and_an_unfinished_one_goes_on(tmp_path):
-    run.start_run(tmp_path, "score", {"a": 1})
-    (tmp_path / "old").write_text("x")
-    assert run.start_run(tmp_path, "score", {"a": 1}, overwrite=True) is True
-    assert (tmp_path / "old").exists(), "the same command, stopped and called again, loses nothing"
-    (tmp_path / "manifest.json").write_text("{}")
-    assert run.start_run(tmp_path, "score", {"a": 1}, overwrite=True) is False
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["run.json"]
-    (tmp_path / "run.json").write_text("{")
-    assert run.start_run(tmp_path, "score", {"a": 1}, overwrite=True) is False
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["run.json"]
+def test_overwrite_deletes_a_finished_run_and_continues_an_unfinished_one(folder):
+    finished(folder)
+    with open_run(folder, "score", IDENTITY, owns=OWNS, overwrite=True) as opened:
+        assert (opened.resumed, opened.manifest, opened.files) == (False, None, {})
+        assert contents(folder).keys() == {"run.json"}
+        folder.write_bytes("tasks.parquet", b"1")
+    with open_run(folder, "score", IDENTITY, owns=OWNS, overwrite=True) as opened:
+        assert opened.resumed, "the same command, stopped and called again, loses nothing"
+        assert "tasks.parquet" in opened.files
+    with open_run(folder, "score", {"other": 1}, owns=OWNS, overwrite=True) as opened:
+        assert not opened.resumed and contents(folder).keys() == {"run.json"}
+    folder.write_bytes("run.json", b"{")
+    with open_run(folder, "score", IDENTITY, owns=OWNS, overwrite=True) as opened:
+        assert not opened.resumed and folder.read_json("run.json")["identity"] == IDENTITY
 
 
-def test_killed_before_its_first_file_was_named(tmp_path):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_inputs_folder_is_refused(folder, overwrite):
+    scores = folder.subfolder("runs").subfolder("score")
+    finished(scores)
+    before = contents(folder)
+    for output, word in ((scores, "is"), (folder.subfolder("runs"), "holds"), (folder, "holds")):
+        message = f"this folder {word} an input"
+        with (
+            pytest.raises(ConfigError, match=message),
+            open_run(output.place, "mix", {}, owns=("*",), overwrite=overwrite, inputs=[scores.place, "org/model"]),
+        ):
+            pass
+    assert contents(folder) == before
+    with open_run(folder.subfolder("runs/score-2"), "mix", {}, owns=("*",), inputs=[scores.place]):
+        pass
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_another_steps_run_is_refused(folder, overwrite):
+    finished(folder, step="train")
+    before = contents(folder)
+    message = "holds the output of `birbal train`, not of `birbal score`; choose another --output"
+    with (
+        pytest.raises(ConfigError, match=message),
+        open_run(folder, "score", IDENTITY, owns=("*",), overwrite=overwrite),
+    ):
+        pass
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "rows/notes.txt", "sub/run.json", "rows.parquet"])
+def test_files_that_the_step_did_not_make_are_never_deleted(folder, name):
+    finished(folder)
+    folder.write_bytes(name, b"mine")
+    before = contents(folder)
+    with (
+        pytest.raises(ConfigError, match=rf"--overwrite deletes nothing here.*\(first: {name}\)"),
+        open_run(folder, "score", IDENTITY, owns=OWNS, overwrite=True),
+    ):
+        pass
+    assert contents(folder) == before
+    with open_run(folder, "score", IDENTITY, owns=OWNS) as opened:  # without it nothing would be deleted
+        assert opened.manifest
+
+
+def test_hidden_files_of_others_are_left_alone(folder):
+    finished(folder)
+    folder.write_bytes(".git/config", b"mine")
+    with open_run(folder, "score", IDENTITY, owns=OWNS, overwrite=True):
+        assert folder.read_bytes(".git/config") == b"mine"
+
+
+def test_a_strangers_folder_is_not_touched(folder):
+    folder.write_bytes("thesis.txt", b"mine")
+    message = r"not empty and not a birbal run.*thesis\.txt"
+    with pytest.raises(ConfigError, match=message), open_run(folder, "score", {}, owns=("*",), overwrite=True):
+        pass
+    assert contents(folder) == {"thesis.txt": b"mine"}
+
+
+def test_a_finished_run_that_lost_or_changed_a_file_is_made_again(folder, capsys):
+    finished(folder)
+    for spoil, reason in (
+        (lambda: folder.delete(["tasks.parquet"]), "tasks.parquet is missing"),
+        (lambda: folder.write_bytes("tasks.parquet", b""), "tasks.parquet has 0 bytes, not 13"),
+        (lambda: folder.write_bytes("manifest.json", b"{}"), "files"),
+        (lambda: folder.write_bytes("manifest.json", b"{half"), "not valid JSON"),
+    ):
+        finished(folder)
+        spoil()
+        if "manifest" not in reason and "JSON" not in reason and reason != "files":
+            with pytest.raises(RunError, match=reason):
+                read_manifest(folder, "score")
+        with open_run(folder, "score", IDENTITY, owns=OWNS) as opened:
+            assert (opened.resumed, opened.manifest) == (True, None)
+            assert "manifest.json" not in folder.files()
+        assert reason in capsys.readouterr().err
+
+
+def test_an_input_that_was_edited_is_refused(folder):
+    manifest = finished(folder)
+    assert read_input(folder, manifest, "tasks.parquet") == b"tasks.parquet"
+    check_input(folder, manifest, ["rows/a/0.parquet"])
+    folder.write_bytes("tasks.parquet", b"tasks.parqueT")
+    read_manifest(folder, "score")  # the sizes are right
+    for read in (
+        lambda: read_input(folder, manifest, "tasks.parquet"),
+        lambda: check_input(folder, manifest, ["tasks.parquet"]),
+    ):
+        with pytest.raises(RunError, match=r"tasks\.parquet: edited since its run finished") as caught:
+            read()
+    assert "\n" not in str(caught.value)
+    folder.delete(["tasks.parquet"])
+    with pytest.raises(RunError, match=r"tasks\.parquet: missing"):
+        check_input(folder, manifest, ["tasks.parquet"])
+
+
+def test_manifests_that_are_not_a_steps_finished_run_are_refused(folder):
+    with pytest.raises(RunError, match="no such folder"):
+        read_manifest(folder, "score")
+    folder.write_bytes("x", b"")
+    with pytest.raises(RunError, match=r"no manifest\.json here"):
+        read_manifest(folder, "score")
+    folder.delete(["x"])
+    finished(folder)
+    with pytest.raises(RunError, match="the output of `birbal score`, expected that of `birbal mix`"):
+        read_manifest(folder, "mix")
+    folder.write_bytes("manifest.json", b"[1]")
+    with pytest.raises(RunError, match="expected a JSON object, found list"):
+        read_manifest(folder, "score")
+    folder.write_bytes("manifest.json", b"{half")
+    with pytest.raises(RunError, match="not valid JSON"):
+        read_manifest(folder, "score")
+
+
+OLD = {"step": "mix", "identity": {"seed": 1}, "identity_hash": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"train.parquet": "4e388ab32b10dc8dbc7e28144f552830adc74787c1e2c0824032078a79f227fb"},  # a mix: name → sha256
+        {"quarantined": [], "excluded": []},  # score: counts
+        None,  # training: none
+    ],
+)
+def test_folders_of_the_previous_version_are_read_and_never_continued(folder, files):
+    folder.write_json("run.json", OLD)
+    folder.write_json("manifest.json", {**OLD, "rows": {"kept": 3}, **({} if files is None else {"files": files})})
+    folder.write_bytes("train.parquet", b"rows")
+    before = contents(folder)
+    manifest = read_manifest(folder, "mix")
+    assert manifest["rows"] == {"kept": 3}
+    with pytest.raises(RunError, match="earlier version of birbal_ray made this run"):
+        read_manifest(folder, "mix", oldest=2)
+    if files and "train.parquet" in files:
+        with pytest.raises(RunError, match="edited since"):
+            read_input(folder, manifest, "train.parquet")
+    else:
+        assert read_input(folder, manifest, "train.parquet") == b"rows"
+    message = "earlier version of birbal_ray made this run.*choose another --output"
+    with pytest.raises(ConfigError, match=message) as caught, open_run(folder, "mix", {"seed": 1}, owns=OWNS):
+        pass
+    assert "\n" not in str(caught.value)
+    assert contents(folder) == before
+
+
+def test_temporary_files_of_killed_processes_are_cleared_and_others_are_not(tmp_path):
+    folder = open_folder(tmp_path)
     (tmp_path / ".tmp-1-2-run.json").write_text("{")
-    assert run.start_run(tmp_path, "score", {"a": 1}) is False
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["run.json"]
-
-
-def test_a_strangers_folder_is_not_touched(tmp_path):
-    (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match=r"not empty and not a birbal run.*thesis\.txt"):
-        run.start_run(tmp_path, "score", {}, overwrite=True)
-    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    with open_run(folder, "score", IDENTITY, owns=OWNS):
+        folder.write_bytes("rows/a/.tmp-1-2-0.parquet", b"half")
+        folder.write_bytes(".tmp-1-2-tasks.parquet", b"half")
+        (tmp_path / ".tmp-adapter").mkdir()
+    with open_run(folder, "score", IDENTITY, owns=OWNS) as opened:
+        assert opened.resumed
+        assert set(folder.files(hidden=True)) == {"run.json", ".lock", ".lock.json"}
+        assert not (tmp_path / ".tmp-adapter").exists()
 
 
 def test_temporary_names_are_nobodys_where_no_run_was_begun(tmp_path):
@@ -78,55 +269,10 @@ def test_temporary_names_are_nobodys_where_no_run_was_begun(tmp_path):
     (tmp_path / ".tmp-notes").write_text("mine")
     (tmp_path / ".tmp-1-2-.lock.json").write_text("{")
     for overwrite in (False, True):
-        with pytest.raises(ConfigError, match=r"not a birbal run.*holds \.tmp-notes, \.tmp-thesis\)"):
-            run.start_run(tmp_path, "score", {}, overwrite=overwrite)
+        message = r"not a birbal run.*holds \.tmp-notes, \.tmp-thesis\)"
+        with (
+            pytest.raises(ConfigError, match=message),
+            open_run(tmp_path, "score", {}, owns=("*",), overwrite=overwrite),
+        ):
+            pass
     assert (tmp_path / ".tmp-thesis" / "chapter.txt").read_text() == (tmp_path / ".tmp-notes").read_text() == "mine"
-
-
-def test_temporary_names_in_a_run_folder_are_cleared(tmp_path):
-    run.start_run(tmp_path, "score", {"a": 1})
-    (tmp_path / ".tmp-adapter").mkdir()
-    (tmp_path / ".tmp-1-2-tasks.parquet").write_text("half")
-    assert run.start_run(tmp_path, "score", {"a": 1}) is True
-    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
-
-
-def test_manifest_of_an_unfinished_or_other_run_is_refused(tmp_path):
-    with pytest.raises(run.RunError, match="no such folder"):
-        run.read_manifest(tmp_path / "absent", "score")
-    with pytest.raises(run.RunError, match=r"no manifest\.json here"):
-        run.read_manifest(tmp_path, "score")
-    run.start_run(tmp_path, "score", {"config": {}})
-    with pytest.raises(run.RunError, match="unfinished `birbal score` run"):
-        run.read_manifest(tmp_path, "score")
-    run.finish_run(tmp_path, {"rows": 3})
-    manifest = run.read_manifest(tmp_path, "score")
-    assert manifest["rows"] == 3
-    assert manifest["packages"]["pyarrow"]
-    with pytest.raises(run.RunError, match="the output of `birbal score`, expected that of `birbal mix`"):
-        run.read_manifest(tmp_path, "mix")
-    (tmp_path / "manifest.json").write_text("{half")
-    with pytest.raises(run.RunError, match="not valid JSON"):
-        run.read_manifest(tmp_path, "score")
-
-
-def test_lock_names_its_holder_and_falls_with_the_process(tmp_path):
-    code = (
-        "import sys, time, pathlib\nfrom birbal_ray import run\n"
-        "with run.locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(run.RunError, match=f"another run is writing here \\(pid {holder.pid} on"), run.locked(tmp_path):
-        pass
-    holder.kill()
-    holder.wait()
-    for _ in range(50):
-        try:
-            with run.locked(tmp_path):
-                held = json.loads((tmp_path / ".lock.json").read_text())
-            break
-        except run.RunError:
-            time.sleep(0.1)
-    assert held["pid"] == os.getpid()

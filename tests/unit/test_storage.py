@@ -105,6 +105,13 @@ def test_deleting_takes_names_and_leaves_everything_else(folder):
     assert folder.folders() == ["rows"]
 
 
+def test_atomic_write_leaves_no_temporary_file(tmp_path):
+    storage.write_atomic(tmp_path / "a" / "f.txt", b"one")
+    storage.write_json(tmp_path / "a" / "f.txt", {"ü": 2})
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["f.txt"]
+    assert storage.read_json(tmp_path / "a" / "f.txt") == {"ü": 2}
+
+
 def test_killed_while_writing_keeps_the_old_content(tmp_path):
     (tmp_path / "f.bin").write_bytes(b"old")
     code = (

@@ -16,8 +16,9 @@ from birbal_ray.mix.run import mix
 from birbal_ray.models import Model
 from birbal_ray.ni.reader import read_task
 from birbal_ray.ni.schema import take_first, text_key
-from birbal_ray.run import RunError, read_json, write_json
+from birbal_ray.run import RunError
 from birbal_ray.settings import ConfigError
+from birbal_ray.storage import read_json, write_json
 from tests.fixtures.score_folder import made_up_rows, write_score_folder
 from tests.fixtures.tensors import write_tensors
 

@@ -19,10 +19,10 @@ from birbal_ray.evaluate.leaderboard import METRICS
 from birbal_ray.models import adapter_fingerprint
 from birbal_ray.report.conclusions import conclusion_of
 from birbal_ray.report.run import report
-from birbal_ray.run import MANIFEST_FILE, RunError, read_json, write_json
+from birbal_ray.run import MANIFEST_FILE, RunError
 from birbal_ray.schemas import EVALUATION
 from birbal_ray.settings import ConfigError
-from birbal_ray.storage import open_folder
+from birbal_ray.storage import open_folder, read_json, write_json
 from tests.fixtures.made_run import NASTY, make_run
 from tests.fixtures.s3_server import BUCKET
 
