@@ -64,7 +64,7 @@ def measure(kind: str, model: str, salt: str) -> dict[int, float]:
                     if kind == "birbal":
                         answer = http.post("/process", json={"prompt": prompt, "max_new_tokens": MAX_NEW})
                         return len(answer.raise_for_status().json()["tokens"])
-                    body = {"model": Path(model).name, "prompt": prompt, "max_tokens": MAX_NEW}
+                    body = {"model": model, "prompt": prompt, "max_tokens": MAX_NEW}
                     answer = http.post("/v1/completions", json={**body, "temperature": 0, "logprobs": 1})
                     return answer.raise_for_status().json()["usage"]["completion_tokens"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,18 +12,6 @@ from birbal_ray.score.engine import Adapter, Request, Sampling, VllmEngine, vllm
 from tests.fixtures.engine_contract import MAX_MODEL_LEN, EngineContract
 
 pytestmark = pytest.mark.vllm
-
-
-@pytest.fixture(scope="module")
-def served_model(tiny_model, tmp_path_factory):
-    """The tiny model with heads of 32 values, the fewest that vLLM's CPU attention takes, and its tokenizer."""
-    from transformers import AutoConfig, LlamaForCausalLM
-
-    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("served") / "model")
-    config = AutoConfig.from_pretrained(folder)
-    config.head_dim = 32
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 class TestVllmEngine(EngineContract):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import math
 import re
@@ -20,9 +21,10 @@ from birbal_ray.score.engine import Request, Sampling, VllmEngine
 from birbal_ray.score.engine_loop import EngineLoop
 from birbal_ray.score.tokens import prompt_token_ids
 from birbal_ray.serve.config import ServeConfig
+from birbal_ray.serve.rules import wrap_prompt
 from birbal_ray.serve.run import openai_command
 from birbal_ray.settings import load_config
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, slow
 from tests.e2e.processes import kill_whole, wait_for
 
 pytestmark = pytest.mark.vllm
@@ -30,18 +32,24 @@ NUM_PROMPTS, MAX_NEW = 200, 16
 TIE = 1e-3  # two tokens this near in log probability may swap with the batch
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """(client of a running server, its process)"""
-    log = tmp_path_factory.mktemp("serve") / "log"
-    command = [sys.executable, "-m", "birbal_ray", "serve", "--config", REPOSITORY / "configs/serve/tiny.yaml"]
+@contextlib.contextmanager
+def running(folder, *options):
+    """(client of a server started with these options, its process)"""
+    log = folder / "log"
+    command = [sys.executable, "-m", "birbal_ray", "serve", *options, "--port", "0"]
     with log.open("wb") as out:
-        process = subprocess.Popen([*map(str, command), "--port", "0"], stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=subprocess.STDOUT)
     wait_for(lambda: "serving " in log.read_text(), process)
-    with httpx.Client(base_url=re.search(r"http://\S+", log.read_text())[0], timeout=300) as client:
+    with httpx.Client(base_url=re.search(r"http://\S+", log.read_text())[0], timeout=900) as client:
         yield client, process
     if process.poll() is None:
         kill_whole(process)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with running(tmp_path_factory.mktemp("serve"), "--config", REPOSITORY / "configs/serve/tiny.yaml") as made:
+        yield made
 
 
 def process(server, prompt, **fields):
@@ -146,31 +154,40 @@ def test_a_client_that_hangs_up_frees_the_engine(server):
 
 
 @pytest.mark.timeout(2400)
-def test_the_server_gives_the_texts_that_evaluation_gets(server, tmp_path):
+@pytest.mark.parametrize("name", ["tiny", pytest.param("smollm2-135m", marks=slow)])
+def test_the_server_gives_the_texts_that_evaluation_gets(name, served_model, tmp_path):
     """Each difference must begin where the two likeliest tokens are nearer than TIE; all are printed."""
+    model = served_model if name == "tiny" else resolve_model(name).path
     asked = prompts()
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    settings = ("--model", model, "--device", "cpu", "--set", "engine.max_model_len=1024")
+    with (
+        running(tmp_path, *settings, "--set", "resources.kv_cache_gib=1") as server,
+        concurrent.futures.ThreadPoolExecutor(16) as pool,
+    ):
         served = list(pool.map(lambda one: process(server, one, max_new_tokens=MAX_NEW, echo_prompt=True), asked))
-    server[1].send_signal(signal.SIGTERM)  # memory and cores for the other engine
-    assert server[1].wait(60) == 0
-    model = resolve_model("smollm2-135m").path
+        server[1].send_signal(signal.SIGTERM)  # memory and cores for the other engine
+        assert server[1].wait(60) == 0
     tokenizer = load_tokenizer(model)
-    settings = EngineSettings(device="cpu", max_model_len=4096)
-    loop = EngineLoop(lambda: VllmEngine(model, settings, ResourceSettings(kv_cache_gib=1, threads_per_replica=2)))
-    texts = [one["text"].removesuffix("".join(t["text"] for t in one["tokens"])) for one in served]
+    engine = EngineSettings(device="cpu", max_model_len=1024)
+    loop = EngineLoop(lambda: VllmEngine(model, engine, ResourceSettings(kv_cache_gib=1, threads_per_replica=2)))
+    texts = [wrap_prompt(one) for one in asked]
     ids = prompt_token_ids(tokenizer, texts)
     sampling = Sampling(stop=(), logprobs=True)
     futures = loop.submit([Request(t, i, MAX_NEW, sampling=sampling) for t, i in zip(texts, ids, strict=True)])
     differences = []
-    for prompt, one, future in zip(asked, served, futures, strict=True):
+    for text, one, future in zip(texts, served, futures, strict=True):
         mine, theirs = future.result(), one["tokens"]
         decoded = [tokenizer.decode([token.token_id]) for token in mine.tokens]
         place = next((n for n, token in enumerate(theirs) if decoded[n : n + 1] != [token["text"]]), None)
-        if place is not None:
-            # Greedy: each side's choice is its likeliest, so the choices' distance bounds that of the two likeliest.
-            gap = abs(theirs[place]["logprob"] - mine.tokens[place].logprob)
-            differences.append((prompt[:60], place, theirs[place]["text"], decoded[place], gap))
-    print(f"{len(asked)} prompts, {len(differences)} texts differ")
+        if place is None:
+            assert one["text"] == text + mine.text
+            continue
+        # Greedy: each side's choice is its likeliest, so the choices' distance is that of the two likeliest.
+        gap = abs(theirs[place]["logprob"] - mine.tokens[place].logprob)
+        differences.append((text[-60:], place, theirs[place]["text"], decoded[place], gap))
+    print(
+        f"{name}: {len(asked)} prompts, {sum(len(one['tokens']) for one in served)} tokens, {len(differences)} differ"
+    )
     for line in differences:
         print(json.dumps(line))
     assert all(gap < TIE for *_, gap in differences), differences
