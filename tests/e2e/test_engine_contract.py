@@ -9,6 +9,7 @@ import pytest
 
 from birbal_ray.score.config import EngineSettings, ResourceSettings
 from birbal_ray.score.engine import Adapter, Request, Sampling, VllmEngine, vllm_arguments
+from tests.conftest import slow
 from tests.fixtures.engine_contract import MAX_MODEL_LEN, EngineContract
 
 pytestmark = pytest.mark.vllm
@@ -57,6 +58,7 @@ def adapter(served_model, tmp_path_factory):
     return folder
 
 
+@slow
 def test_an_adapter_gives_the_log_probabilities_that_peft_gives(served_model, adapter):
     """vLLM serves the base model without a word where an adapter's modules match nothing."""
     import torch
