@@ -333,13 +333,13 @@ def tune(config: TuneConfig, overwrite: bool, dry_run: bool, output_format: str)
 
 
 def print_tune(result: TuneResult, output_format: str) -> None:
-    """The table of mixes on stdout, the verdict and the files on stderr."""
+    """The table of mixes on stdout, the conclusion and the files on stderr."""
     from birbal_ray.tune.run import describe_result
 
     print_table(result.manifest["summary_rows"], output_format)
     for line in describe_result(result.manifest):
         note(line)
-    note(f"its mix: birbal mix --config {result.folder.at('best_mix.yaml')} --output DIR")
+    note(f"its mix: birbal mix --config {shlex.quote(result.folder.at('best_mix.yaml'))} --output DIR")
     note(f"all trials: {result.folder.at('trials.parquet')}; pictures: {result.folder.at('search.png')}")
 
 
@@ -423,7 +423,8 @@ def print_train(result: TrainResult, output_format: str) -> None:
     names = ("epochs", "ended_by", "base_eval_loss", "best_eval_loss", "best_step")
     row = {"steps": outcome["num_steps"], **{name.replace("_", " "): outcome[name] for name in names}}
     print_table([{**row, "seconds": outcome["elapsed_seconds"], "adapter": folder.at("adapter")}], output_format)
-    note(f"loss curve: {folder.at('loss_curve.png')}; TensorBoard: tensorboard --logdir {folder.at('tensorboard')}")
+    note(f"loss curve: {folder.at('loss_curve.png')}")
+    note(f"TensorBoard: tensorboard --logdir {shlex.quote(folder.at('tensorboard'))}")
 
 
 # --- evaluate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +114,7 @@ def harness(helm: bool, list_only: bool, dry_run: bool, overwrite: bool, output_
         measured = run_helm(request, overwrite=overwrite)
         columns = ["entry", "metric", "measure", "value", "instances"]
         print_table(measured.rows, output_format, columns)
-        note(f"place it: birbal leaderboard --add {measured.folder.at(RESULTS_FILE)}")
+        note(f"place it: birbal leaderboard --add {shlex.quote(measured.folder.at(RESULTS_FILE))}")
         return
     if dry_run:
         print_table(step.dry_run(request), output_format)
@@ -122,7 +123,7 @@ def harness(helm: bool, list_only: bool, dry_run: bool, overwrite: bool, output_
     print_table(result.rows, output_format)
     if any(row["metric"] in METRICS for row in result.rows):
         note(f"not comparable: {COMPARABLE_NOTE}")
-        note(f"place it: birbal leaderboard --add {result.folder.at(step.RESULTS_FILE)}")
+        note(f"place it: birbal leaderboard --add {shlex.quote(result.folder.at(step.RESULTS_FILE))}")
 
 
 @click.command()
