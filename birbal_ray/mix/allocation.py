@@ -107,21 +107,13 @@ def ladder_decile(accuracy: float) -> int:
     return min(int(accuracy * 100) // 10, 9)
 
 
-def band(rouge_l: float) -> int | None:
-    """ROUGE-L band 0..6 of a generation row, None at 0.8 or above (birbal_2023)."""
-    for number, edge in enumerate(BAND_EDGES):
-        if rouge_l < edge:
-            return number
-    return None
-
-
 def band_quota(number: int, num_rows: int) -> int:
     """How many of a task's `num_rows` rows in a band are drawn: 80 % of the lowest, 20 % of others, rounded down."""
     return math.floor((LOWEST_BAND_SHARE if number == 0 else OTHER_BAND_SHARE) * num_rows)
 
 
 def band_name(number: int) -> str:
-    """`rouge_0.0` … `rouge_0.7`: the lower edge of the band."""
+    """`rouge_0.0` … `rouge_0.8`: the lower edge of the band."""
     return f"rouge_{0.0 if number == 0 else BAND_EDGES[number - 1]:.1f}"
 
 

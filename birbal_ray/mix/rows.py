@@ -6,6 +6,7 @@ from enum import IntEnum, IntFlag
 
 import pyarrow as pa
 
+from birbal_ray.mix.allocation import BAND_EDGES, band_name
 from birbal_ray.ni.prompt import render_prompt
 
 NATURAL_INSTRUCTIONS = "natural_instructions"  # `source` of every scored row
@@ -149,7 +150,7 @@ BUCKETS = (
     "failed",
     "rest",
     *(f"accuracy_{decile}" for decile in range(10)),
-    *(f"rouge_{edge:.1f}" for edge in (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
+    *(band_name(number) for number in range(len(BAND_EDGES) + 1)),
 )
 BUCKET_OF = {name: number for number, name in enumerate(BUCKETS)}
 

@@ -10,7 +10,6 @@ from birbal_ray.mix.allocation import (
     LADDER_CAPS,
     TaskDemand,
     allocate,
-    band,
     band_name,
     band_quota,
     ladder_cap,
@@ -84,7 +83,6 @@ def test_published_ladder_of_caps():
 
 
 def test_published_bands():
-    assert [band(score) for score in (0.0, 0.1999, 0.2, 0.45, 0.7999, 0.8, 1.0)] == [0, 0, 1, 3, 6, None, None]
     assert [band_quota(0, n) for n in (0, 1, 5, 9)] == [0, 0, 4, 7]
     assert [band_quota(3, n) for n in (4, 5, 9, 10)] == [0, 1, 1, 2]
     assert [band_name(n) for n in (0, 1, 6)] == ["rouge_0.0", "rouge_0.2", "rouge_0.7"]

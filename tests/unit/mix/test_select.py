@@ -141,6 +141,19 @@ def test_published_ladder_by_hand():
     assert BUCKETS[result.bucket[8]] == "accuracy_8" and BUCKETS[result.bucket[16]] == "rouge_0.2"
 
 
+def test_published_band_edges():
+    scores = np.array([0.0, 0.1999, 0.2, 0.45, 0.7999, 0.8, 1.0])
+    order = np.arange(len(scores), dtype=np.uint64)
+    group, flags = np.full(len(scores), 3, np.int32), np.zeros(len(scores), np.uint16)
+    result = decide(
+        Candidates(group, order, order, order, scores, scores, flags), GROUPS, MixConfig(policy="birbal_2023")
+    )
+    edges = ("0.0", "0.0", "0.2", "0.4", "0.7", "0.8", "0.8")
+    assert [BUCKETS[bucket] for bucket in result.bucket] == [f"rouge_{edge}" for edge in edges]
+    answered_well = [Reason(reason) is Reason.ANSWERED_WELL for reason in result.reason]
+    assert answered_well == [False] * 5 + [True] * 2
+
+
 def test_budget_that_cannot_be_met():
     with pytest.raises(ConfigError, match=r"task_score.generation_budget = 3: only 0 generation candidates"):
         decide(columns(0, 0), GROUPS, MixConfig(task_score={"exact_match_budget": 0, "generation_budget": 3}))
