@@ -14,13 +14,14 @@ def dataset_card(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> st
 
     Holds nothing that differs between two runs on the same inputs.
     """
-    rows = manifest["rows"]
+    rows, model = manifest["rows"], manifest["scores"]["model"]
+    notes = [f"- {task}: {note}" for task, note in manifest["notes"].items()]
     parts = [
         _front_matter(rows["kept"]),
         "# A training mix made by birbal_ray\n",
         f"{rows['kept']:,} instruction rows ({rows['train']:,} train, {rows['eval']:,} eval), chosen from "
         f"{rows['candidates']:,} candidates by policy `{settings['policy']}` with seed {settings['seed']}. "
-        f"{_model(manifest)}\n",
+        f"{f'Scores come from `{model}`.' if model else 'The scores name no model.'}\n",
         "## Composition\n",
         _table(
             ["source", "label", "tasks", "candidates", "kept", "train", "eval", "share"],
@@ -35,7 +36,7 @@ def dataset_card(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> st
             ],
         ),
         _shortfalls(manifest["allocation"]),
-        _notes(manifest["notes"]),
+        "## Tasks below their share\n\n" + "\n".join(notes) + "\n" if notes else "",
         "## Sources and licences\n",
         "Every row carries its own `license`; the strictest one binds the mix as a whole.\n",
         _table(["source", "origin", "revision", "licences"], manifest["licenses"]),
@@ -77,11 +78,6 @@ _SIZES = (
 )
 
 
-def _model(manifest: Mapping[str, Any]) -> str:
-    model = manifest["scores"]["model"]
-    return f"Scores come from `{model}`." if model else "The scores name no model."
-
-
 def _shortfalls(allocation: Mapping[str, Any]) -> str:
     lines = [
         f"- {label}: {entry['allocated']:,} of {entry['budget']:,} rows; too few candidates in "
@@ -90,11 +86,6 @@ def _shortfalls(allocation: Mapping[str, Any]) -> str:
         if entry["shortfall"]
     ]
     return "## Budgets not met\n\n" + "\n".join(lines) + "\n" if lines else ""
-
-
-def _notes(notes: Mapping[str, str]) -> str:
-    lines = [f"- {task}: {note}" for task, note in notes.items()]
-    return "## Tasks below their share\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def _first(tasks: Sequence[Mapping[str, Any]]) -> str:

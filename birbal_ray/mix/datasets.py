@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from birbal_ray.mix.config import ColumnMapping, SourceSettings
+from birbal_ray.mix.config import SourceSettings
 from birbal_ray.mix.features import hash_all
 from birbal_ray.mix.files import BATCH_ROWS, SUFFIXES, read_records, sha256_of_file
 from birbal_ray.mix.rows import OUTSIDE_ROWS
@@ -91,10 +91,6 @@ class Origin:
     revision: str
     license: str
 
-    def record(self) -> dict[str, str]:
-        """For the manifest and the run's identity."""
-        return asdict(self)
-
 
 def origin_of(source: SourceSettings) -> Origin:
     """Resolve where `source` comes from, without reading its rows.
@@ -136,7 +132,8 @@ def read_source(source: SourceSettings, origin: Origin) -> Iterator[pa.Table]:
 
 
 def _rows(source: SourceSettings, origin: Origin) -> Iterator[Row]:
-    mapping, known = source.columns, HUB_DATASETS.get(source.name)
+    known = HUB_DATASETS.get(source.name)
+    mapping = source.columns.model_dump(exclude_none=True) if source.columns else {}
     files = [origin.location] if source.path is not None else _hub_files(source.name, origin)
     for file in files:
         records = read_records(file, f"source {source.name}")
@@ -147,7 +144,10 @@ def _rows(source: SourceSettings, origin: Origin) -> Iterator[Row]:
             if not isinstance(record, Mapping):
                 raise ConfigError(f"{where}: expected an object with columns, found {type(record).__name__}")
             try:
-                adapted = [_mapped(record, mapping)] if mapping else list(known.adapt(record)) if known else []
+                if mapping or known is None:
+                    adapted = [{name: record.get(column) for name, column in mapping.items()}]
+                else:
+                    adapted = list(known.adapt(record))
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
                 raise ConfigError(
                     f"{where} is not in the expected layout ({type(error).__name__}: {error}); "
@@ -171,10 +171,6 @@ def _check_columns(source: SourceSettings, file: str, records: list[Any]) -> Non
                 f"source {source.name}: {file}: column {column!r} is missing{nearest(column, found)}; found "
                 f"{', '.join(found)}; expected {expected}"
             )
-
-
-def _mapped(record: Record, mapping: ColumnMapping) -> Row:
-    return {name: record.get(column) for name, column in mapping.model_dump().items() if column is not None}
 
 
 def _complete(row: Row, source: SourceSettings, origin: Origin, where: str) -> Row:

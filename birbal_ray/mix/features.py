@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rapidfuzz.distance import LCSseq
 
 from birbal_ray.mix import dedup
-from birbal_ray.mix.allocation import BIRBAL_2023, LADDER_MAX_INPUT_WORDS, LADDER_MAX_WORDS
+from birbal_ray.mix.allocation import LADDER_MAX_INPUT_WORDS, LADDER_MAX_WORDS
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.contamination import NgramIndex
 from birbal_ray.mix.rows import Flags
@@ -64,6 +64,10 @@ def extract_features(block: Block, config: MixConfig, ngrams: NgramIndex | None)
     if ngrams is not None:
         hits = ngrams.overlaps(list(zip(block.input.to_pylist(), block.output.to_pylist(), strict=True)))
         flags[hits] |= np.uint16(Flags.NGRAM)
+    published = np.full(len(flags), math.nan)
+    for row, answer in enumerate(block.answers):
+        if answer is not None:
+            published[row] = birbal_2023_score(*answer, config.compat)
     row_hash = row_hashes(_bytes_of(block.row_id), config.seed)
     columns = {
         "group": block.group,
@@ -71,7 +75,7 @@ def extract_features(block: Block, config: MixConfig, ngrams: NgramIndex | None)
         "shuffle_hash": shuffle_hashes(row_hash),
         "key": repeat_keys(_bytes_of(block.instruction), _bytes_of(block.input), config.dedup_key),
         "score": block.score,
-        "published": _published_scores(block, config),
+        "published": published,
         "flags": flags,
         "row_id": block.row_id,
         "task": pa.nulls(len(row_hash), pa.string()) if block.task is None else block.task,
@@ -206,11 +210,3 @@ def _text_flags(block: Block, config: MixConfig) -> NDArray[np.uint16]:
     for flag, condition in conditions.items():
         flags[condition] |= np.uint16(flag)
     return flags
-
-
-def _published_scores(block: Block, config: MixConfig) -> NDArray[np.float64]:
-    if config.policy != BIRBAL_2023 or not block.answers:
-        return np.full(len(block.group), math.nan)
-    return np.array(
-        [math.nan if one is None else birbal_2023_score(*one, config.compat) for one in block.answers], np.float64
-    )

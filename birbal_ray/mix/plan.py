@@ -253,7 +253,13 @@ def _context(config: MixConfig, scores: ScoreFolder, origins: Sequence[Origin]) 
     ]
     files = config.contamination.files
     ngrams = build_index(files, config.contamination.ngram) if files else None
-    return reading.make_context(config, scores, [*tasks, *outside], ngrams)
+    per_task = [
+        # The published scripts took the first letter of a definition that is a text.
+        (t.name, t.label, t.license, t.definition[:1] if config.compat and t.definition_is_text else t.definition)
+        for t in scores.tasks
+    ]
+    columns = [pa.array(list(column), pa.string()) for column in zip(*per_task, strict=True)]
+    return Context(config, scores, (*tasks, *outside), ngrams, *columns)
 
 
 def _check_complete(rows: Candidates, row_ids: pa.Array, context: Context) -> None:

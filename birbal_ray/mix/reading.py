@@ -64,16 +64,6 @@ class Context:
     definitions: pa.Array
 
 
-def make_context(config: MixConfig, scores: ScoreFolder, groups: Sequence[Group], ngrams: NgramIndex | None) -> Context:
-    """`compat` reproduces that the published scripts took the first letter of a definition that is a text."""
-    per_task = [
-        (t.name, t.label, t.license, t.definition[:1] if config.compat and t.definition_is_text else t.definition)
-        for t in scores.tasks
-    ]
-    columns = [pa.array(list(column), pa.string()) for column in zip(*per_task, strict=True)]
-    return Context(config, scores, tuple(groups), ngrams, *columns)
-
-
 def plan_chunks(files: Sequence[ScoreFile], chunk_bytes: int) -> list[Chunk]:
     """Neighbouring files together, up to `chunk_bytes` where a single one isn't larger."""
     chunks: list[list[ScoreFile]] = []

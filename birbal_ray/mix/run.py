@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,7 @@ def _manifest(
     return {
         "seed": config.seed,
         "scores": {"path": absolute(config.scores or ""), "model": scores.model, "rows": scores.num_rows},
-        "sources": [origin.record() for origin in origins],
+        "sources": [asdict(origin) for origin in origins],
         "rows": {
             "candidates": len(plan.candidates),
             "kept": kept,

@@ -83,7 +83,9 @@ def open_scores(place: str | os.PathLike[str] | Folder, model: str | None = None
             f"{folder}: scored by {made_by or 'an unnamed model'}, the configuration says model = {model!r}; "
             "point --scores at that model's run, or correct model (null takes any)"
         )
-    listed = _listed_hashes(manifest)
+    # Manifests of earlier versions list few files, or something else under that name.
+    records = manifest["files"] if isinstance(manifest.get("files"), Mapping) else {}
+    listed = {name: str(one["sha256"]) for name, one in records.items() if isinstance(one, Mapping) and "sha256" in one}
     # A task's name may begin with a dot; what a killed writer left begins with .tmp-.
     files = tuple(
         ScoreFile(name, stat.size, listed.get(name))
@@ -164,13 +166,6 @@ def _refuse(place: str, is_wrong: pa.ChunkedArray, problem: str) -> None:
         raise RunError(f"{place}, row {pc.indices_nonzero(is_wrong)[0].as_py() + 1}: {problem}; {AGAIN}")
 
 
-def _listed_hashes(manifest: Mapping[str, Any]) -> dict[str, str]:
-    files = manifest.get("files")
-    entries = files.items() if isinstance(files, Mapping) else ()
-    hashes = {name: entry.get("sha256") if isinstance(entry, Mapping) else entry for name, entry in entries}
-    return {name: sha256 for name, sha256 in hashes.items() if isinstance(sha256, str)}
-
-
 def _tasks(folder: Folder, listed: Mapping[str, str]) -> tuple[ScoredTask, ...]:
     place = folder.at(TASK_SCORES_FILE)
     table = read_table(folder, TASK_SCORES_FILE, TASK_SCORES, listed.get(TASK_SCORES_FILE))
@@ -212,4 +207,6 @@ def _tasks(folder: Folder, listed: Mapping[str, str]) -> tuple[ScoredTask, ...]:
                 definition_is_text=bool(row.get("definition_is_text")),
             )
         )
+    if not tasks:
+        raise RunError(f"{folder.at(TASKS_FILE)}: no tasks; {AGAIN}")
     return tuple(sorted(tasks, key=lambda task: task.name))

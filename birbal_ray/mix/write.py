@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from json.encoder import encode_basestring as quoted
 from typing import Any
@@ -67,13 +67,18 @@ def write_mix(
         for table in texts:
             rank = table["rank"].to_numpy()
             for split, first, end in view.split_ranges:
-                part = table.slice(*_overlap(rank, first, end))
+                start = int(np.clip(first - rank[0], 0, len(rank)))  # the ranks of [first, end) in this table
+                part = table.slice(start, int(np.clip(end - rank[0], start, len(rank))) - start)
                 if len(part):
                     rows = _mix_rows(part, view, VALIDATION if split == VALIDATION else config.policy)
                     files[split].write_table(rows, row_group_size=BATCH_ROWS)
-                    text = {name: rows[name].to_pylist() for name in ("instruction", "input", "output", "question")}
-                    lines[split].write(_json_lines(text).encode())
-                    alpaca[split].write(_json_records(text, is_first=part["rank"][0].as_py() == first).encode())
+                    text = (rows[name].to_pylist() for name in ("instruction", "input", "output", "question"))
+                    quadruples = [tuple(map(quoted, one)) for one in zip(*text, strict=True)]
+                    pairs = [f'{{"question": {q}, "answer": {o}}}\n' for _, _, o, q in quadruples]
+                    lines[split].write("".join(pairs).encode())
+                    records = [f'{{"instruction": {i}, "input": {x}, "output": {o}}}' for i, x, o, _ in quadruples]
+                    separator = "\n" if part["rank"][0].as_py() == first else ",\n"
+                    alpaca[split].write((separator + ",\n".join(records)).encode())
                     for source, license in set(
                         zip(rows["source"].to_pylist(), rows["license"].to_pylist(), strict=True)
                     ):
@@ -83,10 +88,14 @@ def write_mix(
         for start in range(0, len(plan.candidates), BATCH_ROWS):
             audit.write_table(view.audit(start, start + BATCH_ROWS), row_group_size=BATCH_ROWS)
             report(start)
-    records = {name: sink.record for name, sink in sinks.items()}
-    records[ALPACA_INFO] = folder.write_json(ALPACA_INFO, _llama_factory_info(splits))
-    records[ALPACA_CARD] = folder.write_bytes(ALPACA_CARD, ALPACA_TEXT.encode())
-    return records, licenses
+    written = {name: sink.record for name, sink in sinks.items()}
+    # LLaMA-Factory finds datasets through this file; its default column names are the alpaca ones.
+    columns = {"prompt": "question", "response": "answer"}
+    info: dict[str, Any] = {f"birbal_mix_{s}": {"file_name": f"{s}.json"} for s in splits}
+    info |= {f"birbal_text_{s}": {"file_name": f"../{s}.jsonl", "columns": columns} for s in splits}
+    written[ALPACA_INFO] = folder.write_json(ALPACA_INFO, info)
+    written[ALPACA_CARD] = folder.write_bytes(ALPACA_CARD, ALPACA_TEXT.encode())
+    return written, licenses
 
 
 class _View:
@@ -175,32 +184,8 @@ def _mix_rows(texts: pa.Table, view: _View, policy: str) -> pa.Table:
     )
 
 
-def _json_lines(text: Mapping[str, Sequence[str]]) -> str:
-    pairs = zip(text["question"], text["output"], strict=True)
-    return "".join([f'{{"question": {quoted(q)}, "answer": {quoted(a)}}}\n' for q, a in pairs])
-
-
-def _json_records(text: Mapping[str, Sequence[str]], is_first: bool) -> str:
-    rows = zip(text["instruction"], text["input"], text["output"], strict=True)
-    records = [f'{{"instruction": {quoted(i)}, "input": {quoted(x)}, "output": {quoted(o)}}}' for i, x, o in rows]
-    return ("\n" if is_first else ",\n") + ",\n".join(records)
-
-
-def _overlap(rank: NDArray[np.int32], first: int, end: int) -> tuple[int, int]:
-    """(start, length) of the part of a run of ranks that lies in [first, end)."""
-    start = int(np.clip(first - rank[0], 0, len(rank)))
-    return start, int(np.clip(end - rank[0], start, len(rank))) - start
-
-
 def _named(names: Sequence[str], codes: NDArray[Any], is_missing: NDArray[np.bool_] | None = None) -> pa.Array:
     return pa.array(list(names), pa.string()).take(pa.array(codes, mask=is_missing))
-
-
-def _llama_factory_info(splits: Sequence[str]) -> dict[str, Any]:
-    # LLaMA-Factory finds datasets through this file; its default column names are the alpaca ones.
-    rows = {f"birbal_mix_{split}": {"file_name": f"{split}.json"} for split in splits}
-    columns = {"prompt": "question", "response": "answer"}
-    return rows | {f"birbal_text_{s}": {"file_name": f"../{s}.jsonl", "columns": columns} for s in splits}
 
 
 # Checked against axolotl's user_defined.py and LLaMA-Factory's template.py; see docs/decisions.
