@@ -57,7 +57,7 @@ def edited(scores, tmp_path, name, row, values, listed=False):
     ],
 )
 def test_values_that_no_score_run_writes(values, problem, scores, tmp_path):
-    folder, file = edited(scores, tmp_path, "rows/*.parquet", 4, values)
+    folder, file = edited(scores, tmp_path, "rows/**/*.parquet", 4, values)
     with pytest.raises(RunError) as caught:
         mix(config(folder, tmp_path / "m"))
     assert str(caught.value).startswith(f"{file}, row 5: {problem}; run `birbal score` again")
@@ -79,7 +79,7 @@ def test_task_scores_that_make_no_sense(values, problem, scores, tmp_path):
         mix(config(folder, tmp_path / "m"))
 
 
-@pytest.mark.parametrize("name", ["task_scores.parquet", "tasks.parquet", "rows/*.parquet"])
+@pytest.mark.parametrize("name", ["task_scores.parquet", "tasks.parquet", "rows/**/*.parquet"])
 def test_an_edited_file_is_noticed_by_its_hash(name, scores, tmp_path):
     folder = shutil.copytree(scores, tmp_path / "edited")
     file = sorted(folder.glob(name))[0]
