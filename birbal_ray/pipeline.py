@@ -1,10 +1,13 @@
-"""The whole recipe: score, mix, train, evaluate, report, each in a folder of its own."""
+"""The whole recipe inside one budget: score, tune, mix, train, evaluate, report, each in a folder of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 from birbal_ray.cluster import job_metadata, ray_session
@@ -12,142 +15,252 @@ from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.evaluate.run import evaluate
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import mix
-from birbal_ray.ni.catalog import sample_tasks_folder
+from birbal_ray.ni import reader
+from birbal_ray.plan import least_seconds
+from birbal_ray.progress import duration
+from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps
 from birbal_ray.report.run import report
 from birbal_ray.run import LOG_FOLDER, MANIFEST_FILE, sigterm_as_interrupt
-from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.pipeline import logical_cpus
 from birbal_ray.score.run import score
-from birbal_ray.settings import Settings, load_config
-from birbal_ray.storage import cache_folder, join, open_folder
-from birbal_ray.train.config import TrainConfig
+from birbal_ray.settings import ConfigError
+from birbal_ray.storage import Folder, RunError, cache_folder, input_folder, open_folder
+from birbal_ray.train.deadline import CLOCK_FILE as WORKER_CLOCK_FILE
 from birbal_ray.train.launch import logical_cpus as train_logical_cpus
 from birbal_ray.train.run import train
+from birbal_ray.tune.run import tune
+from birbal_ray.tune.space import mix_of, point_of
 
 ABOUT = {
     "score": "what does the model get wrong?",
+    "tune": "which sampling ratios does a short fine-tune learn most from?",
     "mix": "a training set, more from the tasks that went wrong",
     "train": "QLoRA on it, 4-bit weights and a LoRA adapter",
     "evaluate": "base model against adapter on what was never sampled",
     "report": "everything on one page",
 }
-# The demo: the sample tasks, minutes on two CPU cores. One task of each label is kept out of training.
-DEMO_HELD_OUT_TASKS = ("sample004_short_reading_question", "sample008_one_sentence_summary")
-DEMO: dict[str, dict[str, Any]] = {
-    "score": {
-        "tasks.instances_per_task": 24,
-        "completion.max_completion_tokens": 48,
-        "engine.max_model_len": 1024,
-        "shard_rows": 12,
-    },
-    "mix": {
-        "task_score.exact_match_budget": 48,
-        "task_score.generation_budget": 48,
-        "task_score.allow_shortfall": True,
-        "eval_fraction": 0.1,
-    },
-    # configs/train/tiny.yaml, smaller still: on a CPU a step takes seconds however few tokens it has.
-    "train": {
-        "epochs": 1,
-        "lora.r": 16,
-        "lora.alpha": 32,
-        "batch.sequence_length": 1024,
-        "batch.micro": 1,
-        "batch.accumulation": 1,
-        "optimizer.learning_rate": 4e-4,
-        "evaluation.every_steps": 3,
-        "checkpoint.every_steps": 3,
-        "checkpoint.keep": 2,
-    },
-    "evaluate": {
-        "tasks.instances_per_task": 16,
-        "completion.max_completion_tokens": 48,
-        "engine.max_model_len": 1024,
-        "shard_rows": 16,
-    },
+RUN: Mapping[str, Callable[..., Any]] = {
+    **{"score": score, "tune": tune, "mix": mix, "train": train, "evaluate": evaluate}
 }
+CLOCK_FILE = "clock.json"
+LOCAL_BEAT_SECONDS, REMOTE_BEAT_SECONDS = 2.0, 5.0
+EVALUATE_MARGIN = 0.8  # of its time: speeds vary, and comparing takes a moment, too
+TRAIN_START_SECONDS = 15.0  # of the training step, before its worker's own clock runs and after it has ended
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """The settings of every step, their folders filled in."""
+class BudgetClock:
+    """Seconds that each step of a recipe has taken, over all sessions; a killed one loses a beat at most.
 
-    output: str
-    score: ScoreConfig
-    mix: MixConfig
-    train: TrainConfig
-    evaluate: EvaluateConfig
-
-
-def demo_recipe(output: str) -> Recipe:
-    """The demo's."""
-    return make_recipe(output, str(sample_tasks_folder()), None, {}, DEMO, DEMO_HELD_OUT_TASKS)
-
-
-def make_recipe(
-    output: str,
-    tasks: str | None,
-    model: str | None,
-    files: Mapping[str, str | None],
-    settings: Mapping[str, Mapping[str, Any]],
-    held_out_tasks: tuple[str, ...] = (),
-) -> Recipe:
-    """Settings from one file a step, `settings` over them; the steps' folders are joined up.
-
-    `held_out_tasks` are evaluated, never scored or trained on. Raises ConfigError.
+    Kept in clock.json of the recipe's folder, with what was decided once for a step, so that a continuation asks it
+    for the same. Without a budget it only counts.
     """
-    shared = {"tasks.path": tasks, "model.name": model}
-    joined: dict[str, dict[str, Any]] = {
-        "score": {**shared, "tasks.exclude": list(held_out_tasks) or None},
-        "mix": {"scores": join(output, "score")},
-        "train": {"mix": join(output, "mix"), "model.name": model},
-        "evaluate": {**shared, "adapters": [f"adapter={join(output, 'train')}"], "mix": join(output, "mix")},
-    }
 
-    def config(step: str, schema: type[Settings]) -> Any:
-        flags = {**joined[step], **settings.get(step, {}), "output": join(output, step)}
-        return load_config(schema, files.get(step), flags=flags)
+    def __init__(
+        self,
+        folder: Folder,
+        budget: float | None,
+        shares: ShareSettings,
+        least: Mapping[str, float],
+        *,
+        from_scratch: bool = False,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.budget, self._shares, self._least = budget, shares.model_dump(), least
+        self._folder, self._now = folder, now
+        earlier: dict[str, Any] = {}
+        if not from_scratch:
+            with contextlib.suppress(FileNotFoundError):
+                earlier = folder.read_json(CLOCK_FILE)
+        self.spent: dict[str, float] = dict(earlier.get("spent_seconds", {}))
+        self._decided: dict[str, Any] = dict(earlier.get("decided", {}))
+        self._lock = threading.Lock()
 
-    return Recipe(
-        output,
-        score=config("score", ScoreConfig),
-        mix=config("mix", MixConfig),
-        train=config("train", TrainConfig),
-        evaluate=config("evaluate", EvaluateConfig),
-    )
+    @property
+    def total(self) -> float:
+        """Seconds of all steps so far."""
+        return sum(self.spent.values())
+
+    @contextlib.contextmanager
+    def running(self, step: str) -> Iterator[None]:
+        """Count the block for `step`, and write the count down every few seconds."""
+        done, before, start = threading.Event(), self.spent.get(step, 0.0), self._now()
+
+        def count() -> None:
+            with self._lock:
+                self.spent[step] = before + self._now() - start
+                with contextlib.suppress(OSError, RunError):  # a full disk, an outage: the step itself will say so
+                    self._save()
+
+        def work() -> None:
+            while not done.wait(LOCAL_BEAT_SECONDS if self._folder.is_local else REMOTE_BEAT_SECONDS):
+                count()
+
+        thread = threading.Thread(target=work, name="budget", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            count()
+
+    def left(self, step: str) -> float:
+        """Seconds from now that `step` may take; infinite without a budget.
+
+        Training gets what the others' shares do not hold back. A step that has used up its share in earlier sessions
+        still gets the least that it works in.
+        """
+        if self.budget is None:
+            return math.inf
+        later = STEPS[STEPS.index(step) + 1 :]
+        held_back = sum(max(0.0, self._share(one) - self.spent.get(one, 0.0)) for one in later)
+        rest = self.budget - self.total - held_back
+        if step == "train":
+            return rest
+        return max(self._least.get(step, 0.0), self._share(step) - self.spent.get(step, 0.0))
+
+    def overrun(self, step: str) -> float:
+        """Seconds that `step` took beyond its share."""
+        return 0.0 if self.budget is None or step == "train" else self.spent.get(step, 0.0) - self._share(step)
+
+    def decide(self, key: str, make: Callable[[], Any]) -> Any:
+        """What was decided for `key` in an earlier session, else `make()`, which is kept."""
+        if key not in self._decided:
+            with self._lock:
+                self._decided[key] = make()
+                self._save()
+        return self._decided[key]
+
+    def _share(self, step: str) -> float:
+        return (self.budget or 0.0) * self._shares.get(step, 0.0)
+
+    def _save(self) -> None:
+        spent = {step: round(seconds, 2) for step, seconds in self.spent.items()}
+        record: dict[str, Any] = {"budget_seconds": self.budget, "shares": self._shares, "spent_seconds": spent}
+        self._folder.write_json(CLOCK_FILE, {**record, "decided": self._decided})
 
 
 def run_pipeline(
-    recipe: Recipe,
+    config: PipelineConfig,
     *,
-    overwrite: bool,
-    announce: Callable[[str], None],
-    show: Mapping[str, Callable[[Any], None]],
+    overwrite: bool = False,
+    announce: Callable[[str], None] = lambda text: None,
+    show: Mapping[str, Callable[[Any], None]] = {},
 ) -> str:
     """Run every step, those that are up to date excepted; the report's path or URL. Raises as the steps do.
 
-    `show` gets each step's result under its name. The steps share one Ray.
+    With a budget each step ends in time, and training gets what the others leave. The report is written after every
+    step. `show` gets each step's result under its name. The steps share one Ray. Raises ConfigError when the budget is
+    too small for any step.
     """
-    work: tuple[tuple[str, Callable[..., Any]], ...] = (
-        *(("score", score), ("mix", mix), ("train", train)),
-        ("evaluate", evaluate),
-    )
-    folder = open_folder(recipe.output)
+    config = join_steps(config)
+    least = least_seconds(config)
+    if config.budget is not None:
+        refuse_small_budget(config, least)
+    steps = [step for step in STEPS if step != "tune" or config.search]
+    shares = config.shares if config.search else config.shares.model_copy(update={"tune": 0.0})
+    folder = open_folder(config.output or "")
+    clock = BudgetClock(folder, config.budget, shares, least, from_scratch=overwrite)
+    page = ""
     with ExitStack() as stack:
-        if overwrite or not all(folder.is_file(f"{step}/{MANIFEST_FILE}") for step, _ in work):
+        if overwrite or not all(folder.is_file(f"{step}/{MANIFEST_FILE}") for step in steps if step != "report"):
             here = folder.local if folder.is_local else cache_folder() / "pipeline"
             stack.enter_context(sigterm_as_interrupt())
-            stack.enter_context(
-                ray_session(
-                    _logical_cpus(recipe), here / LOG_FOLDER / "ray.log", about=job_metadata("pipeline", recipe.output)
-                )
-            )
-        for number, (step, run) in enumerate(work, 1):
-            announce(f"{number}/{len(work) + 1} {step}: {ABOUT[step]}")
-            show[step](run(getattr(recipe, step), overwrite=overwrite))
-    announce(f"{len(work) + 1}/{len(work) + 1} report: {ABOUT['report']}")
-    return report(recipe.output).file
+            about = job_metadata("pipeline", config.output)
+            stack.enter_context(ray_session(_logical_cpus(config), here / LOG_FOLDER / "ray.log", about=about))
+        for number, step in enumerate(steps, 1):
+            left = clock.left(step)
+            time_left = "" if math.isinf(left) else f" (at most {duration(max(0.0, left))})"
+            announce(f"{number}/{len(steps)} {step}: {ABOUT[step]}{time_left}")
+            if step != "report":
+                with clock.running(step):
+                    result = RUN[step](settings_of(step, config, clock), overwrite=overwrite)
+                    if step in show:
+                        show[step](result)
+                if (over := clock.overrun(step)) > 1:
+                    announce(f"{step} took {duration(over)} more than its share of the budget; training gets less")
+            with clock.running("report"):
+                page = report(folder.place).file
+    return page
 
 
-def _logical_cpus(recipe: Recipe) -> float:
-    return max(logical_cpus(recipe.score), logical_cpus(recipe.evaluate.scoring()), train_logical_cpus(recipe.train))
+def settings_of(step: str, config: PipelineConfig, clock: BudgetClock) -> Any:
+    """A step's settings within what the budget leaves it; `config` is joined."""
+    if step == "mix":
+        return _mix_settings(config)
+    settings = getattr(config, step)
+    left = clock.left(step)
+    if math.isinf(left):
+        return settings
+    if step in ("score", "tune"):  # their budget is of all sessions
+        return settings.model_copy(update={"budget": clock.spent.get(step, 0.0) + left})
+    if step == "train":
+        # The budget is a part of what the run is made from; interruptions may have left less since it was set.
+        budget = clock.decide("train.budget", lambda: round(left - TRAIN_START_SECONDS, 1))
+        now = worker_seconds(settings.output or "") + left - TRAIN_START_SECONDS
+        resources = settings.resources.model_copy(update={"shorter_budget": max(1.0, min(budget, now))})
+        return settings.model_copy(update={"budget": budget, "resources": resources})
+    most = clock.decide("evaluate.instances_per_task", lambda: instances_that_fit(config, left))
+    return settings.model_copy(update={"tasks": settings.tasks.model_copy(update={"instances_per_task": most})})
+
+
+def worker_seconds(training_run: str) -> float:
+    """Seconds that a training run's worker has been up so far, by the run's own clock; 0 before it starts."""
+    with contextlib.suppress(FileNotFoundError):
+        return float(open_folder(training_run).read_json(WORKER_CLOCK_FILE)["elapsed_seconds"])
+    return 0.0
+
+
+def refuse_small_budget(config: PipelineConfig, least: Mapping[str, float]) -> None:
+    """Raise ConfigError, with the least that works, when any step's share is too short for it to do anything."""
+    budget, shares = config.budget or 0.0, config.shares.model_dump()
+    if not config.search:
+        shares["tune"] = 0.0
+    shares["train"] = 1 - sum(shares.values())
+    wanted = {step: least[step] / shares[step] for step in shares if step in least and shares[step]}
+    step = max(wanted, key=lambda one: wanted[one])
+    if budget < wanted[step]:
+        name = "the rest, for training," if step == "train" else f"shares.{step} ({shares[step]:.0%})"
+        raise ConfigError(
+            f"budget {duration(budget)} is too small: {name} is {duration(budget * shares[step])}, and {step} needs "
+            f"{duration(least[step])} to load and do anything; the least that works is {math.ceil(wanted[step])}s, "
+            "with these shares"
+        )
+
+
+def instances_that_fit(config: PipelineConfig, seconds: float) -> int:
+    """How many instances of each task an evaluation can ask in `seconds`, at the speed that scoring had; at least 2."""
+    scored = open_folder(config.score.output or "").read_json(MANIFEST_FILE)
+    session = scored["last_session"]
+    asked: EvaluateConfig = config.evaluate
+    num_models = 1 + len(asked.adapters) + len(asked.merged)
+    on_gpu = config.score.engine.device == "gpu"
+    num_engines = 1 + len(asked.merged) if on_gpu else num_models
+    num_tasks = len(reader.find_task_files(input_folder(asked.tasks.path or "")))
+    if asked.tasks.select == "selected":
+        num_tasks = min(num_tasks, len(scored["tasks"]) if "tasks" in scored else num_tasks)
+    working = seconds * EVALUATE_MARGIN - num_engines * session["load_seconds"]
+    rows = max(0.0, working) * (session["rows_per_second"] or 1.0)
+    most = asked.tasks.instances_per_task or 10**9
+    return max(2, min(most, int(rows / (num_tasks * num_models * len(asked.prompt_formats)))))
+
+
+def _mix_settings(config: PipelineConfig) -> MixConfig:
+    """The mix's settings with the ratios that the search found; within a budget, scoring may have left shares short."""
+    settings = config.mix.model_dump()
+    if config.search:
+        best = open_folder(config.tune.output or "").read_json(MANIFEST_FILE)["best"]
+        settings |= mix_of(config.mix, point_of(config.mix).moved(best["ratios"] or {}))
+        if best["is_baseline"]:
+            settings["policy"] = best["mix"]
+    if config.budget is not None:
+        settings["task_score"]["allow_shortfall"] = True
+    where = {name: getattr(config.mix, name) for name in ("scores", "output", "resources")}
+    return MixConfig.model_validate({**settings, **where})
+
+
+def _logical_cpus(config: PipelineConfig) -> float:
+    resources = config.tune.resources
+    searching = resources.num_cpus * resources.max_concurrent + 1 if config.search else 0.0
+    engines = max(logical_cpus(config.score), logical_cpus(config.evaluate.scoring()))
+    return max(engines, train_logical_cpus(config.train), searching)

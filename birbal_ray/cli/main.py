@@ -18,7 +18,8 @@ EXIT_FAILED, EXIT_USAGE = 1, 2
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 COMMANDS = {  # name: its module, its line in `birbal --help`
     "demo": ("steps", "The whole recipe, small, on this machine."),
-    "pipeline": ("steps", "The whole recipe on your tasks and model."),
+    "plan": ("steps", "Hours and money of the recipe, before it starts."),
+    "pipeline": ("steps", "The whole recipe on your tasks and model, in one budget."),
     "tasks": ("tasks", "List, show, check, label, import, download tasks."),
     "score": ("steps", "Few-shot inference over task files, scored."),
     "mix": ("steps", "A training set from the scores and outside datasets."),

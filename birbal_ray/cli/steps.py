@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +23,16 @@ from birbal_ray.cli.options import (
 from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.progress import ProgressLine, duration
+from birbal_ray.recipe import PipelineConfig, join_steps
 from birbal_ray.score.config import ScoreConfig
-from birbal_ray.storage import open_folder
+from birbal_ray.settings import load_config
+from birbal_ray.storage import join, open_folder
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.tune.config import TuneConfig
 
 if TYPE_CHECKING:
     from birbal_ray.evaluate.run import EvaluateResult
     from birbal_ray.mix.run import MixResult
-    from birbal_ray.pipeline import Recipe
     from birbal_ray.score.run import ScoreResult
     from birbal_ray.train.preflight import Preflight
     from birbal_ray.train.run import TrainResult
@@ -580,81 +582,132 @@ def report(run: str, output: str | None, added: tuple[Path, ...]) -> None:
 def demo(output: str, resume: bool, overwrite: bool) -> None:
     """Run the recipe small, for real: vLLM, SmolLM2-135M and QLoRA on the sample tasks that come with us.
 
-    About ten minutes on two CPU cores. Called again it continues, or says that it is up to date.
+    About ten minutes on two CPU cores. Called again it continues, or says that it is up to date. It is
+    `birbal pipeline --config demo`.
 
     \b
     Example:
       birbal demo --output /tmp/demo
     """
-    from birbal_ray.pipeline import demo_recipe
-
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
-    run_recipe(demo_recipe(output), overwrite)
+    config = load_config(PipelineConfig, find_config("pipeline", "demo"), flags={"output": output})
+    run_recipe(config, overwrite)
+
+
+PIPELINE_FLAGS = {
+    "--tasks PATH": "tasks",
+    "--model NAME": "model",
+    "--output DIR": "output",
+    "--held-out-task NAME": "held_out_tasks",
+    "--budget TIME": "budget",
+    "--tune": "search",
+    "--device": "device",
+}
 
 
 @click.command()
-@click.option("--tasks", metavar="PATH", required=True, help="Folder of task files, or a .tar.gz archive.")
-@click.option("--model", metavar="NAME", help="The base model: smollm2-135m, a local folder, or a Hub id.")
-@click.option("--output", metavar="DIR", required=True, help="One folder a step, or a URL.")
-@click.option("--held-out-task", "held_out", metavar="NAME", multiple=True, help="Evaluate it, never train on it.")
-@click.option("--score-config", metavar="FILE", help="As `birbal score --config`.")
-@click.option("--mix-config", metavar="FILE", help="As `birbal mix --config`.")
-@click.option("--train-config", metavar="FILE", help="As `birbal train --config`.")
-@click.option("--evaluate-config", metavar="FILE", help="As `birbal evaluate --config`.")
-@click.option("--budget", metavar="TIME", help="Wall-clock time of the fine-tune: 24h, 90m.")
-@click.option("--device", type=click.Choice(["cpu", "gpu"]), help="Where engines and training run.")
-@click.option("--overwrite", is_flag=True, help="Start every step from scratch.")
-def pipeline(
-    tasks: str,
-    model: str | None,
-    output: str,
-    held_out: tuple[str, ...],
-    budget: str | None,
-    device: str | None,
-    overwrite: bool,
-    **configs: str | None,
-) -> None:
-    """Score, mix, train, evaluate, report: each step resumable, skipped where it is up to date.
+@settings_options(PipelineConfig, PIPELINE_FLAGS, step="pipeline")
+@click.option("--score-config", metavar="FILE", help="Settings of this step, instead of the section of --config.")
+@click.option("--mix-config", metavar="FILE", help="The same for mix.")
+@click.option("--tune-config", metavar="FILE", help="The same for tune.")
+@click.option("--train-config", metavar="FILE", help="The same for train.")
+@click.option("--evaluate-config", metavar="FILE", help="The same for evaluate.")
+@overwrite_option
+def pipeline(config: PipelineConfig, overwrite: bool, **files: str | None) -> None:
+    """Score, tune, mix, train, evaluate, report: in one budget, each step resumable, skipped where it is up to date.
 
-    Killed at any moment, the same command goes on. Steps can also be run one by one on the same folders.
+    With --budget each step ends in time: scoring stops where it is and says what it knows, the search ends, training
+    gets all that the others leave and anneals to the deadline. Killed at any moment, the same command continues, and
+    so does its clock. `birbal plan` says beforehand what fits.
 
     \b
-    Example:
-      birbal pipeline --tasks natural-instructions/ --model mistralai/Mistral-7B-v0.1 --budget 24h \\
-          --score-config mistral-7b --mix-config birbal-200k \\
-          --train-config mistral-7b-qlora --evaluate-config mistral-7b --output runs/mistral
+    Examples:
+      birbal pipeline --config one-day-mistral-7b --tasks natural-instructions/ --budget 24h --output runs/mistral
+      birbal pipeline --config tiny --budget 15m --output runs/tiny
+      birbal pipeline --tasks my-tasks/ --train-config tiny --no-tune --output runs/mine
     """
-    from birbal_ray.pipeline import make_recipe
-
-    steps = {name.removesuffix("_config"): text for name, text in configs.items()}
-    files = {step: str(find_config(step, text)) for step, text in steps.items() if text}
-    engines = {"engine.device": device}
-    settings = {
-        **{"score": engines, "evaluate": engines},
-        "train": {"budget": budget, "resources.device": device},
-    }
-    run_recipe(make_recipe(output, tasks, model, files, settings, held_out), overwrite)
+    run_recipe(with_files(config, files), overwrite)
 
 
-def run_recipe(recipe: Recipe, overwrite: bool) -> None:
+def with_files(config: PipelineConfig, files: Mapping[str, str | None]) -> PipelineConfig:
+    """The settings with the sections for which a file of their own was given (`score_config`, …)."""
+    sections = {}
+    for name, text in files.items():
+        step = name.removesuffix("_config")
+        if text:
+            sections[step] = load_config(type(getattr(config, step)), find_config(step, text))
+    return config.model_copy(update=sections)
+
+
+def run_recipe(config: PipelineConfig, overwrite: bool) -> None:
     """Run every step, print what each one found, and how to ask why a row is in the mix."""
     from birbal_ray.pipeline import run_pipeline
 
     page = run_pipeline(
-        recipe,
+        config,
         overwrite=overwrite,
         announce=lambda text: note(f"\n{text}"),
         show={
             "score": lambda result: print_score(result, "text"),
+            "tune": lambda result: print_tune(result, "text"),
             "mix": lambda result: print_mix(result, "text"),
             "train": lambda result: print_train(result, "text"),
             "evaluate": lambda result: print_evaluate(result, "text", per_task=True),
         },
     )
-    note(f"\nthe adapter is in {recipe.output}/train/adapter, everything else on one page: {page}")
+    note(f"\nthe adapter is in {config.output}/train/adapter, everything else on one page: {page}")
     on_path = "" if shutil.which("birbal") else f" (birbal is in {Path(sys.argv[0]).parent}, which is not on the PATH)"
-    note(f"ask why a row is in the mix{on_path}:\n  {explain_command(str(recipe.mix.output))}")
+    note(f"ask why a row is in the mix{on_path}:\n  {explain_command(join(config.output or '', 'mix'))}")
+
+
+@click.command()
+@settings_options(PipelineConfig, PIPELINE_FLAGS, step="pipeline")
+@click.option("--gpu", "cards", multiple=True, metavar="CARD", help="Ray's name, e.g. GeForce-RTX-4090. Repeatable.")
+@click.option("--gpu-price", type=click.FloatRange(min=0), metavar="PRICE", help="What the card costs an hour.")
+@format_option
+def plan(config: PipelineConfig, cards: tuple[str, ...], gpu_price: float | None, output_format: str) -> None:
+    """What the recipe will take before it starts: work, hours and money of each step, as ranges with their source.
+
+    For this machine, from its own earlier runs where there are any, or for one --gpu after the other, from their
+    data sheets. Reads the task files and the model's config; loads no weights.
+
+    \b
+    Examples:
+      birbal plan --config one-day-mistral-7b --tasks natural-instructions/ --budget 24h --gpu GeForce-RTX-4090
+      birbal plan --config one-day-mistral-7b --tasks natural-instructions/ --gpu GeForce-RTX-4090 --gpu H100 \\
+          --gpu-price 0.40
+    """
+    from birbal_ray.plan import money, plan_recipe, records_of
+
+    joined = join_steps(config.model_copy(update={"output": config.output or "runs"}))
+    found = {card: plan_recipe(joined, card) for card in cards or (None,)}
+    rows: list[dict[str, Any]] = []
+    for card, steps in found.items():
+        where = {"card": card} if len(found) > 1 or output_format != "text" else {}
+        if output_format != "text":
+            rows += [{**where, **record} for record in records_of(steps)]
+            continue
+        rows += [
+            {
+                **where,
+                "step": one.step,
+                "work": one.work,
+                "alone": f"{duration(one.low_seconds)} to {duration(one.high_seconds)}",
+                "gets": duration(one.limit_seconds) if one.limit_seconds else "all it takes",
+                "planned": duration(one.planned_seconds),
+                "from": one.source,
+            }
+            for one in steps
+        ]
+    print_table(rows, output_format)
+    for card, steps in found.items():
+        total = f"{card or 'this machine'}: {duration(sum(one.planned_seconds for one in steps))} planned"
+        if config.budget:
+            total += f" of a budget of {duration(config.budget)}"
+        if gpu_price is not None:
+            total += ", {:.2f} to {:.2f} in money".format(*money(steps, gpu_price))
+        note(total)
 
 
 def explain_command(mix_folder: str) -> str:

@@ -21,6 +21,7 @@ from birbal_ray.score.plan import PlannedTask, RowFiles, Shard, Tally, WrittenFi
 
 GROW, STOP = "grow", "stop"
 USED_UP = "all instances are scored"
+TIME_UP = "the budget of time ended"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,9 @@ class Schedule(Protocol):
     def size(self) -> tuple[int, int]:
         """(rows, work) of all shards that were decided on so far, given out or not."""
 
+    def end(self) -> None:
+        """Time is up: give out nothing more, where that is allowed."""
+
 
 class FixedSchedule:
     """A list of shards in its order."""
@@ -78,6 +82,9 @@ class FixedSchedule:
     def size(self) -> tuple[int, int]:
         """Of the whole list."""
         return self._size
+
+    def end(self) -> None:
+        """Changes nothing: every row of the list is wanted."""
 
 
 class AdaptiveSchedule:
@@ -108,6 +115,7 @@ class AdaptiveSchedule:
         self._queue: list[tuple[int, int, str, int, Shard]] = []
         self._rows = self._work = 0
         self._new: list[Decision] = []
+        self._ended = False
         self.stops: dict[str, Decision] = {}
         self._retries = {shard.name for shard in retries}  # count for no size
         for shard in retries:
@@ -115,8 +123,8 @@ class AdaptiveSchedule:
         target = {task.name: min(settings.first_instances, task.num_instances) for task in tasks}
         for decision in log:
             task = self._tasks.get(decision.task)
-            if task is None or decision.size > self._covered[task.name]:
-                continue
+            if task is None or decision.size > self._covered[task.name] or decision.reason == TIME_UP:
+                continue  # there is time again
             self.stops.pop(task.name, None)
             if decision.action == GROW:
                 target[task.name] = self._next_size(task, decision.size)
@@ -160,6 +168,18 @@ class AdaptiveSchedule:
         """(rows, work) of the ranges decided on so far."""
         return self._rows, self._work
 
+    def end(self) -> None:
+        """Time is up: every task stops where it is once the shards that were given out are written."""
+        self._ended = True
+        for *_, shard in self._queue:
+            if shard.name not in self._retries:
+                self._outstanding[shard.task] -= 1
+            self._rows, self._work = self._rows - shard.num_rows, self._work - shard.work
+        self._queue.clear()
+        for task in self._tasks.values():
+            if task.name not in self.stops and not self._outstanding[task.name]:
+                self._decide(task)
+
     def _plan(self, task: PlannedTask, target: int) -> None:
         shards = shards_of(task, self._shard_rows, self._found.gaps(task.name, target))
         self._found.add(task.name, [(shard.first, shard.last) for shard in shards])
@@ -175,7 +195,7 @@ class AdaptiveSchedule:
         """Stop a task or give it its next range; several sizes in turn where rows are there already."""
         while not self._outstanding[task.name]:
             size = self._covered[task.name]
-            reason, enough = self._judge(task)
+            reason, enough = (TIME_UP, True) if self._ended else self._judge(task)
             decision = Decision(task.name, size, STOP if enough else GROW, reason)
             self._new.append(decision)
             if enough:
@@ -213,7 +233,7 @@ class AdaptiveSchedule:
 
     def _check_end(self) -> None:
         """With all scores known: a task that was stopped with too few failed rows for its share goes on."""
-        if len(self.stops) < len(self._tasks):
+        if self._ended or len(self.stops) < len(self._tasks):
             return
         for name, stop in list(self.stops.items()):
             task = self._tasks[name]

@@ -8,9 +8,9 @@ import importlib.util
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from birbal_ray.settings import Settings, nearest
+from birbal_ray.settings import Duration, Settings, nearest
 
 # vLLM's arguments that other settings decide, or that are not to be changed.
 OWNED_ARGUMENTS = {
@@ -203,6 +203,17 @@ class ScoreConfig(Settings):
     adaptive: AdaptiveSettings = AdaptiveSettings()
     output: str | None = Field(None, description="run folder; the same command on it continues where it stopped")
     seed: int = Field(0, ge=0, description="another seed takes other instances of each task")
+    budget: Duration | None = Field(
+        None,
+        gt=0,
+        description="time of all sessions, e.g. 2h: tasks stop where they are; needs adaptive.enabled",
+    )
     shard_rows: int | None = Field(
         None, ge=1, le=65_536, description="instances of one task per output file; null: 512 on GPU, 64 on CPU"
     )
+
+    @model_validator(mode="after")
+    def _stops_where_it_may(self) -> ScoreConfig:
+        if self.budget is not None and not self.adaptive.enabled:
+            raise ValueError("budget needs adaptive.enabled=true: only an adaptive run may leave instances out")
+        return self

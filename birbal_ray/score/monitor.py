@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import time
 from collections import Counter
@@ -81,11 +82,20 @@ class EngineMonitor:
 
     Ray restarts a dead replica under the same actor id: the second `started` of an id is a restart, unless it
     comes from another node, which is a preemption and not counted. `limit` bounds the shards that are given out
-    and not written yet. Same calls, same answers: a source that Ray starts again gets the same shards.
+    and not written yet. Same calls, same answers: a source that Ray starts again gets the same shards. After
+    `seconds` nothing more is given out, where the schedule allows that.
     """
 
-    def __init__(self, schedule: Schedule, limit: int, num_replicas: int, max_start_retries: int) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        limit: int,
+        num_replicas: int,
+        max_start_retries: int,
+        seconds: float = math.inf,
+    ) -> None:
         self._schedule, self._limit = schedule, limit
+        self._deadline = time.monotonic() + seconds
         self._num_replicas, self._max_start_retries = num_replicas, max_start_retries
         self._issued: list[bytes] = []
         self._written: set[str] = set()
@@ -103,6 +113,9 @@ class EngineMonitor:
 
     def take(self, position: int) -> list[bytes] | None:
         """Pickled shards from `position` on: none for now when the list is empty, none ever again when it is None."""
+        if time.monotonic() > self._deadline and self._issued:
+            self._deadline = math.inf
+            self._schedule.end()
         while len(self._issued) - len(self._written) < self._limit:
             shard = self._schedule.next()
             if shard is None:

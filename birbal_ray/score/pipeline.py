@@ -75,8 +75,11 @@ def score_shards(
     on_poll: Callable[[Snapshot], None],
     adapters: Sequence[Adapter] = (),
     excluded: Collection[str] = frozenset(),
+    seconds: float = math.inf,
 ) -> None:
     """Score what the schedule gives out on the connected cluster; returns when all of it is written.
+
+    After `seconds` nothing more is given out, where the schedule allows that; what is in the engines is finished.
 
     Rows go to `rows/` of the run folder, replicas' logs to `logs/`. `adapters`: what the shards' variants name.
     `excluded`: instances that no shard counts. Calls `on_poll` about once a second, and once at the end, with what
@@ -89,7 +92,7 @@ def score_shards(
     resources = config.resources
     # Enough that every engine has its shards and the next one, and the stages around it theirs.
     limit = resources.num_replicas * (resources.shards_in_flight + 2) + 2 * resources.num_prepare_workers + 2
-    monitor = _start_monitor(schedule, limit, resources)
+    monitor = _start_monitor(schedule, limit, resources, seconds)
     ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
     def consume() -> None:
@@ -119,7 +122,7 @@ def score_shards(
             return
 
 
-def _start_monitor(schedule: Schedule, limit: int, resources: ResourceSettings) -> Any:
+def _start_monitor(schedule: Schedule, limit: int, resources: ResourceSettings, seconds: float) -> Any:
     """An EngineMonitor on this node that answers.
 
     A head that can't call this process back takes it for gone, and cancels every actor that it asks for
@@ -130,7 +133,7 @@ def _start_monitor(schedule: Schedule, limit: int, resources: ResourceSettings) 
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    arguments = schedule, limit, resources.num_replicas, resources.max_start_retries
+    arguments = schedule, limit, resources.num_replicas, resources.max_start_retries, seconds
     for attempt in range(1, MONITOR_ATTEMPTS + 1):
         monitor = ray.remote(EngineMonitor).options(num_cpus=0, scheduling_strategy=here).remote(*arguments)
         try:

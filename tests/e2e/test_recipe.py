@@ -13,14 +13,14 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from birbal_ray.ni.catalog import sample_tasks_folder
-from birbal_ray.pipeline import DEMO, DEMO_HELD_OUT_TASKS
+from birbal_ray.cli.options import find_config
 from birbal_ray.storage import read_json
 from tests.conftest import slow
 from tests.e2e.processes import birbal, finish, kill_whole, rows_of, wait_for
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 NUM_SCORED, NUM_ASKED, NUM_STEPS = 10, 4, 4
+HELD_OUT_TASKS = yaml.safe_load(find_config("pipeline", "demo").read_text())["held_out_tasks"]
 SMALLER = {
     "score": {"tasks.instances_per_task": NUM_SCORED, "shard_rows": 5, "completion.max_completion_tokens": 24},
     "mix": {"task_score.exact_match_budget": 24, "task_score.generation_budget": 24, "eval_fraction": 0.2},
@@ -30,29 +30,14 @@ SMALLER = {
 }
 
 
-def nested(settings: dict[str, object]) -> dict:
-    """`{"a.b": 1}` as `{"a": {"b": 1}}`."""
-    result: dict = {}
-    for key, value in settings.items():
-        *parents, name = key.split(".")
-        place = result
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[name] = value
-    return result
-
-
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> tuple[Path, list[object], str]:
     """Run folder, command, stdout of a pipeline that was killed when it had just begun to train."""
     folder = tmp_path_factory.mktemp("recipe")
-    command: list[object] = ["pipeline", "--tasks", sample_tasks_folder(), "--output", folder / "run"]
+    command: list[object] = ["pipeline", "--config", "demo", "--output", folder / "run"]
     for step, changes in SMALLER.items():
-        file = folder / f"{step}.yaml"
-        file.write_text(yaml.safe_dump(nested({**DEMO[step], **changes})))
-        command += [f"--{step}-config", file]
-    for task in DEMO_HELD_OUT_TASKS:
-        command += ["--held-out-task", task]
+        for key, value in changes.items():
+            command += ["--set", f"{step}.{key}={value}"]
     train = folder / "run" / "train"
     process = birbal(*command)
     wait_for((train / "packed").exists, process)
@@ -73,7 +58,7 @@ def test_scores_of_every_task_but_the_held_out_ones(recipe):
     rows = rows_of(run / "score")
     assert len(rows) == len({row["row_id"] for row in rows}) == 6 * NUM_SCORED
     assert not [row for row in rows if row["error"]]
-    assert not {row["task"] for row in rows} & set(DEMO_HELD_OUT_TASKS)
+    assert not {row["task"] for row in rows} & set(HELD_OUT_TASKS)
     scores = {
         row["task"]: row["task_score"] for row in pq.read_table(run / "score" / "task_scores.parquet").to_pylist()
     }
@@ -172,7 +157,7 @@ def test_the_merged_model_answers_as_the_adapter_does(recipe, tmp_path):
     contenders = ["--adapter", f"adapter={train}", "--merged", f"merged={tmp_path / 'merged'}"]
     settings = ["--set", "prompt_formats=[zero_shot]", "--set", "serve_adapters=lora", "--device", "cpu"]
     settings += ["--set", "completion.max_completion_tokens=16", "--instances-per-task", "10"]
-    place = ["--tasks", sample_tasks_folder(), "--select", select, "--output", tmp_path / "evaluate"]
+    place = ["--tasks", "sample-tasks", "--select", select, "--output", tmp_path / "evaluate"]
     finish(birbal("evaluate", *place, *contenders, *settings))
     answers = {
         name: {

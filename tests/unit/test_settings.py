@@ -9,6 +9,7 @@ import pytest
 
 from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.mix.config import MixConfig
+from birbal_ray.recipe import PipelineConfig
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.serve.config import ServeConfig
 from birbal_ray.settings import ConfigError, Settings, load_config
@@ -17,7 +18,7 @@ from birbal_ray.tune.config import TuneConfig
 from tests.conftest import REPOSITORY
 
 SCHEMAS = {"score": ScoreConfig, "mix": MixConfig, "train": TrainConfig, "evaluate": EvaluateConfig, "tune": TuneConfig}
-SCHEMAS |= {"serve": ServeConfig}
+SCHEMAS |= {"serve": ServeConfig, "pipeline": PipelineConfig}
 
 
 @pytest.fixture

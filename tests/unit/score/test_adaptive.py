@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from birbal_ray.mix.allocation import TaskDemand, allocate
 from birbal_ray.ni.labels import Label
-from birbal_ray.score.adaptive import GROW, STOP, USED_UP, AdaptiveSchedule, FixedSchedule
+from birbal_ray.score.adaptive import GROW, STOP, TIME_UP, USED_UP, AdaptiveSchedule, FixedSchedule
 from birbal_ray.score.config import AdaptiveSettings
 from birbal_ray.score.plan import PlannedTask, RowFiles, Shard, Tally, WrittenFile
 from birbal_ray.storage import FileRecord
@@ -183,3 +183,38 @@ def test_a_fixed_schedule_gives_its_list_and_ends():
     assert [schedule.next() for _ in range(3)] == shards
     assert schedule.finished and schedule.next() is None
     assert FixedSchedule([]).finished
+
+
+def test_when_time_is_up_tasks_stop_where_they_are():
+    tasks = [task("a", 1000), task("b", 1000)]
+    model = Model(tasks, {"a": 0.5, "b": 0.5})
+    schedule = AdaptiveSchedule(tasks, AdaptiveSettings(first_instances=20), 10, RowFiles([]), {})
+    given = [schedule.next() for _ in range(3)]
+    schedule.end()
+    assert schedule.next() is None
+    assert not schedule.finished  # what was given out is still to come
+    for shard in given:
+        schedule.record(model.write(shard))
+    assert schedule.finished
+    assert schedule.size()[0] == sum(shard.num_rows for shard in given)
+    assert {stop.reason for stop in schedule.stops.values()} == {TIME_UP}
+    assert sum(stop.size for stop in schedule.stops.values()) == schedule.size()[0]
+
+
+def test_a_run_that_time_ended_continues_when_there_is_more():
+    model = Model([task("a", 1000)], {"a": 0.5})
+    first = AdaptiveSchedule([task("a", 1000)], AdaptiveSettings(first_instances=20), 10, RowFiles([]), {})
+    shard = first.next()
+    first.end()
+    first.record(model.write(shard))
+    log = first.decided()
+    again = AdaptiveSchedule(
+        [task("a", 1000)],
+        AdaptiveSettings(first_instances=20),
+        10,
+        RowFiles([shard.name]),
+        {"a": model.tally("a", shard.first, shard.last)},
+        log,
+    )
+    assert not again.finished
+    assert again.next().first == shard.last

@@ -1,0 +1,88 @@
+"""The recipe's settings in one place: the budget, and the settings of every step."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from birbal_ray.evaluate.config import EvaluateConfig
+from birbal_ray.mix.config import MixConfig
+from birbal_ray.score.config import ScoreConfig
+from birbal_ray.settings import Duration, Settings, require
+from birbal_ray.train.config import TrainConfig
+from birbal_ray.tune.config import TuneConfig
+
+STEPS = ("score", "tune", "mix", "train", "evaluate", "report")
+
+
+class ShareSettings(Settings):
+    """Shares of the budget, at most. What a step leaves over, and all the rest, goes to training."""
+
+    score: float = Field(0.10, gt=0, lt=1, description="of the budget, for scoring")
+    tune: float = Field(0.10, gt=0, lt=1, description="of the budget, for the search")
+    evaluate: float = Field(0.05, gt=0, lt=1, description="of the budget, for the evaluation")
+    report: float = Field(0.01, gt=0, lt=1, description="of the budget, for the mix and the report")
+
+    @model_validator(mode="after")
+    def _leave_some(self) -> ShareSettings:
+        if (total := self.score + self.tune + self.evaluate + self.report) >= 1:
+            raise ValueError(f"the shares sum to {total:g}; below 1, so that training gets the rest")
+        return self
+
+
+class PipelineConfig(Settings):
+    """Everything `birbal pipeline` and `birbal plan` can be told: the recipe's budget, and each step's settings."""
+
+    output: str | None = Field(None, description="folder or URL; each step gets a folder in it")
+    tasks: str | None = Field(None, description="folder of task files, or a .tar.gz archive; the steps' tasks.path")
+    model: str | None = Field(None, description="the base model of all steps but tune: embedded, a folder, or a Hub id")
+    device: Literal["cpu", "gpu"] | None = Field(None, description="where engines and training run")
+    held_out_tasks: list[str] = Field([], description="tasks that are evaluated and never scored or trained on")
+    budget: Duration | None = Field(
+        None, gt=0, description="wall-clock time of all steps together: 24h, 90m; null: each takes what it takes"
+    )
+    shares: ShareSettings = ShareSettings()
+    search: bool = Field(True, description="search the sampling ratios (tune) before the mix is made")
+    score: ScoreConfig = ScoreConfig()
+    tune: TuneConfig = TuneConfig()
+    mix: MixConfig = MixConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+def join_steps(config: PipelineConfig) -> PipelineConfig:
+    """The settings with each step's folder, and what it reads of the others, filled in. Raises ConfigError."""
+    output = require(config.output, "--output")
+    tasks = config.tasks or config.score.tasks.path
+    folder = {step: f"{output.rstrip('/')}/{step}" for step in STEPS}
+
+    def with_shared(step: Any, **more: Any) -> Any:
+        changes = dict(more)
+        if tasks and hasattr(step, "tasks"):
+            values = {**step.tasks.model_dump(), "path": tasks, **changes.pop("tasks", {})}
+            changes["tasks"] = type(step.tasks).model_validate(values)
+        if config.model:
+            changes["model"] = step.model.model_copy(update={"name": config.model})
+        if config.device:
+            where = "engine" if hasattr(step, "engine") else "resources"
+            changes[where] = getattr(step, where).model_copy(update={"device": config.device})
+        return step.model_copy(update=changes)
+
+    score = config.score
+    excluded = sorted({*score.tasks.exclude, *config.held_out_tasks})
+    if config.budget:  # only an adaptive run may stop where it is
+        score = score.model_copy(update={"adaptive": score.adaptive.model_copy(update={"enabled": True})})
+    joined = {
+        "score": with_shared(score, output=folder["score"], tasks={"exclude": excluded}),
+        "tune": config.tune.model_copy(update={"scores": folder["score"], "output": folder["tune"]}),
+        "mix": config.mix.model_copy(update={"scores": folder["score"], "output": folder["mix"]}),
+        "train": with_shared(config.train, mix=folder["mix"], output=folder["train"]),
+        "evaluate": with_shared(
+            config.evaluate,
+            adapters=config.evaluate.adapters or [f"adapter={folder['train']}"],
+            mix=folder["mix"],
+            output=folder["evaluate"],
+        ),
+    }
+    return config.model_copy(update=joined)

@@ -1,0 +1,160 @@
+"""One budget for all steps: what each may take, over interruptions, and what it is asked for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from birbal_ray import pipeline
+from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps
+from birbal_ray.settings import ConfigError, load_config
+from birbal_ray.storage import open_folder
+
+SHARES = ShareSettings(score=0.2, tune=0.1, evaluate=0.2, report=0.05)
+LEAST = {"score": 5.0, "tune": 5.0, "mix": 1.0, "train": 10.0, "evaluate": 5.0, "report": 1.0}
+
+
+class Time:
+    """A clock that tests set."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def clock_in(folder, budget=1000.0, time=None, **options):
+    return pipeline.BudgetClock(open_folder(folder), budget, SHARES, LEAST, now=time or Time(), **options)
+
+
+def spend(clock, time, step, seconds):
+    with clock.running(step):
+        time.now += seconds
+
+
+def test_shares_hold_back_what_later_steps_need(tmp_path):
+    time = Time()
+    clock = clock_in(tmp_path, time=time)
+    assert clock.left("score") == pytest.approx(200)
+    assert clock.left("train") == pytest.approx(750)  # before anything ran: all but evaluate and report
+
+
+def test_what_a_step_leaves_over_goes_to_training(tmp_path):
+    time = Time()
+    clock = clock_in(tmp_path, time=time)
+    spend(clock, time, "score", 50)
+    spend(clock, time, "tune", 20)
+    spend(clock, time, "mix", 10)
+    assert clock.left("train") == pytest.approx(1000 - 80 - 250)
+    assert clock.overrun("score") < 0
+
+
+def test_an_overrun_is_taken_from_training(tmp_path):
+    time = Time()
+    clock = clock_in(tmp_path, time=time)
+    spend(clock, time, "score", 260)
+    assert clock.overrun("score") == pytest.approx(60)
+    assert clock.left("train") == pytest.approx(1000 - 260 - 250)
+    assert clock.left("score") == LEAST["score"]  # a continuation can still do something
+
+
+def test_the_clock_survives_a_kill_to_within_a_beat(tmp_path):
+    time = Time()
+    clock = clock_in(tmp_path, time=time)
+    spend(clock, time, "score", 30)
+    record = json.loads((tmp_path / pipeline.CLOCK_FILE).read_text())
+    assert record["spent_seconds"]["score"] == pytest.approx(30)
+    later = Time()
+    later.now = 5000.0  # another boot: its monotonic clock is another one
+    again = clock_in(tmp_path, time=later)
+    assert again.total == pytest.approx(30)
+    spend(again, later, "score", 10)
+    assert again.spent["score"] == pytest.approx(40)
+
+
+def test_from_scratch_forgets_the_time_and_the_decisions(tmp_path):
+    time = Time()
+    clock = clock_in(tmp_path, time=time)
+    spend(clock, time, "score", 30)
+    assert clock.decide("train.budget", lambda: 600.0) == 600.0
+    assert clock_in(tmp_path).decide("train.budget", lambda: 1.0) == 600.0
+    fresh = clock_in(tmp_path, from_scratch=True)
+    assert fresh.total == 0
+    assert fresh.decide("train.budget", lambda: 1.0) == 1.0
+
+
+def test_a_continued_training_gets_the_same_budget_and_an_earlier_end(tmp_path):
+    config = join_steps(PipelineConfig(output=str(tmp_path), tasks="t", budget=1000, shares=SHARES))
+    time = Time()
+    clock = clock_in(tmp_path, time=time)
+    spend(clock, time, "score", 100)
+    first = pipeline.settings_of("train", config, clock)
+    assert first.budget == pytest.approx(650 - pipeline.TRAIN_START_SECONDS)
+    assert first.resources.shorter_budget == pytest.approx(first.budget)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "clock.json").write_text(json.dumps({"elapsed_seconds": 200.0}))
+    spend(clock, time, "train", 260)  # 60 s of it were lost between two sessions
+    second = pipeline.settings_of("train", config, clock)
+    assert second.budget == first.budget
+    assert second.resources.shorter_budget == pytest.approx(200 + 650 - 260 - pipeline.TRAIN_START_SECONDS)
+
+
+def test_without_a_budget_nothing_is_limited(tmp_path):
+    config = join_steps(PipelineConfig(output=str(tmp_path), tasks="t"))
+    clock = clock_in(tmp_path, budget=None)
+    assert pipeline.settings_of("score", config, clock).budget is None
+    assert pipeline.settings_of("train", config, clock).budget is None
+    assert not config.score.adaptive.enabled
+
+
+def test_within_a_budget_scoring_may_stop_where_it_is(tmp_path):
+    config = join_steps(PipelineConfig(output=str(tmp_path), tasks="t", budget=1000))
+    assert config.score.adaptive.enabled
+
+
+@pytest.mark.parametrize(("budget", "step"), [(20, "score"), (60, "evaluate")])
+def test_a_budget_that_is_too_small_names_the_least_that_works(tmp_path, budget, step):
+    config = PipelineConfig(output=str(tmp_path), budget=budget, shares=ShareSettings(score=0.1, evaluate=0.3))
+    least = {**LEAST, step: 40.0}
+    with pytest.raises(ConfigError, match=f"is too small.*{step} needs.*the least that works is (\\d+)s") as caught:
+        pipeline.refuse_small_budget(config, least)
+    enough = float(str(caught.value).rpartition("works is ")[2].partition("s,")[0])
+    pipeline.refuse_small_budget(config.model_copy(update={"budget": enough}), least)
+
+
+def test_steps_are_joined_and_held_out_tasks_are_only_evaluated(tmp_path):
+    config = join_steps(
+        PipelineConfig(output=str(tmp_path), tasks="my-tasks", model="org/model", held_out_tasks=["b"], device="cpu")
+    )
+    assert config.score.tasks.exclude == ["b"]
+    assert config.evaluate.tasks.exclude == []
+    assert {config.score.tasks.path, config.evaluate.tasks.path} == {"my-tasks"}
+    assert config.mix.scores == config.score.output == config.tune.scores
+    assert config.train.mix == config.mix.output == config.evaluate.mix
+    assert config.evaluate.adapters == [f"adapter={config.train.output}"]
+    assert {config.score.model.name, config.train.model.name, config.evaluate.model.name} == {"org/model"}
+    assert config.tune.train.model.name == "smollm2-135m"  # the proxy is its own model
+    assert config.train.resources.device == config.score.engine.device == "cpu"
+
+
+def test_a_recipe_without_output_is_refused():
+    with pytest.raises(ConfigError, match="--output is required"):
+        join_steps(PipelineConfig())
+
+
+def test_shares_leave_something_for_training():
+    with pytest.raises(ConfigError, match=r"the shares sum to 1\.01; below 1"):
+        load_config(PipelineConfig, None, ["shares.score=0.85"])
+
+
+def test_the_demo_is_a_recipe_of_one_file():
+    from birbal_ray.cli.options import find_config
+
+    file = find_config("pipeline", "demo")
+    config = load_config(PipelineConfig, file)
+    assert set(yaml.safe_load(file.read_text())) <= {*PipelineConfig.model_fields}
+    assert not config.search
+    assert set(STEPS) - {"report", "tune"} <= set(yaml.safe_load(file.read_text()))
