@@ -12,7 +12,7 @@ from typing import Any
 from birbal_ray import speeds
 from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.models import ModelError, resolve
+from birbal_ray.models import ModelError, resolve_model
 from birbal_ray.ni import catalog, labels, prompt, reader
 from birbal_ray.ni.metrics import EXACT_MATCH
 from birbal_ray.ni.schema import TaskError
@@ -110,7 +110,7 @@ def records_of(plans: Sequence[StepPlan]) -> list[dict[str, Any]]:
 def num_weights(model: str) -> int:
     """Weights of a model: from its config.json, or, where that can't be had, from the size in its name (`7B`)."""
     try:
-        shapes = shapes_of(resolve(model, weights=False).path, "all-linear")
+        shapes = shapes_of(resolve_model(model, weights=False).path, "all-linear")
         return shapes.num_other + sum(out * into for out, into in shapes.linear)
     except ModelError:
         if found := re.search(r"(\d+(?:\.\d+)?)([bm])(?![a-z])", Path(model).name.lower()):
@@ -137,7 +137,7 @@ def read_sizes(config: ScoreConfig, held_out: Sequence[str]) -> list[TaskSizes]:
         answer = sum(len(one.references[0]) for one in sampled) / len(sampled) / CHARACTERS_PER_TOKEN
         prefix = prompt.render_prefix(task.definition, prompt.examples_of(task, config.prompt.num_shots))
         label = labels.label_task(task, overrides).value
-        sizes.append(TaskSizes(task.name, label, count, len(prefix) / CHARACTERS_PER_TOKEN, own + 8, answer + 2))  # heads, the stop
+        sizes.append(TaskSizes(task.name, label, count, len(prefix) / CHARACTERS_PER_TOKEN, own + 8, answer + 2))
     if not sizes:
         raise TaskError(f"{root}: no usable task")
     return sizes
