@@ -138,13 +138,18 @@ def _gpus() -> list[Check]:
     from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager as Nvidia
 
     if not torch.cuda.is_available():
-        return [Check("gpus", OK, "none: runs use the CPU engine")]
+        return [Check("gpus", OK, "none: runs use the CPU engine, training attends with sdpa sample by sample")]
+    from birbal_ray.train.attention import why_not_varlen
+
     card = Nvidia.get_current_node_accelerator_type()
     checks = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
-        checks.append(Check(f"gpu {index}", OK, f"{properties.name}, {memory}; Ray calls it {card}"))
+        reason = why_not_varlen(torch.device("cuda", index), torch.bfloat16, 128)
+        kernel = f"sdpa sample by sample ({reason})" if reason else "torch's varlen FlashAttention"
+        found = f"{properties.name}, {memory}; Ray calls it {card}; training attends with {kernel}"
+        checks.append(Check(f"gpu {index}", OK, found))
     return checks
 
 
