@@ -5,6 +5,7 @@ A checkpoint `step-000064` is complete or absent: `files.json` in it lists its f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray.settings import canonical_hash
-from birbal_ray.storage import Folder, Uploader, cache_folder
+from birbal_ray.storage import Folder, RunError, Uploader, cache_folder
 
 METRICS_FILE = "metrics.jsonl"  # one line for each step or evaluation
 STATUS_FILE = "status.json"  # the worker's state, rewritten every second
@@ -61,16 +62,23 @@ class Remote:
         if self._uploads:
             self._uploads.add(*names)
 
-    def prune(self, top: str, keep: int) -> None:
-        """Delete all but the latest `keep` of the `step-…` folders that are uploaded below `top`."""
+    def prune(self, keep: int) -> None:
+        """Delete what was uploaded and is superseded: complete checkpoints but the latest `keep`, older best adapters.
+
+        Only the run folder's own records count, never what is absent on this machine. An outage of the store is no
+        error: the next call deletes what this one could not.
+        """
         if not self._uploads:
             return
-        names = [name for name in self.folder.files(top) if _NAME.fullmatch(name.split("/")[1])]
-        old = sorted({name.split("/")[1] for name in names})[:-keep]
-        doomed = [name for name in names if name.split("/")[1] in old]
-        # The list that makes a checkpoint complete goes first.
-        self.folder.delete([name for name in doomed if name.endswith(f"/{FILES_FILE}")])
-        self.folder.delete(doomed)
+        with contextlib.suppress(RunError, OSError):
+            names = self.folder.files(CHECKPOINTS_FOLDER)
+            markers = sorted(name for name in names if name.endswith(f"/{FILES_FILE}"))[:-keep]
+            self.folder.delete(markers)  # first: a checkpoint without its list is not complete
+            old = tuple(marker.removesuffix(FILES_FILE) for marker in markers)
+            self.folder.delete([name for name in names if name.startswith(old)] if old else [])
+            current = self.folder.read_json(BEST_FILE)["folder"]  # uploaded after the files of its adapter
+            best = self.folder.files(BEST_FOLDER)
+            self.folder.delete([name for name in best if name.rpartition("/")[0] < current])
 
     @property
     def status_seconds(self) -> float:
@@ -84,7 +92,9 @@ class Remote:
         if time.monotonic() - self._asked < STOP_POLL_SECONDS:
             return False
         self._asked = time.monotonic()
-        return self.folder.is_file(STOP_FILE)
+        with contextlib.suppress(RunError):  # an outage: asked again
+            return self.folder.is_file(STOP_FILE)
+        return False
 
 
 def working_folder(folder: Folder) -> Path:

@@ -360,7 +360,7 @@ class BudgetTrainer(SFTTrainer):
         saved = finish_checkpoint(written, checkpoints)
         remove_old(checkpoints, self.settings.checkpoint.keep)
         self.remote.add(METRICS_FILE, CLOCK_FILE, f"{CHECKPOINTS_FOLDER}/{saved.name}")
-        self.remote.prune(CHECKPOINTS_FOLDER, self.settings.checkpoint.keep)
+        self.remote.prune(self.settings.checkpoint.keep)
         self._saved_at = time.monotonic()
         self.deadline.clock.save_seconds = self._saved_at - started
 
@@ -550,4 +550,3 @@ def save_best(trainer: BudgetTrainer, step: int, eval_loss: float) -> None:
         if other != target:
             shutil.rmtree(other, ignore_errors=True)
     trainer.remote.add(f"{BEST_FOLDER}/{target.name}", BEST_FILE, METRICS_FILE)
-    trainer.remote.prune(BEST_FOLDER, 1)
