@@ -46,9 +46,9 @@ def row_files(folder: Folder) -> list[str]:
 
 
 def rows_at(folder: Folder) -> list[dict]:
-    """All rows of a score run at a URL, by row id."""
+    """All rows of a score run at a URL, as `scored_rows` gives them."""
     dataset = pads.dataset(folder.path("rows"), filesystem=folder.filesystem, format="parquet")
-    return dataset.to_table().sort_by("row_id").to_pylist()
+    return dataset.to_table().sort_by("row_id").drop_columns(["num_cached_tokens"]).to_pylist()
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
