@@ -116,7 +116,7 @@ def on_cluster(environment: dict[str, str], *arguments: object) -> subprocess.Po
 
 
 def test_two_nodes_write_one_run_and_one_of_them_and_the_driver_are_killed(s3, tasks, tmp_path, monkeypatch):
-    """Every node writes its own rows straight to the URL, through a proxy of its own here, which counts them."""
+    """Every node writes its own rows and logs straight to the URL, here through a proxy of its own, which sees them."""
     machine(monkeypatch, tmp_path / "cache")
     finish(birbal(*score(tasks, tmp_path / "score")))
 
@@ -125,13 +125,14 @@ def test_two_nodes_write_one_run_and_one_of_them_and_the_driver_are_killed(s3, t
 
     def counting(name: str) -> Callable[[str, str], float]:
         def rule(method: str, path: str) -> float:
-            if method in ("PUT", "POST") and "/rows/" in path:
+            if method in ("PUT", "POST") and ("/rows/" in path or "/logs/replica-" in path):
                 written[name].append(path)
             return 0.0
 
         return rule
 
-    split = {"resources.num_replicas": 2, "resources.cpus_per_replica": 3}  # a node of 5 CPUs takes one replica
+    # More than a node of 5 CPUs takes, and two processes that write.
+    split = {"resources.num_replicas": 6, "resources.shards_in_flight": 1}
     cluster = start_cluster(num_cpus=0, include_dashboard=False)
     try:
         with (
@@ -142,13 +143,13 @@ def test_two_nodes_write_one_run_and_one_of_them_and_the_driver_are_killed(s3, t
         ):
             nodes = [cluster.add_node(num_cpus=5, env_vars=one) for one in (first, second)]
             environment = {"RAY_ADDRESS": cluster.address, **driver}
-            command = score(tasks, there, 0.2, **split)
+            command = score(tasks, there, 1.5, **split)
             process = on_cluster(environment, *command)
-            wait_for(lambda: written["first"] and written["second"], process)
+            wait_for(lambda: written["first"] and written["second"] and row_files(there), process)
             cluster.remove_node(nodes[0], allow_graceful=False)
             cluster.add_node(num_cpus=5, env_vars=third)  # as a spot provider does, sooner or later
             so_far = len(row_files(there))
-            wait_for(lambda: len(row_files(there)) >= so_far + 4, process)
+            wait_for(lambda: len(row_files(there)) >= so_far + 2, process)
             kill_whole(process)
             assert "manifest.json" not in there.files()
             kept = {name: there.read_bytes(name) for name in row_files(there)}
