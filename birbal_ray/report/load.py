@@ -30,7 +30,13 @@ Row = Mapping[str, Any]
 STEPS = ("score", "mix", "train", "evaluate")  # those with a section of their own, in the order they run
 LABELS = ("exact_match", "generation")
 BASE = "base"
-NEW_COLUMNS = ("is_primary", "p_value", "p_adjusted", "detectable_difference")  # runs of version 0.1.0 lack them
+NEW_COLUMNS = (
+    "is_primary",
+    "p_value",
+    "p_adjusted",
+    "detectable_difference",
+    "note",
+)  # runs of version 0.1.0 lack them
 
 
 @dataclass(frozen=True, slots=True)
