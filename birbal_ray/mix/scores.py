@@ -18,6 +18,8 @@ from birbal_ray.settings import ConfigError, canonical_hash
 from birbal_ray.storage import Folder, open_folder
 
 AGAIN = "run `birbal score` again, or copy the folder again"
+SCORE_COLUMNS = ("task", "label", "num_instances", "num_scored", "num_errors", "task_score")
+TASK_COLUMNS = ("task", "label", "definition", "sources", "licenses")
 # Columns of tasks.parquet that runs of earlier versions lack.
 LATER_COLUMNS = ("unreachable_fraction", "unreachable_reason", "stop_reason", "definition_is_text")
 
@@ -168,13 +170,14 @@ def _refuse(place: str, is_wrong: pa.ChunkedArray, problem: str) -> None:
 
 def _tasks(folder: Folder, listed: Mapping[str, str]) -> tuple[ScoredTask, ...]:
     place = folder.at(TASK_SCORES_FILE)
-    table = read_table(folder, TASK_SCORES_FILE, TASK_SCORES, listed.get(TASK_SCORES_FILE))
+    needed = pa.schema([TASK_SCORES.field(name) for name in SCORE_COLUMNS])
+    table = read_table(folder, TASK_SCORES_FILE, needed, listed.get(TASK_SCORES_FILE))
     scores = {row["task"]: (number, row) for number, row in enumerate(table.to_pylist(), 1)}
-    needed = pa.schema([field for field in TASKS if field.name not in LATER_COLUMNS])
+    needed = pa.schema([TASKS.field(name) for name in TASK_COLUMNS])
     tasks = []
     described = read_table(folder, TASKS_FILE, needed, listed.get(TASKS_FILE), LATER_COLUMNS)
     for line, row in enumerate(described.to_pylist(), 1):
-        for name in ("task", "label", "definition", "licenses", "sources"):
+        for name in TASK_COLUMNS:
             if row[name] is None:
                 raise RunError(f"{folder.at(TASKS_FILE)}, row {line}: {name} is null; {AGAIN}")
         if row["task"] not in scores:

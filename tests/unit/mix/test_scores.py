@@ -2,8 +2,11 @@
 
 import json
 
+import pyarrow.parquet as pq
 import pytest
 
+from birbal_ray.mix.config import MixConfig
+from birbal_ray.mix.run import mix
 from birbal_ray.mix.scores import open_scores
 from birbal_ray.run import RunError
 from birbal_ray.score.export import export_published_json
@@ -22,6 +25,22 @@ def test_lost_or_damaged_rows_are_not_exported_as_if_whole(tmp_path):
         export_published_json(folder, tmp_path / "out")
     file.write_bytes(whole)
     assert export_published_json(folder, tmp_path / "out") == (2, 40)
+
+
+def test_a_folder_of_an_earlier_version_gives_the_same_mix(tmp_path):
+    budgets = {"exact_match_budget": 20, "generation_budget": 20}
+    folder = write_score_folder(tmp_path / "scores", made_up_rows(4, 40))
+    new = mix(MixConfig(scores=str(folder), output=str(tmp_path / "new"), task_score=budgets))
+    later = ("unreachable_fraction", "unreachable_reason", "definition_is_text", "stop_reason", "metric_version")
+    table = pq.read_table(folder / "tasks.parquet")
+    pq.write_table(table.drop_columns([name for name in later if name in table.column_names]), folder / "tasks.parquet")
+    for task in (folder / "rows").iterdir():
+        for number, file in enumerate(sorted(task.glob("*.parquet"))):
+            file.rename(folder / "rows" / f"{task.name}-{number:05d}-of-00001.parquet")
+        task.rmdir()
+    old = mix(MixConfig(scores=str(forget_files(folder)), output=str(tmp_path / "old"), task_score=budgets))
+    for name in ("train.parquet", "audit.parquet", "tasks.parquet"):
+        assert old.manifest["files"][name] == new.manifest["files"][name]
 
 
 def test_tasks_whose_names_begin_with_an_underscore_or_a_dot_are_read_and_exported(tmp_path):
