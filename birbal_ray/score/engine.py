@@ -257,7 +257,9 @@ def load_engine(
 ) -> Engine:
     """The engine that the settings name; `engine.device` must be resolved (cpu or gpu)."""
     if engine.backend == "simulated":
-        from birbal_ray.score.simulated import SimulatedEngine
+        from birbal_ray.score.simulated import START_FAILURE, SimulatedEngine
 
+        if os.environ.get(START_FAILURE):
+            raise RuntimeError("simulated start failure")
         return SimulatedEngine(resources.simulated_row_seconds, engine.max_model_len, [one.name for one in adapters])
     return VllmEngine(model, engine, resources, adapters)

@@ -17,6 +17,7 @@ from birbal_ray.score.engine import Completion, Request, RequestRefusedError, To
 WORDS = ("yes", "no", "red", "seven", "the river runs north", "a quiet morning", "it depends on the weather")
 NUM_EMBEDDINGS = 1 << 15
 BLOCK_TOKENS = 32  # prefixes are cached in whole blocks
+START_FAILURE = "SIMULATED_START_FAILURE"  # an environment variable: engines of this node never start
 ROW_ERROR, ENGINE_DEATH, SAYS = "SIMULATED-ROW-ERROR", "SIMULATED-ENGINE-DEATH", "SIMULATED-SAYS "
 
 _words: dict[int, str] = {}  # token id → word, of the words that this process has seen

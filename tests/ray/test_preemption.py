@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from birbal_ray.score.simulated import START_FAILURE
 from birbal_ray.storage import read_json
 from tests.conftest import slow, task_values
 from tests.ray.conftest import scored_rows, start_cluster
@@ -76,6 +77,25 @@ def test_nodes_lost_while_scoring(birbal, cluster, tmp_path):
     print(f"{kills} nodes lost, 0 of {NUM_ROWS} rows lost or doubled, {redone:.1%} of the work done again")
     assert session["engine_restarts"] >= 1, "a replica came back on another node"
     assert redone <= kills * (IN_FLIGHT + 2) * SHARD_ROWS / NUM_ROWS, "no more than the shards in flight"
+
+
+def test_of_three_replicas_one_never_starts(birbal, cluster, write_task, tmp_path):
+    """The two others do all the work; the reason is in the log, the summary and the manifest."""
+    bad = cluster.add_node(num_cpus=3, env_vars={START_FAILURE: "1"})
+    good = {cluster.add_node(num_cpus=3).node_id for _ in range(2)}
+    settings = SETTINGS | {"resources.num_replicas": 3, "resources.max_start_retries": 1}
+    run, address = tmp_path / "run", {"RAY_ADDRESS": cluster.address}
+    process = birbal("score", "--tasks", write_task("task_a", 300), *sets(settings), "--output", run, env=address)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert len(scored_rows(run)) == 300
+    manifest = read_json(run / "manifest.json")
+    assert manifest["rows"]["scored"] == 300
+    assert len(manifest["deaths"]) == 2, "the first try and one more"
+    assert all("did not start: RuntimeError: simulated start failure" in death for death in manifest["deaths"])
+    assert f"an engine died: {manifest['deaths'][0]}" in errors
+    replicas = [file.read_text().split() for file in (run / "logs").glob("replica-*.log")]
+    assert {words[words.index("node") + 1] for words in replicas} == good | {bad.node_id}
 
 
 @slow
