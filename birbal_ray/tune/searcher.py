@@ -52,7 +52,20 @@ class RungReporter:
         tune.report({OBJECTIVE: objective, RUNG: len(self._rungs), "step": step})
 
 
-class SpecSearcher(Searcher):
+class NotPickled:
+    """Tune pickles what it is given, for a resume of its own that nobody uses: nothing of this is written down."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+
+class SpecSearcher(NotPickled, Searcher):
     """Asks the scheduler what to run, and hands it how trials ended."""
 
     def __init__(self, scheduler: TrialScheduler, run: Folder, options: dict[str, Any]) -> None:
@@ -112,7 +125,7 @@ class SearchOnlyAsha(AsyncHyperBandScheduler):
             super().on_trial_complete(tune_controller, trial, result)
 
 
-class ShowProgress(tune.Callback):
+class ShowProgress(NotPickled, tune.Callback):
     """The progress line, and progress.json."""
 
     def __init__(self, scheduler: TrialScheduler, run: Run | None, progress: ProgressLine) -> None:

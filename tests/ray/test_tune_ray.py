@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import subprocess
@@ -115,3 +116,18 @@ def test_a_trial_stopped_or_diverged_at_its_first_rung_is_kept_as_that(tmp_path)
     assert kept == result, "what failed may work the next time"
     assert (diverged.spec.key, diverged.status, diverged.objective) == ("task_score", FAILED, None), "this can't"
     assert len(started) == 4
+
+
+def test_tune_may_pickle_what_holds_the_run(tmp_path):
+    """Tune pickles searcher and callbacks when it starts; a run's locks and threads can't be."""
+    from ray import cloudpickle
+
+    from birbal_ray.progress import ProgressLine
+    from birbal_ray.run import open_run
+    from birbal_ray.tune.searcher import ShowProgress, SpecSearcher
+
+    with open_run(tmp_path, "tune", {}, owns=["*"]) as run:
+        scheduler = TrialScheduler(TuneConfig(num_trials=1), remember=lambda spec: run.check())
+        for one in (SpecSearcher(scheduler, run.folder, {}), ShowProgress(scheduler, run, ProgressLine())):
+            assert cloudpickle.loads(cloudpickle.dumps(one)) is not None
+            assert copy.deepcopy(one) is one

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from benchmarks.search import compare
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import mix
 from birbal_ray.progress import ProgressLine
@@ -42,6 +43,7 @@ from birbal_ray.tune.scheduler import (
 from birbal_ray.tune.space import Point, baseline_mix, mix_of, num_rows, point_of
 from birbal_ray.tune.stats import by_name, compare_seeds, describe_comparisons, rank_agreement, winner
 from birbal_ray.tune.trial import group_losses, make_mix, read_questions, weighted_mean
+from tests.conftest import slow
 from tests.fixtures.score_folder import made_up_rows, write_score_folder
 
 OPTIMUM = {"gamma": 1.5, "exact_match_fraction": 0.35, "failed_first": 1.0}
@@ -152,6 +154,12 @@ def test_a_gaussian_process_names_the_bottom_of_a_noisy_bowl():
         best = predicted_best(points, losses, np.array([False, False, True]), seed)
         assert best == pytest.approx(bottom, abs=0.12)
         assert (best == predicted_best(points, losses, np.array([False, False, True]), seed)).all()
+
+
+@slow
+def test_the_search_comes_closer_to_the_optimum_than_random_trials():
+    distances = [compare(seed) for seed in range(20)]
+    assert sum(search < random for search, random in distances) >= 18
 
 
 def test_a_stopped_or_failed_trial_is_never_among_the_best():
