@@ -15,7 +15,7 @@ import pyarrow.dataset as pads
 import pytest
 
 from birbal_ray.storage import Folder, open_folder
-from tests.conftest import task_values
+from tests.conftest import slow, task_values
 from tests.e2e.processes import birbal, finish, kill_whole, wait_for
 from tests.fixtures.s3_server import BUCKET, s3_proxy
 from tests.ray.conftest import scored_rows, start_cluster
@@ -115,6 +115,7 @@ def on_cluster(environment: dict[str, str], *arguments: object) -> subprocess.Po
     )
 
 
+@slow
 def test_two_nodes_write_one_run_and_one_of_them_and_the_driver_are_killed(s3, tasks, tmp_path, monkeypatch):
     """Every node writes its own rows and logs straight to the URL, here through a proxy of its own, which sees them."""
     machine(monkeypatch, tmp_path / "cache")
