@@ -95,5 +95,5 @@ def test_what_is_no_adapter(tmp_path, model):
         b"\x05" + bytes(7) + b"[1,2]",
     ):
         pointer.write_bytes(content)
-        with pytest.raises(ModelError, match="holds no tensors: damaged or not safetensors"):
+        with pytest.raises(ModelError, match=r"adapter_model\.safetensors .*(damaged or broke off|Git LFS pointer)"):
             find_adapter(str(pointer.parent), model)
