@@ -24,6 +24,7 @@ from birbal_ray.run import LOG_FOLDER, MANIFEST_FILE, sigterm_as_interrupt
 from birbal_ray.score.pipeline import logical_cpus
 from birbal_ray.score.run import score
 from birbal_ray.settings import ConfigError
+from birbal_ray.status import CLOCK_FILE
 from birbal_ray.storage import Folder, RunError, cache_folder, input_folder, open_folder
 from birbal_ray.train.deadline import CLOCK_FILE as WORKER_CLOCK_FILE
 from birbal_ray.train.launch import logical_cpus as train_logical_cpus
@@ -42,7 +43,6 @@ ABOUT = {
 RUN: Mapping[str, Callable[..., Any]] = {
     **{"score": score, "tune": tune, "mix": mix, "train": train, "evaluate": evaluate}
 }
-CLOCK_FILE = "clock.json"
 LOCAL_BEAT_SECONDS, REMOTE_BEAT_SECONDS = 2.0, 5.0
 EVALUATE_MARGIN = 0.8  # of its time: speeds vary, and comparing takes a moment, too
 TRAIN_START_SECONDS = 15.0  # of the training step, before its worker's own clock runs and after it has ended

@@ -25,6 +25,7 @@ DONE, RUNNING, STOPPED, NOT_STARTED, DAMAGED = "done", "running", "stopped", "no
 CHAIN = ("score", "tune", "mix", "train", "evaluate")  # each reads what an earlier one wrote
 OPTIONAL = ("tune",)
 REPORT, REPORT_FILE = "report", "report.html"
+CLOCK_FILE = "clock.json"  # of a pipeline
 SILENT_SECONDS = 20 * 60.0  # a score run gives itself up after so long without a row
 
 
@@ -88,6 +89,18 @@ def read_status(run: str | os.PathLike[str], now: float | None = None) -> list[R
     older = [row.step for row in rows if row.step in CHAIN and (row.touched or 0.0) > report.modified]
     progress = f"older than {', '.join(older)}" if older else ""
     return [*rows, *rest, Row(REPORT, home.at(REPORT_FILE), DONE, progress=progress, touched=report.modified)]
+
+
+def read_budget(run: str | os.PathLike[str]) -> str:
+    """What the pipeline in `run` has used of its time, by step; nothing where there is no pipeline."""
+    try:
+        clock = open_folder(run).read_json(CLOCK_FILE)
+        spent, budget = clock["spent_seconds"], clock["budget_seconds"]
+        used = ", ".join(f"{step} {duration(seconds)}" for step, seconds in spent.items())
+        of = f" of {duration(budget)}" if budget else ""
+        return f"time: {duration(sum(spent.values()))}{of} ({used})"
+    except (FileNotFoundError, RunError, KeyError, TypeError, AttributeError):
+        return ""  # none, or another tool's (a training run's own clock.json has other keys)
 
 
 def _find(folder: Folder) -> _Found | None:

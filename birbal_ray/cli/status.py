@@ -14,10 +14,14 @@ if TYPE_CHECKING:
     from birbal_ray.status import Row
 
 
+WATCH_SECONDS, IDLE_LOOKS = 5.0, 4  # a pipeline pauses between two steps
+
+
 @click.command()
 @click.argument("run")
+@click.option("--watch", is_flag=True, help="Show it again every few seconds, until nothing runs. Ctrl-C ends it.")
 @format_option
-def status(run: str, output_format: str) -> None:
+def status(run: str, watch: bool, output_format: str) -> None:
     """Say what the steps in RUN have done, which of them is at work, and how to go on.
 
     RUN is a folder that holds the steps' output folders, or one of these. It is only read: a run that
@@ -27,18 +31,30 @@ def status(run: str, output_format: str) -> None:
     Examples:
       birbal status runs
       birbal status s3://bucket/runs
+      birbal status runs/demo --watch
       birbal status runs/score --format json
     """
-    from birbal_ray.status import read_status
+    from birbal_ray.status import RUNNING, read_budget, read_status
 
     rows = read_status(run)
     if output_format != "text":
         print_table([_record(row) for row in rows], output_format)
         return
-    print_table([_cells(row, time.time()) for row in rows], output_format)
-    todo = [row for row in rows if row.next]
-    for row in todo:
-        click.echo(f"next: {row.next}" if len(todo) == 1 else f"next ({row.place.rpartition('/')[2]}): {row.next}")
+    idle = 0
+    while True:
+        if watch:
+            click.clear()
+        print_table([_cells(row, time.time()) for row in rows], output_format)
+        if budget := read_budget(run):
+            click.echo(budget)
+        todo = [row for row in rows if row.next]
+        for row in todo:
+            click.echo(f"next: {row.next}" if len(todo) == 1 else f"next ({row.place.rpartition('/')[2]}): {row.next}")
+        idle = 0 if any(row.state == RUNNING for row in rows) else idle + 1
+        if not watch or idle == IDLE_LOOKS:
+            return
+        time.sleep(WATCH_SECONDS)
+        rows = read_status(run)
 
 
 def _record(row: Row) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import yaml
 from birbal_ray import pipeline
 from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps
 from birbal_ray.settings import ConfigError, load_config
+from birbal_ray.status import CLOCK_FILE, read_budget
 from birbal_ray.storage import open_folder
 
 SHARES = ShareSettings(score=0.2, tune=0.1, evaluate=0.2, report=0.05)
@@ -65,7 +66,7 @@ def test_the_clock_survives_a_kill_to_within_a_beat(tmp_path):
     time = Time()
     clock = clock_in(tmp_path, time=time)
     spend(clock, time, "score", 30)
-    record = json.loads((tmp_path / pipeline.CLOCK_FILE).read_text())
+    record = json.loads((tmp_path / CLOCK_FILE).read_text())
     assert record["spent_seconds"]["score"] == pytest.approx(30)
     later = Time()
     later.now = 5000.0  # another boot: its monotonic clock is another one
@@ -73,6 +74,15 @@ def test_the_clock_survives_a_kill_to_within_a_beat(tmp_path):
     assert again.total == pytest.approx(30)
     spend(again, later, "score", 10)
     assert again.spent["score"] == pytest.approx(40)
+
+
+def test_status_says_what_is_used_of_the_budget(tmp_path):
+    time = Time()
+    assert read_budget(tmp_path) == ""
+    clock = clock_in(tmp_path, time=time)
+    spend(clock, time, "score", 90)
+    spend(clock, time, "mix", 5)
+    assert read_budget(tmp_path) == "time: 1 min 35 s of 16 min 40 s (score 1 min 30 s, mix 5 s)"
 
 
 def test_from_scratch_forgets_the_time_and_the_decisions(tmp_path):
