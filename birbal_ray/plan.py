@@ -139,7 +139,10 @@ def read_sizes(config: ScoreConfig, held_out: Sequence[str]) -> list[TaskSizes]:
         label = labels.label_task(task, overrides).value
         sizes.append(TaskSizes(task.name, label, count, len(prefix) / CHARACTERS_PER_TOKEN, own + 8, answer + 2))
     if not sizes:
-        raise TaskError(f"{root}: no usable task")
+        raise TaskError(
+            f"{root}: no usable task among its {len(files)} (tasks.select = {config.tasks.select!r} takes "
+            f"{len(chosen)}; all takes every task but those held out)"
+        )
     return sizes
 
 

@@ -346,7 +346,10 @@ def plan_run(
             raise TaskError(catalog.unknown_task(name, sorted(available), root))
     chosen = set(names) - set(config.tasks.exclude)
     if not chosen:
-        raise TaskError(f"{root}: none of its {len(files)} tasks is chosen (tasks.select = {config.tasks.select!r})")
+        raise TaskError(
+            f"{root}: none of its {len(files)} tasks is chosen (tasks.select = {config.tasks.select!r}; all takes "
+            "every task but those of tasks.exclude)"
+        )
     overrides = labels.default_overrides()
     unknown: tuple[str, ...] = ()
     if config.tasks.label_overrides:
