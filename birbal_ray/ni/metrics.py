@@ -17,7 +17,7 @@ ROUGE_L = "rouge_l"
 METRIC_OF_LABEL = {EXACT_MATCH: EXACT_MATCH, GENERATION: ROUGE_L}
 # Part of a score's identity: raised whenever an answer may get another score. 1 saw only [a-z0-9] in ROUGE-L.
 METRIC_VERSION = 2
-# A task with more instances than this that no answer can score 1 on gets no error-driven share of a mix.
+# A task gets no error-driven share of a mix when no answer can score 1 on more than this part of its instances.
 MAX_UNREACHABLE_FRACTION = 0.05
 
 

@@ -105,8 +105,8 @@ def read_task(path: Path) -> Task:
 def parse_task(name: str, data: bytes | OSError) -> Task:
     """A task from a file's bytes; raises TaskError naming the file and the reason.
 
-    Instances with the same input become one with the references of all, in order. Row ids follow
-    DESIGN: the file's ids, positions (from 0) where there are none, `#n` on repeats.
+    Instances with the same input become one with the references of all, in order. Row ids
+    are made of the file's ids, of positions (from 0) where there are none, with `#n` on repeats.
     """
     shown = printable(name)
     if isinstance(data, OSError):

@@ -1,8 +1,8 @@
 """Which shards are scored, in which order, and when a task has been scored enough. Pure: no clock, no Ray.
 
-A task is scored in growing ranges of its hash order and looked at when 100, 200, 400, … of its rows are there
-(DESIGN "Adaptive scoring"). It is finished when its score is known to within `score_margin` and the rows that
-the model failed fill the share that the mix would give the task.
+A task is scored in growing ranges of its hash order and looked at when 100, 200, 400, … of its rows are there. It is
+finished when its score is known to within `score_margin` and the rows that the model failed fill the share that the
+mix would give the task (`mix.allocation` computes that share).
 """
 
 from __future__ import annotations

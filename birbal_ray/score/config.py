@@ -44,7 +44,7 @@ class TaskSettings(Settings):
         None, description="folder of task files, one .json file, a .tar.gz archive, a URL of one, or sample-tasks"
     )
     select: str | list[str] = Field(
-        "all", description="which tasks: all, selected (the 462 of Birbal), a file of names, or a list"
+        "all", description="which tasks: all, selected (the 462 that Birbal scored), a file of names, or a list"
     )
     exclude: list[str] = Field([], description="names left out by hand")
     exclude_families: list[Literal["mmlu", "translation"]] = Field(
@@ -179,7 +179,7 @@ def vllm_argument_names() -> frozenset[str]:
 
 
 class AdaptiveSettings(Settings):
-    """When a task has been scored enough: DESIGN's adaptive scoring."""
+    """When a task has been scored enough (see `score.adaptive`)."""
 
     enabled: bool = Field(False, description="stop each task when its score is known and its share is filled")
     score_margin: float = Field(0.05, gt=0, lt=1, description="half-width of the 95 % interval of a task's score")
