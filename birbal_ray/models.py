@@ -105,7 +105,7 @@ def resolve_model(name: str, revision: str | None = None, *, weights: bool = Tru
         return Model(name, path.resolve(), None, _folder_fingerprint(path))
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         known = ", ".join(EMBEDDED)
-        raise ModelError(f"model {name!r}: no such folder, not a Hub id (owner/name), and not embedded ({known})")
+        raise ModelError(f"model {name!r}: no such folder, not a Hub id (owner/name), and no model of birbal ({known})")
     return _from_hub(name, revision, weights=weights)
 
 

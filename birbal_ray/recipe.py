@@ -36,7 +36,9 @@ class PipelineConfig(Settings):
 
     output: str | None = Field(None, description="folder or URL; each step gets a folder in it")
     tasks: str | None = Field(None, description="folder of task files, or a .tar.gz archive; the steps' tasks.path")
-    model: str | None = Field(None, description="the base model of all steps but tune: embedded, a folder, or a Hub id")
+    model: str | None = Field(
+        None, description="the base model of all steps but tune: smollm2-135m, a folder, or a Hub id"
+    )
     device: Literal["cpu", "gpu"] | None = Field(None, description="where engines and training run")
     held_out_tasks: list[str] = Field([], description="tasks that are evaluated and never scored or trained on")
     budget: Duration | None = Field(

@@ -32,7 +32,7 @@ COMMANDS = {  # name: its module, its line in `birbal --help`
     "status": ("status", "What is done, running and next in a run folder."),
     "harness": ("tools", "Measure a model on public benchmarks."),
     "leaderboard": ("tools", "Place a model among the challenge's teams."),
-    "models": ("tools", "The models that come with us."),
+    "models": ("tools", "The models that come with birbal."),
     "export-predictions": ("tools", "A score run as the published JSON."),
     "doctor": ("doctor", "Check versions, CPUs, GPUs, disk, model; or a Ray cluster."),
 }
@@ -109,7 +109,7 @@ def main() -> None:
     Try it on this machine, no data or GPU needed:
       birbal demo
     The steps; the same command continues a step that was stopped:
-      birbal tasks list --tasks natural-instructions/
+      birbal tasks fetch --output natural-instructions
       birbal score --tasks natural-instructions/ --model mistralai/Mistral-7B-v0.1 --output runs/score
       birbal mix --scores runs/score --output runs/mix --config birbal-200k
       birbal tune --scores runs/score --output runs/tune --config birbal

@@ -67,7 +67,7 @@ def settings_options(
             file = None if config_file is None else find_config(step, config_file)
             return function(load_config(schema, file, assignments, given), **values)
 
-        about = f"YAML file of settings, or the name of one that comes with us: {', '.join(shipped_configs(step))}."
+        about = f"YAML file of settings, or the name of one that comes with birbal: {', '.join(shipped_configs(step))}."
         for option in (
             click.option(
                 "--settings",
@@ -112,7 +112,7 @@ def find_config(step: str, text: str) -> Path:
     shipped = shipped_configs(step)
     if text not in shipped:
         raise ConfigError(
-            f"--config {text}: no such file, and no settings of that name come with us for {step}"
+            f"--config {text}: no such file, and no settings of that name come with birbal for {step}"
             f"{nearest(text, shipped)}; there are {', '.join(shipped)}"
         )
     return shipped[text]

@@ -580,7 +580,7 @@ def report(run: str, output: str | None, added: tuple[Path, ...]) -> None:
 @click.option("--resume", is_flag=True, help="Continue (what happens anyway; for scripts that say so).")
 @click.option("--overwrite", is_flag=True, help="Start from scratch instead of continuing.")
 def demo(output: str, resume: bool, overwrite: bool) -> None:
-    """Run the recipe small, for real: vLLM, SmolLM2-135M and QLoRA on the sample tasks that come with us.
+    """Run the recipe small, for real: vLLM, SmolLM2-135M and QLoRA on the sample tasks that come with birbal.
 
     About ten minutes on two CPU cores. Called again it continues, or says that it is up to date. It is
     `birbal pipeline --config demo`.
@@ -671,6 +671,10 @@ def plan(config: PipelineConfig, cards: tuple[str, ...], gpu_price: float | None
 
     For this machine, from its own earlier runs where there are any, or for one --gpu after the other, from their
     data sheets. Reads the task files and the model's config; loads no weights.
+
+    Columns: `alone` is what the step takes without a limit, `gets` the most that the budget allows it, `planned` the
+    middle of `alone` or all that it gets, whichever is less, `from` the source of the speed. "2 to 3 fit" are the
+    epochs that training has time for.
 
     \b
     Examples:

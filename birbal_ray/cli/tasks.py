@@ -22,7 +22,7 @@ tasks_option = click.option(
     "path",
     metavar="PATH",
     callback=_local,
-    help="Folder, .json, archive, or a URL of one; default: the sample tasks.",
+    help="Folder, .json, archive, or a URL of one; without it: the sample tasks.",
 )
 
 
@@ -43,7 +43,7 @@ def tasks() -> None:
 @click.option("--label", type=click.Choice(["exact_match", "generation"]), help="Only tasks of this label.")
 @format_option
 def list_tasks(path: Path | None, label: str | None, output_format: str) -> None:
-    """One line per task: label, instances, positive examples, categories, whether it is one of the 462.
+    """One line per task: label, instances, positive examples, categories, and "selected": one of Birbal's 462 tasks.
 
     \b
     Example:
@@ -128,13 +128,19 @@ def label_tasks(path: Path | None, compare: Path | None, output_format: str) -> 
 @tasks.command("import")
 @click.argument("source")
 @click.option(
-    "--input", "inputs", multiple=True, required=True, metavar="COLUMN", help="Input; repeat it to join some."
+    "--input", "inputs", multiple=True, required=True, metavar="COLUMN", help="The inputs; repeat it to join some."
 )
 @click.option("--output", "outputs", multiple=True, required=True, metavar="COLUMN", help="Right answers; repeatable.")
 @click.option("--definition", required=True, help="What is asked, in words; {group} stands for the group.")
 @click.option("--name", help="The task's name; default: that of the file or dataset.")
 @click.option("--group-by", metavar="COLUMN", help="Make one task for each value of this column.")
-@click.option("--folder", default="my-tasks", type=click.Path(path_type=Path), callback=refuse_url, help="To write to.")
+@click.option(
+    "--folder",
+    default="my-tasks",
+    type=click.Path(path_type=Path),
+    callback=refuse_url,
+    help="Where the task files go.",
+)
 @click.option("--num-examples", type=click.IntRange(min=0), default=4, help="Rows that become positive examples.")
 @click.option("--category", default="", help="Kind of task, e.g. 'Title Generation'; the label rule reads it.")
 @click.option("--language", default="English", help="Of inputs and outputs.")

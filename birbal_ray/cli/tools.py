@@ -55,7 +55,7 @@ def merge(
 
 
 @click.command()
-@click.option("--model", metavar="NAME", help="Local folder, Hub id, or embedded model.")
+@click.option("--model", metavar="NAME", help="smollm2-135m, a local folder, or a Hub id.")
 @click.option("--adapter", metavar="DIR", help="LoRA adapter on it: a PEFT folder, or the output of `birbal train`.")
 @click.option("--output", metavar="DIR", help="The run's folder.")
 @click.option("--benchmark", "benchmarks", multiple=True, metavar="NAME", help="One of --list; default: all of them.")
@@ -197,7 +197,7 @@ def print_sensitivities(found: list[Sensitivity], output_format: str) -> None:
 @format_option
 @click.pass_context
 def models(context: click.Context, output_format: str) -> None:
-    """List the models that come with us; `fetch` makes one ready.
+    """List the models that come with birbal; `fetch` makes one ready.
 
     Any local folder of safetensors and any Hub id works wherever a model is asked for.
 
