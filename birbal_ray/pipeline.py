@@ -15,15 +15,15 @@ from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.evaluate.run import evaluate
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import mix
-from birbal_ray.ni import reader
-from birbal_ray.plan import least_seconds
+from birbal_ray.ni import catalog, reader
+from birbal_ray.plan import LOAD_SECONDS, least_seconds
 from birbal_ray.progress import duration
 from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps
 from birbal_ray.report.run import report
-from birbal_ray.run import LOG_FOLDER, MANIFEST_FILE, sigterm_as_interrupt
+from birbal_ray.run import LOG_FOLDER, MANIFEST_FILE, RunFailedError, sigterm_as_interrupt
 from birbal_ray.score.pipeline import logical_cpus
 from birbal_ray.score.run import score
-from birbal_ray.settings import ConfigError
+from birbal_ray.settings import ConfigError, one_line
 from birbal_ray.status import CLOCK_FILE
 from birbal_ray.storage import Folder, RunError, cache_folder, input_folder, open_folder
 from birbal_ray.train.deadline import CLOCK_FILE as WORKER_CLOCK_FILE
@@ -72,7 +72,9 @@ class BudgetClock:
             with contextlib.suppress(FileNotFoundError):
                 earlier = folder.read_json(CLOCK_FILE)
         self.spent: dict[str, float] = dict(earlier.get("spent_seconds", {}))
-        self._decided: dict[str, Any] = dict(earlier.get("decided", {}))
+        # Another budget is another plan: what was decided for the old one does not bind it.
+        same = earlier.get("budget_seconds") == budget
+        self._decided: dict[str, Any] = dict(earlier.get("decided", {})) if same else {}
         self._lock = threading.Lock()
 
     @property
@@ -119,9 +121,17 @@ class BudgetClock:
             return rest
         return max(self._least.get(step, 0.0), self._share(step) - self.spent.get(step, 0.0))
 
+    def least(self, step: str) -> float:
+        """The least seconds that `step` works in."""
+        return self._least.get(step, 0.0)
+
     def overrun(self, step: str) -> float:
         """Seconds that `step` took beyond its share."""
         return 0.0 if self.budget is None or step == "train" else self.spent.get(step, 0.0) - self._share(step)
+
+    def is_decided(self, key: str) -> bool:
+        """Whether an earlier session has decided on `key`."""
+        return key in self._decided
 
     def decide(self, key: str, make: Callable[[], Any]) -> Any:
         """What was decided for `key` in an earlier session, else `make()`, which is kept."""
@@ -174,8 +184,15 @@ def run_pipeline(
             announce(f"{number}/{len(steps)} {step}: {ABOUT[step]}{time_left}")
             if step != "report":
                 with clock.running(step):
-                    result = RUN[step](settings_of(step, config, clock), overwrite=overwrite)
-                    if step in show:
+                    try:
+                        result = RUN[step](settings_of(step, config, clock), overwrite=overwrite)
+                    except RunFailedError as error:
+                        if step != "tune" or config.budget is None:
+                            raise
+                        # A search that found nothing in its time costs the recipe its ratios, not its adapter.
+                        announce(f"{one_line(error)}; the mix is made with the ratios of its settings")
+                        result = None
+                    if step in show and result is not None:
                         show[step](result)
                 if (over := clock.overrun(step)) > 1:
                     announce(f"{step} took {duration(over)} more than its share of the budget; training gets less")
@@ -193,8 +210,16 @@ def settings_of(step: str, config: PipelineConfig, clock: BudgetClock) -> Any:
     if math.isinf(left):
         return settings
     if step in ("score", "tune"):  # their budget is of all sessions
-        return settings.model_copy(update={"budget": clock.spent.get(step, 0.0) + left})
+        budget = clock.decide(f"{step}.budget", lambda: round(clock.spent.get(step, 0.0) + left, 1))
+        return settings.model_copy(update={"budget": budget})
     if step == "train":
+        least = clock.least("train")
+        if not clock.is_decided("train.budget") and left - TRAIN_START_SECONDS < least:
+            raise ConfigError(
+                f"the other steps have used {duration(clock.total)} of the budget, which leaves training "
+                f"{duration(max(0.0, left))}; it needs {duration(least + TRAIN_START_SECONDS)}: give the same command "
+                "a larger --budget"
+            )
         # The budget is a part of what the run is made from; interruptions may have left less since it was set.
         budget = clock.decide("train.budget", lambda: round(left - TRAIN_START_SECONDS, 1))
         now = worker_seconds(settings.output or "") + left - TRAIN_START_SECONDS
@@ -232,15 +257,18 @@ def instances_that_fit(config: PipelineConfig, seconds: float) -> int:
     """How many instances of each task an evaluation can ask in `seconds`, at the speed that scoring had; at least 2."""
     scored = open_folder(config.score.output or "").read_json(MANIFEST_FILE)
     session = scored["last_session"]
+    load_seconds = (
+        session.get("load_seconds") or LOAD_SECONDS["gpu" if config.score.engine.device == "gpu" else "cpu"][1]
+    )
     asked: EvaluateConfig = config.evaluate
     num_models = 1 + len(asked.adapters) + len(asked.merged)
     on_gpu = config.score.engine.device == "gpu"
     num_engines = 1 + len(asked.merged) if on_gpu else num_models
-    num_tasks = len(reader.find_task_files(input_folder(asked.tasks.path or "")))
-    if asked.tasks.select == "selected":
-        num_tasks = min(num_tasks, len(scored["tasks"]) if "tasks" in scored else num_tasks)
-    working = seconds * EVALUATE_MARGIN - num_engines * session["load_seconds"]
-    rows = max(0.0, working) * (session["rows_per_second"] or 1.0)
+    root = input_folder(asked.tasks.path or "")
+    names, _ = catalog.choose_names([file.name for file in reader.find_task_files(root)], asked.tasks.select, root)
+    num_tasks = len(set(names) - set(asked.tasks.exclude))
+    working = seconds * EVALUATE_MARGIN - num_engines * load_seconds
+    rows = max(0.0, working) * (session.get("rows_per_second") or 1.0)
     most = asked.tasks.instances_per_task or 10**9
     return max(2, min(most, int(rows / (num_tasks * num_models * len(asked.prompt_formats)))))
 
@@ -248,8 +276,9 @@ def instances_that_fit(config: PipelineConfig, seconds: float) -> int:
 def _mix_settings(config: PipelineConfig) -> MixConfig:
     """The mix's settings with the ratios that the search found; within a budget, scoring may have left shares short."""
     settings = config.mix.model_dump()
-    if config.search:
-        best = open_folder(config.tune.output or "").read_json(MANIFEST_FILE)["best"]
+    tuned = open_folder(config.tune.output or "")
+    if config.search and tuned.is_file(MANIFEST_FILE):
+        best = tuned.read_json(MANIFEST_FILE)["best"]
         settings |= mix_of(config.mix, point_of(config.mix).moved(best["ratios"] or {}))
         if best["is_baseline"]:
             settings["policy"] = best["mix"]

@@ -56,13 +56,13 @@ class PipelineConfig(Settings):
 def join_steps(config: PipelineConfig) -> PipelineConfig:
     """The settings with each step's folder, and what it reads of the others, filled in. Raises ConfigError."""
     output = require(config.output, "--output")
-    tasks = config.tasks or config.score.tasks.path
     folder = {step: f"{output.rstrip('/')}/{step}" for step in STEPS}
 
     def with_shared(step: Any, **more: Any) -> Any:
         changes = dict(more)
-        if tasks and hasattr(step, "tasks"):
-            values = {**step.tasks.model_dump(), "path": tasks, **changes.pop("tasks", {})}
+        if hasattr(step, "tasks"):
+            path = config.tasks or step.tasks.path or config.score.tasks.path
+            values = {**step.tasks.model_dump(), "path": path, **changes.pop("tasks", {})}
             changes["tasks"] = type(step.tasks).model_validate(values)
         if config.model:
             changes["model"] = step.model.model_copy(update={"name": config.model})

@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -180,7 +179,8 @@ def open_run(
     """Hold a folder for a run of `step` made from `identity` while the block runs; the first session, or a later one.
 
     `identity`: everything that decides the output (settings, hashes of inputs, the model's fingerprint), as JSON.
-    `owns`: patterns (fnmatch, `*` spans folders) of the files that the step makes, besides STANDARD_FILES. `inputs`:
+    `owns`: patterns (fnmatch; in one with a `/`, `*` spans folders) of the files that the step makes, besides
+    STANDARD_FILES. `inputs`:
     the paths and URLs that the step reads.
 
     With `overwrite`, a finished run or one of another identity is deleted, file by file; an unfinished one of the same
@@ -226,7 +226,11 @@ def _claim(
     files = folder.files(hidden=True)
     names = [RUN_FILE, LOCK_RECORD] if RUN_FILE not in files else [r"[^/]+"]
     leftover = re.compile(rf"(.+/)?\.tmp-\d+-\d+-({'|'.join(names)})")  # of processes killed while they wrote
-    leftovers = [name for name in files if leftover.fullmatch(name)]
+    leftovers = [
+        name
+        for name in files
+        if leftover.fullmatch(name) and not (folder.is_local and _is_behind_link(folder.local, name))
+    ]
     visible = {name: stat for name, stat in files.items() if "/." not in f"/{name}"}
     record = {"format": FORMAT, "step": step, "identity": identity, "identity_hash": canonical_hash(identity)}
     if RUN_FILE not in files:
@@ -242,19 +246,19 @@ def _claim(
     earlier = _earlier_record(folder, step, overwrite)
     same = earlier.get("identity") == identity and earlier.get("format") == FORMAT
     if same and not (overwrite and MANIFEST_FILE in visible):
-        _remove_leftovers(folder, leftovers)
+        folder.delete(leftovers)
         return True, _complete_manifest(folder, files) if MANIFEST_FILE in visible else None, visible
     if not overwrite:
         raise RunMismatchError(folder, identity_differences(earlier, record))
     listed = _listed_files(folder) if MANIFEST_FILE in visible else set()
-    patterns = (*owns, *STANDARD_FILES)
-    ours = {name for name in files if name in listed or any(fnmatch.fnmatchcase(name, glob) for glob in patterns)}
+    linked = {name for name in files if folder.is_local and _is_behind_link(folder.local, name)}
+    ours = {name for name in files if name in listed or _is_owned(name, (*owns, *STANDARD_FILES))} - linked
     if unknown := sorted(visible.keys() - ours):
         raise ConfigError(
             f"{folder}: --overwrite deletes nothing here, because the folder holds {len(unknown)} file(s) that "
             f"`birbal {step}` did not make (first: {unknown[0]}); move them away, or choose another --output"
         )
-    _remove_leftovers(folder, leftovers)
+    folder.delete(leftovers)
     # The manifest goes first and run.json is replaced last: a crash half-way leaves an unfinished run of ours.
     folder.delete(sorted(ours & {MANIFEST_FILE}))
     folder.delete(sorted(ours.difference(leftovers) - {MANIFEST_FILE, RUN_FILE}))
@@ -262,10 +266,14 @@ def _claim(
     return False, None, {}
 
 
-def _remove_leftovers(folder: Folder, names: Sequence[str]) -> None:
-    folder.delete(names)
-    for path in folder.local.glob(".tmp-*") if folder.is_local else ():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _is_owned(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a step makes files of this name. A pattern without `/` means files directly in the run folder."""
+    return any(fnmatch.fnmatchcase(name, glob) for glob in patterns if "/" in glob or "/" not in name)
+
+
+def _is_behind_link(folder: Path, name: str) -> bool:
+    """Whether a file lies outside the folder, behind a symbolic link in it."""
+    return any((folder / parent).is_symlink() for parent in Path(name).parents if parent != Path())
 
 
 def _earlier_record(folder: Folder, step: str, overwrite: bool) -> dict[str, Any]:

@@ -243,9 +243,11 @@ def _model_of(
     # Where all nodes see it, if they see the run folder; at a URL only this one does.
     place = folder.local if folder.is_local else cache_folder()
     place.mkdir(parents=True, exist_ok=True)
+    for leftover in place.glob(".folded-*"):  # of an evaluation that was killed; this one holds the folder
+        shutil.rmtree(leftover, ignore_errors=True)
     whole = Path(tempfile.mkdtemp(prefix=".folded-", dir=place)) / first.name
-    merge_adapter(load_with_adapter(setup.model.path, Path(first.path), dtype), setup.model.path, whole)
     try:
+        merge_adapter(load_with_adapter(setup.model.path, Path(first.path), dtype), setup.model.path, whole)
         yield setup.scoring_of(str(whole)), resolve_model(str(whole)).fingerprint
     finally:
         shutil.rmtree(whole.parent)

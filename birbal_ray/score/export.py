@@ -46,7 +46,7 @@ def export_published_json(run: str | Path, output: Path) -> tuple[int, int]:
                 "id": row["instance_id"],
                 "orig_output": row["answer"],
             }
-            for row in pa.concat_tables(parts).sort_by("row_id").to_pylist()
+            for row in (pa.concat_tables(parts).sort_by("row_id").to_pylist() if parts else [])
         ]
         write_atomic(output / f"{name}.json", (json.dumps(records, indent=1, ensure_ascii=False) + "\n").encode())
         num_rows += len(records)

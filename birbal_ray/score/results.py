@@ -99,15 +99,17 @@ def summarise(
                 else:
                     parts.append(part[0])
                     results.files[name] = part[1]
-            if len(parts) == len(names):
-                _add_task(results, task, pa.concat_tables(parts))
+            if len(parts) == len(names):  # none where time was up before the task's first row
+                no_rows = pa.schema([SCORE_ROWS.field(one) for one in COLUMNS]).empty_table()
+                rows = pa.concat_tables(parts) if parts else no_rows
+                _add_task(results, task, rows)
     return results
 
 
 def _add_task(results: Results, task: PlannedTask, rows: pa.Table) -> None:
     num_distinct = pc.count_distinct(rows["row_id"]).as_py()
-    ours = pc.all(pc.starts_with(rows["row_id"], f"{task.name}:")).as_py()
-    if not ours or not rows.num_rows == num_distinct == task.num_instances:
+    ours = pc.all(pc.starts_with(rows["row_id"], f"{task.name}:")).as_py()  # None of no rows
+    if ours is False or not rows.num_rows == num_distinct == task.num_instances:
         raise RunError(
             f"task {task.name}: {rows.num_rows} rows with {num_distinct} distinct ids were written, "
             f"not its {task.num_instances} planned ones"

@@ -27,7 +27,7 @@ from birbal_ray.run import (
     sigterm_as_interrupt,
 )
 from birbal_ray.schemas import QUARANTINE_FILE, ROWS_FOLDER, TASK_SCORES, TASK_SCORES_FILE, TASKS_FILE
-from birbal_ray.score.adaptive import USED_UP, AdaptiveSchedule, Decision, FixedSchedule, Schedule
+from birbal_ray.score.adaptive import TIME_UP, USED_UP, AdaptiveSchedule, Decision, FixedSchedule, Schedule
 from birbal_ray.score.config import CPU_SHARD_ROWS, GPU_SHARD_ROWS, ScoreConfig
 from birbal_ray.score.monitor import Session, Snapshot
 from birbal_ray.score.pipeline import check_cluster, logical_cpus, score_shards
@@ -92,7 +92,8 @@ def score(
     ):
         plan, amendment = amend(run, plan, known)
         found, changed = amendment.kept, retry_errors or rescore_all or amendment.set_aside or amendment.rescored
-        if run.manifest and not changed and run.manifest["plan_hash"] == plan_hash(config, plan):
+        is_same = run.manifest is not None and run.manifest["plan_hash"] == plan_hash(config, plan)
+        if run.manifest and is_same and not changed and not _has_time_again(run.manifest, config):
             progress.message(f"{run.folder} is up to date: {run.manifest['summary']}; nothing to do")
             return ScoreResult(run.folder, run.manifest, run.folder.read_table(TASK_SCORES_FILE).to_pylist())
         if run.manifest:
@@ -178,6 +179,12 @@ def plan_hash(config: ScoreConfig, plan: ScorePlan) -> str:
     tasks = {task.name: [task.identity, task.label.value, METRIC_VERSION, task.num_instances] for task in plan.tasks}
     adaptive = config.adaptive.model_dump() if config.adaptive.enabled else None
     return canonical_hash({"tasks": tasks, "adaptive": adaptive, "max_model_len": config.engine.max_model_len})
+
+
+def _has_time_again(manifest: Mapping[str, Any], config: ScoreConfig) -> bool:
+    """Whether a run that its budget ended is now given more time."""
+    before = manifest["settings"].get("budget")
+    return bool(manifest.get("time_was_up")) and (config.budget is None or config.budget > (before or math.inf))
 
 
 def amend(run: Run, plan: ScorePlan, known: Mapping[str, FileRecord]) -> tuple[ScorePlan, Amendment]:
@@ -327,6 +334,8 @@ def _score(
         stops = {one.task: one.reason for one in log}
         tallies = count_scores(run.folder.subfolder(ROWS_FOLDER), found, plan.tasks, config.adaptive.failed_below)
         schedule = AdaptiveSchedule(plan.tasks, config.adaptive, shard_rows, found.copy(), tallies, log, retries)
+        if rows_before and config.budget is not None and run.wall_seconds + FINISH_SECONDS > config.budget:
+            schedule.end()  # no engine is started for what there is no time for
         keep(schedule.decided())
     if schedule.finished:
         return {}, stops
@@ -389,6 +398,7 @@ def _finish(
         {
             "settings": config.model_dump(),
             "plan_hash": asked,
+            "time_was_up": TIME_UP in stops.values(),
             "model": {"name": config.model.name, "revision": revision},
             "rows": {"available": sum(task.num_available for task in plan.tasks), **results.rows},
             "inputs": {

@@ -84,6 +84,11 @@ def openai_command(config: ServeConfig) -> list[str]:
     The token is not part of it, where every user of the machine could read it: VLLM_API_KEY takes it.
     """
     check_access(config)
+    if not is_loopback(config.host) and not config.allow_anyone:
+        raise ConfigError(
+            f"--openai --host {config.host}: vLLM's server asks for the token at /v1 only, other paths answer anyone; "
+            "serve without --openai, stay on 127.0.0.1 behind a proxy, or give --allow-anyone"
+        )
     if config.engine.backend != "vllm":
         raise ConfigError("--openai starts vLLM's own server; engine.backend must be vllm")
     served = load_served(config)
@@ -91,6 +96,7 @@ def openai_command(config: ServeConfig) -> list[str]:
     del arguments["disable_log_stats"]  # its /metrics
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(arguments.pop("model"))]
     command += ["--host", config.host, "--port", str(config.port), "--served-model-name", served.name]
+    command += ["--allowed-origins", "[]"]  # its default lets every web page that is open here call the model
     for adapter in served.adapters:
         command += ["--lora-modules", f"{adapter.name}={adapter.path}"]
     for name, value in arguments.items():

@@ -139,6 +139,8 @@ def _run_worker(
             # Its node was taken away; Ray places the worker as soon as another one joins.
             progress.update(f"waiting: {reason}" if reason else shown.text(progress))
     except KeyboardInterrupt:
+        if run is not None:
+            run.check()  # interrupted because another run took the folder over: that one must not be stopped
         folder.write_bytes(STOP_FILE, b"")
         grace = config.resources.stop_grace
         progress.message(f"stopping: the worker saves a checkpoint first (at most {grace:.0f} s)")

@@ -112,6 +112,42 @@ def test_a_continued_training_gets_the_same_budget_and_an_earlier_end(tmp_path):
     assert second.resources.shorter_budget == pytest.approx(200 + 650 - 260 - pipeline.TRAIN_START_SECONDS)
 
 
+def test_training_without_time_is_refused_before_its_budget_is_fixed(tmp_path):
+    config = join_steps(PipelineConfig(output=str(tmp_path), tasks="t", budget=1000, shares=SHARES))
+    time = Time()
+    clock = clock_in(tmp_path, time=time)
+    spend(clock, time, "score", 740)
+    with pytest.raises(ConfigError, match="leaves training 10 s; it needs 25 s: give the same command a larger"):
+        pipeline.settings_of("train", config, clock)
+    larger = clock_in(tmp_path, budget=2000.0)
+    assert pipeline.settings_of("train", config, larger).budget == pytest.approx(760 - pipeline.TRAIN_START_SECONDS)
+
+
+def test_another_budget_decides_again(tmp_path):
+    assert clock_in(tmp_path).decide("evaluate.instances_per_task", lambda: 3) == 3
+    assert clock_in(tmp_path, budget=5000.0).decide("evaluate.instances_per_task", lambda: 9) == 9
+
+
+def test_a_continued_score_run_has_the_budget_it_started_with(tmp_path):
+    config = join_steps(PipelineConfig(output=str(tmp_path), tasks="t", budget=1000, shares=SHARES))
+    time = Time()
+    clock = clock_in(tmp_path, time=time)
+    first = pipeline.settings_of("score", config, clock).budget
+    spend(clock, time, "score", 150)
+    assert pipeline.settings_of("score", config, clock).budget == first == pytest.approx(200)
+
+
+def test_an_evaluation_asks_what_its_time_allows(tmp_path):
+    config = join_steps(PipelineConfig(output=str(tmp_path), tasks="sample-tasks", budget=1000))
+    (tmp_path / "score").mkdir()
+    manifest = {"last_session": {"load_seconds": 10.0, "rows_per_second": 4.0}}
+    (tmp_path / "score" / "manifest.json").write_text(json.dumps(manifest))
+    assert pipeline.instances_that_fit(config, 500.0) == int((500 * 0.8 - 20) * 4 / (8 * 2 * 2))
+    assert pipeline.instances_that_fit(config, 1.0) == 2
+    (tmp_path / "score" / "manifest.json").write_text(json.dumps({"last_session": {}}))
+    assert pipeline.instances_that_fit(config, 500.0) >= 2
+
+
 def test_without_a_budget_nothing_is_limited(tmp_path):
     config = join_steps(PipelineConfig(output=str(tmp_path), tasks="t"))
     clock = clock_in(tmp_path, budget=None)
@@ -148,6 +184,12 @@ def test_steps_are_joined_and_held_out_tasks_are_only_evaluated(tmp_path):
     assert {config.score.model.name, config.train.model.name, config.evaluate.model.name} == {"org/model"}
     assert config.tune.train.model.name == "smollm2-135m"  # the proxy is its own model
     assert config.train.resources.device == config.score.engine.device == "cpu"
+
+
+def test_an_evaluation_on_other_tasks_keeps_them(tmp_path):
+    values = {"output": str(tmp_path), "score": {"tasks": {"path": "train"}}, "evaluate": {"tasks": {"path": "test"}}}
+    config = join_steps(PipelineConfig.model_validate(values))
+    assert (config.score.tasks.path, config.evaluate.tasks.path) == ("train", "test")
 
 
 def test_a_recipe_without_output_is_refused():

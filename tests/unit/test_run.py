@@ -256,11 +256,11 @@ def test_temporary_files_of_killed_processes_are_cleared_and_others_are_not(tmp_
     with open_run(folder, "score", IDENTITY, owns=OWNS):
         folder.write_bytes("rows/a/.tmp-1-2-0.parquet", b"half")
         folder.write_bytes(".tmp-1-2-tasks.parquet", b"half")
-        (tmp_path / ".tmp-adapter").mkdir()
+        (tmp_path / ".tmp-mine").mkdir()  # no name that a writer of ours gives
     with open_run(folder, "score", IDENTITY, owns=OWNS) as opened:
         assert opened.resumed
         assert set(folder.files(hidden=True)) == {"run.json", ".lock", ".lock.json"}
-        assert not (tmp_path / ".tmp-adapter").exists()
+        assert (tmp_path / ".tmp-mine").exists()
 
 
 def test_temporary_names_are_nobodys_where_no_run_was_begun(tmp_path):
@@ -276,3 +276,36 @@ def test_temporary_names_are_nobodys_where_no_run_was_begun(tmp_path):
         ):
             pass
     assert (tmp_path / ".tmp-thesis" / "chapter.txt").read_text() == (tmp_path / ".tmp-notes").read_text() == "mine"
+
+
+def test_overwrite_deletes_nothing_behind_a_link(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "a.parquet").write_bytes(b"mine")
+    folder = open_folder(tmp_path / "run")
+    with open_run(folder, "score", IDENTITY, owns=("*.parquet", "rows/*")):
+        folder.write_bytes("rows/a.parquet", b"ours")
+    (folder.local / "link").symlink_to(outside)
+    (folder.local / "rows" / "link").symlink_to(outside)
+    with (
+        pytest.raises(ConfigError, match=r"--overwrite deletes nothing here.*link/a\.parquet"),
+        open_run(folder, "score", {"other": 1}, owns=("*.parquet", "rows/*"), overwrite=True),
+    ):
+        pass
+    assert (outside / "a.parquet").read_bytes() == b"mine"
+    assert folder.read_bytes("rows/a.parquet") == b"ours"
+
+
+def test_a_pattern_without_a_folder_owns_no_file_in_one(tmp_path):
+    folder = open_folder(tmp_path)
+    with open_run(folder, "merge", IDENTITY, owns=("*.json", "*.txt")):
+        folder.write_bytes("config.json", b"{}")
+    for name in ("harness/run.json", "notes/todo.txt"):  # another step's run, a user's notes
+        folder.write_bytes(name, b"{}")
+    with (
+        pytest.raises(ConfigError, match=r"holds 2 file\(s\) that `birbal merge` did not make \(first: harness/run"),
+        open_run(folder, "merge", {"other": 1}, owns=("*.json", "*.txt"), overwrite=True),
+    ):
+        pass
+    assert folder.is_file("config.json")
+    assert folder.is_file("notes/todo.txt")
