@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +84,12 @@ def plan_recipe(config: PipelineConfig, gpu: str | None = None) -> list[StepPlan
         "score": _plan_prompts("score", config.score, sizes, _adaptive_rows(config.score), 1, weights, gpu),
         "tune": _plan_tune(config.tune, gpu),
         "mix": _plan_mix(config.mix, sizes),
-        "evaluate": _plan_evaluate(config.evaluate, config.held_out_tasks, sizes, weights, gpu),
+        "evaluate": _plan_evaluate(config.evaluate, sizes, weights, gpu),
         "report": StepPlan("report", "one page", *REPORT_SECONDS, None, "measured: docs/log.md"),
     }
     if not config.search:
         del plans["tune"]
-    plans = {step: _limited(one, limits.get(step)) for step, one in plans.items()}
+    plans = {step: replace(one, limit_seconds=limits.get(step)) for step, one in plans.items()}
     rest = budget - sum(one.planned_seconds for one in plans.values()) if budget else None
     plans["train"] = _plan_train(config, sizes, rest, gpu)
     return [plans[step] for step in STEPS if step in plans]
@@ -209,9 +209,7 @@ def _prompt_speed(config: ScoreConfig, weights: int, own: float, new: float, cac
     return Speed(CPU_PROMPTS[0] * slower, CPU_PROMPTS[1] * slower, "two CPU cores, SmolLM2-135M, scaled by weights")
 
 
-def _plan_evaluate(
-    config: EvaluateConfig, held_out: Sequence[str], sizes: list[TaskSizes], weights: int, gpu: str | None
-) -> StepPlan:
+def _plan_evaluate(config: EvaluateConfig, sizes: list[TaskSizes], weights: int, gpu: str | None) -> StepPlan:
     scoring = config.scoring()
     if not scoring.tasks.path:
         own = sizes
@@ -291,10 +289,6 @@ def _plan_train(config: PipelineConfig, sizes: list[TaskSizes], rest: float | No
         fits = [min(train.epochs, max(0.0, rest - load[1]) * rate / (rows * per_row)) for rate in speed[:2]]
         work += f"; {fits[0]:.2g} to {fits[1]:.2g} fit"
     return StepPlan("train", work, low, high, rest, speed.source)
-
-
-def _limited(plan: StepPlan, limit: float | None) -> StepPlan:
-    return StepPlan(plan.step, plan.work, plan.low_seconds, plan.high_seconds, limit, plan.source)
 
 
 def least_seconds(config: PipelineConfig) -> dict[str, float]:

@@ -76,11 +76,6 @@ class HubDataset:
     layout: str
     adapt: Callable[[Record], Iterator[Row]]
 
-    @property
-    def is_pinned(self) -> bool:
-        """Whether `revision` names a commit."""
-        return re.fullmatch("[0-9a-f]{7,40}", self.revision) is not None
-
 
 @dataclass(frozen=True, slots=True)
 class Origin:

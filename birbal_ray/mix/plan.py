@@ -155,7 +155,7 @@ def plan_mix(
     `start_ray` is called before the reading, unless there is so little input that none is needed.
     Raises ConfigError (a source's columns, a budget that can't be met, nothing kept), RunError (damaged scores).
     """
-    context = _context(config, scores, origins)
+    context = _context(config, scores)
     chunks = reading.plan_chunks(scores.files, config.resources.chunk_mib << 20)
     in_process = sum(file.size for file in scores.files) <= config.resources.in_process_mib << 20
     if not in_process:
@@ -235,7 +235,7 @@ class _Collected:
         return lambda order: dedup.near_duplicates(order, exact_key, table, threshold)
 
 
-def _context(config: MixConfig, scores: ScoreFolder, origins: Sequence[Origin]) -> Context:
+def _context(config: MixConfig, scores: ScoreFolder) -> Context:
     families = chosen_families(config.contamination.evaluations, config.contamination.families)
     tasks = [
         Group(

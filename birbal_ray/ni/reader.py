@@ -239,7 +239,7 @@ def _instances(name: str, value: Any, repairs: Counter[str]) -> tuple[Instance, 
     seen_ids: set[str] = set()
     instances: list[Instance] = []
     for position, entry in enumerate(value):
-        instance = _instance(name, position, entry, repairs)
+        instance = _instance(position, entry, repairs)
         first = by_input.get(instance.input) if instance.error is None else None
         if first is not None:
             merged = dict.fromkeys(instances[first].references + instance.references)
@@ -259,7 +259,7 @@ def _instances(name: str, value: Any, repairs: Counter[str]) -> tuple[Instance, 
     return tuple(instances)
 
 
-def _instance(name: str, position: int, entry: Any, repairs: Counter[str]) -> Instance:
+def _instance(position: int, entry: Any, repairs: Counter[str]) -> Instance:
     if not isinstance(entry, dict):
         return Instance("", str(position), "", (), f"not an object: instance {position} is {_kind(entry)}")
     given = entry.get("id")

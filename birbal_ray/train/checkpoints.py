@@ -36,7 +36,6 @@ OWNS = (
     *("packed/*", "checkpoints/*", "best/*", "adapter/*", "tensorboard/*", "ray/*"),
 )
 STOP_POLL_SECONDS = 3.0  # between two questions to a URL whether the run shall stop
-NOT_NEEDED = ("checkpoints", "best", "packed", "tensorboard")  # of a training run, to use its adapter
 CHECKPOINTS_FOLDER, WORK_FOLDER = "checkpoints", ".work"  # in a run folder; in it, what is being written
 FILES_FILE = "files.json"  # {name: size in bytes} of all others in the checkpoint
 _NAME = re.compile(r"step-(\d+)")

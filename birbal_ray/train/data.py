@@ -286,11 +286,3 @@ def _write(file: Path, table: pa.Table) -> None:
 
 def _read(file: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-
-
-def preview(tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int]) -> list[dict[str, Any]]:
-    """One row per token: its id, its text, whether it has loss; for eyes and tests."""
-    return [
-        {"token_id": token, "text": tokenizer.decode([token]), "loss": label != IGNORED}
-        for token, label in zip(input_ids, labels, strict=True)
-    ]

@@ -67,11 +67,6 @@ def task_losses(model: Any, samples: Sequence[Sample]) -> dict[str, float]:
     return {task: sums[task] / tokens[task] for task in sorted(sums) if tokens[task]}
 
 
-def mean_over_tasks(losses: dict[str, float]) -> float:
-    """Every task counts the same, whatever its answers' lengths."""
-    return sum(losses.values()) / len(losses)
-
-
 class AtSteps(TrainerCallback):
     """Calls `look(step, model)` after the given optimizer steps."""
 

@@ -4,7 +4,7 @@ import pytest
 
 from birbal_ray.models import read_template
 from birbal_ray.settings import ConfigError
-from birbal_ray.train.data import IGNORED, encode, encode_rows, load_packs, make_layouts, prepare, preview
+from birbal_ray.train.data import IGNORED, encode, encode_rows, load_packs, make_layouts, prepare
 from tests.fixtures.chat_templates import SPECIAL_END
 
 QUESTION = "### Input:\nhe said\n\n### Response:\n"
@@ -27,15 +27,11 @@ def test_sequence_is_bos_question_answer_eos_and_loss_is_on_answer_and_eos(token
     assert labels[: -len(answer) - 1] == [IGNORED] * (len(ids) - len(answer) - 1)
 
 
-def test_preview_shows_the_mask_token_by_token(tokenizer):
+def test_the_mask_token_by_token(tokenizer):
     ((ids, labels),) = encode(tokenizer, ["a\n"], ["he"])
-    assert preview(tokenizer, ids, labels) == [
-        {"token_id": 0, "text": "<s>", "loss": False},
-        {"token_id": tokenizer.convert_tokens_to_ids("a"), "text": "a", "loss": False},
-        {"token_id": tokenizer.convert_tokens_to_ids("Ċ"), "text": "\n", "loss": False},
-        {"token_id": tokenizer.convert_tokens_to_ids("he"), "text": "he", "loss": True},
-        {"token_id": 1, "text": "</s>", "loss": True},
-    ]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "a", "Ċ", "he", "</s>"]
+    assert (ids[0], ids[-1]) == (0, 1)
+    assert [label != IGNORED for label in labels] == [False, False, False, True, True]
 
 
 def test_a_token_across_the_border_counts_as_answer(tokenizer):
