@@ -31,7 +31,7 @@ from birbal_ray.evaluate.models import EvaluatedModel, resolve_models
 from birbal_ray.models import Model, resolve_model
 from birbal_ray.progress import ProgressLine, duration
 from birbal_ray.run import RunError, RunFailedError, open_run, sigterm_as_interrupt
-from birbal_ray.settings import ConfigError, canonical_hash, nearest
+from birbal_ray.settings import ConfigError, canonical_hash, nearest, one_line
 from birbal_ray.storage import Folder, open_folder
 
 STEP = "harness"
@@ -304,7 +304,7 @@ def load_tasks(index: Any, names: Sequence[str]) -> list[Any]:
     except ModuleNotFoundError as error:
         raise TaskUnavailableError(f"{shown}: needs the package {error.name or error}; run: {INSTALL}") from None
     except (OSError, RuntimeError, ValueError, DatasetsError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise TaskUnavailableError(
             f"{shown}: its data set can't be read here ({reason}); without it, give a local task file that "
             "defines the same task with --include-path"

@@ -22,7 +22,7 @@ from birbal_ray.evaluate.harness import HarnessOptions, HarnessResult
 from birbal_ray.models import find_adapter, resolve_model
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import RunError, RunFailedError, open_run, sigterm_as_interrupt
-from birbal_ray.settings import ConfigError
+from birbal_ray.settings import ConfigError, one_line
 from birbal_ray.storage import cache_folder
 
 STEP = "helm"
@@ -136,7 +136,7 @@ def environment(progress: ProgressLine) -> Path:
         for command in commands:
             made = subprocess.run(command, capture_output=True, text=True)
             if made.returncode:
-                raise RunError(f"HELM can't be installed: {' '.join((made.stderr or made.stdout).split())[-400:]}")
+                raise RunError(f"HELM can't be installed: {one_line(made.stderr or made.stdout)[-400:]}")
         done.write_text(json.dumps(wanted))
     return folder / "bin"
 

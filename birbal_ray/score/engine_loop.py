@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from birbal_ray.score.engine import Completion, Engine, Request, RequestRefusedError
+from birbal_ray.settings import one_line
 
 
 class EngineDeadError(RuntimeError):
@@ -96,7 +97,7 @@ class EngineLoop:
                     self._running.pop(key)(completion)
         except Exception as error:  # whatever the engine raises, its callers must hear of it
             with self._lock:
-                self._death = f"{type(error).__name__}: {_one_line(error)}"
+                self._death = f"{type(error).__name__}: {one_line(error)[:300]}"
             for future in list(self._open):
                 if future.set_running_or_notify_cancel():
                     future.set_exception(EngineDeadError(self._death))
@@ -147,11 +148,7 @@ class EngineLoop:
         try:
             self._engine.add(key, request)
         except RequestRefusedError as error:
-            done(Completion("", None, 0, None, f"refused by the engine: {_one_line(error)}"))
+            done(Completion("", None, 0, None, f"refused by the engine: {one_line(error)[:300]}"))
         else:
             self._running[key] = done
         return key
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from birbal_ray.settings import one_line
 from birbal_ray.train.self_check import TOLERANCE_16, TOLERANCE_32, compare, measure_sample
 
 
@@ -46,7 +47,7 @@ def apply_if_equal(model: Any, dtype: torch.dtype, patch: Callable[[], None]) ->
         if not (logits <= limits[0] and gradient <= limits[1]):
             reason = f"they change logits by {logits:.1%} and the gradient by {gradient:.1%}"
     except (RuntimeError, TypeError, ValueError, ImportError) as error:  # a kernel that this card does not run
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
     if reason:
         for module, original in originals.items():
             vars(module).clear()

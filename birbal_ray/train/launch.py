@@ -19,7 +19,7 @@ from birbal_ray.cluster import MIN_LOGICAL_CPUS, WorkerRequest, can_place, job_m
 from birbal_ray.models import Model, ModelError, resolve_model
 from birbal_ray.progress import ProgressLine, duration, save_throughput
 from birbal_ray.run import LOG_FOLDER, Run, RunFailedError
-from birbal_ray.settings import ConfigError
+from birbal_ray.settings import ConfigError, one_line
 from birbal_ray.storage import Folder, RunError, Uploader, cache_folder, open_folder, read_json, write_json
 from birbal_ray.train.checkpoints import (
     CHECKPOINTS_FOLDER,
@@ -291,7 +291,7 @@ def run_session(config: TrainConfig, fingerprint: str, remote: Remote, node: str
     except Exception as error:
         if out_of_memory(error) and config.batch.micro > 1:
             # A new process starts with an empty card; the driver starts it with what eased.json says.
-            smaller = {"micro": config.batch.micro // 2, "reason": " ".join(str(error).split())[:300]}
+            smaller = {"micro": config.batch.micro // 2, "reason": one_line(error)[:300]}
             write_json(folder / EASED_FILE, smaller)
             remote.add(EASED_FILE)
             return {"eased": f"the card ran out of memory at batch.micro={config.batch.micro}"}
@@ -364,7 +364,7 @@ def mark_diverged(line: Mapping[str, Any]) -> str | None:
 
 def lasting_reason(error: BaseException, folder: Path) -> str | None:
     """Why trying again would fail again, with the way out; None for what a restart may repair."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left" in text
     if "inline_container" in text:  # torch.save says where it stopped writing, not why
         full = shutil.disk_usage(folder).free < FULL_BYTES

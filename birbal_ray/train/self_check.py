@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from birbal_ray.run import RunError
-from birbal_ray.settings import ConfigError
+from birbal_ray.settings import ConfigError, one_line
 from birbal_ray.train.attention import PACKED, choose_attention
 from birbal_ray.train.config import TrainConfig
 
@@ -114,8 +114,7 @@ def measure_sample(
         with torch.autocast(device.type, dtype=dtype if sixteen else torch.bfloat16, enabled=sixteen):
             logits = model(**inputs, use_cache=False).logits[0, -len(b) :].float()
     except ValueError as error:  # a layer that says itself what it cannot compute
-        reason = " ".join(str(error).split())
-        raise RunError(f"the model cannot compute packed samples: {reason} {_layer_types(model)}") from error
+        raise RunError(f"the model cannot compute packed samples: {one_line(error)} {_layer_types(model)}") from error
     finally:
         model.train(training)
     loss = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(b[1:], device=device))
@@ -161,9 +160,7 @@ def check_architecture(path: Path, config: TrainConfig) -> SelfCheck:
         try:
             model = get_peft_model(model, lora)
         except ValueError as error:
-            raise ConfigError(
-                f"lora.target_modules={config.lora.target_modules}: {' '.join(str(error).split())}"
-            ) from None
+            raise ConfigError(f"lora.target_modules={config.lora.target_modules}: {one_line(error)}") from None
     return check_model(model, torch.float32)
 
 
