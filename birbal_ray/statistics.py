@@ -56,7 +56,7 @@ def paired_difference(differences: Sequence[float] | np.ndarray) -> Difference:
     return Difference(len(values), mean, low, high, p_value(values), detectable_difference(len(values), spread))
 
 
-def interval(differences: Any, confidence: float = CONFIDENCE) -> tuple[Any, Any, Any]:
+def interval(differences: Any) -> tuple[Any, Any, Any]:
     """(mean, low, high) over the last axis of an array of shape (…, n), n ≥ 2; each of shape (…).
 
     Student's t interval, widened to hold Hall's interval, which corrects it for skewness by a monotone cubic
@@ -66,7 +66,7 @@ def interval(differences: Any, confidence: float = CONFIDENCE) -> tuple[Any, Any
     values = np.asarray(differences, dtype=float)
     n = values.shape[-1]
     mean, error, skewness = _moments(values)
-    reach = _t_quantile(0.5 + confidence / 2, n - 1)
+    reach = _t_quantile(0.5 + CONFIDENCE / 2, n - 1)
     a = skewness / 3
     safe = np.where(abs(a) < 1e-9, 1.0, a)  # the cubic is the identity where there is no skewness
 
@@ -106,41 +106,37 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def detectable_difference(
-    num_pairs: int, deviation: float, alpha: float = 1 - CONFIDENCE, power: float = POWER
-) -> float:
-    """The smallest true mean difference that a two-sided t test finds with this power.
+def detectable_difference(num_pairs: int, deviation: float) -> float:
+    """The smallest true mean difference that a two-sided t test finds with 80 % power.
 
     `deviation`: standard deviation of the paired differences. Infinite with one pair.
     """
-    return deviation * _detectable_effect(num_pairs, alpha, power) if num_pairs > 1 else math.inf
+    return deviation * _detectable_effect(num_pairs) if num_pairs > 1 else math.inf
 
 
-def pairs_needed(
-    difference: float, deviation: float, alpha: float = 1 - CONFIDENCE, power: float = POWER
-) -> int | None:
+def pairs_needed(difference: float, deviation: float) -> int | None:
     """How many pairs of this spread show a true mean of `difference`; None where no million of them does."""
     low, high = 1, 2
-    while detectable_difference(high, deviation, alpha, power) > abs(difference):
+    while detectable_difference(high, deviation) > abs(difference):
         low, high = high, 2 * high
         if high > MOST_PAIRS:
             return None
     while high - low > 1:
         middle = (low + high) // 2
-        enough = detectable_difference(middle, deviation, alpha, power) <= abs(difference)
+        enough = detectable_difference(middle, deviation) <= abs(difference)
         low, high = (low, middle) if enough else (middle, high)
     return high
 
 
-def wilson_half_width(mean: float, count: int, confidence: float = CONFIDENCE) -> float:
+def wilson_half_width(mean: float, count: int) -> float:
     """Half the width of Wilson's interval for a proportion of `count` 0/1 scores."""
-    z = _t_quantile(0.5 + confidence / 2, math.inf)
+    z = _t_quantile(0.5 + CONFIDENCE / 2, math.inf)
     return z * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count)) / (1 + z * z / count)
 
 
-def t_half_width(deviation: float, count: int, confidence: float = CONFIDENCE) -> float:
+def t_half_width(deviation: float, count: int) -> float:
     """Half the width of the t interval for the mean of `count` scores; infinite with one."""
-    return _t_quantile(0.5 + confidence / 2, count - 1) * deviation / math.sqrt(count) if count > 1 else math.inf
+    return _t_quantile(0.5 + CONFIDENCE / 2, count - 1) * deviation / math.sqrt(count) if count > 1 else math.inf
 
 
 def _moments(values: Any) -> tuple[Any, Any, Any]:
@@ -160,14 +156,14 @@ def _t_quantile(probability: float, degrees: float) -> float:
     return float(ndtri(probability) if math.isinf(degrees) else stdtrit(degrees, probability))
 
 
-def _detectable_effect(num_pairs: int, alpha: float, power: float) -> float:
+def _detectable_effect(num_pairs: int) -> float:
     """In standard deviations: the noncentral t distribution's power, solved by bisection."""
     from scipy.special import nctdtr
 
-    reach, root = _t_quantile(1 - alpha / 2, num_pairs - 1), math.sqrt(num_pairs)
+    reach, root = _t_quantile(0.5 + CONFIDENCE / 2, num_pairs - 1), math.sqrt(num_pairs)
     low, high = 0.0, (4 * reach + 4) / root
     for _ in range(50):
         middle = (low + high) / 2
         power_here = 1 - nctdtr(num_pairs - 1, middle * root, reach)  # the other tail's share is below 1e-4
-        low, high = (low, middle) if power_here >= power else (middle, high)
+        low, high = (low, middle) if power_here >= POWER else (middle, high)
     return high

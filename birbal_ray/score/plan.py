@@ -23,6 +23,7 @@ from birbal_ray.schemas import TASKS
 from birbal_ray.score.config import CompletionSettings, ScoreConfig
 from birbal_ray.score.tokens import Tokenizer, load_tokenizer, prompt_token_ids
 from birbal_ray.settings import canonical_hash
+from birbal_ray.statistics import t_half_width, wilson_half_width
 from birbal_ray.storage import FileRecord, Folder, cache_folder, write_json
 
 FEW_SHOT, ZERO_SHOT = "few_shot", "zero_shot"
@@ -141,12 +142,8 @@ class Tally:
         if n < 2:
             return math.inf
         if label == EXACT_MATCH:
-            z, p = 1.959963984540054, self.mean
-            return z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        from scipy.special import stdtrit
-
-        variance = max(0.0, self.squares - self.total**2 / n) / (n - 1)
-        return float(stdtrit(n - 1, 0.975)) * math.sqrt(variance / n)
+            return wilson_half_width(self.mean, n)
+        return t_half_width(math.sqrt(max(0.0, self.squares - self.total**2 / n) / (n - 1)), n)
 
     def low(self, label: str) -> float:
         """The interval's lower end."""
