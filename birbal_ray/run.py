@@ -103,7 +103,7 @@ class Run:
         times = {"started_at": self._started, "updated_at": now, "wall_seconds": round(self.wall_seconds, 3)}
         self._last_progress = {"done": done, "total": total, **times, **fields}
         interval = LOCAL_PROGRESS_SECONDS if self.folder.is_local else REMOTE_PROGRESS_SECONDS
-        if not final and (time.monotonic() - self._written < interval or not self._is_idle()):
+        if not final and (time.monotonic() - self._written < interval or (self._writing and not self._writing.done())):
             return
         self._written = time.monotonic()
         self._writing = self._writer.submit(self.folder.write_json, PROGRESS_FILE, self._last_progress)
@@ -154,9 +154,6 @@ class Run:
         """What `session` kept, oldest first."""
         names = self.folder.files("sessions")
         return [self.folder.read_json(name) for name in sorted(names, key=lambda name: (len(name), name))]
-
-    def _is_idle(self) -> bool:
-        return self._writing is None or self._writing.done()
 
     def _end(self, error: BaseException | None) -> None:
         if isinstance(error, Exception) and not isinstance(error, ConfigError):

@@ -200,17 +200,14 @@ def _following(row: Row, found: _Found, home: Folder) -> str:
 def _no_run(run: object, folder: Folder) -> str:
     if folder.is_local and not folder.local.exists():
         return f"{run}: no such folder; expected a step's output, or a folder that holds steps' outputs"
-    inside = [name for name in _folders(folder) if any(map(_find, _subfolders(folder.subfolder(name))))]
+    below = {name: folder.subfolder(name) for name in _folders(folder)}
+    inside = [name for name, one in below.items() if any(_find(one.subfolder(inner)) for inner in one.folders())]
     hint = f"; there are some in {', '.join(inside[:5])}" if inside else ""
     return f"{run}: no run folder: neither a step's output nor a folder that holds steps' outputs{hint}"
 
 
 def _folders(folder: Folder) -> list[str]:
     return folder.folders() if not folder.is_local or folder.local.is_dir() else []
-
-
-def _subfolders(folder: Folder) -> list[Folder]:
-    return [folder.subfolder(name) for name in folder.folders()]
 
 
 def _order(step: str) -> int:

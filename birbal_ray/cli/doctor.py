@@ -57,19 +57,15 @@ def doctor(
     elif score_config or train_config:
         raise click.UsageError("--score-config and --train-config go with --cluster")
     else:
-        problems = _show_machine(model, output, output_format)
+        from birbal_ray.doctor import examine
+
+        checks = examine(model, output)
+        print_table([{"check": c.name, "state": c.state, "found": c.found} for c in checks], output_format)
+        problems = [f"{check.name}: {check.advice}" for check in checks if check.state == "problem"]
     for problem in problems:
         note(problem)
     if problems:
         context.exit(EXIT_FAILED)
-
-
-def _show_machine(model: str, output: str, output_format: str) -> list[str]:
-    from birbal_ray.doctor import examine
-
-    checks = examine(model, output)
-    print_table([{"check": c.name, "state": c.state, "found": c.found} for c in checks], output_format)
-    return [f"{check.name}: {check.advice}" for check in checks if check.state == "problem"]
 
 
 def _show_cluster(

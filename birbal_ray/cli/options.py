@@ -50,7 +50,8 @@ def settings_options(
         key, _, about = key.partition(": ")
         options.append(_option(flag, fields[key], about or fields[key].description or ""))
         names[flag.split()[0].removeprefix("--").replace("-", "_")] = key
-    numbers = (f"{key}={field.default}" for key, field in fields.items() if _is_free_number(key, field, names))
+    free = {key: field.default for key, field in fields.items() if key not in names.values() and key != "seed"}
+    numbers = (f"{key}={value}" for key, value in free.items() if isinstance(value, int) and value > 1)
     example = next(numbers, f"{next(iter(fields))}=VALUE")
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -161,10 +162,6 @@ def shown(value: Any) -> str:
 def note(text: str) -> None:
     """Print a line on stderr."""
     print(text, file=sys.stderr, flush=True)
-
-
-def _is_free_number(key: str, field: FieldInfo, flags: Mapping[str, str]) -> bool:
-    return key not in flags.values() and key != "seed" and isinstance(field.default, int) and field.default > 1
 
 
 def _option(flag: str, field: FieldInfo, about: str) -> Callable[[Any], Any]:

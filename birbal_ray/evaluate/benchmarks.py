@@ -122,7 +122,13 @@ BENCHMARKS = {
 def not_measured() -> dict[str, str]:
     """The leaderboard's metrics that no benchmark measures, each with the reason, in published order."""
     measured = {benchmark.metric for benchmark in BENCHMARKS.values()}
-    return {name: _reason_unmeasured(name) for name in METRICS if name not in measured}
+    perturbed = "the harness has no perturbed prompts"
+    counted = "the harness does not count words beside groups of people"
+    return {
+        name: perturbed if name.endswith(("(Robustness)", "(Fairness)")) else counted
+        for name in METRICS
+        if name not in measured
+    }
 
 
 def listing() -> list[dict[str, Any]]:
@@ -142,12 +148,6 @@ def choose(names: Sequence[str]) -> list[Benchmark]:
         if name not in BENCHMARKS:
             raise ConfigError(f"unknown benchmark {name!r}{nearest(name, BENCHMARKS)}; see birbal harness --list")
     return [BENCHMARKS[name] for name in dict.fromkeys(names)]
-
-
-def _reason_unmeasured(metric: str) -> str:
-    if metric.endswith(("(Robustness)", "(Fairness)")):
-        return "the harness has no perturbed prompts"
-    return "the harness does not count words beside groups of people"
 
 
 def leaderboard_metrics(raw: Raw) -> dict[str, float]:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from birbal_ray.settings import ConfigError
@@ -109,7 +110,10 @@ def standings(teams: Teams, added: Collection[str] = ()) -> list[Standing]:
     rates = metric_win_rates(teams)
     scored = []
     for team in teams:
-        scenarios = {name: _scenario_win_rate(rates[team], name) for name in SCENARIOS}
+        scenarios = {
+            name: fmean(rates[team][metric.name] for metric in METRICS.values() if metric.scenario == name)
+            for name in SCENARIOS
+        }
         opened, hidden = (geometric_mean([scenarios[name] for name in names]) for names in SCORES.values())
         scored.append((opened / 3 + 2 * hidden / 3, team, scenarios, opened, hidden))
     scored.sort(key=lambda entry: (-entry[0], entry[1]))
@@ -196,11 +200,6 @@ def missing_metrics(values: Metrics) -> list[str]:
 def geometric_mean(rates: Sequence[float]) -> float:
     """Geometric mean; a zero counts as the smallest positive double. By logarithms: the product would underflow."""
     return math.exp(math.fsum(math.log(max(rate, SMALLEST)) for rate in rates) / len(rates))
-
-
-def _scenario_win_rate(rates: Mapping[str, float], scenario: str) -> float:
-    parts = [rates[metric.name] for metric in METRICS.values() if metric.scenario == scenario]
-    return math.fsum(parts) / len(parts)
 
 
 def _goodness(value: float | None, metric: Metric) -> float:

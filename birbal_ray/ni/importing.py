@@ -112,7 +112,8 @@ def make_tasks(
         elif not outputs:
             dropped.add(f"no text in {' or '.join(f'column {name!r}' for name in options.outputs)}", number)
         else:
-            one = inputs[0] if len(inputs) == 1 else _lines(options.inputs, inputs)
+            lines = (f"{column}: {text}" for column, text in zip(options.inputs, inputs, strict=True))
+            one = inputs[0] if len(inputs) == 1 else "\n".join(lines)
             known = groups.setdefault(group, {}).setdefault(str(one), (number, []))[1]
             if known:
                 new = not set(outputs) <= set(known)
@@ -185,10 +186,6 @@ def _read_csv(file: Path, text: str, columns: Sequence[str]) -> tuple[list[str],
         return found, list(reader)
     except csv.Error as error:
         raise TaskError(f"{file} line {reader.line_num}: not valid CSV ({error})") from None
-
-
-def _lines(columns: Sequence[str], texts: Sequence[str | None]) -> str:
-    return "\n".join(f"{column}: {text}" for column, text in zip(columns, texts, strict=True))
 
 
 def _texts(value: Any) -> list[str]:

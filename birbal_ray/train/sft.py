@@ -287,7 +287,9 @@ class BudgetTrainer(SFTTrainer):
     def _factor(self, steps_done: int) -> float:
         if steps_done != self._progress_step:  # asked once for each parameter group
             self._progress_step = steps_done
-            self.run_progress = self.deadline.progress(steps_done, self._due_seconds(steps_done))
+            clock = self.deadline.clock
+            due = clock.eval_seconds * self.eval_due(steps_done) + clock.save_seconds * self.save_due(steps_done)
+            self.run_progress = self.deadline.progress(steps_done, due)
         settings = self.settings.optimizer
         return learning_rate_factor(steps_done, self.run_progress, settings.warmup_steps, settings.floor_fraction)
 
@@ -313,10 +315,6 @@ class BudgetTrainer(SFTTrainer):
             attention=self.kernel,
             fused_kernels=self.fused_kernels,
         )
-
-    def _due_seconds(self, step: int) -> float:
-        clock = self.deadline.clock
-        return clock.eval_seconds * self.eval_due(step) + clock.save_seconds * self.save_due(step)
 
     def eval_due(self, step: int) -> bool:
         """Whether an evaluation follows this step."""
