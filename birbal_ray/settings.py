@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
@@ -26,8 +26,8 @@ class ConfigError(ValueError):
 class Settings(BaseModel):
     """Base of every configuration section: frozen, and an unknown key is an error.
 
-    RENAMED, of a step's schema: old dotted key → new one, None where it has no effect any more; old ones are taken
-    with a warning.
+    RENAMED: old dotted key below this section → new one, None where it has no effect any more; `load_config` takes
+    old ones with a warning.
     """
 
     RENAMED: ClassVar[Mapping[str, str | None]] = {}
@@ -99,7 +99,7 @@ def load_config(
         if value is not None:
             _assign(values, key, value, f"flag for {key}")
             origins[key] = "command line"
-    for old, new in schema.RENAMED.items():
+    for old, new in _renamed_keys(schema):
         _rename(values, old, new, origins)
     try:
         return schema.model_validate(values)
@@ -187,6 +187,15 @@ def _assign(values: dict[str, Any], path: str, value: Any, origin: str) -> None:
             raise ConfigError(f"{origin}: {parent!r} is a value ({child!r}), not a section")
         node = child
     node[leaf] = value
+
+
+def _renamed_keys(schema: type[Settings], prefix: str = "") -> Iterator[tuple[str, str | None]]:
+    """(old, new) of a schema and of the sections in it, as dotted keys of the schema."""
+    for old, new in schema.RENAMED.items():
+        yield f"{prefix}{old}", new and f"{prefix}{new}"
+    for name, field in schema.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            yield from _renamed_keys(field.annotation, f"{prefix}{name}.")
 
 
 def _rename(values: dict[str, Any], old: str, new: str | None, origins: dict[str, str]) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Any, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -14,12 +14,6 @@ from birbal_ray.train.config import TrainConfig
 
 Baseline = Literal["uniform", "proportional", "task_score", "birbal_2023"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
-RENAMED = {  # old key → new key; accepted with a warning
-    "num_random": "num_initial",
-    "surrogate": "predicted",
-    "validation.looks": "validation.num_rungs",
-    "stopping.grace_looks": "stopping.grace_rungs",
-}
 
 
 class Range(Settings):
@@ -126,6 +120,13 @@ class TuneResources(Settings):
 class TuneConfig(Settings):
     """All settings of `birbal tune`."""
 
+    RENAMED: ClassVar[Mapping[str, str | None]] = {
+        "num_random": "num_initial",
+        "surrogate": "predicted",
+        "validation.looks": "validation.num_rungs",
+        "stopping.grace_looks": "stopping.grace_rungs",
+    }
+
     scores: str | None = Field(None, description="output folder of `birbal score`")
     output: str | None = Field(None, description="run folder; the same command continues a search that broke off")
     seed: int = Field(0, ge=0, description="another seed is another search")
@@ -149,20 +150,6 @@ class TuneConfig(Settings):
     repeats: RepeatSettings = RepeatSettings()
     transfer: TransferSettings = TransferSettings()
     resources: TuneResources = TuneResources()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _old_keys(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-        for old, new in RENAMED.items():
-            *parents, name = old.split(".")
-            section = values.get(parents[0], {}) if parents else values
-            if isinstance(section, dict) and name in section:
-                warnings.warn(f"setting {old} is called {new} now", FutureWarning, stacklevel=2)
-                section[new.rpartition(".")[2]] = section.pop(name)
-        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> TuneConfig:

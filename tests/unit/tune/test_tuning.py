@@ -11,6 +11,7 @@ from benchmarks.search import compare
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import mix
 from birbal_ray.progress import ProgressLine
+from birbal_ray.recipe import PipelineConfig
 from birbal_ray.run import RUN_FILE, open_run
 from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.storage import open_folder
@@ -571,9 +572,10 @@ def test_shares_that_could_not_be_filled_are_said():
     assert lines[1] == "the budget ended"
 
 
-def test_old_keys_are_accepted_with_a_warning():
-    with pytest.warns(FutureWarning, match=r"setting validation\.looks is called validation\.num_rungs now"):
-        config = TuneConfig(validation={"looks": 3})
-    assert config.validation.num_rungs == 3
-    with pytest.warns(FutureWarning):
-        assert TuneConfig(num_random=5, stopping={"grace_looks": 2}).stopping.grace_rungs == 2
+def test_old_keys_are_accepted_with_a_warning(capsys):
+    config = load_config(TuneConfig, None, ["validation.looks=3", "surrogate=false"])
+    assert (config.validation.num_rungs, config.predicted) == (3, False)
+    assert "'validation.looks' is now 'validation.num_rungs'" in capsys.readouterr().err
+    config = load_config(PipelineConfig, None, ["tune.num_random=5", "tune.stopping={grace_looks: 2}"]).tune
+    assert (config.num_initial, config.stopping.grace_rungs) == (5, 2)
+    assert "'tune.num_random' is now 'tune.num_initial'" in capsys.readouterr().err
