@@ -332,7 +332,7 @@ def _from_hub(name: str, revision: str | None, *, weights: bool) -> Model:
         ) from None
     where = f"model {name!r}: in {path}, which is what the Hub gave or, unreachable, had given before"
     _check_folder(path, where, weights=weights)
-    return Model(name, path, path.name, hashlib.sha256(f"{name}@{path.name}".encode()).hexdigest())
+    return Model(name, path, path.name, sha256_of(f"{name}@{path.name}".encode()))
 
 
 def _folder_fingerprint(folder: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -31,7 +30,7 @@ from birbal_ray.evaluate.models import EvaluatedModel, resolve_models
 from birbal_ray.models import Model, resolve_model
 from birbal_ray.progress import ProgressLine, duration
 from birbal_ray.run import RunError, RunFailedError, open_run, sigterm_as_interrupt
-from birbal_ray.settings import ConfigError, canonical_hash, nearest, one_line
+from birbal_ray.settings import ConfigError, canonical_hash, nearest, one_line, sha256_of
 from birbal_ray.storage import Folder, open_folder
 
 STEP = "harness"
@@ -229,7 +228,7 @@ def _identity(options: HarnessOptions, model: Model, adapter: EvaluatedModel | N
     include = options.include_path
     files = sorted(include.rglob("*")) if include else []
     contents = [
-        f"{file.relative_to(include or '').as_posix()}:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+        f"{file.relative_to(include or '').as_posix()}:{sha256_of(file)}"
         for file in files
         if file.is_file() and "__pycache__" not in file.parts
     ]

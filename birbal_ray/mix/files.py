@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import hashlib
 import io
 import json
 import re
@@ -13,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from birbal_ray.run import record_of
 from birbal_ray.settings import ConfigError, one_line
 from birbal_ray.storage import Folder, absolute, open_folder
 
@@ -34,12 +34,7 @@ def locate(place: str, setting: str) -> tuple[Folder, str]:
 
 def sha256_of_file(place: str, setting: str) -> str:
     """SHA-256 (hex) of a file, read in pieces."""
-    folder, name = locate(place, setting)
-    digest = hashlib.sha256()
-    with folder.open_input(name) as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
+    return record_of(*locate(place, setting)).sha256
 
 
 def read_lines(place: str, setting: str) -> Iterator[tuple[int, str]]:
