@@ -625,7 +625,8 @@ def pipeline(config: PipelineConfig, overwrite: bool, **files: str | None) -> No
     Examples:
       birbal pipeline --config one-day-mistral-7b --tasks natural-instructions/ --budget 24h --output runs/mistral
       birbal pipeline --config tiny --budget 15m --output runs/tiny
-      birbal pipeline --tasks my-tasks/ --train-config tiny --no-tune --output runs/mine
+      birbal pipeline --tasks my-tasks/ --train-config tiny --no-tune --output runs/mine \\
+          --set mix.task_score.allow_shortfall=true
     """
     run_recipe(with_files(config, files), overwrite)
 
