@@ -244,8 +244,10 @@ def _training_speed(config: TrainConfig, gpu: str | None) -> Speed:
 
 
 def _plan_tune(config: TuneConfig, gpu: str | None) -> StepPlan:
+    gpu = gpu or config.resources.accelerator_type
     num_trained = (
         config.num_trials
+        + config.predicted
         + len(config.baselines)
         + (config.repeats.top + len(config.baselines)) * (config.repeats.seeds if config.repeats.top else 0)
     )
@@ -284,7 +286,7 @@ def _plan_train(config: PipelineConfig, sizes: list[TaskSizes], rest: float | No
     per_row = sum(one.own_tokens + one.completion_tokens for one in sizes) / len(sizes) + 60  # the definition
     tokens = rows * per_row * train.epochs
     low, high = load[0] + tokens / speed.high, load[1] + tokens / speed.low
-    work = f"{train.epochs:g} epochs of about {rows * per_row / 1e6:,.1f} M tokens"
+    work = f"{train.epochs:g} epochs of about {rows * per_row / 1e3:,.0f} thousand tokens"
     if rest is not None and high > rest:
         fits = [min(train.epochs, max(0.0, rest - load[1]) * rate / (rows * per_row)) for rate in speed[:2]]
         work += f"; {fits[0]:.2g} to {fits[1]:.2g} fit"

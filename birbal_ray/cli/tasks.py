@@ -14,7 +14,7 @@ from birbal_ray.cli.options import format_option, note, print_table, refuse_url
 def _local(context: click.Context, option: click.Parameter, path: str | None) -> Path | None:
     from birbal_ray.storage import input_folder
 
-    return None if path is None else input_folder(path)
+    return None if path in (None, "sample-tasks") else input_folder(path or "")
 
 
 tasks_option = click.option(
