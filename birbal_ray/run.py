@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -31,7 +30,6 @@ from typing import Any
 from birbal_ray.lock import LOCK_RECORD, LocalLock, RemoteLock, hold_lock
 from birbal_ray.settings import ConfigError, canonical_hash, flatten, format_value, one_line, sha256_of
 from birbal_ray.storage import (
-    CHUNK_BYTES,
     FileRecord,
     FileStat,
     Folder,
@@ -130,7 +128,7 @@ class Run:
         `files`: every file that the run consists of, with its record or (a list of names) to be read and hashed here.
         `summary`: one short line for `birbal status`. Raises RunError when a file isn't there or the folder isn't held.
         """
-        records = files if isinstance(files, Mapping) else {name: record_of(self.folder, name) for name in files}
+        records = files if isinstance(files, Mapping) else {name: self.folder.record_of(name) for name in files}
         self.check()
         content = {
             **self.folder.read_json(RUN_FILE),
@@ -391,20 +389,10 @@ def check_input(folder: Folder, manifest: Mapping[str, Any], names: Iterable[str
     """Check files of a finished run against its manifest's sha256. Raises RunError when one was edited since."""
     for name in names:
         try:
-            found = record_of(folder, name)
+            found = folder.record_of(name)
         except FileNotFoundError:
             raise RunError(f"{folder.at(name)}: missing; {_remake(manifest)}") from None
         _compare(folder, manifest, name, found.sha256)
-
-
-def record_of(folder: Folder, name: str) -> FileRecord:
-    """Hash and size of a file, read once in pieces."""
-    digest, size = hashlib.sha256(), 0
-    with folder.open_input(name) as source:
-        while block := source.read(CHUNK_BYTES):
-            digest.update(block)
-            size += len(block)
-    return FileRecord(digest.hexdigest(), size)
 
 
 def _compare(folder: Folder, manifest: Mapping[str, Any], name: str, found: str) -> None:

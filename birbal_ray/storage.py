@@ -232,6 +232,15 @@ class Folder:
         except pa.ArrowInvalid as error:
             raise RunError(f"{self.at(name)}: not a Parquet file, or a damaged one ({one_line(error)})") from None
 
+    def record_of(self, name: str) -> FileRecord:
+        """Hash and size of a file, read once in pieces."""
+        digest, size = hashlib.sha256(), 0
+        with self.open_input(name) as source:
+            while block := source.read(CHUNK_BYTES):
+                digest.update(block)
+                size += len(block)
+        return FileRecord(digest.hexdigest(), size)
+
     @contextlib.contextmanager
     def writer(self, name: str) -> Iterator[Sink]:
         """A binary file to write to in pieces. It appears when the block ends, unless an exception leaves it.

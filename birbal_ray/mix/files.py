@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from birbal_ray.run import record_of
 from birbal_ray.settings import ConfigError, one_line
 from birbal_ray.storage import Folder, absolute, open_folder
 
@@ -34,7 +33,8 @@ def locate(place: str, setting: str) -> tuple[Folder, str]:
 
 def sha256_of_file(place: str, setting: str) -> str:
     """SHA-256 (hex) of a file, read in pieces."""
-    return record_of(*locate(place, setting)).sha256
+    folder, name = locate(place, setting)
+    return folder.record_of(name).sha256
 
 
 def read_lines(place: str, setting: str) -> Iterator[tuple[int, str]]:
