@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from birbal_ray.ni.reader import unique_keys
 from birbal_ray.settings import ConfigError
 
 Metrics = Mapping[str, float | None]  # metric name → value in [0, 1]; None, or no entry: missing
@@ -173,7 +174,9 @@ def metric_win_rates(teams: Teams) -> dict[str, dict[str, float]]:
     """
     rates: dict[str, dict[str, float]] = {team: {} for team in teams}
     for metric in METRICS.values():
-        goodness = {team: _goodness(values.get(metric.name), metric) for team, values in teams.items()}
+        found = {team: values.get(metric.name) for team, values in teams.items()}
+        sign = -1 if metric.lower_is_better else 1
+        goodness = {team: -math.inf if value is None else sign * value for team, value in found.items()}
         ascending = sorted(goodness.values())
         for team, value in goodness.items():
             worse = bisect_left(ascending, value)
@@ -200,12 +203,6 @@ def missing_metrics(values: Metrics) -> list[str]:
 def geometric_mean(rates: Sequence[float]) -> float:
     """Geometric mean; a zero counts as the smallest positive double. By logarithms: the product would underflow."""
     return math.exp(math.fsum(math.log(max(rate, SMALLEST)) for rate in rates) / len(rates))
-
-
-def _goodness(value: float | None, metric: Metric) -> float:
-    if value is None:
-        return -math.inf
-    return -value if metric.lower_is_better else value
 
 
 def load_published() -> dict[str, dict[str, float | None]]:
@@ -283,20 +280,11 @@ def _value(value: object, metric: str, where: str) -> float | None:
 
 def _read_json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_repeats)
+        return json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: can't be read as JSON ({error})") from None
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{key!r} is there twice")
-        found[key] = value
-    return found
 
 
 def _short(value: object) -> str:

@@ -187,7 +187,7 @@ def _parse_json(name: str, data: bytes, repairs: Counter[str]) -> dict[str, Any]
         raise TaskError(f"{name}.json: not UTF-8 (it looks like UTF-16 or UTF-32); save it as UTF-8")
     try:
         # Not orjson: real files hold bare NaN and unpaired surrogates.
-        values = json.loads(text, object_pairs_hook=_object)
+        values = json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         ends_there = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated string")
         truncated = ", the file ends there: truncated?" if ends_there else ""
@@ -201,8 +201,8 @@ def _parse_json(name: str, data: bytes, repairs: Counter[str]) -> dict[str, Any]
     return values
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; json itself would keep the last of several values for one key in silence."""
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """json's `object_pairs_hook` that raises ValueError where a key repeats; by itself json keeps the last value."""
     values = dict(pairs)
     if len(values) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)

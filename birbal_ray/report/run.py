@@ -19,7 +19,7 @@ from birbal_ray.evaluate.leaderboard import (
     zeroed_scores,
 )
 from birbal_ray.report.conclusions import Conclusion, conclude
-from birbal_ray.report.load import READERS, Found, find_steps, mismatches
+from birbal_ray.report.load import READERS, find_steps, mismatches
 from birbal_ray.report.plots import NAMES, draw
 from birbal_ray.report.render import render
 from birbal_ray.settings import ConfigError
@@ -58,7 +58,9 @@ def report(
     found = find_steps(open_folder(run))
     sections = {step: READERS[step](one) for step, one in found.finished.items()}
     conclusions = conclude(sections)
-    board, notes = rank_models([*_harness_results(found), *added])
+    harness = [one.folder for one in found.others if one.step == "harness" and one.folder.is_file(RESULTS_FILE)]
+    results = [input_folder(run.at(RESULTS_FILE)) for run in harness if run.read_json(RESULTS_FILE).get("metrics")]
+    board, notes = rank_models([*results, *added])
     plots = draw(sections)
     page = render(
         plots,
@@ -101,9 +103,3 @@ def rank_models(added: Sequence[Path]) -> tuple[list[Standing], list[str]]:
         if zeroed.team in models
     ]
     return places, notes
-
-
-def _harness_results(found: Found) -> list[Path]:
-    """Results files of finished `birbal harness` runs in the folder that hold a metric."""
-    runs = [one.folder for one in found.others if one.step == "harness" and one.folder.is_file(RESULTS_FILE)]
-    return [input_folder(run.at(RESULTS_FILE)) for run in runs if run.read_json(RESULTS_FILE).get("metrics")]

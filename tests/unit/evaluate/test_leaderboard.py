@@ -400,7 +400,7 @@ def result_of(metrics):
         ({"team": "x"}, 'expected {"team": "my-model", "metrics"'),
         ([1], 'expected {"team": "my-model", "metrics"'),
         ({"team": "tvergho", "metrics": {}}, "team 'tvergho' is in the table already; give the model another name"),
-        ('{"team": "x", "metrics": {"BBQ - EM": 0.1, "BBQ - EM": 0.2}}', "'BBQ - EM' is there twice"),
+        ('{"team": "x", "metrics": {"BBQ - EM": 0.1, "BBQ - EM": 0.2}}', "the key 'BBQ - EM' is given twice"),
         ('{"team": ', "can't be read as JSON"),
         ("", "can't be read as JSON"),
         ("[" * 100_000, "can't be read as JSON"),
