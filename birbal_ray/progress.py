@@ -19,10 +19,10 @@ LIVE_INTERVAL_SECONDS = 0.5
 class ProgressLine:
     """Shows the latest text of a long piece of work."""
 
-    def __init__(self, stream: TextIO | None = None, plain_interval_seconds: float = PLAIN_INTERVAL_SECONDS) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         self._given = stream
         self._live = self._stream.isatty()
-        self._interval = LIVE_INTERVAL_SECONDS if self._live else plain_interval_seconds
+        self._interval = LIVE_INTERVAL_SECONDS if self._live else PLAIN_INTERVAL_SECONDS
         self._last_time = -self._interval
         self._last_text = ""
         self._open = False

@@ -159,10 +159,10 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split())
 
 
-def format_value(value: object, length: int = 60) -> str:
-    """A value as a message shows it: in one line, cut after `length` characters."""
+def format_value(value: object) -> str:
+    """A value as a message shows it: in one line, cut after 60 characters."""
     text = one_line(value)
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def require(value: ValueType | None, flag: str) -> ValueType:

@@ -101,13 +101,13 @@ def dry_run(options: HarnessOptions) -> list[dict[str, Any]]:
     ]
 
 
-def run(options: HarnessOptions, *, overwrite: bool = False, progress: ProgressLine | None = None) -> HarnessResult:
+def run(options: HarnessOptions, *, overwrite: bool = False) -> HarnessResult:
     """Run what is not finished yet, then write results.json over all that is.
 
     Raises ConfigError (settings, names, another run's folder), ModelError, RunFailedError (some
     benchmark could not be run; the others are kept and the same command continues).
     """
-    progress = progress or ProgressLine()
+    progress = ProgressLine()
     options = check_options(options)
     runs = select_runs(options)
     model = resolve_model(options.model or "")

@@ -58,15 +58,13 @@ READY = re.compile(r"^serving .* at (http://\S+)", re.MULTILINE)
 RETRY = "Retrying (attempt"  # what HELM logs
 
 
-def run_helm(
-    options: HarnessOptions, *, overwrite: bool = False, progress: ProgressLine | None = None
-) -> HarnessResult:
+def run_helm(options: HarnessOptions, *, overwrite: bool = False) -> HarnessResult:
     """Run the entries in `options.tasks` (none: the scenarios that need no download) and write results.json.
 
     `options.include_path`: a folder of HELM plugins, *.py. Finished entries are kept, the same command continues.
     Raises ConfigError, ModelError, RunFailedError when an entry could not be run or HELM had to repeat a request.
     """
-    progress = progress or ProgressLine()
+    progress = ProgressLine()
     check_options(options)
     model = resolve_model(options.model or "")
     adapter = find_adapter(options.adapter, model) if options.adapter else None

@@ -104,15 +104,13 @@ class Setup:
         return self.scoring.model_copy(update={"model": model})
 
 
-def evaluate(
-    config: EvaluateConfig, *, overwrite: bool = False, progress: ProgressLine | None = None
-) -> EvaluateResult:
+def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResult:
     """Run or continue an evaluation in `config.output`.
 
     Raises ConfigError (settings, adapters, another run's folder), TaskError, ModelError, RunError (the
     run broke off; finished shards are kept and the same command continues).
     """
-    progress = progress or ProgressLine()
+    progress = ProgressLine()
     setup = prepare_evaluation(config)
     plan = plan_run(setup.scoring, progress, excluded=setup.excluded)
     inputs = [path for path in (config.tasks.path, *setup.mixes, *(one.path for one in setup.models[1:])) if path]

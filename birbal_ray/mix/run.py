@@ -42,13 +42,13 @@ class MixResult:
     manifest: dict[str, Any]
 
 
-def mix(config: MixConfig, *, overwrite: bool = False, progress: ProgressLine | None = None) -> MixResult:
+def mix(config: MixConfig, *, overwrite: bool = False) -> MixResult:
     """Make the mix in `config.output`; a finished one made from the same things is left as it is.
 
     An interrupted run starts over (nothing of it is read). Raises ConfigError (settings, sources,
     budgets, another run's folder) and RunError (damaged or unfinished scores).
     """
-    progress = progress or ProgressLine()
+    progress = ProgressLine()
     output = require(config.output, "--output")
     scores, origins = _inputs(config, progress)
     identity = _identity(config, scores, origins)
@@ -85,9 +85,9 @@ def mix(config: MixConfig, *, overwrite: bool = False, progress: ProgressLine | 
         return MixResult(run.folder, done["composition"], done)
 
 
-def dry_run(config: MixConfig, progress: ProgressLine | None = None) -> MixResult:
+def dry_run(config: MixConfig) -> MixResult:
     """Decide everything and write nothing."""
-    progress = progress or ProgressLine()
+    progress = ProgressLine()
     scores, origins = _inputs(config, progress)
     with _work_folder(None) as work, ExitStack() as stack:
         plan = _plan(config, scores, origins, work, progress.update, stack)

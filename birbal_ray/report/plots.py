@@ -309,6 +309,6 @@ def _colour_and_marker(names: Sequence[str], name: str) -> tuple[str, str]:
     return MODEL_COLOURS[place], MODEL_MARKERS[place]
 
 
-def _short(text: str, length: int = 50) -> str:
+def _short(text: str) -> str:
     printable = "".join(letter if letter.isprintable() else "\u00b7" for letter in text)
-    return printable if len(printable) <= length else printable[: length - 1] + "\u2026"
+    return printable if len(printable) <= 50 else printable[:49] + "\u2026"

@@ -69,7 +69,6 @@ def score(
     overwrite: bool = False,
     retry_errors: bool = False,
     rescore_all: bool = False,
-    progress: ProgressLine | None = None,
 ) -> ScoreResult:
     """Run, continue or amend a score run in `config.output`.
 
@@ -79,7 +78,7 @@ def score(
     Raises ConfigError (wrong settings, a run of another model or prompt), TaskError (task files), ModelError,
     RunError (the run failed; finished files are kept and a rerun continues).
     """
-    progress = progress or ProgressLine()
+    progress = ProgressLine()
     inputs = [path for path in (config.tasks.path, config.tasks.label_overrides) if path]
     config = resolve_config(config)
     plan = plan_run(config, progress)

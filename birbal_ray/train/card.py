@@ -148,9 +148,9 @@ Licences of the data:
 """
 
 
-def smoothed(values: list[float], weight: float = 0.8) -> list[float]:
+def smoothed(values: list[float]) -> list[float]:
     """Exponential moving average, corrected for its start."""
-    average, correction, result = 0.0, 0.0, []
+    weight, average, correction, result = 0.8, 0.0, 0.0, []
     for value in values:
         average, correction = weight * average + (1 - weight) * value, weight * correction + (1 - weight)
         result.append(average / correction)

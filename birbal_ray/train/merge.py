@@ -40,7 +40,6 @@ def merge(
     num_prompts: int = 8,
     modelfile: bool = False,
     overwrite: bool = False,
-    progress: ProgressLine | None = None,
 ) -> MergeResult:
     """Fold the adapter of a training run into base weights of `dtype`, as a model folder in `output`.
 
@@ -49,7 +48,7 @@ def merge(
     `ollama create NAME -f Modelfile`. Raises RunError (no finished run there), ConfigError (another run's folder,
     other base weights than were trained on).
     """
-    progress = progress or ProgressLine()
+    progress = ProgressLine()
     trained = read_manifest(run, "train")
     model = resolve_model(
         trained["model"]["name"], trained["model"]["revision"] if "/" in trained["model"]["name"] else None

@@ -56,13 +56,13 @@ class TrainResult:
     manifest: dict[str, Any]
 
 
-def train(config: TrainConfig, *, overwrite: bool = False, progress: ProgressLine | None = None) -> TrainResult:
+def train(config: TrainConfig, *, overwrite: bool = False) -> TrainResult:
     """Train, or continue, in `config.output`, a path or a URL.
 
     Raises ConfigError (settings, mix, memory, another run's folder), ModelError, RunError (the run
     broke off; the last checkpoint is kept and the same command continues).
     """
-    progress = progress or ProgressLine()
+    progress = ProgressLine()
     output = require(config.output, "--output")
     config, model = resolve_config(config)
     mix, mix_manifest = read_mix(config.mix or "")
@@ -98,12 +98,12 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: ProgressLin
         return _finish(config, model, run, working, mix_manifest, packing, outcome, progress)
 
 
-def dry_run(config: TrainConfig, *, calibrate: bool = False, progress: ProgressLine | None = None) -> Preflight:
+def dry_run(config: TrainConfig, *, calibrate: bool = False) -> Preflight:
     """Tokens, memory, and what will fit in the budget; checks the architecture; trains a few steps to calibrate.
 
     Without `calibrate` neither weights nor a card are needed: the model's config and tokenizer are enough.
     """
-    progress = progress or ProgressLine()
+    progress = ProgressLine()
     place = _calibration_place(config) if calibrate else None
     config, model = resolve_config(config, weights=calibrate)
     mix, _ = read_mix(config.mix or "")

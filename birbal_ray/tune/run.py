@@ -52,13 +52,13 @@ class TuneResult:
     manifest: dict[str, Any]
 
 
-def tune(config: TuneConfig, *, overwrite: bool = False, progress: ProgressLine | None = None) -> TuneResult:
+def tune(config: TuneConfig, *, overwrite: bool = False) -> TuneResult:
     """Search, or go on with a search, in `config.output`.
 
     Raises ConfigError (settings, scores, another run's folder), ModelError, RunError (the search broke
     off or every trial failed; trials that ended are kept and the same command goes on).
     """
-    progress = progress or ProgressLine()
+    progress = ProgressLine()
     config, scores, model = resolve_config(config)
     inputs = [config.scores or "", *config.validation.files]
     identity = _identity(config, scores, model)
@@ -120,9 +120,9 @@ def estimate(config: TuneConfig) -> list[dict[str, Any]]:
     return [*rows, {"trials": "in all", "number": sum(row["number"] for row in rows), "tokens each": total, **sums}]
 
 
-def dry_run(config: TuneConfig, progress: ProgressLine | None = None) -> list[dict[str, Any]]:
+def dry_run(config: TuneConfig) -> list[dict[str, Any]]:
     """`estimate`, with settings, scores and model checked, and on stderr what mixes are judged by. Writes nothing."""
-    progress = progress or ProgressLine()
+    progress = ProgressLine()
     config, scores, _ = resolve_config(config)
     weights = config.validation.weights
     groups = [
