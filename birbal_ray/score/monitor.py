@@ -61,8 +61,7 @@ class Snapshot:
     num_started: int = 0
     num_ready: int = 0
     num_unstartable: int = 0  # replicas that were tried too often and take no part
-    num_restarts: int = 0  # engines that came back on the node they died on, beside those that `fatal` rows explain
-    most_restarts: int = 0  # of one replica
+    most_restarts: int = 0  # of one replica, on the node it died on, beside those that `fatal` rows explain
     num_moves: int = 0  # engines that came back elsewhere: their node was lost
     counts: Counter[str] = field(default_factory=Counter)
     rows_total: int = 0  # that this session is to write, at most
@@ -90,13 +89,12 @@ class EngineMonitor:
         self,
         schedule: Schedule,
         limit: int,
-        num_replicas: int,
         max_start_retries: int,
         seconds: float = math.inf,
     ) -> None:
         self._schedule, self._limit = schedule, limit
         self._deadline = time.monotonic() + seconds
-        self._num_replicas, self._max_start_retries = num_replicas, max_start_retries
+        self._max_start_retries = max_start_retries
         self._issued: list[bytes] = []
         self._written: set[str] = set()
         self._state = Snapshot(time.monotonic())
@@ -247,7 +245,6 @@ class EngineMonitor:
         state = self._state
         state.num_ready = len(self._ready - self._dead)
         state.num_unstartable = sum(count > self._max_start_retries for count in self._failed_starts.values())
-        state.num_restarts = sum(self._restarts.values())
         state.most_restarts = max(self._restarts.values(), default=0)
         state.version += 1
 

@@ -133,7 +133,7 @@ def _start_monitor(schedule: Schedule, limit: int, resources: ResourceSettings, 
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    arguments = schedule, limit, resources.num_replicas, resources.max_start_retries, seconds
+    arguments = schedule, limit, resources.max_start_retries, seconds
     for attempt in range(1, MONITOR_ATTEMPTS + 1):
         monitor = ray.remote(EngineMonitor).options(num_cpus=0, scheduling_strategy=here).remote(*arguments)
         try:

@@ -39,8 +39,8 @@ def shards(count=4, rows=100):
     return [Shard("t", "", "", "exact_match", n * rows, (n + 1) * rows, 8) for n in range(count)]
 
 
-def monitor(some=(), limit=100, replicas=1, retries=2):
-    made = EngineMonitor(FixedSchedule(list(some)), limit, replicas, retries)
+def monitor(some=(), limit=100, retries=2):
+    made = EngineMonitor(FixedSchedule(list(some)), limit, retries)
     made._meters = {}
     made.add = lambda replica, counts: (made._state.counts.update(counts), made._touch())  # Ray's meters need a cluster
     return made
@@ -226,7 +226,7 @@ def test_the_instances_that_engines_die_of_are_found_and_cost_no_restart(deadly)
     seen = board.snapshot()
     dog.check(seen)
     assert len(seen.fatal) == len(deadly)
-    assert seen.num_restarts == 0 and bool(seen.deaths) == bool(deadly)
+    assert seen.most_restarts == 0 and bool(seen.deaths) == bool(deadly)
 
 
 def test_only_shards_that_were_in_flight_at_two_deaths_run_alone():
@@ -276,7 +276,7 @@ def test_an_engine_that_dies_of_everything_ends_the_run():
 
 
 def test_restarts_are_counted_per_replica():
-    board, dog = monitor(replicas=3), watch(max_engine_restarts=1, num_replicas=3)
+    board, dog = monitor(), watch(max_engine_restarts=1, num_replicas=3)
     for replica in ("r1", "r2", "r3"):
         board.started(replica, "n1")
         board.ready(replica)
@@ -291,7 +291,7 @@ def test_restarts_are_counted_per_replica():
 
 
 def test_a_replica_that_never_starts_is_tried_so_often_and_then_left_out():
-    board, dog = monitor(replicas=2, retries=2), watch(num_replicas=2, max_engine_restarts=0)
+    board, dog = monitor(retries=2), watch(num_replicas=2, max_engine_restarts=0)
     board.started("good", "n1")
     board.ready("good")
     for attempt in range(3):
@@ -302,12 +302,12 @@ def test_a_replica_that_never_starts_is_tried_so_often_and_then_left_out():
     assert board.started("bad", "n2") is False
     dog.check(board.snapshot())
     seen = board.snapshot()
-    assert (seen.num_unstartable, seen.num_ready, seen.num_restarts) == (1, 1, 0)
+    assert (seen.num_unstartable, seen.num_ready, seen.most_restarts) == (1, 1, 0)
     assert "replica bad did not start: ModelError: no such folder" in seen.deaths
 
 
 def test_when_no_replica_can_start_the_run_ends_with_the_reason():
-    board, dog = monitor(replicas=1, retries=1), watch(num_replicas=1)
+    board, dog = monitor(retries=1), watch(num_replicas=1)
     for _ in range(2):
         dog.check(board.snapshot())
         board.started("bad", "n1")
