@@ -280,6 +280,7 @@ def _finish(setup: Setup, plan: ScorePlan, run: Run) -> EvaluateResult:
     for name, content, schema in tables:
         files[name] = folder.write_parquet(name, pa.Table.from_pylist(content, schema=schema))
     files |= write_plan(folder, plan)
+    run.progress(rows["planned"], rows["planned"], final=True)
     run.finish(
         {
             "settings": setup.config.model_dump(),

@@ -393,6 +393,7 @@ def _finish(
     files[TASK_SCORES_FILE] = run.folder.write_parquet(TASK_SCORES_FILE, table)
     files |= write_plan(run.folder, plan, {task.name: stops.get(task.name, USED_UP) for task in plan.tasks})
     sessions = run.sessions()
+    run.progress(plan.num_rows, plan.num_rows, final=True)
     manifest = run.finish(
         {
             "settings": config.model_dump(),

@@ -130,9 +130,15 @@ def test_export_has_the_published_layout(recipe, tmp_path):
     records = [record for file in files for record in read_json(file)]
     assert len(records) == 6 * NUM_SCORED
     published = ["orig_input", "few_shot_prompt", "answer", "prediction"]
-    assert {tuple(record) for record in records} == {tuple(published)}
+    needed = ["ground_truth", "task_file", "id", "orig_output"]  # by the published scripts
+    assert {tuple(record) for record in records} == {(*published, *needed)}
     rows = sorted(rows_of(recipe[0] / "score"), key=lambda row: (row["task"], row["row_id"]))
-    assert records == [{name: row[name] for name in published} for row in rows]
+    assert [{name: record[name] for name in published} for record in records] == [
+        {name: row[name] for name in published} for row in rows
+    ]
+    assert [(record["task_file"], record["id"]) for record in records] == [
+        (f"{row['task']}.json", row["instance_id"]) for row in rows
+    ]
 
 
 def amplified(train: Path, target: Path) -> Path:
