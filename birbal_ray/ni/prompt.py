@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import jinja2
+
 from birbal_ray.ni.schema import Example, Task, TaskError
 
 PREAMBLE = (
@@ -57,7 +59,7 @@ def read_chat_template(apply: Callable[..., str]) -> ChatTemplate:
         raise TemplateError("the chat template drops or reorders turns of user, assistant and user")
     try:
         has_system_turn = _SYSTEM in apply([_turn("system", _SYSTEM), *turns], add_generation_prompt=True)
-    except Exception:  # a template without a system turn says so in its own way, or ignores the turn
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError):  # its own way to refuse the turn
         has_system_turn = False
     end_of_turn = ending[ending.rindex(_ASSISTANT) + len(_ASSISTANT) :].strip().split("\n")[0]
     return ChatTemplate(apply, has_system_turn, end_of_turn)

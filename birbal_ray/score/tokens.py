@@ -1,4 +1,4 @@
-"""Prompts as token ids: begun as the model expects, ended by the prompt itself."""
+"""Prompts as token ids: they begin as the model expects and end with the prompt's own tokens."""
 
 from __future__ import annotations
 

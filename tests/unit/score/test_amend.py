@@ -126,12 +126,12 @@ def test_a_dropped_task_is_set_aside_and_its_return_is_scored(scored, tmp_path, 
 def test_a_changed_task_is_scored_again_and_only_it(scored, write_task, tmp_path):
     scored()
     before = files(tmp_path)
-    write_task("task_b", 12, Definition=["A mended one."])
+    write_task("task_b", 12, Definition=["A repaired one."])
     scored()
     after = files(tmp_path)
     assert all((after[name] == content) == name.startswith("task_a/") for name, content in before.items())
     assert all(
-        ("A mended one." in row["few_shot_prompt"]) == (row["task"] == "task_b") for row in rows(tmp_path).values()
+        ("A repaired one." in row["few_shot_prompt"]) == (row["task"] == "task_b") for row in rows(tmp_path).values()
     )
     assert len(files(tmp_path, "set_aside/1")) == 3
 
