@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 TASK_SCORE, BIRBAL_2023, UNIFORM, PROPORTIONAL = "task_score", "birbal_2023", "uniform", "proportional"
 
@@ -67,8 +66,8 @@ def allocate(budget: int, demands: Sequence[TaskDemand], gamma: float = 1.0) -> 
     """Spread `budget` rows over tasks by weight, (1 − task_score)^gamma or given, no task above its candidates.
 
     The real-valued shares min(candidates, λ·weight) sum to the budget exactly (water-filling);
-    whole counts come from them by largest remainder, ties by task name. All in exact fractions of
-    the float weights, so no platform rounds differently. The order of `demands` doesn't matter.
+    whole counts come from them by largest remainder, ties by task name. All in exact integers, to
+    which the float weights are scaled, so no platform rounds differently. The order of `demands` doesn't matter.
     A task with weight 0 gets nothing. Raises ValueError on a repeated name, a negative budget, or a
     score outside [0, 1].
     """
@@ -81,10 +80,10 @@ def allocate(budget: int, demands: Sequence[TaskDemand], gamma: float = 1.0) -> 
         if not 0.0 <= demand.task_score <= 1.0:
             raise ValueError(f"task {demand.name!r}: task score {demand.task_score}, expected 0 to 1")
     ordered = sorted(demands, key=lambda demand: demand.name)
-    weights = {d.name: Fraction((1.0 - d.task_score) ** gamma if d.weight is None else d.weight) for d in ordered}
+    weights = _as_integers({d.name: (1.0 - d.task_score) ** gamma if d.weight is None else d.weight for d in ordered})
     limits = {d.name: d.num_candidates if weights[d.name] else 0 for d in ordered}
-    capped, total = [], sum(weights.values(), Fraction(0))
-    wanted = _whole({name: budget * weight / (total or 1) for name, weight in weights.items()}, budget if total else 0)
+    capped, total = [], sum(weights.values())
+    wanted = _spread(budget if total else 0, weights, total or 1)
     if budget:
         capped = [
             TaskShortfall(d.name, wanted[d.name], d.num_candidates)
@@ -94,7 +93,7 @@ def allocate(budget: int, demands: Sequence[TaskDemand], gamma: float = 1.0) -> 
     available = sum(limits.values())
     if available <= budget:
         return Allocation(budget, limits, budget - available, tuple(capped))
-    return Allocation(budget, _whole(_water_fill(budget, limits, weights), budget), 0, tuple(capped))
+    return Allocation(budget, _water_fill(budget, limits, weights), 0, tuple(capped))
 
 
 def ladder_cap(accuracy: float, factor: float = 1.0) -> int:
@@ -122,26 +121,33 @@ def train_size(num_rows: int, eval_fraction: float) -> int:
     return max(int((1 - eval_fraction) * num_rows), min(1, num_rows))
 
 
-def _water_fill(budget: int, limits: dict[str, int], weights: dict[str, Fraction]) -> dict[str, Fraction]:
+def _as_integers(weights: dict[str, float]) -> dict[str, int]:
+    """The weights times one power of two: exact, since a float's denominator is one."""
+    ratios = {name: weight.as_integer_ratio() for name, weight in weights.items()}
+    scale = max((denominator for _, denominator in ratios.values()), default=1)
+    return {name: numerator * (scale // denominator) for name, (numerator, denominator) in ratios.items()}
+
+
+def _water_fill(budget: int, limits: dict[str, int], weights: dict[str, int]) -> dict[str, int]:
     # A task is full when λ·weight reaches its limit; by rising limit/weight they fill one after the other.
-    shares = {name: Fraction(0) for name in limits}
-    open_tasks = sorted((n for n in limits if weights[n] and limits[n]), key=lambda n: (limits[n] / weights[n], n))
-    left, weight_left = Fraction(budget), sum((weights[n] for n in open_tasks), Fraction(0))
+    # Two such fractions differ by more than 2^-bits, so whole numbers of 2^-bits order them as they are.
+    bits = 2 * max(weights.values()).bit_length()
+    counts = dict.fromkeys(limits, 0)
+    open_tasks = sorted((n for n in limits if limits[n]), key=lambda n: ((limits[n] << bits) // weights[n], n))
+    left, weight_left = budget, sum(weights[name] for name in open_tasks)
     for position, name in enumerate(open_tasks):
         if limits[name] * weight_left > left * weights[name]:
-            level = left / weight_left
-            shares.update({other: level * weights[other] for other in open_tasks[position:]})
-            return shares
-        shares[name] = Fraction(limits[name])
+            return counts | _spread(left, {other: weights[other] for other in open_tasks[position:]}, weight_left)
+        counts[name] = limits[name]
         left -= limits[name]
         weight_left -= weights[name]
-    return shares
+    return counts
 
 
-def _whole(shares: dict[str, Fraction], budget: int) -> dict[str, int]:
-    counts = {name: math.floor(share) for name, share in shares.items()}
-    seats = budget - sum(counts.values())
-    by_remainder = sorted(shares, key=lambda name: (counts[name] - shares[name], name))
-    for name in by_remainder[:seats]:
+def _spread(budget: int, weights: dict[str, int], total: int) -> dict[str, int]:
+    """Whole counts of budget·weight/total by largest remainder, ties by name."""
+    counts = {name: budget * weight // total for name, weight in weights.items()}
+    by_remainder = sorted(weights, key=lambda name: (-(budget * weights[name] % total), name))
+    for name in by_remainder[: budget - sum(counts.values())]:
         counts[name] += 1
     return counts
