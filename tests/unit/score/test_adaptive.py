@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -136,6 +137,18 @@ def test_a_wide_margin_and_no_budget_stop_at_the_first_look():
     schedule = AdaptiveSchedule(tasks, asked, 64, RowFiles(()), {})
     rows = covered(run(schedule, Model(tasks, {"a": 0.5, "b": 0.5}), random.Random(0)))
     assert {name: len(numbers) for name, numbers in rows.items()} == {"a": 100, "b": 100}
+
+
+def test_a_task_whose_references_can_not_score_asks_for_no_share():
+    tasks = [task("a", 5000), task("b", 5000)]
+    unfit = [replace(tasks[0], unreachable_reason="no reference scores 1"), tasks[1]]
+    asked = AdaptiveSettings(score_margin=0.2, exact_match_budget=200, generation_budget=0)
+    sizes = {}
+    for one in (tasks, unfit):
+        schedule = AdaptiveSchedule(one, asked, 64, RowFiles(()), {})
+        given = run(schedule, Model(tasks, {"a": 0.0, "b": 0.5}), random.Random(0))
+        sizes[one is unfit] = {name: len(numbers) for name, numbers in covered(given).items()}
+    assert sizes == {False: {"a": 200, "b": 200}, True: {"a": 100, "b": 400}}
 
 
 def test_long_completions_come_first_and_all_tasks_get_their_first_range_before_any_its_second():
