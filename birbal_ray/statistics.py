@@ -128,10 +128,11 @@ def pairs_needed(difference: float, deviation: float) -> int | None:
     return high
 
 
-def wilson_half_width(mean: float, count: int) -> float:
-    """Half the width of Wilson's interval for a proportion of `count` 0/1 scores."""
+def wilson(mean: float, count: int) -> tuple[float, float]:
+    """(centre, half the width) of Wilson's interval for the mean of `count` 0/1 scores."""
     z = _t_quantile(0.5 + CONFIDENCE / 2, math.inf)
-    return z * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    half = z * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count))
+    return (mean + z * z / (2 * count)) / (1 + z * z / count), half / (1 + z * z / count)
 
 
 def t_half_width(deviation: float, count: int) -> float:

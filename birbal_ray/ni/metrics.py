@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,8 +31,13 @@ def rouge_l(answer: str, references: Sequence[str]) -> float:
     Equal to rouge-score's (no stemmer) for ASCII text. A text without any token scores 0. The longest
     common subsequence is rapidfuzz's.
     """
-    found = tokens(answer)
-    return max((_f1(found, tokens(reference)) for reference in references), default=0.0) if found else 0.0
+    found, best = tokens(answer), 0.0
+    for reference in references if found else ():
+        wanted = tokens(reference)
+        if common := LCSseq.similarity(found, wanted):
+            precision, recall = common / len(found), common / len(wanted)
+            best = max(best, 2 * precision * recall / (precision + recall))
+    return best
 
 
 def score_answer(label: str, answer: str, references: Sequence[str]) -> float:
@@ -87,30 +91,3 @@ def _why_below_one(
     if score_answer(label, extract(reference), references) == 1.0:
         return None
     return "a blank line in the references: a completion ends there"
-
-
-def mean_interval(label: str, scores: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high): a 95 % interval for a task's mean score.
-
-    Wilson's interval for exact match (0/1 scores), the normal one clipped to [0, 1] for ROUGE-L;
-    NaNs when there are no scores.
-    """
-    count = len(scores)
-    if count == 0:
-        return math.nan, math.nan, math.nan
-    mean, z = sum(scores) / count, 1.959963984540054
-    if label == EXACT_MATCH:
-        centre = (mean + z * z / (2 * count)) / (1 + z * z / count)
-        half = z * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-        return mean, max(0.0, min(centre - half, mean)), min(1.0, max(centre + half, mean))
-    variance = sum((score - mean) ** 2 for score in scores) / (count - 1) if count > 1 else 0.0
-    half = z * math.sqrt(variance / count)
-    return mean, max(0.0, mean - half), min(1.0, mean + half)
-
-
-def _f1(answer: list[str], reference: list[str]) -> float:
-    if not reference:
-        return 0.0
-    common = LCSseq.similarity(answer, reference)
-    precision, recall = common / len(answer), common / len(reference)
-    return 2 * precision * recall / (precision + recall) if common else 0.0

@@ -49,7 +49,8 @@ def find_task_files(path: Path) -> list[TaskFile]:
     files are left out. Raises TaskError when the path is absent or holds no task file.
     """
     if not path.exists():
-        raise TaskError(f"{path}: no such file or folder")
+        advice = "" if path.suffix else f"; `birbal tasks fetch --output {path}` downloads Natural Instructions there"
+        raise TaskError(f"{path}: no such file or folder{advice}")
     if path.is_dir():
         folder = path / "tasks" if (path / "tasks").is_dir() else path
         files = [TaskFile(file.stem, file) for file in folder.glob("*.json") if not file.name.startswith(".")]

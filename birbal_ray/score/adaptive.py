@@ -227,7 +227,7 @@ class AdaptiveSchedule:
             tally = self._tallies[other.name]
             score = tally.mean if tally.num_scored else typical
             if other is task:
-                score = max(0.0, tally.low(task.label.value))
+                score, _ = tally.interval(task.label.value)
             unfit = 0 if other.unreachable_reason else None  # the mix owes such a task no share of what it fails
             demands.append(TaskDemand(other.name, other.num_instances, min(1.0, score), unfit))
         return allocate(budget, demands, asked.gamma).counts[task.name]

@@ -23,13 +23,15 @@ from birbal_ray.schemas import TASKS
 from birbal_ray.score.config import CompletionSettings, ScoreConfig
 from birbal_ray.score.tokens import Tokenizer, load_tokenizer, prompt_token_ids
 from birbal_ray.settings import canonical_hash
-from birbal_ray.statistics import t_half_width, wilson_half_width
+from birbal_ray.statistics import t_half_width, wilson
 from birbal_ray.storage import FileRecord, Folder, cache_folder, write_json
 
 FEW_SHOT, ZERO_SHOT = "few_shot", "zero_shot"
 INPUTS_FOLDER = "inputs"  # task files that workers read from the run folder
 PLAN_FORMAT = 2  # of the cached plans
-PREFILL_WORK = 16  # a prompt's own tokens, in decoded tokens: about what 58 tokens of prefill cost
+# What a prompt's own tokens cost, in decoded tokens. By the arithmetic of `birbal_ray.speeds` the 58 of a mean prompt
+# cost as much as 22 to 28 on an RTX 4090, 12 to 16 on an H100. Only the estimate of the time left depends on it.
+PREFILL_WORK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,12 @@ class Tally:
     total: float = 0.0
     squares: float = 0.0
 
+    @classmethod
+    def of(cls, scores: Collection[float], label: str, failed_below: float = 0.0) -> Tally:
+        """Sums over these scores."""
+        failed = (score == 0 if label == EXACT_MATCH else score < failed_below for score in scores)
+        return cls(len(scores), sum(failed), math.fsum(scores), math.fsum(score * score for score in scores))
+
     def __add__(self, other: Tally) -> Tally:
         return Tally(
             self.num_scored + other.num_scored,
@@ -142,14 +150,14 @@ class Tally:
         if n < 2:
             return math.inf
         if label == EXACT_MATCH:
-            return wilson_half_width(self.mean, n)
+            return wilson(self.mean, n)[1]
         return t_half_width(math.sqrt(max(0.0, self.squares - self.total**2 / n) / (n - 1)), n)
 
-    def low(self, label: str) -> float:
-        """The interval's lower end."""
-        n = self.num_scored
-        centre = (self.mean + 3.8415 / (2 * n)) / (1 + 3.8415 / n) if label == EXACT_MATCH else self.mean
-        return centre - self.half_width(label)
+    def interval(self, label: str) -> tuple[float, float]:
+        """The same interval, (low, high) in [0, 1], of at least one score. One ROUGE-L score tells nothing: (0, 1)."""
+        exact = label == EXACT_MATCH
+        centre, half = wilson(self.mean, self.num_scored) if exact else (self.mean, self.half_width(label))
+        return max(0.0, min(centre - half, self.mean)), min(1.0, max(centre + half, self.mean))
 
 
 @dataclass(frozen=True, slots=True)

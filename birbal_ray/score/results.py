@@ -13,12 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from birbal_ray.ni.metrics import mean_interval
 from birbal_ray.run import RunError
 from birbal_ray.schemas import SCORE_ROWS
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.plan import PlannedTask, RowFiles, Shard, Tally, WrittenFile
-from birbal_ray.score.stages import score_table, tally_of, write_rows
+from birbal_ray.score.stages import score_table, write_rows
 from birbal_ray.settings import sha256_of
 from birbal_ray.storage import FileRecord, Folder
 
@@ -114,21 +113,22 @@ def _add_task(results: Results, task: PlannedTask, rows: pa.Table) -> None:
             f"task {task.name}: {rows.num_rows} rows with {num_distinct} distinct ids were written, "
             f"not its {task.num_instances} planned ones"
         )
-    scores = [value for value in rows["score"].to_pylist() if value is not None]
-    mean, low, high = mean_interval(task.label.value, scores) if scores else (None, None, None)
+    label = task.label.value
+    scores = Tally.of(rows["score"].drop_null().to_pylist(), label)
+    low, high = scores.interval(label) if scores.num_scored else (None, None)
     results.task_scores.append(
         {
             "task": task.name,
-            "label": task.label.value,
+            "label": label,
             "num_instances": rows.num_rows,
-            "num_scored": len(scores),
-            "num_errors": rows.num_rows - len(scores),
-            "task_score": mean,
+            "num_scored": scores.num_scored,
+            "num_errors": rows.num_rows - scores.num_scored,
+            "task_score": scores.mean if scores.num_scored else None,
             "task_score_low": low,
             "task_score_high": high,
         }
     )
-    results.num_scored += len(scores)
+    results.num_scored += scores.num_scored
     results.errors.update(error.split(":", 1)[0] for error in rows["error"].drop_null().to_pylist())
     ran = rows.filter(pc.is_valid(rows["num_completion_tokens"]))
     results.prompt_tokens += pc.sum(ran["num_prompt_tokens"]).as_py() or 0
@@ -158,8 +158,8 @@ def count_scores(
     tallies: dict[str, Tally] = {}
     for task in tasks:
         for name in found.names(task.name):
-            scores = folder.read_table(name, ["score"])["score"]
-            tallies[task.name] = tallies.get(task.name, Tally()) + tally_of(scores, task.label.value, failed_below)
+            scores = folder.read_table(name, ["score"])["score"].drop_null().to_pylist()
+            tallies[task.name] = tallies.get(task.name, Tally()) + Tally.of(scores, task.label.value, failed_below)
     return tallies
 
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 from birbal_ray import models
 from birbal_ray.cluster import log_to
 from birbal_ray.ni import prompt
-from birbal_ray.ni.metrics import EXACT_MATCH, METRIC_OF_LABEL, score_answer
+from birbal_ray.ni.metrics import METRIC_OF_LABEL, score_answer
 from birbal_ray.ni.schema import Instance, Task, take_first
 from birbal_ray.run import LOG_FOLDER
 from birbal_ray.schemas import ROWS_FOLDER, SCORE_ROWS
@@ -252,17 +252,10 @@ def write_rows(folder: Folder, name: str, table: pa.Table, shard: Shard, failed_
         "max_completion_tokens": shard.max_completion_tokens,
     }
     record = folder.write_parquet(name, table.replace_schema_metadata({METADATA_KEY: json.dumps(made_from).encode()}))
-    num_errors = table.num_rows - table["error"].null_count
+    num_errors, scores = table.num_rows - table["error"].null_count, table["score"].drop_null().to_pylist()
     return WrittenFile(
-        name, shard.task, table.num_rows, num_errors, record, tally_of(table["score"], shard.label, failed_below)
+        name, shard.task, table.num_rows, num_errors, record, Tally.of(scores, shard.label, failed_below)
     )
-
-
-def tally_of(scores: pa.ChunkedArray, label: str, failed_below: float) -> Tally:
-    """Sums over the scores that are not null."""
-    values = scores.drop_null().to_numpy()
-    failed = values == 0 if label == EXACT_MATCH else values < failed_below
-    return Tally(len(values), int(failed.sum()), float(values.sum()), float((values**2).sum()))
 
 
 def replace_rows(old: pa.Table, positions: Sequence[int], new: pa.Table) -> pa.Table:

@@ -81,7 +81,7 @@ def test_power():
 
 
 def test_half_widths():
-    assert statistics.wilson_half_width(0.5, 100) == pytest.approx(0.0962, abs=1e-4)
-    assert statistics.wilson_half_width(1.0, 10) > 0.1, "ten right answers of ten don't prove 1"
+    assert statistics.wilson(0.5, 100)[1] == pytest.approx(0.0962, abs=1e-4)
+    assert statistics.wilson(1.0, 10)[1] > 0.1, "ten right answers of ten don't prove 1"
     assert statistics.t_half_width(0.1, 3) == pytest.approx(0.2484, abs=1e-4)
     assert math.isinf(statistics.t_half_width(0.1, 1))

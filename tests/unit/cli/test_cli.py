@@ -56,7 +56,10 @@ def test_every_command_has_help_with_an_example(path, command):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["score", "--tasks", "nowhere", "--output", "{out}"], "nowhere: no such file or folder"),
+        (
+            ["score", "--tasks", "nowhere", "--output", "{out}"],
+            "nowhere: no such file or folder; `birbal tasks fetch",
+        ),
         (["score", "--tasks", "{tasks}"], "--output is required"),
         (["score", "--output", "{out}"], "--tasks is required"),
         (["score", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),

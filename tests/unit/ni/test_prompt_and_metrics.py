@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import random
 
 import pytest
 from hypothesis import given
@@ -67,13 +65,3 @@ ASCII = st.text(alphabet="aAbB cC1.,\n-_\0'", max_size=40)
 @given(ASCII, ASCII)
 def test_rouge_l_equals_rouge_score(answer, reference):
     assert metrics.rouge_l(answer, [reference]) == ORACLE.score(reference, answer)["rougeL"].fmeasure
-
-
-def test_intervals():
-    mean, low, high = metrics.mean_interval("exact_match", [1.0] * 5 + [0.0] * 5)
-    assert (mean, round(low, 4), round(high, 4)) == (0.5, 0.2366, 0.7634)  # Wilson, n = 10
-    assert metrics.mean_interval("exact_match", [0.0] * 10)[:2] == (0.0, 0.0)
-    assert all(math.isnan(value) for value in metrics.mean_interval("generation", []))
-    scores = [random.Random(7).random() for _ in range(3)]
-    mean, low, high = metrics.mean_interval("generation", scores)
-    assert 0 <= low <= mean <= high <= 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -101,7 +102,7 @@ def test_every_task_ends_with_a_prefix_of_its_rows_and_a_true_reason(kinds, shar
         assert (schedule.stops[one.name].reason == USED_UP) == (size == one.num_instances)
         if size < one.num_instances:
             assert tally.half_width(label) <= margin
-            low = min(1.0, max(0.0, tally.low(label)))
+            low, _ = tally.interval(label)
             others = [other for other in demands[label] if other.name != one.name]
             share = allocate(budget, [*others, TaskDemand(one.name, one.num_instances, low)]).counts[one.name]
             assert tally.num_failed >= share, "with all scores known"
@@ -180,14 +181,24 @@ def test_rows_to_try_again_go_first_and_count_for_no_size():
 
 @pytest.mark.parametrize("label", ["exact_match", "generation"])
 def test_half_widths_agree_with_the_intervals_that_are_reported(label):
-    from birbal_ray.ni.metrics import mean_interval
-
-    values = Model([task("a", 300, label)], {"a": 0.4}).scores["a"]
-    tally = Tally(300, 0, sum(values), sum(value**2 for value in values))
-    _, low, high = mean_interval(label, values)
-    assert tally.half_width(label) == pytest.approx((high - low) / 2, rel=0.02)
-    assert tally.low(label) == pytest.approx(low, abs=2e-3)
+    tally = Tally.of(Model([task("a", 300, label)], {"a": 0.4}).scores["a"], label)
+    low, high = tally.interval(label)
+    assert tally.half_width(label) == pytest.approx((high - low) / 2)
     assert Tally(1, 0, 1.0, 1.0).half_width(label) == math.inf
+
+
+def test_intervals():
+    low, high = Tally.of([1.0] * 5 + [0.0] * 5, "exact_match").interval("exact_match")
+    assert (round(low, 4), round(high, 4)) == (0.2366, 0.7634)  # Wilson, n = 10
+    assert Tally.of([0.0] * 10, "exact_match").interval("exact_match")[0] == 0.0
+    scores = [0.2, 0.5, 0.4]
+    low, high = Tally.of(scores, "generation").interval("generation")
+    # Student's t with 2 degrees of freedom (quantile 4.3027), not the normal distribution's 1.96.
+    reach = 4.302652729911275 * statistics.stdev(scores) / math.sqrt(3)
+    assert (low, high) == (0.0, pytest.approx(statistics.mean(scores) + reach))
+    low, _ = Tally.of([0.5, 0.52, 0.48], "generation").interval("generation")
+    assert low == pytest.approx(0.5 - 0.0496828, abs=1e-6)
+    assert Tally.of([0.7], "generation").interval("generation") == (0.0, 1.0), "one score has no spread"
 
 
 def test_a_fixed_schedule_gives_its_list_and_ends():
