@@ -103,7 +103,8 @@ def mix_bytes(folder: Path) -> dict[str, bytes]:
     """SHA-256 of each file of a mix that holds data."""
     import hashlib
 
-    from birbal_ray.mix.write import TASKS_FILE, mix_files
+    from birbal_ray.mix.write import mix_files
+    from birbal_ray.schemas import TASKS_FILE
 
     return {name: hashlib.sha256((folder / name).read_bytes()).digest() for name in [*mix_files(), TASKS_FILE]}
 

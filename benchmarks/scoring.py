@@ -29,8 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray.ni import prompt, reader
-from birbal_ray.ni.catalog import sample_tasks_folder
-from birbal_ray.ni.schema import take_first
+from birbal_ray.ni.schema import sample_tasks_folder, take_first
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.settings import load_config
 

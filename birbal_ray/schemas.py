@@ -65,6 +65,7 @@ TASKS = pa.schema(
     ]
 )
 
+MANIFEST_FILE = "manifest.json"  # of a finished run: its files, counts and settings
 ROWS_FOLDER = "rows"  # SCORE_ROWS, one file {task}/{first}-{last}.parquet a range of the task's hash order
 TASKS_FILE = "tasks.parquet"
 TASK_SCORES_FILE = "task_scores.parquet"

@@ -11,10 +11,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from birbal_ray.evaluate.models import EvaluatedModel
-from birbal_ray.mix.rows import NATURAL_INSTRUCTIONS
-from birbal_ray.mix.write import AUDIT_FILE
+from birbal_ray.manifest import read_manifest
+from birbal_ray.mix.rows import AUDIT_FILE, NATURAL_INSTRUCTIONS
 from birbal_ray.ni.schema import text_key
-from birbal_ray.run import RunError, read_manifest
+from birbal_ray.run import RunError
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import Folder, open_folder
 

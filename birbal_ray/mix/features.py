@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -16,11 +17,13 @@ from rapidfuzz.distance import LCSseq
 from birbal_ray.mix import dedup
 from birbal_ray.mix.allocation import LADDER_MAX_INPUT_WORDS, LADDER_MAX_WORDS
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.mix.contamination import NgramIndex
 from birbal_ray.mix.rows import Flags
 from birbal_ray.ni.metrics import EXACT_MATCH, rouge_l
 from birbal_ray.ni.prompt import STOP
 from birbal_ray.ni.text import count_words
+
+if TYPE_CHECKING:
+    from birbal_ray.mix.contamination import NgramIndex
 
 _SPACELESS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Khmer}\p{Lao}\p{Myanmar}]"
 

@@ -11,11 +11,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from birbal_ray.manifest import read_manifest
 from birbal_ray.mix.allocation import BIRBAL_2023, TASK_SCORE
-from birbal_ray.mix.rows import AUDIT, DESCRIPTIONS, MIX_TASKS, NATURAL_INSTRUCTIONS, Reason
+from birbal_ray.mix.rows import AUDIT, AUDIT_FILE, DESCRIPTIONS, MIX_TASKS, NATURAL_INSTRUCTIONS, Reason
 from birbal_ray.mix.scores import check_columns, read_table
-from birbal_ray.mix.write import AUDIT_FILE, BATCH_ROWS, TASKS_FILE
-from birbal_ray.run import RUN_FILE, RunError, identity_differences, one_line, read_manifest
+from birbal_ray.mix.write import BATCH_ROWS
+from birbal_ray.run import RUN_FILE, RunError, identity_differences, one_line
+from birbal_ray.schemas import TASKS_FILE
 from birbal_ray.settings import ConfigError, nearest
 from birbal_ray.storage import Folder, open_folder
 

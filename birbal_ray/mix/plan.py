@@ -20,8 +20,8 @@ from birbal_ray.mix.reading import Chunk, Context
 from birbal_ray.mix.rows import NATURAL_INSTRUCTIONS, Flags, Reason
 from birbal_ray.mix.scores import AGAIN, ScoreFolder
 from birbal_ray.mix.select import Candidates, Decisions, Group, decide
-from birbal_ray.run import RunError
 from birbal_ray.settings import ConfigError
+from birbal_ray.storage import RunError
 
 Report = Callable[[str], None]
 

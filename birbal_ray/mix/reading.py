@@ -27,7 +27,7 @@ from birbal_ray.mix.features import Block, extract_features
 from birbal_ray.mix.rows import OUTSIDE_ROWS, Flags
 from birbal_ray.mix.scores import AGAIN, ScoreFile, ScoreFolder, check_rows, read_scored
 from birbal_ray.mix.select import Group
-from birbal_ray.run import RunError
+from birbal_ray.storage import RunError
 
 CHECKED_COLUMNS = ("orig_input", "answer", "prediction", "row_id", "task", "label", "score", "error")
 TEXT_COLUMNS = ("orig_input", "answer", "task")

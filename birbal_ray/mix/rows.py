@@ -28,6 +28,7 @@ MIX_ROWS = pa.schema(
     ]
 )
 
+AUDIT_FILE = "audit.parquet"
 # One row per candidate, kept or dropped: kept rows in the mix's order, then the dropped ones.
 AUDIT = pa.schema(
     [

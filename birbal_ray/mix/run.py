@@ -22,9 +22,10 @@ from birbal_ray.mix.plan import MixPlan, Report, plan_mix
 from birbal_ray.mix.reading import TextSorter
 from birbal_ray.mix.rows import MIX_TASKS
 from birbal_ray.mix.scores import ScoreFolder, open_scores
-from birbal_ray.mix.write import BATCH_ROWS, CARD_FILE, OWN_FILES, TASKS_FILE, write_mix
+from birbal_ray.mix.write import BATCH_ROWS, CARD_FILE, OWN_FILES, write_mix
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import MANIFEST_FILE, RUN_FILE, open_run, sigterm_as_interrupt
+from birbal_ray.schemas import TASKS_FILE
 from birbal_ray.settings import require
 from birbal_ray.storage import Folder, absolute, open_folder
 

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from birbal_ray.manifest import read_manifest
 from birbal_ray.ni.metrics import EXACT_MATCH, GENERATION, MAX_UNREACHABLE_FRACTION
-from birbal_ray.run import RunError, one_line, read_manifest, sha256_of
 from birbal_ray.schemas import ROWS_FOLDER, SCORE_ROWS, TASK_SCORES, TASK_SCORES_FILE, TASKS, TASKS_FILE
-from birbal_ray.settings import ConfigError, canonical_hash
-from birbal_ray.storage import Folder, open_folder
+from birbal_ray.settings import ConfigError, canonical_hash, one_line, sha256_of
+from birbal_ray.storage import Folder, RunError, open_folder
 
 AGAIN = "run `birbal score` again, or copy the folder again"
 SCORE_COLUMNS = ("task", "label", "num_instances", "num_scored", "num_errors", "task_score")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from json.encoder import encode_basestring as quoted
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,15 +14,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.mix.plan import MixPlan
-from birbal_ray.mix.rows import AUDIT, BUCKETS, MIX_ROWS, NATURAL_INSTRUCTIONS, Flags, Reason, question_of
+from birbal_ray.mix.rows import AUDIT, AUDIT_FILE, BUCKETS, MIX_ROWS, NATURAL_INSTRUCTIONS, Flags, Reason, question_of
 from birbal_ray.mix.select import NO_DUPLICATE
 from birbal_ray.storage import FileRecord, Folder
 
+if TYPE_CHECKING:
+    from birbal_ray.mix.plan import MixPlan
+
 SPLITS = ("train", "eval")
 VALIDATION = "validation"
-AUDIT_FILE = "audit.parquet"
-TASKS_FILE = "tasks.parquet"
 CARD_FILE = "README.md"
 ALPACA_FOLDER = "alpaca"
 ALPACA_INFO, ALPACA_CARD = f"{ALPACA_FOLDER}/dataset_info.json", f"{ALPACA_FOLDER}/README.md"

@@ -13,7 +13,7 @@ from typing import Any
 from rapidfuzz import process as fuzzy
 
 from birbal_ray.ni import labels, metrics, prompt, reader
-from birbal_ray.ni.schema import Task, TaskError, read_text
+from birbal_ray.ni.schema import Task, TaskError, read_text, sample_tasks_folder
 
 MMLU, TRANSLATION = "mmlu", "translation"
 FAMILIES = (MMLU, TRANSLATION)
@@ -23,11 +23,6 @@ def selected_names() -> tuple[str, ...]:
     """The 462 task names that Birbal scored for the NeurIPS 2023 LLM Efficiency Challenge."""
     text = (resources.files("birbal_ray.ni") / "data" / "selected_tasks.txt").read_text(encoding="utf-8")
     return tuple(line.strip() for line in text.splitlines() if line.strip())
-
-
-def sample_tasks_folder() -> Path:
-    """The folder of the project's own sample tasks."""
-    return Path(str(resources.files("birbal_ray") / "sample_tasks"))
 
 
 def choose_names(available: Sequence[str], select: str | Sequence[str], path: Path) -> tuple[list[str], list[str]]:

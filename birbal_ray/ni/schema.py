@@ -5,11 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 
 class TaskError(ValueError):
     """A task file can't be used; the message is one line that names the file and the reason."""
+
+
+def sample_tasks_folder() -> Path:
+    """The folder of the project's own sample tasks."""
+    return Path(str(resources.files("birbal_ray") / "sample_tasks"))
 
 
 def read_text(file: Path) -> str:

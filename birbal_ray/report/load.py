@@ -9,9 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from birbal_ray.evaluate.models import ADAPTER
-from birbal_ray.mix.rows import DESCRIPTIONS, MIX_TASKS, Reason
-from birbal_ray.mix.write import AUDIT_FILE
-from birbal_ray.mix.write import TASKS_FILE as MIX_TASKS_FILE
+from birbal_ray.mix.rows import AUDIT_FILE, DESCRIPTIONS, MIX_TASKS, Reason
 from birbal_ray.models import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, adapter_fingerprint
 from birbal_ray.run import MANIFEST_FILE, RUN_FILE, RunError
 from birbal_ray.schemas import (
@@ -21,6 +19,7 @@ from birbal_ray.schemas import (
     EVALUATION_FILE,
     TASK_SCORES,
     TASK_SCORES_FILE,
+    TASKS_FILE,
 )
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import Folder, input_folder
@@ -177,7 +176,7 @@ def read_mix(step: StepRun) -> dict[str, Any]:
         for reason, total in sorted(totals.items(), key=lambda item: (-item[1], item[0]))
         if reason != Reason.KEPT.word
     ]
-    tasks = _read_rows(step, MIX_TASKS_FILE, MIX_TASKS)
+    tasks = _read_rows(step, TASKS_FILE, MIX_TASKS)
     return {**step.manifest, "tasks": tasks, "sources": sources, "dropped": dropped}
 
 

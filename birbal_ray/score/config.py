@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from birbal_ray.ni.schema import sample_tasks_folder
 from birbal_ray.settings import Duration, Settings, nearest
 
 # vLLM's arguments that other settings decide, or that are not to be changed.
@@ -59,11 +60,7 @@ class TaskSettings(Settings):
     @field_validator("path")
     @classmethod
     def _sample_tasks(cls, path: str | None) -> str | None:
-        if path != "sample-tasks":  # those that come with the package, wherever it is installed
-            return path
-        from birbal_ray.ni.catalog import sample_tasks_folder
-
-        return str(sample_tasks_folder())
+        return str(sample_tasks_folder()) if path == "sample-tasks" else path
 
 
 class ModelSettings(Settings):

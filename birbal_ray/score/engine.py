@@ -250,16 +250,3 @@ def _token_logprobs(token_ids: Iterable[int], positions: Iterable[Any]) -> tuple
         top = min(candidates, key=lambda one: candidates[one].rank)
         found.append(TokenLogprob(token_id, finite(candidates[token_id].logprob), top, finite(candidates[top].logprob)))
     return tuple(found)
-
-
-def load_engine(
-    model: Path, engine: EngineSettings, resources: ResourceSettings, adapters: Sequence[Adapter] = ()
-) -> Engine:
-    """The engine that the settings name; `engine.device` must be resolved (cpu or gpu)."""
-    if engine.backend == "simulated":
-        from birbal_ray.score.simulated import START_FAILURE, SimulatedEngine
-
-        if os.environ.get(START_FAILURE):
-            raise RuntimeError("simulated start failure")
-        return SimulatedEngine(resources.simulated_row_seconds, engine.max_model_len, [one.name for one in adapters])
-    return VllmEngine(model, engine, resources, adapters)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from birbal_ray.run import RunError, read_manifest
+from birbal_ray.manifest import read_manifest
+from birbal_ray.run import RunError
 from birbal_ray.schemas import ROWS_FOLDER, TASKS_FILE
 from birbal_ray.score.plan import RowFiles
 from birbal_ray.storage import open_folder, write_atomic

@@ -8,13 +8,15 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from birbal_ray.progress import ProgressLine, duration
 from birbal_ray.run import RunFailedError
-from birbal_ray.score.adaptive import Decision, Schedule
 from birbal_ray.score.config import ResourceSettings
 from birbal_ray.score.plan import WrittenFile
+
+if TYPE_CHECKING:
+    from birbal_ray.score.adaptive import Decision, Schedule
 
 KILLED = "its process was killed (out of memory?)"
 DEATHS_OF_A_SUSPECT = 2  # a shard that was in flight at so many deaths runs alone

@@ -30,10 +30,11 @@ from birbal_ray.ni.schema import Instance, Task, take_first
 from birbal_ray.run import LOG_FOLDER
 from birbal_ray.schemas import ROWS_FOLDER, SCORE_ROWS
 from birbal_ray.score import plan
-from birbal_ray.score.config import ResourceSettings, ScoreConfig
-from birbal_ray.score.engine import Adapter, Completion, Request, Sampling, load_engine
+from birbal_ray.score.config import EngineSettings, ResourceSettings, ScoreConfig
+from birbal_ray.score.engine import Adapter, Completion, Engine, Request, Sampling, VllmEngine
 from birbal_ray.score.engine_loop import EngineDeadError, EngineLoop
 from birbal_ray.score.plan import ZERO_SHOT, Shard, Tally, WrittenFile
+from birbal_ray.score.simulated import START_FAILURE, SimulatedEngine
 from birbal_ray.score.tokens import load_tokenizer, prompt_token_ids, stops
 from birbal_ray.settings import one_line
 from birbal_ray.storage import Folder, input_folder
@@ -336,6 +337,17 @@ def find_model(config: ScoreConfig) -> tuple[models.Model, models.AdapterFolder 
         return model, None, model.fingerprint
     adapter = models.find_adapter(config.model.adapter, model)
     return model, adapter, f"{model.fingerprint}+{adapter.fingerprint}"
+
+
+def load_engine(
+    model: Path, engine: EngineSettings, resources: ResourceSettings, adapters: Sequence[Adapter] = ()
+) -> Engine:
+    """The engine that the settings name; `engine.device` must be resolved (cpu or gpu)."""
+    if engine.backend == "simulated":
+        if os.environ.get(START_FAILURE):
+            raise RuntimeError("simulated start failure")
+        return SimulatedEngine(resources.simulated_row_seconds, engine.max_model_len, [one.name for one in adapters])
+    return VllmEngine(model, engine, resources, adapters)
 
 
 def _with_threads(resources: ResourceSettings, replicas_per_node: int) -> ResourceSettings:

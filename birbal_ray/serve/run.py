@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from birbal_ray.manifest import read_manifest
 from birbal_ray.models import find_adapter, load_tokenizer, resolve_model
-from birbal_ray.run import RunError, read_manifest
+from birbal_ray.run import RunError
 from birbal_ray.score.config import ResourceSettings
-from birbal_ray.score.engine import Adapter, Request, Sampling, load_engine, vllm_arguments
+from birbal_ray.score.engine import Adapter, Request, Sampling, vllm_arguments
 from birbal_ray.score.engine_loop import EngineLoop
-from birbal_ray.score.simulated import NUM_EMBEDDINGS, SimulatedTokenizer
+from birbal_ray.score.stages import load_engine
+from birbal_ray.score.tokens import NUM_EMBEDDINGS, SimulatedTokenizer
 from birbal_ray.serve.app import COUNTED, Service, is_loopback, make_app
 from birbal_ray.serve.config import ServeConfig, ServedEngine
 from birbal_ray.settings import ConfigError

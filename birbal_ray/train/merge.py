@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from birbal_ray.manifest import read_input, read_manifest
 from birbal_ray.models import ADAPTER_FOLDER, load_tokenizer, load_with_adapter, merge_adapter, resolve_model
 from birbal_ray.progress import ProgressLine
-from birbal_ray.run import open_run, read_input, read_manifest, sigterm_as_interrupt
+from birbal_ray.run import open_run, sigterm_as_interrupt
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import Folder, input_folder, open_folder
 

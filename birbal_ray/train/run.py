@@ -13,9 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from birbal_ray.manifest import check_input, read_manifest
 from birbal_ray.models import Model, find_adapter, load_tokenizer, pin_model, read_template, resolve_model
 from birbal_ray.progress import ProgressLine
-from birbal_ray.run import Run, check_input, open_run, package_versions, read_manifest, sigterm_as_interrupt
+from birbal_ray.run import Run, open_run, package_versions, sigterm_as_interrupt
 from birbal_ray.settings import ConfigError, require
 from birbal_ray.storage import Folder, RunError, absolute, is_url, open_folder
 from birbal_ray.train.card import CURVE_FILE, draw_loss_curve, publish_adapter

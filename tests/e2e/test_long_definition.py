@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from birbal_ray.run import read_manifest
+from birbal_ray.manifest import read_manifest
 from tests.e2e.processes import birbal, finish, rows_of
 
 pytestmark = pytest.mark.vllm

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pyarrow.parquet as pq
 import pytest
 
+from birbal_ray.manifest import read_manifest
 from birbal_ray.ni.schema import hash_order
-from birbal_ray.run import read_manifest
 from tests.conftest import SLOW
 from tests.e2e.processes import birbal, finish, kill_whole, rows_of, wait_for
 

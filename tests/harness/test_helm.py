@@ -10,7 +10,8 @@ from click.testing import CliRunner
 from birbal_ray.cli.main import main
 from birbal_ray.evaluate import helm
 from birbal_ray.evaluate.harness import HarnessOptions
-from birbal_ray.run import RunError, read_manifest
+from birbal_ray.manifest import read_manifest
+from birbal_ray.run import RunError
 from tests.conftest import REPOSITORY, slow
 
 PLUGINS = REPOSITORY / "tests" / "harness" / "helm_plugins"

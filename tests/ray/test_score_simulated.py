@@ -7,7 +7,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from birbal_ray.run import read_manifest
+from birbal_ray.manifest import read_manifest
 from tests.conftest import task_values
 from tests.ray.conftest import scored_rows
 

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from birbal_ray.run import RunMismatchError, check_input, open_run, read_input, read_manifest
+from birbal_ray.manifest import check_input, read_input, read_manifest
+from birbal_ray.run import RunMismatchError, open_run
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import RunError, open_folder
 

@@ -7,7 +7,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from birbal_ray.run import read_manifest
+from birbal_ray.manifest import read_manifest
 from birbal_ray.schemas import SCORE_ROWS
 from birbal_ray.score import plan as planning
 from birbal_ray.score import results, run, stages
