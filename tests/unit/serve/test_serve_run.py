@@ -85,7 +85,7 @@ def trained(tmp_path):
 def test_vllms_own_server_gets_model_adapter_and_address(trained):
     model, output = trained
     command = step.openai_command(config(**{"model.name": str(model), "model.adapter": str(output), "token": "secret"}))
-    assert command[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    assert command[1:5] == ["-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(model)]
     options = dict(itertools.pairwise(command))
     assert (options["--host"], options["--port"]) == ("127.0.0.1", "8080")
     assert options["--lora-modules"] == f"run={output / 'adapter'}"
