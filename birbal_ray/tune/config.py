@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,7 @@ from birbal_ray.train.config import TrainConfig
 
 Baseline = Literal["uniform", "proportional", "task_score", "birbal_2023"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
+BASE_MODEL = "base_model"
 
 
 class Range(Settings):
@@ -61,6 +62,7 @@ class ProxySettings(Settings):
     tokens_per_second: float | None = Field(
         None, gt=0, description="expected on one trial's resources, for --dry-run; null: what was last measured here"
     )
+    keep_adapters: bool = Field(False, description="keep what each fresh seed trained, as trials/KEY/adapter")
 
 
 class ValidationSettings(Settings):
@@ -133,13 +135,18 @@ class TuneConfig(Settings):
     budget: Duration | None = Field(
         None, gt=0, description="e.g. 2h: the search ends early enough for the fresh seeds, and these with it"
     )
-    num_trials: int = Field(24, ge=1, description="mixes that the search tries, besides baselines and repeats")
+    num_trials: int = Field(
+        24, ge=0, description="mixes that the search tries, besides baselines and repeats; 0: fresh seeds only"
+    )
     num_initial: int = Field(
         8,
         ge=1,
         description="the first so many cover the ranges evenly (Sobol); then Optuna's Gaussian process proposes",
     )
     baselines: list[Baseline] = Field(list(BASELINES))
+    mixes: dict[str, dict[str, Any]] = Field(
+        {}, description="mixes of yours, compared as the best found are: name → what differs from `mix`"
+    )
     predicted: bool = Field(True, description="also try the mix that a Gaussian process over all trials predicts best")
     search: SearchSettings = SearchSettings()
     mix: MixConfig = Field(MixConfig(), description="as for `birbal mix`: sources, filters, and how many rows in all")
@@ -172,11 +179,17 @@ class TuneConfig(Settings):
             raise ValueError("search.source_fractions: the highs must sum to less than 1, tasks need the rest")
         if not (self.search.gamma or self.search.exact_match_fraction or self.search.failed_first or limits):
             raise ValueError("search: no ratio is searched")
-        if self.repeats.top and not self.baselines:
-            raise ValueError("baselines: at least one is needed to compare with; or repeats.top=0")
+        for name, changes in self.mixes.items():
+            if name in (*BASELINES, BASE_MODEL) or name.startswith(("search-", "predicted")) or "/" in name:
+                raise ValueError(f"mixes.{name}: a trial has this name already, or can't have it; choose another")
+            changed_mix(self.mix, changes)
+        if not self.num_trials and not self.mixes:
+            raise ValueError("num_trials=0 searches nothing, and mixes names none: there is nothing to compare")
+        if (self.repeats.top or self.mixes) and not self.baselines:
+            raise ValueError("baselines: at least one is needed to compare with; or repeats.top=0 and no mixes")
         if self.repeats.primary not in (None, *self.baselines):
             raise ValueError(f"repeats.primary={self.repeats.primary} is not among baselines")
-        if self.transfer.factor and not self.repeats.top:
+        if self.transfer.factor and not (self.repeats.top or self.mixes):
             raise ValueError("transfer.factor needs repeats.top above 0: fresh seeds say which mix is the best")
         stems = [file_group(file) for file in self.validation.files]
         known = ["exact_match", "generation", *(f"source:{source.name}" for source in self.mix.sources), *stems]
@@ -188,6 +201,15 @@ class TuneConfig(Settings):
         if len(set(stems)) < len(stems):
             raise ValueError("validation.files: two files have the same name; a file's name is its group's")
         return self
+
+
+def changed_mix(mix: MixConfig, changes: Mapping[str, Any]) -> MixConfig:
+    """`mix` with what `changes` says, sections joined key by key. Raises ValueError."""
+    values = mix.model_dump()
+    for key, value in changes.items():
+        inside = isinstance(value, dict) and isinstance(values.get(key), dict)
+        values[key] = {**values[key], **value} if inside else value
+    return MixConfig.model_validate(values)
 
 
 def file_group(file: str) -> str:

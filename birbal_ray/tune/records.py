@@ -11,19 +11,20 @@ import yaml
 from birbal_ray.storage import Folder
 from birbal_ray.tune.scheduler import TrialResult, TrialSpec, mark_diverged
 
-TRIALS_FOLDER = "trials"
+TRIALS_FOLDER, ADAPTER_FOLDER = "trials", "adapter"
 SPEC_FILE, RESULT_FILE, MIX_FILE = "trial.json", "result.json", "mix.yaml"
 
 # trials.parquet. Objectives: weighted mean over groups of the held-out loss, nats a token.
 TRIALS = pa.schema(
     [
         pa.field("trial", pa.string(), nullable=False),
-        pa.field("kind", pa.string(), nullable=False),  # base | baseline | search | predicted | repeat | transfer
+        pa.field("kind", pa.string(), nullable=False),  # base | baseline | mix | search | predicted | repeat | transfer
         pa.field("mix", pa.string(), nullable=False),  # trials of one mix differ by seed or tokens only
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("status", pa.string(), nullable=False),  # finished | stopped | failed
         pa.field("objective", pa.float64()),
         pa.field("groups", pa.map_(pa.string(), pa.float64()), nullable=False),  # group → loss
+        pa.field("tasks", pa.map_(pa.string(), pa.float64()), nullable=False),  # task, source or file → loss
         pa.field("ratios", pa.map_(pa.string(), pa.float64()), nullable=False),
         pa.field("steps", pa.int64(), nullable=False),
         pa.field("tokens", pa.int64(), nullable=False),
@@ -85,6 +86,7 @@ def table_of(results: Sequence[TrialResult]) -> pa.Table:
             "status": result.status,
             "objective": result.objective,
             "groups": list(result.groups.items()),
+            "tasks": list(result.tasks.items()),
             "ratios": list(result.spec.values.items()),
             "steps": int(result.rungs[-1][0]) if result.rungs else 0,
             "tokens": result.num_tokens,

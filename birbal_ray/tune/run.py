@@ -95,16 +95,20 @@ def estimate(config: TuneConfig) -> list[dict[str, Any]]:
     Hours are those of `resources.max_concurrent` trials at a time, None without a rate (`proxy.tokens_per_second`, or
     one measured on this machine); money needs `resources.price_per_hour`. Reads nothing.
     """
-    repeated = config.repeats.seeds * (len(config.baselines) + config.repeats.top) if config.repeats.top else 0
+    searched = config.num_trials > 0
+    num_found = len(config.mixes) + (config.repeats.top if searched else 0)
+    repeated = config.repeats.seeds * (len(config.baselines) + num_found) if num_found else 0
+    compared = ", ".join([*config.baselines, *config.mixes, *([f"the best {config.repeats.top}"] if searched else [])])
     longer = config.transfer.seeds * (1 + len(config.baselines)) if config.transfer.factor else 0
     ratios = ", ".join(ratio.name for ratio in searched_ratios(config.search))
     long_tokens = config.transfer.factor * config.proxy.tokens
     kinds: list[tuple[str, int, int]] = [
         ("base model, not trained", 1, 0),
-        (f"baselines: {', '.join(config.baselines)}", len(config.baselines), config.proxy.tokens),
+        (f"baselines: {', '.join(config.baselines)}", len(config.baselines) * searched, config.proxy.tokens),
+        (f"mixes: {', '.join(config.mixes)}", len(config.mixes) * searched, config.proxy.tokens),
         (f"search of {ratios}", config.num_trials, config.proxy.tokens),
-        ("predicted best", int(config.predicted), config.proxy.tokens),
-        (f"fresh seeds of baselines and the best {config.repeats.top}", repeated, config.proxy.tokens),
+        ("predicted best", int(config.predicted and searched), config.proxy.tokens),
+        (f"fresh seeds of {compared}", repeated, config.proxy.tokens),
         (f"baselines and the best at {config.transfer.factor} × the tokens", longer, long_tokens),
     ]
     rate, price = _tokens_per_second(config), config.resources.price_per_hour
@@ -240,11 +244,15 @@ def _finish(config: TuneConfig, scheduler: TrialScheduler, run: Run, progress: P
     objectives = by_name(results)
     finalists = scheduler.finalists()
     chosen = winner(finalists, config.baselines, objectives) or min(good, key=lambda r: (r.loss, r.spec.key)).spec.name
-    # What was found is compared with every baseline, also where one of these is the best of all.
-    searched = winner(finalists, [], objectives)
-    found = [one for name in config.baselines if searched and (one := compare_seeds(searched, name, objectives))]
+    # What was found is compared with every baseline, also where one of these is the best of all; mixes of the user's,
+    # and the other baselines, with the primary one.
+    searched = winner([name for name in finalists if name not in config.mixes], [], objectives)
     primary = config.repeats.primary or (config.baselines[0] if config.baselines else "")
-    comparisons = describe_comparisons(found, primary)
+    pairs: list[tuple[str, str]] = [(searched, name) for name in config.baselines] if searched else []
+    others = [*config.mixes, *(name for name in config.baselines if name != primary)] if config.mixes else []
+    pairs += [(name, primary) for name in others]
+    found = [one for name, baseline in pairs if (one := compare_seeds(name, baseline, objectives))]
+    comparisons = describe_comparisons(found, (searched or next(iter(config.mixes), ""), primary))
     transfer = rank_agreement(objectives, by_name(results, TRANSFER))
     # Any of its trials has its ratios; a baseline's first may have failed where its fresh seeds did not.
     spec = next(r.spec for r in good if r.spec.name == chosen)

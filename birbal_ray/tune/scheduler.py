@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from birbal_ray.tune.config import TuneConfig
+from birbal_ray.tune.config import BASE_MODEL, TuneConfig, changed_mix
 from birbal_ray.tune.gaussian import predicted_best
 from birbal_ray.tune.space import Point, baseline_mix, mix_of, point_of, searched_ratios
 
-BASE, BASELINE, SEARCH, PREDICTED, REPEAT, TRANSFER = "base", "baseline", "search", "predicted", "repeat", "transfer"
+BASE, BASELINE, MIX, SEARCH, PREDICTED = "base", "baseline", "mix", "search", "predicted"
+REPEAT, TRANSFER = "repeat", "transfer"
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
-BASE_MODEL = "base_model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ class TrialResult:
     objective: float | None
     rungs: list[list[float]] = field(default_factory=list)
     groups: dict[str, float] = field(default_factory=dict)  # group → held-out loss at the last rung
+    tasks: dict[str, float] = field(default_factory=dict)  # the same of each task, source and file
     num_tokens: int = 0
     num_rows: int = 0
     num_unfilled: int = 0  # rows that the mix was to have and the scores did not hold
@@ -109,22 +110,28 @@ class TrialScheduler:
         self.cut_short = ""  # what the budget left no time for
         self._ratios = searched_ratios(config.search)
         self._start = point_of(config.mix)
-        self._baselines = {BASE_MODEL: TrialSpec(BASE_MODEL, BASE, BASE_MODEL, config.seed, {})}
+        base = TrialSpec(BASE_MODEL, BASE, BASE_MODEL, config.seed, {})
+        self._named: dict[str, TrialSpec] = {}  # what the settings name: baselines, then mixes
         for name in config.baselines:
             values = self._start.values() if name == "task_score" else {}
-            self._baselines[name] = self._spec(BASELINE, name, baseline_mix(name, config.mix), values)
+            self._named[name] = self._spec(BASELINE, name, baseline_mix(name, config.mix), values)
+        for mine, changes in config.mixes.items():
+            mix = changed_mix(config.mix, changes).model_dump(mode="json", exclude={"scores", "output", "resources"})
+            mix["task_score"]["allow_shortfall"] = True
+            self._named[mine] = self._spec(MIX, mine, mix, {})
+        # Without a search, trials at its seed would decide nothing.
+        self._first = {BASE_MODEL: base} | (self._named if config.num_trials else {})
 
     @property
     def num_trials(self) -> int:
         """All that will have been run in the end; an estimate while it depends on trials that have not ended."""
         config = self.config
         others = [key for key, spec in self._specs.items() if spec.kind not in (REPEAT, TRANSFER)]
-        expected = len(self._baselines) + config.num_trials + bool(config.predicted and not self.left_out)
+        expected = len(self._first) + config.num_trials + bool(self._predicts and not self.left_out)
         if len(others) == expected and all(key in self.results for key in others):
             repeats = len(self._repeats())
             return expected + repeats + (self._num_transfers() if repeats else 0)
-        repeated = (config.repeats.top + len(config.baselines)) * config.repeats.seeds if config.repeats.top else 0
-        return expected + repeated + self._num_transfers()
+        return expected + self._num_repeats() + self._num_transfers()
 
     @property
     def running(self) -> list[str]:
@@ -149,10 +156,10 @@ class TrialScheduler:
         self.results[result.spec.key] = mark_diverged(result)
 
     def finalists(self) -> list[str]:
-        """What fresh seeds are spent on: the predicted best, then the best of the search, in order of their losses."""
+        """What fresh seeds compare with the baselines: `mixes`, the predicted best, the best of the search by loss."""
         found = [r for r in self.of_kind(SEARCH, PREDICTED) if r.status == FINISHED and r.objective is not None]
         found.sort(key=lambda result: (result.spec.kind != PREDICTED, result.objective, result.spec.name))
-        return [result.spec.name for result in found[: self.config.repeats.top]]
+        return [*self.config.mixes, *(result.spec.name for result in found[: self.config.repeats.top])]
 
     def of_kind(self, *kinds: str) -> list[TrialResult]:
         """Results of these kinds, by key."""
@@ -182,19 +189,19 @@ class TrialScheduler:
 
     def _fresh(self) -> TrialSpec | None:
         config = self.config
-        for spec in self._baselines.values():
+        for spec in self._first.values():
             if spec.key not in self._specs:
                 return spec
         kinds = {spec.kind for spec in self._specs.values()}
         if not kinds & {PREDICTED, REPEAT, TRANSFER}:
             for number in range(config.num_trials):
                 if f"search-{number:03d}" not in self._specs:
-                    if self._fits([self._baselines[BASE_MODEL], *self._verification()]):
+                    if self._fits([self._first[BASE_MODEL], *self._verification()]):
                         return self._propose(number)
                     break  # the rest of the budget is for what proves something
         if any(self._specs[key].kind not in (REPEAT, TRANSFER) for key in self.running):
             return None  # what follows depends on all of them
-        if config.predicted and PREDICTED not in self._specs:
+        if self._predicts and PREDICTED not in self._specs:
             points, needed = self.points(), len(self._ratios) + 2
             if len(points) >= needed:
                 places = [[ratio.place(values[ratio.name]) for ratio in self._ratios] for values, _ in points]
@@ -224,11 +231,9 @@ class TrialScheduler:
 
     def _verification(self) -> list[TrialSpec]:
         """Stand-ins for what follows the search, for its time."""
-        config, one = self.config, self._baselines[BASE_MODEL]
-        num_mixes = len(config.baselines) + config.repeats.top
-        num_repeats = num_mixes * config.repeats.seeds if config.repeats.top else 0
+        config, one = self.config, self._first[BASE_MODEL]
         longer = replace(one, tokens=config.transfer.factor * config.proxy.tokens)
-        return [one] * (config.predicted + num_repeats) + [longer] * self._num_transfers()
+        return [one] * (self._predicts + self._num_repeats()) + [longer] * self._num_transfers()
 
     def _propose(self, number: int) -> TrialSpec:
         """Sobol points first (Optuna's own quasi-random start is random), then Optuna's Gaussian process."""
@@ -274,12 +279,11 @@ class TrialScheduler:
         names, config = self.finalists(), self.config
         if not names:
             return []
-        first = {spec.name: spec for spec in self._specs.values() if spec.kind in (BASELINE, SEARCH, PREDICTED)}
+        first = self._by_name()
         return [
             self._seeded(first[name], REPEAT, f"{name}-seed{seed}", seed)
             for seed in range(config.seed + 1, config.seed + 1 + config.repeats.seeds)
             for name in [*config.baselines, *names]
-            if name in first
         ]
 
     def _transfers(self) -> list[TrialSpec]:
@@ -290,14 +294,26 @@ class TrialScheduler:
         best = winner(self.finalists(), [], by_name(self.of_kind(REPEAT)))
         if not config.transfer.factor or best is None:
             return []
-        first = {spec.name: spec for spec in self._specs.values() if spec.kind in (BASELINE, SEARCH, PREDICTED)}
+        first = self._by_name()
         tokens = config.transfer.factor * config.proxy.tokens
         return [
             self._seeded(first[name], TRANSFER, f"{name}-x{config.transfer.factor}-seed{seed}", seed, tokens)
             for seed in range(config.seed + 1, config.seed + 1 + config.transfer.seeds)
             for name in [best, *config.baselines]
-            if name in first
         ]
+
+    def _by_name(self) -> dict[str, TrialSpec]:
+        """Of every mix, by its name, one spec."""
+        found = {spec.name: spec for spec in self._specs.values() if spec.kind in (SEARCH, PREDICTED)}
+        return self._named | found
+
+    @property
+    def _predicts(self) -> bool:
+        return self.config.predicted and bool(self.config.num_trials)
+
+    def _num_repeats(self) -> int:
+        num_found = len(self.config.mixes) + (self.config.repeats.top if self.config.num_trials else 0)
+        return (len(self.config.baselines) + num_found) * self.config.repeats.seeds if num_found else 0
 
     def _num_transfers(self) -> int:
         config = self.config

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -37,6 +38,11 @@ class RungReporter:
         self._run, self._spec, self._num_rungs = run, spec, num_rungs
         self._started = time.monotonic()
         self._rungs: list[list[float]] = []
+
+    def keep(self, adapter: Path) -> None:
+        """Copy an adapter's folder beside the result, before the result says that the trial has ended."""
+        for file in sorted(adapter.iterdir()):
+            self._run.upload(file, trial_file(self._spec, f"{adapter.name}/{file.name}"))
 
     def report(self, step: int, objective: float, **figures: Any) -> None:
         """One objective after `step` optimizer steps; the last one, with the result's `figures`, ends the trial."""

@@ -77,19 +77,19 @@ def compare_seeds(name: str, baseline: str, objectives: Objectives) -> SeedCompa
     return SeedComparison(name, baseline, len(seeds), found.mean, found.low, found.high, found.p_value, needed)
 
 
-def describe_comparisons(found: Sequence[SeedComparison], primary: str) -> list[dict[str, Any]]:
-    """For the manifest. The comparison with `primary` was named beforehand; the others' p-values are Holm's."""
-    others = iter(holm([one.p_value for one in found if one.baseline != primary]))
+def describe_comparisons(found: Sequence[SeedComparison], primary: tuple[str, str]) -> list[dict[str, Any]]:
+    """For the manifest. `primary`, a mix and a baseline, was named beforehand; the others' p-values are Holm's."""
+    others = iter(holm([one.p_value for one in found if (one.name, one.baseline) != primary]))
     return [
         {
             "mix": one.name,
             "baseline": one.baseline,
-            "is_primary": one.baseline == primary,
+            "is_primary": (one.name, one.baseline) == primary,
             "outcome": one.outcome,
             "difference": one.difference,
             "margin": one.margin if math.isfinite(one.margin) else None,
             "p_value": one.p_value,
-            "p_adjusted": one.p_value if one.baseline == primary else next(others),
+            "p_adjusted": one.p_value if (one.name, one.baseline) == primary else next(others),
             "num_seeds": one.num_seeds,
             "seeds_needed": one.seeds_needed,
             "sentence": one.sentence(),

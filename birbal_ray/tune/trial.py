@@ -22,8 +22,8 @@ from birbal_ray.run import RunError
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import input_folder, open_folder
 from birbal_ray.tune.config import TuneConfig, file_group
-from birbal_ray.tune.records import trial_file
-from birbal_ray.tune.scheduler import BASE, TrialSpec
+from birbal_ray.tune.records import ADAPTER_FOLDER, trial_file
+from birbal_ray.tune.scheduler import BASE, REPEAT, TrialSpec
 
 NUM_EVAL_ROWS = 8  # validation rows that the fine-tune's own evaluation uses; trials are judged on all
 LOG_FILE = "logs/trial.log"
@@ -115,9 +115,10 @@ def judge(
     }
 
     def report(step: int, trained: Any, **more: Any) -> None:
-        losses = group_losses(task_losses(trained, samples), groups)
+        tasks = task_losses(trained, samples)
+        losses = group_losses(tasks, groups)
         objective = weighted_mean(losses, config.validation.weights)
-        reporter.report(step, objective, groups=losses, **{**figures, **more})
+        reporter.report(step, objective, groups=losses, tasks=tasks, **{**figures, **more})
 
     if spec.kind == BASE:
         report(0, load_base(model.path, train), num_rows=0, num_unfilled=0, mix_sha256="")
@@ -149,7 +150,14 @@ def judge(
     )
     rungs = {round(num_steps * (k + 1) / num_rungs) for k in range(num_rungs)}
     num_tokens = round(num_steps * per_step)
-    at_rungs = AtSteps(rungs, lambda step, trained: report(step, trained, num_tokens=num_tokens))
+
+    def look(step: int, trained: Any) -> None:
+        if config.proxy.keep_adapters and spec.kind == REPEAT and step == num_steps:
+            trained.save_pretrained(work / ADAPTER_FOLDER, safe_serialization=True)
+            reporter.keep(work / ADAPTER_FOLDER)
+        report(step, trained, num_tokens=num_tokens)
+
+    at_rungs = AtSteps(rungs, look)
     fine_tune(short, model.path, work / "train", callbacks=[at_rungs])
 
 

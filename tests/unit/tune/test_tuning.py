@@ -512,6 +512,38 @@ def test_the_best_mix_and_the_baselines_run_again_for_longer():
     assert {result.spec.tokens for result in scheduler.of_kind(REPEAT)} == {config.proxy.tokens}
 
 
+def test_mixes_of_the_users_are_compared_without_a_search():
+    config = config_of(
+        num_trials=0,
+        baselines=["proportional", "uniform"],
+        mixes={"steep": {"task_score": {"gamma": 3}}, "published": {"policy": "birbal_2023"}},
+        repeats={"top": 0, "seeds": 2, "primary": "proportional"},
+    )
+    scheduler = TrialScheduler(config)
+    keys = run_out(scheduler)
+    arms = ["proportional", "uniform", "steep", "published"]
+    assert keys == ["base_model", *(f"{name}-seed{seed}" for seed in (1, 2) for name in arms)]
+    assert len(keys) == scheduler.num_trials == estimate(config)[-1]["number"]
+    mixes = {spec.name: spec.mix for spec in (scheduler.results[key].spec for key in keys)}
+    assert mixes["steep"]["task_score"] == mixes["uniform"]["task_score"] | {"gamma": 3.0}
+    assert (mixes["steep"]["policy"], mixes["published"]["policy"]) == ("task_score", "birbal_2023")
+    assert {scheduler.results[f"{name}-seed2"].spec.mix["seed"] for name in arms} == {2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_trials": 0}, "nothing to compare"),
+        ({"mixes": {"uniform": {}}}, "mixes.uniform"),
+        ({"mixes": {"mine": {"task_score": {"gama": 1}}}}, "gama"),
+        ({"mixes": {"mine": {}}, "baselines": [], "repeats": {"top": 0}}, "baselines"),
+    ],
+)
+def test_mixes_that_can_not_be_compared_are_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        config_of(**changes)
+
+
 def test_rank_agreement_by_hand():
     short = {"a": {1: 1.0}, "b": {1: 2.0, 2: 2.2}, "c": {1: 3.0}, "only here": {1: 0.0}}
     long = {"a": {1: 0.5}, "b": {1: 0.9}, "c": {1: 0.7}}
@@ -532,7 +564,7 @@ def test_only_the_comparison_named_beforehand_keeps_its_p_value():
         "z": losses(1, 1.1, 1),
     }
     found = [compare_seeds("new", name, objectives) for name in "xyz"]
-    rows = describe_comparisons(found, "x")
+    rows = describe_comparisons(found, ("new", "x"))
     assert [row["is_primary"] for row in rows] == [True, False, False]
     assert rows[0]["p_adjusted"] == rows[0]["p_value"]
     assert rows[1]["p_adjusted"] == pytest.approx(min(1, 2 * rows[1]["p_value"]))
