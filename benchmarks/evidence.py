@@ -1,0 +1,301 @@
+"""Does choosing data by what the model gets wrong help? Six mixes, equal training tokens, fresh paired seeds.
+
+    python benchmarks/evidence.py --tasks natural-instructions-subset.tar.gz --work runs/evidence
+    python benchmarks/evidence.py --work runs/evidence --only report --json docs/evidence.json --plot docs/evidence.png
+
+Five stages, each of which goes on where it stopped: choose (tasks by a fixed rule), score (`birbal score`), tune
+(`birbal tune --config evidence`: one short fine-tune a cell), judge (`birbal evaluate`: task scores through vLLM, a
+seed at a time), report (tables from whatever cells have finished). On two CPU cores with SmolLM2-135M: 20 minutes of
+scoring, 3 minutes a cell (two at a time), 6 minutes of judging a seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from birbal_ray.evaluate.config import EvaluateConfig
+from birbal_ray.evaluate.run import EVALUATION_FILE, evaluate
+from birbal_ray.mix.config import MixConfig
+from birbal_ray.mix.rows import question_of
+from birbal_ray.mix.run import mix
+from birbal_ray.ni import labels, prompt, reader
+from birbal_ray.ni.schema import Task, TaskError, take_first
+from birbal_ray.score.config import ScoreConfig
+from birbal_ray.score.run import score
+from birbal_ray.settings import load_config
+from birbal_ray.statistics import holm, paired_difference
+from birbal_ray.storage import input_folder, open_folder
+from birbal_ray.tune.config import TuneConfig
+from birbal_ray.tune.records import ADAPTER_FOLDER, read_results, trial_file
+from birbal_ray.tune.run import tune
+from birbal_ray.tune.scheduler import BASE_MODEL, FINISHED, REPEAT, TrialResult
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs/tune/evidence.yaml"
+STAGES = ("choose", "score", "tune", "judge", "report")
+LABELS = ("exact_match", "generation")
+NUM_SCORED, NUM_HELD_OUT = 12, 4  # tasks of each label
+MIN_INSTANCES, MAX_PROMPT_CHARACTERS, MAX_ANSWER_CHARACTERS = 1000, 1500, 120  # what two cores can score
+ROWS_PER_TASK = 200
+HELD_OUT_ROWS = 12  # of a held-out task, for its loss
+JUDGED_ROWS = 8  # of every task, for its task score
+
+
+def choose_tasks(tasks: str) -> dict[str, list[str]]:
+    """ "scored" and "held_out" task names: English, short, over 1,000 instances, the first by a hash of the name."""
+    overrides = labels.default_overrides()
+    found: dict[str, list[str]] = {label: [] for label in LABELS}
+    for _, task in reader.read_tasks(reader.find_task_files(input_folder(tasks))):
+        if isinstance(task, TaskError) or not {*task.input_languages, *task.output_languages} <= {"English"}:
+            continue
+        usable = [one for one in task.instances if one.error is None]
+        if len(usable) < MIN_INSTANCES:
+            continue
+        shared = len(prompt.render_prefix(task.definition, prompt.examples_of(task)))
+        longest = [sorted(map(len, texts))[len(usable) * 95 // 100] for texts in _texts_of(usable)]
+        if shared + longest[0] <= MAX_PROMPT_CHARACTERS and longest[1] <= MAX_ANSWER_CHARACTERS:
+            found[labels.label_task(task, overrides).value].append(task.name)
+    chosen = {}
+    for label, names in found.items():
+        names.sort(key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+        chosen[label] = names[: NUM_SCORED + NUM_HELD_OUT]
+        if len(chosen[label]) < NUM_SCORED + NUM_HELD_OUT:
+            raise SystemExit(f"{tasks}: {len(names)} short {label} tasks; {NUM_SCORED + NUM_HELD_OUT} are needed")
+    return {
+        "scored": sorted(name for names in chosen.values() for name in names[:NUM_SCORED]),
+        "held_out": sorted(name for names in chosen.values() for name in names[NUM_SCORED:]),
+    }
+
+
+def _texts_of(instances: Any) -> tuple[list[str], list[str]]:
+    return [one.input for one in instances], [one.references[0] for one in instances]
+
+
+def write_held_out(tasks: str, names: list[str], folder: Path) -> list[str]:
+    """One Parquet of question and answer for each held-out task; their paths, by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [file for file in reader.find_task_files(input_folder(tasks)) if file.name in names]
+    for _, task in reader.read_tasks(files):
+        assert isinstance(task, Task)
+        rows = [one for one in take_first(task, None, 0) if one.error is None][:HELD_OUT_ROWS]
+        table = {
+            "question": [question_of(task.definition, one.input) for one in rows],
+            "answer": [one.references[0] for one in rows],
+        }
+        pq.write_table(pa.table(table), folder / f"{task.name}.parquet")
+    return [str(folder / f"{name}.parquet") for name in names]
+
+
+def score_config(tasks: str, names: list[str], work: Path) -> ScoreConfig:
+    """200 rows of each task, four shots, on whatever this machine has."""
+    flags: dict[str, Any] = {"tasks.path": tasks, "tasks.select": names, "tasks.instances_per_task": ROWS_PER_TASK}
+    flags |= {"completion.max_completion_tokens": 48, "shard_rows": 50, "output": str(work / "score")}
+    return load_config(ScoreConfig, None, [], flags)
+
+
+def tune_config(work: Path, files: list[str], seeds: int | None) -> TuneConfig:
+    """configs/tune/evidence.yaml with this run's folders; held-out tasks are judged and weigh nothing."""
+    flags: dict[str, Any] = {"scores": str(work / "score"), "output": str(work / "tune"), "validation.files": files}
+    flags["validation.weights"] = {f"file:{Path(file).stem}": 0.0 for file in files}
+    if seeds:
+        flags["repeats.seeds"] = seeds
+    return load_config(TuneConfig, CONFIG, [], flags)
+
+
+def judge(tasks: str, names: list[str], config: TuneConfig, work: Path) -> None:
+    """Task scores of every seed whose cells have all finished; instances that any mix could have held are left out."""
+    candidates = mix(
+        MixConfig.model_validate({**config.mix.model_dump(), "scores": config.scores, "output": str(work / "mix")})
+    )
+    results, _ = read_results(open_folder(str(work / "tune")))
+    for seed, cells in sorted(finished_seeds(results, config).items()):
+        adapters = [
+            f"{name}={work / 'tune' / trial_file(cell.spec, ADAPTER_FOLDER)}" for name, cell in sorted(cells.items())
+        ]
+        flags: dict[str, Any] = {"tasks.path": tasks, "tasks.select": names, "tasks.instances_per_task": JUDGED_ROWS}
+        flags |= {"adapters": adapters, "mix": str(candidates.folder), "prompt_formats": ["zero_shot"]}
+        flags |= {"completion.max_completion_tokens": 48, "engine.max_model_len": 1024}
+        evaluate(load_config(EvaluateConfig, None, [], {**flags, "output": str(work / "judge" / f"seed{seed}")}))
+
+
+def finished_seeds(results: list[TrialResult], config: TuneConfig) -> dict[int, dict[str, TrialResult]]:
+    """Seed → mix → its cell, for the seeds of which every mix has one."""
+    seeds: dict[int, dict[str, TrialResult]] = {}
+    for one in results:
+        if one.spec.kind == REPEAT and one.status == FINISHED:
+            seeds.setdefault(one.spec.seed, {})[one.spec.name] = one
+    wanted = {*config.baselines, *config.mixes}
+    return {seed: cells for seed, cells in sorted(seeds.items()) if cells.keys() == wanted}
+
+
+Measures = dict[str, dict[str, dict[int, dict[str, float]]]]  # measure → mix → seed → task → value, higher is better
+
+
+def read_measures(config: TuneConfig, work: Path) -> tuple[Measures, dict[str, dict[str, float]]]:
+    """What is judged: minus the loss, and the task score; and the base model's, measure → task → value."""
+    results, _ = read_results(open_folder(str(work / "tune")))
+    seeds = finished_seeds(results, config)
+    measures: Measures = {}
+    base: dict[str, dict[str, float]] = {}
+
+    def put(measure: str, name: str, seed: int, task: str, value: float) -> None:
+        if name == BASE_MODEL:
+            base.setdefault(measure, {})[task] = value
+        else:
+            measures.setdefault(measure, {}).setdefault(name, {}).setdefault(seed, {})[task] = value
+
+    untrained = [one for one in results if one.spec.name == BASE_MODEL]
+    for seed, cells in [*seeds.items(), *((0, {BASE_MODEL: one}) for one in untrained)]:
+        for name, cell in cells.items():
+            for task, loss in cell.tasks.items():
+                held_out = task.startswith("file:")
+                put(f"loss, held-out {'tasks' if held_out else 'instances'}", name, seed, task, -loss)
+    for seed in seeds:
+        folder = open_folder(str(work / "judge" / f"seed{seed}"))
+        if not folder.is_file("manifest.json"):
+            continue
+        for row in folder.read_table(EVALUATION_FILE).to_pylist():
+            kind = "tasks" if row["held_out"] == "task" else "instances"
+            name = BASE_MODEL if row["kind"] == "base" else row["model"]
+            put(f"task score, held-out {kind}", name, seed, row["task"], row["task_score"])
+    return measures, base
+
+
+def compare_measure(
+    by_mix: Mapping[str, Mapping[int, Mapping[str, float]]], primary: tuple[str, str]
+) -> list[dict[str, Any]]:
+    """Every mix against the baseline of `primary`, over tasks (the claim) and over seeds (the repeatability).
+
+    Over tasks: each task's difference, a mean over seeds. Over seeds: each seed's difference, a mean over tasks.
+    """
+    baseline = by_mix[primary[1]]
+    rows = []
+    for name, cells in by_mix.items():
+        seeds = sorted(cells.keys() & baseline.keys())
+        means = {"mix": name, "mean": fmean(fmean(cells[seed].values()) for seed in seeds), "num_seeds": len(seeds)}
+        if name == primary[1]:
+            rows.append(means)
+            continue
+        tasks = sorted(set.intersection(*(set(cells[seed]) & set(baseline[seed]) for seed in seeds)))
+        # (num_seeds, num_tasks)
+        table = np.array([[cells[seed][task] - baseline[seed][task] for task in tasks] for seed in seeds])
+        over_tasks, over_seeds = paired_difference(table.mean(axis=0)), paired_difference(table.mean(axis=1))
+        rows.append(
+            means
+            | {"over_tasks": asdict(over_tasks), "outcome": over_tasks.outcome(), "over_seeds": asdict(over_seeds)}
+            | {"is_primary": name == primary[0], "better_tasks": int((table.mean(axis=0) > 0).sum())}
+        )
+    compared = [row for row in rows if "over_tasks" in row]
+    others = iter(holm([row["over_tasks"]["p_value"] for row in compared if not row["is_primary"]]))
+    for row in compared:
+        row["p_adjusted"] = row["over_tasks"]["p_value"] if row["is_primary"] else next(others)
+    return sorted(rows, key=lambda row: -row["mean"])
+
+
+def report(config: TuneConfig, work: Path, json_file: Path | None, plot_file: Path | None) -> None:
+    """Print tables; write JSON and a plot."""
+    primary = (next(iter(config.mixes)), config.repeats.primary or config.baselines[0])
+    measures, base = read_measures(config, work)
+    if not measures:
+        raise SystemExit(f"{work}: no seed has all its cells yet; run the stage tune")
+    found = {measure: compare_measure(by_mix, primary) for measure, by_mix in measures.items()}
+    for measure, rows in found.items():
+        untrained = fmean(base[measure].values()) if measure in base else math.nan
+        seeds = max(row["num_seeds"] for row in rows)
+        print(f"\n{measure} ({seeds} seeds; base model {untrained:+.4f}; higher is better)\n")
+        print(f"| mix | mean | against {primary[1]}, over tasks | p (Holm) | over seeds | tasks better | detectable |")
+        print("|---|---|---|---|---|---|---|")
+        for row in rows:
+            if "over_tasks" not in row:
+                print(f"| {row['mix']} | {row['mean']:+.4f} | | | | | |")
+                continue
+            print(f"| {row['mix']}{' (primary)' * row['is_primary']} | {row['mean']:+.4f} | " + " | ".join(_cells(row)))
+    if json_file:
+        content = {"primary": primary, "settings": config.model_dump(mode="json"), "comparisons": found}
+        content |= {"base": base, "measures": measures}
+        for path in (str(work), str(work.resolve())):  # no paths of this machine
+            content = json.loads(json.dumps(content).replace(path, "WORK"))
+        json_file.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    if plot_file:
+        draw(found, primary[1], plot_file)
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    tasks, seeds = row["over_tasks"], row["over_seeds"]
+    spread = (
+        f"{seeds['mean']:+.4f} [{seeds['low']:+.4f}, {seeds['high']:+.4f}]" if seeds["num_pairs"] > 1 else "one seed"
+    )
+    return [
+        f"{tasks['mean']:+.4f} [{tasks['low']:+.4f}, {tasks['high']:+.4f}] {row['outcome']}",
+        f"{row['p_adjusted']:.3f}",
+        spread,
+        f"{row['better_tasks']} of {tasks['num_pairs']}",
+        f"{tasks['detectable']:.4f} |",
+    ]
+
+
+def draw(found: Mapping[str, list[dict[str, Any]]], baseline: str, file: Path) -> None:
+    """A panel per measure: each mix's difference from the baseline, with its 95 % interval over tasks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(found), figsize=(4.2 * len(found), 3.2), sharey=True, squeeze=False)
+    order = sorted({row["mix"] for rows in found.values() for row in rows if "over_tasks" in row})
+    for axis, (measure, rows) in zip(axes[0], found.items(), strict=True):
+        by_mix = {row["mix"]: row["over_tasks"] for row in rows if "over_tasks" in row}
+        for place, name in enumerate(order):
+            one = by_mix[name]
+            axis.plot([one["low"], one["high"]], [place, place], color="tab:blue")
+            axis.plot(one["mean"], place, "o", color="tab:blue")
+        axis.axvline(0, color="gray", linewidth=0.8)
+        axis.set_yticks(range(len(order)), order)
+        axis.set_title(measure, fontsize=9)
+        axis.set_xlabel(f"better than {baseline} →", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    """Run the stages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", help="folder or archive of task files")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the run; the same command goes on there")
+    parser.add_argument("--only", choices=STAGES, help="one stage, whose earlier ones are done")
+    parser.add_argument("--seeds", type=int, help="instead of the configuration's")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    stages = (options.only,) if options.only else STAGES
+    work: Path = options.work
+    work.mkdir(parents=True, exist_ok=True)
+    chosen_file, held_out = work / "tasks.json", work / "held_out"
+    if "choose" in stages or not chosen_file.exists():
+        chosen_file.write_text(json.dumps({"tasks": options.tasks, **choose_tasks(options.tasks)}, indent=1))
+    chosen = json.loads(chosen_file.read_text())
+    files = write_held_out(chosen["tasks"], chosen["held_out"], held_out)
+    config = tune_config(work, files, options.seeds)
+    if "score" in stages:
+        score(score_config(chosen["tasks"], chosen["scored"], work))
+    if "tune" in stages:
+        tune(config)
+    if "judge" in stages:
+        judge(chosen["tasks"], [*chosen["scored"], *chosen["held_out"]], config, work)
+    if "report" in stages:
+        report(config, work, options.json, options.plot)
+
+
+if __name__ == "__main__":
+    main()
