@@ -217,28 +217,48 @@ class AdaptiveSchedule:
 
     def _share(self, task: PlannedTask) -> int:
         """Rows that the mix would take from the task, its score at the lower end of its interval."""
+        return self._allocate(task.label.value, task)[task.name]
+
+    def _allocate(self, label: str, lowest: PlannedTask | None = None) -> dict[str, int]:
+        """Rows that the mix would take from each task of the label, the score of `lowest` at its interval's end."""
         asked = self._settings
-        budget = asked.exact_match_budget if task.label.value == EXACT_MATCH else asked.generation_budget
-        peers = [other for other in self._tasks.values() if other.label.value == task.label.value]
+        budget = asked.exact_match_budget if label == EXACT_MATCH else asked.generation_budget
+        peers = [other for other in self._tasks.values() if other.label.value == label]
         known = [self._tallies[other.name].mean for other in peers if self._tallies[other.name].num_scored]
-        typical = sum(known) / len(known)
+        typical = sum(known) / len(known) if known else 0.0
         demands = []
         for other in peers:
             tally = self._tallies[other.name]
             score = tally.mean if tally.num_scored else typical
-            if other is task:
-                score, _ = tally.interval(task.label.value)
+            if other is lowest:
+                score, _ = tally.interval(label)
             unfit = 0 if other.unreachable_reason else None  # the mix owes such a task no share of what it fails
             demands.append(TaskDemand(other.name, other.num_instances, min(1.0, score), unfit))
-        return allocate(budget, demands, asked.gamma).counts[task.name]
+        return allocate(budget, demands, asked.gamma).counts
+
+    def _fills(self, task: PlannedTask, given: int) -> bool:
+        """Whether the failed rows fill the share for sure, by what the task is given with its score as it is.
+
+        Saves an allocation a task: a larger weight takes at most as many rows per weight.
+        """
+        tally, asked = self._tallies[task.name], self._settings
+        if tally.half_width(task.label.value) > asked.score_margin or tally.mean >= 1.0:
+            return False
+        low, _ = tally.interval(task.label.value)
+        larger = (1.0 - low) ** asked.gamma
+        most = (given + 1) * larger / (1.0 - tally.mean) ** asked.gamma + 1
+        return tally.num_failed >= most * asked.failed_rows_factor + 1
 
     def _check_end(self) -> None:
         """With all scores known: a task that was stopped with too few failed rows for its share goes on."""
         if self._ended or len(self.stops) < len(self._tasks):
             return
+        given: dict[str, int] = {}
+        for label in {task.label.value for task in self._tasks.values()}:
+            given |= self._allocate(label)
         for name, stop in list(self.stops.items()):
             task = self._tasks[name]
-            if stop.size >= task.num_instances:
+            if stop.size >= task.num_instances or self._fills(task, given[name]):
                 continue
             reason, enough = self._judge(task)
             if not enough:
