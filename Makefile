@@ -45,9 +45,14 @@ $(STAMP): pyproject.toml Makefile
 demo: setup
 	$(BIN)/birbal demo --output $(OUTPUT)
 
+# A file's tests share models and Ray sessions: one worker gets them all, the longest files first (tests/conftest.py).
+# The second part waits for Ray and vLLM to start more than it computes: three workers on two cores.
+TEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
+WORKERS ?= 3
+
 test: lint
-	$(BIN)/python -m pytest -n 2 tests/unit tests/data
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/e2e tests/ray tests/training tests/harness tests/browser
+	$(TEST) -n 2 tests/data tests/unit
+	$(TEST) -n $(WORKERS) tests/e2e tests/ray tests/training tests/harness tests/browser
 
 # The same and what takes minutes each: more kills, all 720 rows against transformers.
 test-all:
@@ -58,7 +63,7 @@ browser:
 	apt-get update -q && apt-get install -q -y --no-install-recommends chromium chromium-driver
 
 unit: setup
-	$(BIN)/python -m pytest -n 2 tests/unit
+	$(TEST) -n 2 tests/unit
 
 lint: setup
 	$(BIN)/ruff check .

@@ -22,6 +22,39 @@ settings.load_profile("birbal")
 REPOSITORY = Path(__file__).resolve().parent.parent
 SLOW = os.environ.get("BIRBAL_SLOW_TESTS") == "1"
 slow = pytest.mark.skipif(not SLOW, reason="takes minutes; `make test-all` (BIRBAL_SLOW_TESTS=1) runs it")
+# xdist gives files out in this order, the longest first, so that all workers are busy until the end.
+LONGEST_FIRST = (
+    "e2e/test_recipe.py",
+    "ray/test_score_kills.py",
+    "ray/test_tune_step.py",
+    "e2e/test_real_tasks.py",
+    "ray/test_storage_s3.py",
+    "ray/test_job_submit.py",
+    "ray/test_preemption.py",
+    "ray/test_train_ray.py",
+    "training/test_finetune.py",
+    "e2e/test_serve.py",
+    "ray/test_score_simulated.py",
+    "harness/test_harness_offline.py",
+    "ray/test_evaluate_ray.py",
+    "ray/test_tune_ray.py",
+    "training/test_run_folder.py",
+    "ray/test_mix_on_ray.py",
+    "training/test_tune_trial.py",
+    "training/test_train_step.py",
+    "e2e/test_engine_contract.py",
+    "data/test_real_tasks.py",
+    "unit/mix/test_published.py",
+    "unit/report/test_report.py",
+    "unit/tune/test_tuning.py",
+    "unit/mix/test_run.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort by LONGEST_FIRST; other files follow as they came."""
+    place = {REPOSITORY / "tests" / name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
-"""Real tasks, real vLLM, killed on the way, against plain transformers."""
+"""Real tasks and one whose shared prefix no engine takes, real vLLM, killed on the way, against plain transformers."""
 
 from __future__ import annotations
+
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
@@ -11,6 +13,7 @@ from tests.conftest import SLOW
 from tests.e2e.processes import birbal, finish, kill_whole, rows_of, wait_for
 
 pytestmark = pytest.mark.vllm
+LONG = "task9001_long_definition"
 # Slow: all 720 real rows, 100 compared, ten minutes more.
 NUM_PER_TASK, NUM_COMPARED = (60, 100) if SLOW else (10, 30)
 # 0.75 of the prompt tokens at 60 rows a task. Each task's prefix is computed once: fewer rows share it.
@@ -19,7 +22,8 @@ MIN_CACHED_FRACTION = 0.75 * (1 - 1 / NUM_PER_TASK) / (1 - 1 / 60)
 
 def test_real_tasks_killed_and_run_again_agree_with_transformers(shared_data, tmp_path):
     run = tmp_path / "ni-tiny"
-    tasks = shared_data / "ni-tiny" / "tasks"
+    tasks = shutil.copytree(shared_data / "ni-tiny" / "tasks", tmp_path / "tasks")
+    shutil.copy(shared_data / "cases" / "tasks" / f"{LONG}.json", tasks)
     command = ["score", "--tasks", tasks, "--output", run, "--device", "cpu", "--instances-per-task", NUM_PER_TASK]
     process = birbal(*command)
     wait_for(lambda: len(list((run / "rows").rglob("[!.]*.parquet"))) >= 3, process)
@@ -29,11 +33,16 @@ def test_real_tasks_killed_and_run_again_agree_with_transformers(shared_data, tm
     assert f"continuing: {len(kept)} of " in errors
     assert {name: (run / "rows" / name).stat().st_mtime_ns for name in kept} == kept, "what stood is not scored again"
     rows = rows_of(run)
+    failed = [row for row in rows if row["task"] == LONG]
+    assert all(row["error"].startswith("prompt too long: ") and row["score"] is None for row in failed)
+    rows = [row for row in rows if row["task"] != LONG]
     assert len({row["row_id"] for row in rows}) == len(rows)
-    assert len(rows) == 12 * NUM_PER_TASK
-    assert not [row for row in rows if row["error"]]
+    assert len(rows) == 12 * NUM_PER_TASK and len(failed) == min(NUM_PER_TASK, 40)
+    assert all(row["error"] is None and row["score"] is not None for row in rows), "it costs its own rows alone"
+    assert read_manifest(run, "score")["rows"]["scored"] == len(rows)
 
     undisturbed = tmp_path / "undisturbed"
+    (tasks / f"{LONG}.json").unlink()
     finish(birbal(*[undisturbed if part == run else part for part in command]))
     assert read_manifest(undisturbed, "score")["tokens"]["cached_fraction"] >= MIN_CACHED_FRACTION
     expected = rows_of(undisturbed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -18,10 +19,14 @@ import pytest
 
 # Before Ray is imported anywhere in this process, so that its daemons inherit it.
 from birbal_ray.cluster import AUTH_MODE, QUIET_ENVIRONMENT
+from tests.conftest import task_values
 
 # Without a token, told so: a local ray.init would switch to tokens in the middle, and what is started from here
 # after that would refuse calls from the head of a cluster that was started before.
 os.environ.update(QUIET_ENVIRONMENT | {AUTH_MODE: "disabled"})
+NUM_TASKS, NUM_INSTANCES, SHARD_ROWS = 5, 40, 4
+NUM_ROWS = NUM_TASKS * NUM_INSTANCES
+NUM_SHARDS = NUM_ROWS // SHARD_ROWS
 
 
 def start_cluster(**head: Any) -> Any:
@@ -73,6 +78,29 @@ def birbal(cluster_address: str) -> Callable[..., subprocess.Popen[str]]:
         )
 
     return start
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of NUM_TASKS task files with NUM_INSTANCES instances each."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for number in range(NUM_TASKS):
+        values = task_values(NUM_INSTANCES, Definition=[f"Definition {number}."])
+        (folder / f"task{number}.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    birbal: Callable[..., subprocess.Popen[str]], tasks: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run that scored the tasks on a disk, and that nothing happened to."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    settings = ["--set", "engine.backend=simulated", "--device", "cpu", "--set", f"shard_rows={SHARD_ROWS}"]
+    process = birbal("score", "--tasks", tasks, *settings, "--output", run)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    return run
 
 
 def scored_rows(run: Path) -> list[dict]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Iterator
@@ -12,15 +11,14 @@ import pytest
 
 from birbal_ray.score.simulated import START_FAILURE
 from birbal_ray.storage import read_json
-from tests.conftest import slow, task_values
-from tests.ray.conftest import scored_rows, start_cluster
+from tests.conftest import slow
+from tests.ray.conftest import NUM_ROWS, SHARD_ROWS, scored_rows, start_cluster
 from tests.ray.test_score_kills import finished_files, wait_for
 from tests.ray.test_train_ray import losses, start, wait_for_step
 
 pytestmark = pytest.mark.timeout(600)
 CARD = "GeForce-RTX-4090"
-NUM_TASKS, NUM_INSTANCES, SHARD_ROWS, IN_FLIGHT = 4, 60, 5, 2
-NUM_ROWS = NUM_TASKS * NUM_INSTANCES
+IN_FLIGHT = 2
 NUM_STEPS = 300
 SETTINGS = {
     "engine.backend": "simulated",
@@ -46,16 +44,7 @@ def sets(settings: dict[str, Any]) -> list[str]:
     return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
 
 
-def test_nodes_lost_while_scoring(birbal, cluster, tmp_path):
-    tasks = tmp_path / "tasks"
-    tasks.mkdir()
-    for number in range(NUM_TASKS):
-        values = task_values(NUM_INSTANCES, Definition=[f"Definition {number}."])
-        (tasks / f"task{number}.json").write_text(json.dumps(values))
-    quick = sets(SETTINGS | {"resources.simulated_row_seconds": 0.0, "resources.num_replicas": 1})
-    process = birbal("score", "--tasks", tasks, *quick, "--output", tmp_path / "undisturbed", local=True)
-    assert process.wait(timeout=200) == 0, process.communicate()[1]
-
+def test_nodes_lost_while_scoring(birbal, cluster, tasks, undisturbed, tmp_path):
     chance, run = random.Random(7), tmp_path / "run"
     nodes = [cluster.add_node(num_cpus=4) for _ in range(2)]
     process = birbal("score", "--tasks", tasks, *sets(SETTINGS), "--output", run, env={"RAY_ADDRESS": cluster.address})
@@ -70,7 +59,7 @@ def test_nodes_lost_while_scoring(birbal, cluster, tmp_path):
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert kills == 2
-    assert scored_rows(run) == scored_rows(tmp_path / "undisturbed"), "no row lost, none doubled, none different"
+    assert scored_rows(run) == scored_rows(undisturbed), "no row lost, none doubled, none different"
     session = read_json(run / "manifest.json")["last_session"]
     begun = "".join(file.read_text() for file in (run / "logs").glob("replica-*.log")).count("begins ")
     redone = begun * SHARD_ROWS / NUM_ROWS - 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import re
 import signal
@@ -17,28 +16,16 @@ import psutil
 import pytest
 
 from birbal_ray.cluster import FOLDER_PREFIX
-from tests.conftest import task_values
-from tests.ray.conftest import scored_rows
+from tests.conftest import SLOW
+from tests.ray.conftest import NUM_SHARDS, SHARD_ROWS, scored_rows
 
-NUM_TASKS, NUM_INSTANCES, SHARD_ROWS = 5, 40, 4
-NUM_SHARDS = NUM_TASKS * NUM_INSTANCES // SHARD_ROWS
-NUM_DRIVER_KILLS, NUM_ENGINE_KILLS = 6, 3
+NUM_DRIVER_KILLS, NUM_ENGINE_KILLS = (6, 3) if SLOW else (3, 2)
 Start = Callable[..., subprocess.Popen]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Tasks of a run that takes about 4 s once its engine is up."""
-    folder = tmp_path_factory.mktemp("tasks")
-    for number in range(NUM_TASKS):
-        values = task_values(NUM_INSTANCES, Definition=[f"Definition {number}."])
-        (folder / f"task{number}.json").write_text(json.dumps(values))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def arguments(folder):
-    """arguments(run folder) of `birbal`."""
+def arguments(tasks):
+    """arguments(run folder) of `birbal`: a run that takes about 4 s once its engine is up."""
     settings = {
         "engine.backend": "simulated",
         "engine.device": "cpu",
@@ -47,16 +34,7 @@ def arguments(folder):
         "resources.max_engine_restarts": NUM_ENGINE_KILLS,
     }
     sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    return lambda run, *more: ["score", "--tasks", folder, *sets, *more, "--output", run]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(birbal: Start, arguments, tmp_path_factory):
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    process = birbal(*arguments(run))
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    return scored_rows(run)
+    return lambda run, *more: ["score", "--tasks", tasks, *sets, *more, "--output", run]
 
 
 def finished_files(run: Path) -> dict[str, tuple[int, int]]:
@@ -105,7 +83,7 @@ def test_driver_killed_at_random_points(birbal: Start, arguments, undisturbed, t
             after = finished_files(run)
             # What was written stays as it was; at most the shards in flight are done again, under their own names.
             redone_files += sum(after[name] != stamp for name, stamp in before.items())
-        assert scored_rows(run) == undisturbed
+        assert scored_rows(run) == scored_rows(undisturbed)
     assert kills == NUM_DRIVER_KILLS
     # A dead driver's last writes may still land while the next one starts: a few shards in flight, no more.
     assert redone_files <= kills
@@ -124,7 +102,7 @@ def test_everything_killed_at_once(birbal: Start, arguments, undisturbed, tmp_pa
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert f"continuing: {len(before)} of {NUM_SHARDS} shards ({len(before) * SHARD_ROWS} rows) are done" in errors
-    assert scored_rows(run) == undisturbed
+    assert scored_rows(run) == scored_rows(undisturbed)
     assert {name: stamp for name, stamp in finished_files(run).items() if name in before} == before
     assert not list(Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}{process.pid}-*"))
 
@@ -149,20 +127,21 @@ def test_engine_process_killed_is_replaced_by_itself(birbal: Start, arguments, u
         kill(engines(run))
     _, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
-    assert scored_rows(run) == undisturbed
+    assert scored_rows(run) == scored_rows(undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_says_how_to_continue(birbal: Start, arguments, undisturbed, tmp_path, number):
-    run = tmp_path / f"stopped-{number.name}"
-    process = birbal(*arguments(run, "--set", "resources.simulated_row_seconds=0.2"))  # 40 s: not over by itself
-    assert wait_for(lambda: len(finished_files(run)) >= 5, process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "what is finished is kept, the same command continues" in errors
-    assert "Traceback" not in errors
+def test_asked_to_stop_it_says_how_to_continue(birbal: Start, arguments, undisturbed, tmp_path):
+    run = tmp_path / "stopped"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        target = len(finished_files(run)) + 5
+        process = birbal(*arguments(run, "--set", "resources.simulated_row_seconds=0.2"))  # 40 s: not over by itself
+        assert wait_for(lambda target=target: len(finished_files(run)) >= target, process)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert "what is finished is kept, the same command continues" in errors
+        assert "Traceback" not in errors
     process = birbal(*arguments(run))
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert scored_rows(run) == undisturbed
+    assert scored_rows(run) == scored_rows(undisturbed)

@@ -13,26 +13,23 @@ from pathlib import Path
 
 import pyarrow.dataset as pads
 import pytest
+from click.testing import CliRunner
 
+from birbal_ray.cli.main import main
 from birbal_ray.storage import Folder, open_folder
-from tests.conftest import slow, task_values
+from tests.conftest import slow
 from tests.e2e.processes import birbal, finish, kill_whole, wait_for
 from tests.fixtures.s3_server import BUCKET, s3_proxy
-from tests.ray.conftest import scored_rows, start_cluster
+from tests.ray.conftest import NUM_ROWS, SHARD_ROWS, scored_rows, start_cluster
 
 pytestmark = pytest.mark.timeout(600)
-NUM_TASKS, NUM_INSTANCES, SHARD_ROWS = 3, 40, 4
-NUM_ROWS = NUM_TASKS * NUM_INSTANCES
 
 
-@pytest.fixture
-def tasks(tmp_path: Path) -> Path:
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    for number in range(NUM_TASKS):
-        values = task_values(NUM_INSTANCES, Definition=[f"Definition {number}."])
-        (folder / f"task{number}.json").write_text(json.dumps(values))
-    return folder
+def here(*arguments: object) -> tuple[str, str]:
+    """stdout and stderr of `birbal` in this process, for steps that start no Ray; it must succeed."""
+    done = CliRunner().invoke(main, list(map(str, arguments)))
+    assert done.exit_code == 0, done.stderr
+    return done.stdout, done.stderr
 
 
 def score(tasks: Path, output: object, row_seconds: float = 0.0, **settings: object) -> list[object]:
@@ -56,9 +53,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     monkeypatch.setenv("BIRBAL_CACHE", str(path))
 
 
-def test_score_killed_and_continued_on_another_machine_then_mix(s3, tasks, tmp_path, monkeypatch):
+def test_score_killed_and_continued_on_another_machine_then_mix(s3, tasks, undisturbed, tmp_path, monkeypatch):
     machine(monkeypatch, tmp_path / "first")
-    finish(birbal(*score(tasks, tmp_path / "score")))
     url = f"s3://{BUCKET}/runs/score"
     there = open_folder(url)
     first = birbal(*score(tasks, url, 0.1))
@@ -66,36 +62,35 @@ def test_score_killed_and_continued_on_another_machine_then_mix(s3, tasks, tmp_p
     kill_whole(first)
     kept = {name: there.read_bytes(name) for name in row_files(there)}
     assert len(kept) >= 4 and "manifest.json" not in there.files()
-    (row,) = json.loads(finish(birbal("status", url, "--format", "json"))[0])
+    (row,) = json.loads(here("status", url, "--format", "json")[0])
     assert (row["step"], row["state"], row["folder"]) == ("score", "stopped", url), "its lock's process is gone"
 
     machine(monkeypatch, tmp_path / "second")
     finish(birbal(*score(tasks, url)))
     assert kept.items() <= {name: there.read_bytes(name) for name in row_files(there)}.items(), "not scored again"
-    assert rows_at(there) == scored_rows(tmp_path / "score"), "each row once, as on a disk"
-    (row,) = json.loads(finish(birbal("status", url, "--format", "json"))[0])
+    assert rows_at(there) == scored_rows(undisturbed), "each row once, as on a disk"
+    (row,) = json.loads(here("status", url, "--format", "json")[0])
     assert (row["state"], row["done"], row["planned"]) == ("done", NUM_ROWS, NUM_ROWS)
-    _, errors = finish(birbal(*score(tasks, url)))
+    _, errors = here(*score(tasks, url))
     assert "up to date" in errors
 
     machine(monkeypatch, tmp_path / "third")
     mixed = open_folder(f"s3://{BUCKET}/runs/mix")
     budgets = ["task_score.exact_match_budget=20", "task_score.allow_shortfall=true", "filters.max_short_input_words=0"]
     sets = [part for one in budgets for part in ("--set", one)]
-    for scores, output in ((url, mixed), (tmp_path / "score", tmp_path / "mix")):
-        finish(birbal("mix", "--scores", scores, "--output", output, *sets))
+    for scores, output in ((url, mixed), (undisturbed, tmp_path / "mix")):
+        here("mix", "--scores", scores, "--output", output, *sets)
     assert mixed.read_json("manifest.json")["scores"]["path"] == url
     assert mixed.read_bytes("train.parquet") == (tmp_path / "mix" / "train.parquet").read_bytes()
 
 
-def test_an_outage_of_the_bucket_costs_no_finished_row(s3, tasks, tmp_path, monkeypatch):
+def test_an_outage_of_the_bucket_costs_no_finished_row(s3, tasks, undisturbed, tmp_path, monkeypatch):
     """PUTs are refused for some seconds in the middle; the run goes on, and every row is there once."""
     machine(monkeypatch, tmp_path / "cache")
-    finish(birbal(*score(tasks, tmp_path / "score")))
     there, away = open_folder(f"s3://{BUCKET}/outage/score"), threading.Event()
     with s3_proxy(s3, lambda method, path: None if method == "PUT" and away.is_set() else 0.0) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server["AWS_ENDPOINT_URL"])
-        process = birbal(*score(tasks, there, 0.1))
+        process = birbal(*score(tasks, there, 0.06))
         wait_for(lambda: len(row_files(there)) >= 3, process)
         away.set()
         time.sleep(8)
@@ -104,7 +99,7 @@ def test_an_outage_of_the_bucket_costs_no_finished_row(s3, tasks, tmp_path, monk
         away.clear()
         finish(process)
     assert set(before) < set(row_files(there))
-    assert rows_at(there) == scored_rows(tmp_path / "score")
+    assert rows_at(there) == scored_rows(undisturbed)
 
 
 def on_cluster(environment: dict[str, str], *arguments: object) -> subprocess.Popen[str]:
@@ -116,11 +111,11 @@ def on_cluster(environment: dict[str, str], *arguments: object) -> subprocess.Po
 
 
 @slow
-def test_two_nodes_write_one_run_and_one_of_them_and_the_driver_are_killed(s3, tasks, tmp_path, monkeypatch):
+def test_two_nodes_write_one_run_and_one_of_them_and_the_driver_are_killed(
+    s3, tasks, undisturbed, tmp_path, monkeypatch
+):
     """Every node writes its own rows and logs straight to the URL, here through a proxy of its own, which sees them."""
     machine(monkeypatch, tmp_path / "cache")
-    finish(birbal(*score(tasks, tmp_path / "score")))
-
     there = open_folder(f"s3://{BUCKET}/nodes/score")
     written: dict[str, list[str]] = {"driver": [], "first": [], "second": [], "third": []}
 
@@ -160,6 +155,6 @@ def test_two_nodes_write_one_run_and_one_of_them_and_the_driver_are_killed(s3, t
         cluster.shutdown()
     assert not written["driver"], "nodes write rows, not the driver"
     assert kept.items() <= {name: there.read_bytes(name) for name in row_files(there)}.items(), "not scored again"
-    assert rows_at(there) == scored_rows(tmp_path / "score"), "no row lost, none doubled, none different"
+    assert rows_at(there) == scored_rows(undisturbed), "no row lost, none doubled, none different"
     assert len([name for name in there.files("logs") if "replica-" in name]) >= 2, "logs of both nodes"
     assert os.environ["AWS_ENDPOINT_URL"] == s3["AWS_ENDPOINT_URL"]

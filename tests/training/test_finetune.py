@@ -280,17 +280,17 @@ def test_loss_falls_and_the_best_adapter_is_the_lowest_eval(tiny_model, run_fold
     assert (run_folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_budget_of_a_minute_ends_within_a_tenth_of_it(tiny_model, run_folder):
+def test_a_budget_ends_within_a_tenth_of_it(tiny_model, run_folder):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     from birbal_ray.train.sft import fine_tune
 
-    outcome = fine_tune(settings(budget="60s", epochs=100_000), tiny_model, run_folder)
+    outcome = fine_tune(settings(budget="30s", epochs=100_000), tiny_model, run_folder)
     assert outcome.ended_by == "budget"
-    assert 54 <= json.loads((run_folder / "clock.json").read_text())["elapsed_seconds"] <= 66
+    assert 27 <= json.loads((run_folder / "clock.json").read_text())["elapsed_seconds"] <= 33
     last = [line for line in read_metrics(run_folder / "metrics.jsonl") if "loss" in line][-1]
-    # The last step begins before the deadline: where one takes 1.5 of 60 s, the cosine is at 0.002 by then.
+    # The last step begins before the deadline: where one takes 1 of 30 s, the cosine is at 0.003 by then.
     assert last["learning_rate"] < 0.01 * 5e-3
     best = json.loads((run_folder / "best.json").read_text())
     assert best["step"] > 0

@@ -119,14 +119,16 @@ def test_failed_rows_come_first_inside_a_task(made):
 def test_every_row_explains_itself(made):
     seen = set()
     for row in read(made.folder.local, "audit.parquet"):
-        if row["reason"] in seen and not row["kept"]:
+        if (row["reason"], row["bucket"]) in seen:
             continue
-        seen.add(row["reason"])
+        seen.add((row["reason"], row["bucket"]))
         answer = explain(made.folder, row["row_id"])
         assert answer["kept"] == row["kept"] and DESCRIPTIONS[Reason[row["reason"].upper()]] in answer["why"]
         if row["reason"] == "duplicate":
             assert explain(made.folder, answer["repeats"])["row_id"] in answer["why"]
-    assert {"kept", "error", "duplicate", "over_allocation", "short_input", "too_long"} <= seen
+    assert {"kept", "error", "duplicate", "over_allocation", "short_input", "too_long"} <= {
+        reason for reason, _ in seen
+    }
     with pytest.raises(ConfigError, match="no candidate 'task0000_made_up_exact_match:x'"):
         explain(made.folder, "task0000_made_up_exact_match:x")
     with pytest.raises(ConfigError, match=r"no task or source 'task0000_made_up_exact' \(did you mean"):
