@@ -17,13 +17,14 @@ from typing import Any
 import filelock
 import psutil
 
-from birbal_ray.storage import Folder, RunError, Version
+from birbal_ray.storage import RETRY_SECONDS, Folder, RunError, Version, open_folder
 
 LOCK_FILE = ".lock"
 LOCK_RECORD = ".lock.json"  # who holds the folder; at a URL it is the lock itself
 LEASE_SECONDS = 60.0  # a remote lock that nobody renewed for so long may be taken over
 RENEW_SECONDS = 10.0
 LEASE_MARGIN_SECONDS = 5.0
+CHECK_SECONDS = 5.0  # for so long a worker believes what the store said of the lock
 
 
 def this_process() -> dict[str, Any]:
@@ -113,6 +114,8 @@ class RemoteLock:
     on this machine, or whose version has not changed for LEASE_SECONDS. A holder believes in its lock only for
     LEASE_SECONDS from the start of its last successful renewal, by its own clock, and so stops believing before another
     can take over; after that, `check` renews first. A thread that finds the lock lost interrupts the main thread.
+
+    Pickled, it becomes a LockView.
     """
 
     def __init__(self, folder: Folder) -> None:
@@ -141,11 +144,21 @@ class RemoteLock:
                     raise _held(self._folder, holder)
         self._thread.start()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LockView, (self._folder.place, self._me["token"])
+
     def check(self) -> None:
-        """Raise RunError unless this process surely holds the lock now."""
+        """Raise RunError unless this process surely holds the lock now. Waits through an outage of the store."""
+        start = time.monotonic()
         with self._mutex:
-            if not self.lost and time.monotonic() > self._valid_until:
-                self._renew()
+            while not self.lost and time.monotonic() > self._valid_until:
+                try:
+                    self._renew()
+                    break
+                except RunError:
+                    if time.monotonic() - start > RETRY_SECONDS:
+                        raise
+                    self._done.wait(1.0)
             if self.lost:
                 raise RunError(self.lost)
             if time.monotonic() > self._valid_until:
@@ -173,10 +186,7 @@ class RemoteLock:
     def _renew(self) -> None:
         if not self._write(self._version):
             holder, _ = self._read()
-            self.lost = (
-                f"{self._folder}: another run (pid {holder.get('pid', '?')} on {holder.get('host', '?')}) took this "
-                "folder over while this one could not renew its lock; this run stops, what it finished is kept"
-            )
+            self.lost = _lost(self._folder, holder)
 
     def _write(self, expected: Version | None, **fields: Any) -> bool:
         self._beat += 1
@@ -193,10 +203,45 @@ class RemoteLock:
 
     def _read(self) -> tuple[dict[str, Any], Version]:
         data, version = self._folder.read_version(LOCK_RECORD)
-        try:
-            return dict(json.loads(data)), version
-        except (ValueError, TypeError):
-            return {"host": "?", "boot": "?", "pid": "?"}, version
+        return _parse(data), version
+
+
+class LockView:
+    """A RemoteLock as the run's other processes see it, on any node: they only read it."""
+
+    def __init__(self, place: str, token: str) -> None:
+        self._folder, self._token = open_folder(place), token
+        self._asked = -CHECK_SECONDS
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LockView, (self._folder.place, self._token)
+
+    def check(self) -> None:
+        """Raise RunError when another run took the lock, or this one gave it back. A request every CHECK_SECONDS."""
+        now = time.monotonic()
+        if now - self._asked < CHECK_SECONDS:
+            return
+        holder = _parse(self._folder.read_version(LOCK_RECORD, patient=True)[0])
+        if holder.get("token") != self._token or holder.get("released"):
+            raise RunError(_lost(self._folder, holder))
+        self._asked = now
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    """A lock's record; made-up values, which are no one's, where another program wrote it."""
+    try:
+        return dict(json.loads(data))
+    except (ValueError, TypeError):
+        return {"host": "?", "boot": "?", "pid": "?"}
+
+
+def _lost(folder: Folder, holder: Mapping[str, Any]) -> str:
+    if holder.get("released"):
+        return f"{folder}: the run that this process works for has ended; nothing more is written"
+    return (
+        f"{folder}: another run (pid {holder.get('pid', '?')} on {holder.get('host', '?')}) took this "
+        "folder over while this one could not renew its lock; this run stops, what it finished is kept"
+    )
 
 
 def _held(folder: Folder, holder: Mapping[str, Any]) -> RunError:

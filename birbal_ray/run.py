@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class Run:
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "progress"))
 
     def check(self) -> None:
-        """Raise RunError unless this process still holds the folder. Call it before publishing anything but rows."""
+        """Raise RunError unless this process still holds the folder. At a URL, every write to `folder` asks first."""
         self._lock.check()
 
     def progress(self, done: int | None, total: int | None, *, final: bool = False, **fields: Any) -> None:
@@ -115,7 +115,6 @@ class Run:
 
     def withdraw(self) -> None:
         """Delete the manifest: the run is unfinished again. Call it before the files of a finished run change."""
-        self.check()
         self.folder.delete([MANIFEST_FILE])
         self.manifest = None
 
@@ -128,7 +127,6 @@ class Run:
         `summary`: one short line for `birbal status`. Raises RunError when a file isn't there or the folder isn't held.
         """
         records = files if isinstance(files, Mapping) else {name: self.folder.record_of(name) for name in files}
-        self.check()
         content = {
             **self.folder.read_json(RUN_FILE),
             "wall_seconds": round(self.wall_seconds, 3),
@@ -187,6 +185,7 @@ def open_run(
     folder = open_folder(output)
     _refuse_inputs(folder, inputs)
     with hold_lock(folder) as lock:
+        folder = folder if isinstance(lock, LocalLock) else replace(folder, guard=lock)
         resumed, manifest, files = _claim(folder, step, json.loads(json.dumps(identity)), owns, overwrite)
         run = Run(folder, step, resumed, manifest, files, lock)
         with contextlib.suppress(FileNotFoundError, RunError, KeyError, TypeError, ValueError, AttributeError):

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import filelock
 from pyarrow import fs
@@ -64,6 +64,13 @@ class FileStat(NamedTuple):
 
     size: int
     modified: float
+
+
+class Guard(Protocol):
+    """What a Folder asks before it publishes or deletes an object. Travels to other processes with the folder."""
+
+    def check(self) -> None:
+        """Raise RunError unless this run still holds the folder."""
 
 
 def is_url(path: object) -> bool:
@@ -104,7 +111,7 @@ def make_cache_folder(name: str) -> Path:
     return folder
 
 
-def open_folder(path: str | os.PathLike[str] | Folder) -> Folder:
+def open_folder(path: str | os.PathLike[str] | Folder, guard: Guard | None = None) -> Folder:
     """The folder at a path or URL, whether or not something is there. Makes no request (but one for a bucket's region).
 
     Credentials are the environment's; an S3-compatible server is named by AWS_ENDPOINT_URL (or AWS_ENDPOINT_URL_S3), a
@@ -118,12 +125,12 @@ def open_folder(path: str | os.PathLike[str] | Folder) -> Folder:
     scheme, _, root = place.partition("://")
     if not root or {"", ".", ".."}.intersection(root.split("/")):
         raise RunError(f"{path}: expected {scheme}://bucket/folder")
-    return Folder(place, _filesystem(scheme, root.partition("/")[0], _environment()), root)
+    return Folder(place, _filesystem(scheme, root.partition("/")[0], _environment()), root, guard)
 
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A folder at `place`, an absolute path or a URL. Travels to other processes by its place.
+    """A folder at `place`, an absolute path or a URL. Travels to other processes by its place and guard.
 
     Reading raises FileNotFoundError for an absent file, and RunError, which names the place, for a damaged one or a
     store that can't be reached. On a disk, OSErrors (disk full, permissions) stay what they are.
@@ -132,12 +139,13 @@ class Folder:
     place: str
     filesystem: fs.FileSystem = field(compare=False, repr=False)
     root: str = field(compare=False, repr=False)  # of this folder inside `filesystem`
+    guard: Guard | None = field(default=None, compare=False, repr=False)  # of a run at a URL
 
     def __str__(self) -> str:
         return self.place
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_folder, (self.place,)
+        return open_folder, (self.place, self.guard)
 
     @property
     def is_local(self) -> bool:
@@ -161,7 +169,7 @@ class Folder:
 
     def subfolder(self, name: str) -> Folder:
         """The folder `name` below this one."""
-        return Folder(self.at(name), self.filesystem, self.path(name))
+        return Folder(self.at(name), self.filesystem, self.path(name), self.guard)
 
     def files(self, under: str = "", *, hidden: bool = False) -> dict[str, FileStat]:
         """Every file below the folder (or below `under` in it), by its name from this folder, in one listing, sorted.
@@ -301,6 +309,8 @@ class Folder:
         if not self.is_local and names:
             import obstore
 
+            if self.guard:
+                self.guard.check()
             with _named_errors(self.place), contextlib.suppress(FileNotFoundError):
                 obstore.delete(self._store(), [self._key(name) for name in names])
         elif names:
@@ -311,12 +321,12 @@ class Folder:
                 with contextlib.suppress(OSError):  # not empty
                     (self.local / parent).rmdir()
 
-    def read_version(self, name: str) -> tuple[bytes, Version]:
-        """The content of an object and the version it has. At URLs only."""
+    def read_version(self, name: str, *, patient: bool = False) -> tuple[bytes, Version]:
+        """The content of an object and the version it has; `patient`: through an outage. At URLs only."""
         import obstore
 
         with _named_errors(self.at(name)):
-            result = obstore.get(self._store(patient=False), self._key(name))
+            result = obstore.get(self._store(patient=patient), self._key(name))
             return bytes(result.bytes()), _version(result.meta)
 
     def write_version(self, name: str, data: bytes, expected: Version | None) -> Version | None:
@@ -342,6 +352,8 @@ class Folder:
     def _put(self, name: str, content: bytes | Path, size: int) -> None:
         import obstore
 
+        if self.guard:
+            self.guard.check()
         try:
             with _named_errors(self.at(name)):
                 # At most 10,000 parts make an object.

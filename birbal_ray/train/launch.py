@@ -20,7 +20,7 @@ from birbal_ray.models import Model, ModelError, resolve_model
 from birbal_ray.progress import ProgressLine, duration, save_throughput
 from birbal_ray.run import LOG_FOLDER, Run, RunFailedError
 from birbal_ray.settings import ConfigError, one_line
-from birbal_ray.storage import Folder, RunError, Uploader, cache_folder, open_folder, read_json, write_json
+from birbal_ray.storage import Folder, RunError, Uploader, cache_folder, read_json, write_json
 from birbal_ray.train.checkpoints import (
     CHECKPOINTS_FOLDER,
     EASED_FILE,
@@ -139,9 +139,7 @@ def _run_worker(
             # Its node was taken away; Ray places the worker as soon as another one joins.
             progress.update(f"waiting: {reason}" if reason else shown.text(progress))
     except KeyboardInterrupt:
-        if run is not None:
-            run.check()  # interrupted because another run took the folder over: that one must not be stopped
-        folder.write_bytes(STOP_FILE, b"")
+        folder.write_bytes(STOP_FILE, b"")  # refused where another run took the folder over, which must not be stopped
         grace = config.resources.stop_grace
         progress.message(f"stopping: the worker saves a checkpoint first (at most {grace:.0f} s)")
         concurrent.futures.wait([done], grace)
@@ -216,7 +214,7 @@ def _fit(config: TrainConfig, model: Model, folder: Folder, done: concurrent.fut
         train_loop_config={
             "config": config.model_dump(mode="json"),
             "fingerprint": model.fingerprint,
-            "folder": folder.place,
+            "folder": folder,  # with its guard: who loses the run's lock uploads nothing more
         },
         torch_config=TorchConfig(backend="gloo"),  # one worker has nobody to talk to
         scaling_config=ScalingConfig(
@@ -264,7 +262,7 @@ def train_on_worker(options: dict[str, Any]) -> dict[str, Any]:
 
     started = time.monotonic()
     config = TrainConfig.model_validate(options["config"])
-    folder = open_folder(options["folder"])
+    folder: Folder = options["folder"]
     node = ray.get_runtime_context().get_node_id()
     if folder.is_local:
         return run_session(config, options["fingerprint"], Remote(folder, folder.local), node, started)

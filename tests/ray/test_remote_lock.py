@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import time
 
+import pyarrow as pa
 import pytest
 
 from birbal_ray import lock
 from birbal_ray.run import open_run
-from birbal_ray.storage import RunError, open_folder
+from birbal_ray.storage import Folder, RunError, open_folder
 from tests.conftest import slow
 from tests.fixtures.s3_server import BUCKET, python_at, s3_proxy
 
@@ -75,6 +77,46 @@ def test_who_loses_the_lock_stops_and_publishes_nothing(s3, short_lease):
         opened.folder.write_json(".lock.json", {**lock.this_process(), "host": "other", "beat": 1})
         opened._lock._valid_until = 0.0
         opened.finish({}, [], summary="")
+
+
+def test_whoever_works_for_a_run_that_lost_its_lock_publishes_nothing_more(s3, monkeypatch):
+    """A writer in another process, on any node, finds out from the store, which it asks at most every few seconds."""
+    url = f"s3://{BUCKET}/lost-by-the-driver"
+    monkeypatch.setattr(lock, "RENEW_SECONDS", 60.0)
+    reads, read = [], Folder.read_version
+
+    def counted(self, name, **options):
+        reads.append(name)
+        return read(self, name, **options)
+
+    with pytest.raises(RunError, match="took this folder over"), open_run(url, "score", {}, owns=()) as opened:
+        monkeypatch.setattr(Folder, "read_version", counted)
+        rows = pickle.loads(pickle.dumps(opened.folder)).subfolder("rows")
+        again = pickle.loads(pickle.dumps(rows))
+        for name in ("a", "b", "c"):
+            rows.write_bytes(name, b"1")
+            again.write_bytes(name, b"1")
+        assert reads == [".lock.json"] * 2, "one request of each copy"
+        open_folder(url).write_json(".lock.json", {**lock.this_process(), "host": "other", "beat": 1})
+        monkeypatch.setattr(lock, "CHECK_SECONDS", 0.0)
+        for publish in (
+            lambda: rows.write_bytes("d", b"2"),
+            lambda: again.write_parquet("d", pa.table({"x": [1]})),
+            lambda: rows.delete(["a"]),
+        ):
+            with pytest.raises(RunError, match=r"another run \(pid .* on other\) took this folder over"):
+                publish()
+        opened._lock._valid_until = 0.0  # the driver asks before it writes, too
+        opened.folder.write_bytes("rows/d", b"2")
+    assert set(open_folder(url).subfolder("rows").files()) == {"a", "b", "c"}
+
+
+def test_a_worker_that_outlives_its_run_publishes_nothing_more(s3):
+    url = f"s3://{BUCKET}/outlived"
+    with open_run(url, "score", {}, owns=()) as opened:
+        there = pickle.loads(pickle.dumps(opened.folder))
+    with pytest.raises(RunError, match="has ended"):
+        there.write_bytes("rows/a", b"1")
 
 
 @pytest.mark.parametrize("delay", [0.4, 2.0])
