@@ -22,11 +22,9 @@ from birbal_ray.cli.options import (
 )
 from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.progress import ProgressLine, duration
 from birbal_ray.recipe import PipelineConfig, join_steps
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.settings import load_config
-from birbal_ray.storage import join, open_folder
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.tune.config import TuneConfig
 
@@ -137,7 +135,7 @@ def print_score(result: ScoreResult, output_format: str) -> None:
 
 def print_score_plan(config: ScoreConfig, output_format: str) -> None:
     """Prompts and tokens per task on stdout; sums and the time they take on stderr."""
-    from birbal_ray.progress import last_throughput
+    from birbal_ray.progress import ProgressLine, duration, last_throughput
     from birbal_ray.score.run import describe_plan, plan_run, throughput_key
 
     progress = ProgressLine()
@@ -468,6 +466,7 @@ def evaluate(config: EvaluateConfig, per_task: bool, overwrite: bool, dry_run: b
           --adapter mine=runs/train --adapter theirs=adapters/other --mix runs/mix --output runs/evaluate
     """
     from birbal_ray.evaluate import run as step
+    from birbal_ray.progress import ProgressLine
     from birbal_ray.score.run import plan_run
 
     if not dry_run:
@@ -644,6 +643,7 @@ def with_files(config: PipelineConfig, files: Mapping[str, str | None]) -> Pipel
 def run_recipe(config: PipelineConfig, overwrite: bool) -> None:
     """Run every step, print what each one found, and how to ask why a row is in the mix."""
     from birbal_ray.pipeline import run_pipeline
+    from birbal_ray.storage import join
 
     page = run_pipeline(
         config,
@@ -684,6 +684,7 @@ def plan(config: PipelineConfig, cards: tuple[str, ...], gpu_price: float | None
           --gpu-price 0.40
     """
     from birbal_ray.plan import money, plan_recipe, records_of
+    from birbal_ray.progress import duration
 
     joined = join_steps(config.model_copy(update={"output": config.output or "runs"}))
     found = {card: plan_recipe(joined, card) for card in cards or (None,)}
@@ -717,5 +718,7 @@ def plan(config: PipelineConfig, cards: tuple[str, ...], gpu_price: float | None
 
 def explain_command(mix_folder: str) -> str:
     """The command that explains the first training row of a mix."""
+    from birbal_ray.storage import open_folder
+
     row_id = open_folder(mix_folder).read_table("train.parquet", ["row_id"])["row_id"][0].as_py()
     return shlex.join(["birbal", "mix", "explain", row_id, "--mix", mix_folder])
