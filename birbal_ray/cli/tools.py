@@ -360,7 +360,7 @@ def export_predictions(run: str, output: Path) -> None:
     Example:
       birbal export-predictions runs/score --output predictions/
     """
-    from birbal_ray.score.export import export_published_json
+    from birbal_ray.score.results import export_published_json
     from birbal_ray.storage import input_folder
 
     files, rows = export_published_json(input_folder(run), output)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import yaml
 
 from birbal_ray.storage import Folder
-from birbal_ray.tune.scheduler import TrialResult, TrialSpec, mark_diverged
+from birbal_ray.tune.scheduler import FINISHED, TrialResult, TrialSpec, mark_diverged
 
 TRIALS_FOLDER, ADAPTER_FOLDER = "trials", "adapter"
 SPEC_FILE, RESULT_FILE, MIX_FILE = "trial.json", "result.json", "mix.yaml"
+OBJECTIVE, RUNG = "objective", "rung"  # of what a trial reports
 
 # trials.parquet. Objectives: weighted mean over groups of the held-out loss, nats a token.
 TRIALS = pa.schema(
@@ -100,3 +103,31 @@ def table_of(results: Sequence[TrialResult]) -> pa.Table:
         for result in results
     ]
     return pa.Table.from_pylist(rows, schema=TRIALS)
+
+
+class RungReporter:
+    """Sends each objective of a trial to Tune as it is measured, and writes the result at the end."""
+
+    def __init__(self, run: Folder, spec: TrialSpec, num_rungs: int) -> None:
+        self._run, self._spec, self._num_rungs = run, spec, num_rungs
+        self._started = time.monotonic()
+        self._rungs: list[list[float]] = []
+
+    def keep(self, adapter: Path) -> None:
+        """Copy an adapter's folder beside the result, before the result says that the trial has ended."""
+        for file in sorted(adapter.iterdir()):
+            self._run.upload(file, trial_file(self._spec, f"{adapter.name}/{file.name}"))
+
+    def report(self, step: int, objective: float, **figures: Any) -> None:
+        """One objective after `step` optimizer steps; the last one, with the result's `figures`, ends the trial."""
+        import ray
+        from ray import tune
+
+        self._rungs.append([step, objective])
+        if len(self._rungs) == self._num_rungs:
+            seconds, node = time.monotonic() - self._started, ray.get_runtime_context().get_node_id()
+            write_result(
+                self._run,
+                TrialResult(self._spec, FINISHED, objective, self._rungs, seconds=seconds, node=node, **figures),
+            )
+        tune.report({OBJECTIVE: objective, RUNG: len(self._rungs), "step": step})

@@ -6,7 +6,6 @@ import math
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -18,44 +17,16 @@ from birbal_ray.progress import ProgressLine
 from birbal_ray.run import Run, one_line
 from birbal_ray.storage import Folder
 from birbal_ray.tune.config import TuneConfig
-from birbal_ray.tune.records import RESULT_FILE, trial_file, write_result
+from birbal_ray.tune.records import OBJECTIVE, RESULT_FILE, RUNG, trial_file, write_result
 from birbal_ray.tune.scheduler import FAILED, FINISHED, SEARCH, STOPPED, TrialResult, TrialScheduler, TrialSpec
 
 RAY_FOLDER = "ray_tune"
-OBJECTIVE, RUNG = "objective", "rung"
 # Read by Tune when it starts.
 ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C and SIGTERM end the command at once; trials that ended are kept
     "TUNE_GLOBAL_CHECKPOINT_S": "600",  # our own records say what is done
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-
-
-class RungReporter:
-    """A trial's side: reports each objective to Tune as it is measured, and writes the result at the end."""
-
-    def __init__(self, run: Folder, spec: TrialSpec, num_rungs: int) -> None:
-        self._run, self._spec, self._num_rungs = run, spec, num_rungs
-        self._started = time.monotonic()
-        self._rungs: list[list[float]] = []
-
-    def keep(self, adapter: Path) -> None:
-        """Copy an adapter's folder beside the result, before the result says that the trial has ended."""
-        for file in sorted(adapter.iterdir()):
-            self._run.upload(file, trial_file(self._spec, f"{adapter.name}/{file.name}"))
-
-    def report(self, step: int, objective: float, **figures: Any) -> None:
-        """One objective after `step` optimizer steps; the last one, with the result's `figures`, ends the trial."""
-        import ray
-
-        self._rungs.append([step, objective])
-        if len(self._rungs) == self._num_rungs:
-            seconds, node = time.monotonic() - self._started, ray.get_runtime_context().get_node_id()
-            write_result(
-                self._run,
-                TrialResult(self._spec, FINISHED, objective, self._rungs, seconds=seconds, node=node, **figures),
-            )
-        tune.report({OBJECTIVE: objective, RUNG: len(self._rungs), "step": step})
 
 
 class NotPickled:

@@ -22,7 +22,7 @@ from birbal_ray.run import RunError
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import input_folder, open_folder
 from birbal_ray.tune.config import TuneConfig, file_group
-from birbal_ray.tune.records import ADAPTER_FOLDER, trial_file
+from birbal_ray.tune.records import ADAPTER_FOLDER, RungReporter, trial_file
 from birbal_ray.tune.scheduler import BASE, REPEAT, TrialSpec
 
 NUM_EVAL_ROWS = 8  # validation rows that the fine-tune's own evaluation uses; trials are judged on all
@@ -31,8 +31,6 @@ LOG_FILE = "logs/trial.log"
 
 def run_trial(options: dict[str, Any]) -> None:
     """One trial, in a worker process. Only its log and its result go to the run's folder."""
-    from birbal_ray.tune.searcher import RungReporter
-
     spec, settings = TrialSpec.from_dict(options["spec"]), TuneConfig.model_validate(options["settings"])
     run = open_folder(options["run"])
     work = Path(tempfile.mkdtemp(prefix="birbal-trial-"))

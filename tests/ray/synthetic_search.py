@@ -26,7 +26,7 @@ def synthetic_trial(config: dict[str, Any]) -> None:
     """Sleeps between its rungs; writes down where and when it started. Its loss follows gamma."""
     import ray
 
-    from birbal_ray.tune.searcher import RungReporter
+    from birbal_ray.tune.records import RungReporter
 
     spec, run = TrialSpec.from_dict(config["spec"]), Path(config["run"])
     start = {"key": spec.key, "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid(), "at": time.time()}

@@ -9,7 +9,7 @@ from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import mix
 from birbal_ray.mix.scores import open_scores
 from birbal_ray.run import RunError
-from birbal_ray.score.export import export_published_json
+from birbal_ray.score.results import export_published_json
 from tests.fixtures.score_folder import forget_files, made_up_rows, write_score_folder
 
 
