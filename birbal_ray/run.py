@@ -183,7 +183,12 @@ def open_run(
     is or holds an input, holds another step's run, or files that no run of `step` makes and that would be deleted.
     """
     folder = open_folder(output)
-    _refuse_inputs(folder, inputs)
+    for path in inputs:
+        if (is_url(path) or Path(path).exists()) and f"{absolute(str(path))}/".startswith(f"{folder.place}/"):
+            raise ConfigError(
+                f"--output {folder}: this folder {'is' if absolute(str(path)) == folder.place else 'holds'} an input "
+                f"({path}); choose another --output"
+            )
     with hold_lock(folder) as lock:
         folder = folder if isinstance(lock, LocalLock) else replace(folder, guard=lock)
         resumed, manifest, files = _claim(folder, step, json.loads(json.dumps(identity)), owns, overwrite)
@@ -201,15 +206,6 @@ def open_run(
             raise
         finally:
             run._end(error)
-
-
-def _refuse_inputs(folder: Folder, inputs: Sequence[str | os.PathLike[str]]) -> None:
-    for path in inputs:
-        if (is_url(path) or Path(path).exists()) and f"{absolute(str(path))}/".startswith(f"{folder.place}/"):
-            raise ConfigError(
-                f"--output {folder}: this folder {'is' if absolute(str(path)) == folder.place else 'holds'} an input "
-                f"({path}); choose another --output"
-            )
 
 
 def _claim(
@@ -243,7 +239,9 @@ def _claim(
         return True, _complete_manifest(folder, files) if MANIFEST_FILE in visible else None, visible
     if not overwrite:
         raise RunMismatchError(folder, identity_differences(earlier, record))
-    listed = _listed_files(folder) if MANIFEST_FILE in visible else set()
+    listed: set[str] = set()
+    with contextlib.suppress(FileNotFoundError, RunError, AttributeError, KeyError, TypeError):
+        listed = set(folder.read_json(MANIFEST_FILE)["files"])
     linked = {name for name in files if folder.is_local and _is_behind_link(folder.local, name)}
     ours = {name for name in files if name in listed or _is_owned(name, (*owns, *STANDARD_FILES))} - linked
     if unknown := sorted(visible.keys() - ours):
@@ -308,12 +306,6 @@ def _complete_manifest(folder: Folder, files: Mapping[str, FileStat]) -> dict[st
     )
     folder.delete([MANIFEST_FILE])
     return None
-
-
-def _listed_files(folder: Folder) -> set[str]:
-    with contextlib.suppress(RunError, AttributeError, KeyError, TypeError):
-        return set(folder.read_json(MANIFEST_FILE)["files"])
-    return set()
 
 
 def identity_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

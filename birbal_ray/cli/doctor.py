@@ -91,10 +91,11 @@ def print_cluster(nodes: list[Node], found: list[Placement], output_format: str)
         return
     print_table([_cells(node) for node in nodes], output_format)
     click.echo()
-    rows = [
-        {"work": one.work, "wanted": one.wanted, "fits": "yes" if one.fits else "no", "nodes": _named(one.nodes)}
-        for one in found
-    ]
+    rows = [{"work": one.work, "wanted": one.wanted, "fits": "yes" if one.fits else "no", "nodes": ""} for one in found]
+    for row, one in zip(rows, found, strict=True):
+        named = [f"{node.name} ({node.ip})" for node in one.nodes[:NUM_NAMED]]
+        more = [f"and {len(one.nodes) - NUM_NAMED} more"] if len(one.nodes) > NUM_NAMED else []
+        row["nodes"] = ", ".join([*named, *more]) or "none"
     print_table(rows, output_format)
 
 
@@ -110,9 +111,3 @@ def _cells(node: Node) -> dict[str, Any]:
         "memory": f"{node.memory_bytes / 2**30:.1f} GiB",
         "labels": " ".join(f"{name.removeprefix('ray.io/')}={value}" for name, value in node.labels.items()),
     }
-
-
-def _named(nodes: tuple[Node, ...]) -> str:
-    shown = [f"{node.name} ({node.ip})" for node in nodes[:NUM_NAMED]]
-    more = [f"and {len(nodes) - NUM_NAMED} more"] if len(nodes) > NUM_NAMED else []
-    return ", ".join([*shown, *more]) or "none"

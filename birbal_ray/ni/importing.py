@@ -99,7 +99,9 @@ def make_tasks(
     for number, row in enumerate(rows, 1):
         group = _text(row.get(options.group_by)) if options.group_by else ""
         inputs = [_text(row.get(column)) for column in options.inputs]
-        outputs = [text for column in options.outputs for text in _texts(row.get(column)) if text.strip()]
+        cells = [row.get(column) for column in options.outputs]
+        values = [one for cell in cells for one in (cell if isinstance(cell, (list, tuple)) else [cell])]
+        outputs = [text for text in map(_text, values) if text is not None and text.strip()]
         if None in row:  # csv's key for what is beyond the header
             dropped.add("more cells than the header has", number)
         elif group is None or (options.group_by and not group.strip()):
@@ -186,11 +188,6 @@ def _read_csv(file: Path, text: str, columns: Sequence[str]) -> tuple[list[str],
         return found, list(reader)
     except csv.Error as error:
         raise TaskError(f"{file} line {reader.line_num}: not valid CSV ({error})") from None
-
-
-def _texts(value: Any) -> list[str]:
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return [text for text in map(_text, values) if text is not None]
 
 
 def _text(value: Any) -> str | None:

@@ -294,17 +294,13 @@ def _texts(value: Any, repairs: Counter[str]) -> Iterator[str]:
             if isinstance(entry, list):
                 repairs["list inside an output taken apart"] += 1
             yield from _texts(entry, repairs)
-    elif _is_number(value):
+    elif (isinstance(value, int) and not isinstance(value, bool)) or (
+        isinstance(value, float) and math.isfinite(value)
+    ):
         repairs["number taken as a reference text"] += 1
         yield str(value)
     else:
         repairs[f"reference dropped ({_kind(value)}, not a text)"] += 1
-
-
-def _is_number(value: Any) -> bool:
-    return (isinstance(value, int) and not isinstance(value, bool)) or (
-        isinstance(value, float) and math.isfinite(value)
-    )
 
 
 def _strings(value: Any) -> tuple[str, ...]:

@@ -85,10 +85,10 @@ def take_first(task: Task, count: int | None, seed: int, excluded: Collection[st
 
     `excluded` holds row ids and text keys that are passed over.
     """
-    instances = [instance for instance in task.instances if not _is_excluded(task, instance, excluded)]
+    instances = [
+        one
+        for one in task.instances
+        if not excluded or not (one.row_id in excluded or text_key(task.definition, one.input) in excluded)
+    ]
     ordered = sorted(instances, key=lambda instance: (hash_order(instance.row_id, seed), instance.row_id))
     return ordered if count is None else ordered[:count]
-
-
-def _is_excluded(task: Task, instance: Instance, excluded: Collection[str]) -> bool:
-    return bool(excluded) and (instance.row_id in excluded or text_key(task.definition, instance.input) in excluded)

@@ -569,15 +569,12 @@ class _PlanCache:
             stat = file.path.stat() if file.path.exists() else None
             keys[file] = f"{file.path.resolve()}:{file.member}:{stat and (stat.st_size, stat.st_mtime_ns)}"
             if keys[file] in self._known:
-                yield file, _revive(self._known[keys[file]])
+                entry = self._known[keys[file]]
+                if isinstance(entry, dict):
+                    texts = {name: tuple(entry[name]) for name in ("categories", "sources", "domains", "licenses")}
+                    entry = PlannedTask(**{**entry, **texts, "label": labels.Label(**entry["label"])})
+                yield file, entry
         for file, task in reader.read_tasks([file for file in files if keys[file] not in self._known]):
             outcome = planner(file, task)
             self._new[keys[file]] = asdict(outcome) if isinstance(outcome, PlannedTask) else outcome
             yield file, outcome
-
-
-def _revive(entry: Any) -> _Outcome:
-    if isinstance(entry, list):
-        return entry[0], entry[1]
-    texts = {name: tuple(entry[name]) for name in ("categories", "sources", "domains", "licenses")}
-    return PlannedTask(**{**entry, **texts, "label": labels.Label(**entry["label"])})

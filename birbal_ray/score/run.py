@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -329,7 +330,8 @@ def _score(
     todo = [*plan.shards(shard_rows, found), *retries]
     schedule: Schedule = FixedSchedule(todo)
     if config.adaptive.enabled:
-        log = _read_decisions(run.folder)
+        with contextlib.suppress(OSError, RunError, TypeError):
+            log = [Decision(**entry) for entry in run.folder.read_json(DECISIONS_FILE)]
         stops = {one.task: one.reason for one in log}
         tallies = count_scores(run.folder.subfolder(ROWS_FOLDER), found, plan.tasks, config.adaptive.failed_below)
         schedule = AdaptiveSchedule(plan.tasks, config.adaptive, shard_rows, found.copy(), tallies, log, retries)
@@ -416,10 +418,3 @@ def _finish(
         summary=f"{plan.num_rows} rows of {len(plan.tasks)} tasks",
     )
     return ScoreResult(run.folder, manifest, results.task_scores)
-
-
-def _read_decisions(folder: Folder) -> list[Decision]:
-    try:
-        return [Decision(**entry) for entry in folder.read_json(DECISIONS_FILE)]
-    except (OSError, RunError, TypeError):
-        return []
