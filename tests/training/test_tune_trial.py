@@ -1,9 +1,11 @@
 """One trial of a search on a model of two layers: what it is judged on, and that training shows in it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from birbal_ray.mix.scores import open_scores
@@ -12,7 +14,7 @@ from birbal_ray.train.data import IGNORED
 from birbal_ray.train.task_loss import read_samples, task_losses
 from birbal_ray.tune.config import TuneConfig
 from birbal_ray.tune.run import resolve_config
-from birbal_ray.tune.scheduler import TrialResult, TrialScheduler
+from birbal_ray.tune.scheduler import REPEAT, TrialResult, TrialScheduler
 from birbal_ray.tune.trial import judge, make_mix
 from tests.fixtures.score_folder import made_up_rows, write_score_folder
 
@@ -23,7 +25,10 @@ class Noted:
     """Takes rungs as `RungReporter` does, without Ray."""
 
     def __init__(self):
-        self.rungs, self.figures = [], {}
+        self.rungs, self.figures, self.kept = [], {}, {}
+
+    def keep(self, adapter):
+        self.kept = {file.name: file.read_bytes() for file in adapter.iterdir()}
 
     def report(self, step, objective, **figures):
         self.rungs.append((step, objective))
@@ -44,7 +49,7 @@ def config(tiny_model, tmp_path_factory):
                 "optimizer": {"learning_rate": 2e-2, "warmup_steps": 0},
                 "gradient_checkpointing": False,
             },
-            proxy={"tokens": TOKENS},
+            proxy={"tokens": TOKENS, "keep_adapters": True},
             validation={"rows_per_task": 3, "num_rungs": 2},
         )
     )[0]
@@ -104,4 +109,21 @@ def test_the_objective_is_the_mean_over_labels_of_the_mean_of_task_means(judged,
         means[label] = sum(mine) / len(mine)
     noted = judged["base_model"][0]
     assert noted.figures["groups"] == pytest.approx(means, rel=1e-4)
+    assert noted.figures["tasks"] == pytest.approx(expected, rel=1e-4)
     assert noted.rungs[0][1] == pytest.approx((means["exact_match"] + means["generation"]) / 2, rel=1e-4)
+
+
+def test_a_fresh_seeds_adapter_is_kept_before_its_result_and_has_its_loss(judged, config, tiny_model, tmp_path):
+    assert not any(noted.kept for noted, _ in judged.values()), "those of the search are not asked for"
+    labels = {task.name: task.label for task in open_scores(Path(config.scores)).tasks}
+    spec = replace(TrialScheduler(config)._named["uniform"], key="uniform-seed1", kind=REPEAT, seed=1)
+    noted = Noted()
+    made = make_mix(spec, config, tmp_path / "mix")
+    judge(spec, config, resolve_model(str(tiny_model)), tmp_path, made, labels, noted)
+    (tmp_path / "kept").mkdir()
+    for name, content in noted.kept.items():
+        (tmp_path / "kept" / name).write_bytes(content)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= noted.kept.keys()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "kept")
+    samples = read_samples(tmp_path / "mix" / "validation.parquet", AutoTokenizer.from_pretrained(tiny_model), 256)
+    assert task_losses(model, samples) == pytest.approx(noted.figures["tasks"], rel=1e-3)
