@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,19 @@ def test_exit_codes(run, folder, scores, tmp_path, arguments, code, message):
     filled = [a.format(tmp=tmp_path, scores=scores, folder=folder) for a in arguments]
     result = run(*filled)
     assert result.exit_code == code and message in result.stderr and "Traceback" not in result.output
+
+
+def test_a_mix_of_version_0_1_is_refused_with_what_to_do(run, folder, tmp_path):
+    old = shutil.copytree(folder, tmp_path / "old")
+    manifest = json.loads((old / "manifest.json").read_text())
+    del manifest["format"]
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    result = run("explain", "a:b", "--mix", old)
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"error: {old}: an earlier version of birbal_ray made this run, and this one can't read it; "
+        "run `birbal mix` again with another --output\n"
+    )
 
 
 def test_help_has_examples(run):
