@@ -1,4 +1,4 @@
-"""`birbal evaluate --gate DELTA`: exit 1 where a scope lost more than DELTA, zero-shot or few-shot; the results stay."""
+"""`birbal evaluate --gate DELTA`: exit 1 where a scope lost more than DELTA, zero-shot or few-shot."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_loss_beyond_delta_on_any_scope_is_exit_code_1_and_named(evaluate):
 
 
 def test_a_loss_within_delta_and_a_gain_pass(evaluate):
-    result, comparisons = evaluate(-0.1)
+    _, comparisons = evaluate(-0.1)
     largest = max(-row["difference"] for row in comparisons)
     assert evaluate(-0.1, "--gate", largest + 1e-6)[0].exit_code == 0
     assert evaluate(-0.1, "--gate", largest - 1e-6)[0].exit_code == 1
