@@ -11,20 +11,20 @@ from contextlib import ExitStack
 from typing import Any
 
 from birbal_ray.cluster import job_metadata, ray_session
-from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.evaluate.run import evaluate
 from birbal_ray.mix.config import MixConfig
+from birbal_ray.mix.datasets import source_problem
 from birbal_ray.mix.run import mix
+from birbal_ray.models import ModelError
 from birbal_ray.ni import catalog, reader
-from birbal_ray.plan import LOAD_SECONDS, least_seconds
-from birbal_ray.progress import duration
+from birbal_ray.plan import LOAD_SECONDS, fitting_instances, least_seconds, plan_recipe, records_of
+from birbal_ray.progress import CLOCK_FILE, PLAN_FILE, duration, save_figures
 from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps
 from birbal_ray.report.run import report
 from birbal_ray.run import LOG_FOLDER, MANIFEST_FILE, RunFailedError, sigterm_as_interrupt
 from birbal_ray.score.pipeline import logical_cpus
 from birbal_ray.score.run import score
 from birbal_ray.settings import ConfigError, one_line
-from birbal_ray.status import CLOCK_FILE
 from birbal_ray.storage import Folder, RunError, cache_folder, input_folder, open_folder
 from birbal_ray.train.deadline import CLOCK_FILE as WORKER_CLOCK_FILE
 from birbal_ray.train.launch import logical_cpus as train_logical_cpus
@@ -44,7 +44,6 @@ RUN: Mapping[str, Callable[..., Any]] = {
     **{"score": score, "tune": tune, "mix": mix, "train": train, "evaluate": evaluate}
 }
 LOCAL_BEAT_SECONDS, REMOTE_BEAT_SECONDS = 2.0, 5.0
-EVALUATE_MARGIN = 0.8  # of its time: speeds vary, and comparing takes a moment, too
 TRAIN_START_SECONDS = 15.0  # of the training step, before its worker's own clock runs and after it has ended
 
 
@@ -52,7 +51,7 @@ class BudgetClock:
     """Seconds that each step of a recipe has taken, over all sessions; a killed one loses a beat at most.
 
     Kept in clock.json of the recipe's folder, with what was decided once for a step, so that a continuation asks it
-    for the same. Without a budget it only counts.
+    for the same. Without a budget it only counts. `is_new`: no earlier session had this budget.
     """
 
     def __init__(
@@ -75,6 +74,7 @@ class BudgetClock:
         # Another budget is another plan: what was decided for the old one does not bind it.
         same = earlier.get("budget_seconds") == budget
         self._decided: dict[str, Any] = dict(earlier.get("decided", {})) if same else {}
+        self.is_new = not earlier or not same
         self._lock = threading.Lock()
 
     @property
@@ -159,21 +159,25 @@ def run_pipeline(
 ) -> str:
     """Run every step, those that are up to date excepted; the report's path or URL. Raises as the steps do.
 
-    With a budget each step ends in time, and training gets what the others leave. The report is written after every
-    step. `show` gets each step's result under its name. The steps share one Ray. Raises ConfigError when the budget is
-    too small for any step.
+    With a budget each step ends in time, and training gets what the others leave. The first session writes the plan
+    down, and the report, which is written after every step, compares it with the time taken. `show` gets each step's
+    result under its name. The steps share one Ray. Raises ConfigError when the budget is too small for any step.
     """
     config = join_steps(config)
+    steps, folder = config.steps, open_folder(config.output or "")
     least = least_seconds(config)
-    if config.budget is not None:
+    clock = BudgetClock(folder, config.budget, config.shares, least, from_scratch=overwrite)
+    if clock.is_new:
         refuse_small_budget(config, least)
-    steps = [step for step in STEPS if step != "tune" or config.search]
-    shares = config.shares if config.search else config.shares.model_copy(update={"tune": 0.0})
-    folder = open_folder(config.output or "")
-    clock = BudgetClock(folder, config.budget, shares, least, from_scratch=overwrite)
-    page = ""
+    is_done = all(folder.is_file(f"{step}/{MANIFEST_FILE}") for step in steps if step != "report") and not overwrite
+    if overwrite or not folder.is_file(f"mix/{MANIFEST_FILE}"):
+        check_sources(config)
+    if clock.is_new or not (is_done or folder.is_file(PLAN_FILE)):
+        with clock.running(steps[0]):
+            write_plan(config, folder, announce)
+    page, num_pages, reported = "", 0, clock.spent.get("report", 0.0)
     with ExitStack() as stack:
-        if overwrite or not all(folder.is_file(f"{step}/{MANIFEST_FILE}") for step in steps if step != "report"):
+        if not is_done:
             here = folder.local if folder.is_local else cache_folder() / "pipeline"
             stack.enter_context(sigterm_as_interrupt())
             about = job_metadata("pipeline", config.output)
@@ -204,8 +208,31 @@ def run_pipeline(
                 if (over := clock.overrun(step)) > 1:
                     announce(f"{step} took {duration(over)} more than its share of the budget; training gets less")
             with clock.running("report"):
-                page = report(folder.place).file
+                page, num_pages = report(folder.place).file, num_pages + 1
+    if clock.is_new and not is_done:
+        save_figures("report", page_seconds=(clock.spent["report"] - reported) / num_pages)
     return page
+
+
+def check_sources(config: PipelineConfig) -> None:
+    """Raise ConfigError, with all that is wrong, where an outside dataset of the recipe can't be had."""
+    trials = config.tune.mix.sources if config.search else []
+    sources = {source.model_dump_json(): source for source in [*config.mix.sources, *trials]}
+    if problems := dict.fromkeys(filter(None, map(source_problem, sources.values()))):
+        raise ConfigError("; ".join(problems))
+
+
+def write_plan(config: PipelineConfig, folder: Folder, announce: Callable[[str], None]) -> None:
+    """Write plan.json, what each step is planned to take; announce why where nothing can be planned."""
+    try:
+        steps = plan_recipe(config)
+    except (ConfigError, ModelError) as error:  # a card without figures; what else is wrong, the step will say
+        folder.delete([PLAN_FILE])
+        announce(f"no plan: {one_line(error)}")
+        return
+    folder.write_json(PLAN_FILE, {"budget_seconds": config.budget, "steps": records_of(steps)})
+    planned = ", ".join(f"{one.step} {duration(one.planned_seconds)}" for one in steps)
+    announce(f"planned: {planned} (`birbal plan` says why)")
 
 
 def settings_of(step: str, config: PipelineConfig, clock: BudgetClock) -> Any:
@@ -245,39 +272,32 @@ def worker_seconds(training_run: str) -> float:
 
 def refuse_small_budget(config: PipelineConfig, least: Mapping[str, float]) -> None:
     """Raise ConfigError, with the least that works, when any step's share is too short for it to do anything."""
-    budget, shares = config.budget or 0.0, config.shares.model_dump()
-    if not config.search:
-        shares["tune"] = 0.0
+    if config.budget is None:
+        return
+    shares = config.shares.model_dump()
     shares["train"] = 1 - sum(shares.values())
     wanted = {step: least[step] / shares[step] for step in shares if step in least and shares[step]}
     step = max(wanted, key=lambda one: wanted[one])
-    if budget < wanted[step]:
+    if config.budget < wanted[step]:
         name = "the rest, for training," if step == "train" else f"shares.{step} ({shares[step]:.0%})"
+        does = "run its baselines, one mix and their fresh seeds" if step == "tune" else "load and do anything"
         raise ConfigError(
-            f"budget {duration(budget)} is too small: {name} is {duration(budget * shares[step])}, and {step} needs "
-            f"{duration(least[step])} to load and do anything; the least that works is {math.ceil(wanted[step])}s, "
-            "with these shares"
+            f"budget {duration(config.budget)} is too small: {name} is {duration(config.budget * shares[step])}, and "
+            f"{step} needs {duration(least[step])} to {does}; the least that works is {math.ceil(wanted[step])}s, with "
+            "these shares"
         )
 
 
 def instances_that_fit(config: PipelineConfig, seconds: float) -> int:
     """How many instances of each task an evaluation can ask in `seconds`, at the speed that scoring had; at least 2."""
     scored = open_folder(config.score.output or "").read_json(MANIFEST_FILE)
-    session = scored["last_session"]
-    load_seconds = (
-        session.get("load_seconds") or LOAD_SECONDS["gpu" if config.score.engine.device == "gpu" else "cpu"][1]
-    )
-    asked: EvaluateConfig = config.evaluate
-    num_models = 1 + len(asked.adapters) + len(asked.merged)
-    on_gpu = config.score.engine.device == "gpu"
-    num_engines = 1 + len(asked.merged) if on_gpu else num_models
-    root = input_folder(asked.tasks.path or "")
-    names, _ = catalog.choose_names([file.name for file in reader.find_task_files(root)], asked.tasks.select, root)
-    num_tasks = len(set(names) - set(asked.tasks.exclude))
-    working = seconds * EVALUATE_MARGIN - num_engines * load_seconds
-    rows = max(0.0, working) * (session.get("rows_per_second") or 1.0)
-    most = asked.tasks.instances_per_task or 10**9
-    return max(2, min(most, int(rows / (num_tasks * num_models * len(asked.prompt_formats)))))
+    device, session = scored["settings"]["engine"]["device"], scored["last_session"]
+    tasks = config.evaluate.tasks
+    root = input_folder(tasks.path or "")
+    names, _ = catalog.choose_names([file.name for file in reader.find_task_files(root)], tasks.select, root)
+    load = session.get("load_seconds") or LOAD_SECONDS[device][1]
+    rate = session.get("rows_per_second") or 1.0
+    return fitting_instances(config.evaluate, len(set(names) - set(tasks.exclude)), seconds, load, rate, device)
 
 
 def _mix_settings(config: PipelineConfig) -> MixConfig:

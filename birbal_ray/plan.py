@@ -1,10 +1,14 @@
-"""What the recipe's steps will take, before any of them starts: work, hours, money."""
+"""What the recipe's steps will take, before any of them starts: work, hours, money.
+
+Each `plan_*` function plans one step from what is known of its work. `plan_recipe` joins them within a budget; the
+steps' dry runs print them one by one.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,29 +20,35 @@ from birbal_ray.models import ModelError, resolve_model
 from birbal_ray.ni import catalog, labels, prompt, reader
 from birbal_ray.ni.metrics import EXACT_MATCH
 from birbal_ray.ni.schema import TaskError
-from birbal_ray.progress import last_throughput
-from birbal_ray.recipe import STEPS, PipelineConfig
-from birbal_ray.score.config import ScoreConfig
+from birbal_ray.progress import duration, figures_key, last_figures, last_throughput
+from birbal_ray.recipe import PipelineConfig
+from birbal_ray.score.config import ScoreConfig, TaskSettings
 from birbal_ray.score.run import throughput_key
 from birbal_ray.settings import ConfigError, require
-from birbal_ray.speeds import Speed
+from birbal_ray.speeds import MEASURED, Speed
 from birbal_ray.storage import input_folder
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.preflight import rate_key, shapes_of
 from birbal_ray.tune.config import TuneConfig
 
 CHARACTERS_PER_TOKEN = 4.0  # of English in the tokenizers of Llama, Mistral and Qwen, near enough for a range
+DEFINITION_TOKENS = 60  # of a training row, beside its input and output
 SAMPLED_INSTANCES = 40  # of each task, to learn how long its prompts are
 LOAD_SECONDS = {"cpu": (20.0, 60.0), "gpu": (40.0, 180.0)}  # an engine, or a model to train, until it works
+SEARCH_START_SECONDS = (5.0, 30.0)
 MIX_ROWS_PER_SECOND = (5_000.0, 50_000.0)
-REPORT_SECONDS = (3.0, 20.0)
+PAGE_SECONDS = (0.5, 4.0)
 CPU_PROMPTS, CPU_TOKENS = (2.0, 10.0), (40.0, 150.0)  # SmolLM2-135M on two cores, per second (docs/log.md)
 SMOLLM2_WEIGHTS = 134_515_008
+EVALUATE_MARGIN = 0.8  # of an evaluation's time: speeds vary, and comparing takes a moment, too
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one step will take. Seconds as a range; `limit_seconds`: what the budget leaves it."""
+    """What one step will take. Seconds as a range; `limit_seconds`: what the budget leaves it.
+
+    `fitting_seconds`: of the part of the work that fits, where a step leaves out what would not end in time.
+    """
 
     step: str
     work: str
@@ -46,16 +56,23 @@ class StepPlan:
     high_seconds: float
     limit_seconds: float | None
     source: str
+    fitting_seconds: float | None = None
 
     @property
     def planned_seconds(self) -> float:
-        """The middle of the range, or the limit where that is less."""
-        return min((self.low_seconds + self.high_seconds) / 2, self.limit_seconds or math.inf)
+        """The middle of the range, or of what fits, or the limit where that is less."""
+        middle = self.fitting_seconds or (self.low_seconds + self.high_seconds) / 2
+        return min(middle, math.inf if self.limit_seconds is None else max(0.0, self.limit_seconds))
+
+    @property
+    def hours(self) -> str:
+        """The range in words, with its source."""
+        return f"{duration(self.low_seconds)} to {duration(self.high_seconds)} ({self.source})"
 
 
 @dataclass(frozen=True, slots=True)
 class TaskSizes:
-    """What planning reads of the task files: per task its label, instances, and mean tokens of a prompt's own part."""
+    """What planning reads of a task's file: its label, instances, and mean tokens of a prompt's parts."""
 
     name: str
     label: str
@@ -68,31 +85,36 @@ class TaskSizes:
 def plan_recipe(config: PipelineConfig, gpu: str | None = None) -> list[StepPlan]:
     """What each step will take on this machine, or on one card `gpu` (Ray's name), within the budget's shares.
 
-    Rates are this machine's own where it has run such a step (only without `gpu`), else arithmetic. Reads the task
-    files; loads no weights. Raises ConfigError, TaskError, ModelError.
+    `config` is joined. Figures are this machine's own where it has run such a step (only without `gpu`), else
+    arithmetic. Reads the task files; loads no weights. Raises ConfigError, TaskError, ModelError.
     """
     if gpu is not None and gpu not in speeds.CARDS:
         raise ConfigError(f"--gpu {gpu}: no figures for this card; there are {', '.join(speeds.CARDS)}")
-    sizes = read_sizes(config.score, config.held_out_tasks)
-    weights = num_weights(config.score.model.name)
-    budget = config.budget
-    shares = config.shares.model_dump()
-    if not config.search:
-        shares["tune"] = 0.0
-    limits = {step: budget * shares[step] for step in shares} if budget else {}
-    plans = {
-        "score": _plan_prompts("score", config.score, sizes, _adaptive_rows(config.score), 1, weights, gpu),
-        "tune": _plan_tune(config.tune, gpu),
-        "mix": _plan_mix(config.mix, sizes),
-        "evaluate": _plan_evaluate(config.evaluate, sizes, weights, gpu),
-        "report": StepPlan("report", "one page", *REPORT_SECONDS, None, "measured: docs/log.md"),
+    budget, shares = config.budget, config.shares.model_dump()
+    limits = {step: budget * share for step, share in shares.items()} if budget else {}
+    sizes = read_sizes(config.score.tasks, config.score.prompt.num_shots)
+    asked = config.evaluate.scoring().tasks
+    same = {"exclude", "instances_per_task"}
+    if asked.model_dump(exclude=same) == config.score.tasks.model_dump(exclude=same):
+        asked_sizes = sizes
+    else:
+        asked_sizes = read_sizes(asked, config.evaluate.prompt.num_shots)
+    limited = {
+        "score": plan_score(config.score, gpu, sizes),
+        "tune": plan_tune(config.tune, gpu, limits.get("tune")),
+        "mix": plan_mix(config.mix, sum(one.num_instances for one in chosen(sizes, config.score.tasks))),
+        "evaluate": plan_evaluate(config.evaluate, gpu, asked_sizes, limits.get("evaluate"), config.score),
+        "report": plan_report(config),
     }
-    if not config.search:
-        del plans["tune"]
-    plans = {step: replace(one, limit_seconds=limits.get(step)) for step, one in plans.items()}
-    rest = budget - sum(one.planned_seconds for one in plans.values()) if budget else None
-    plans["train"] = _plan_train(config, sizes, rest, gpu)
-    return [plans[step] for step in STEPS if step in plans]
+    plans = {
+        step: replace(one, limit_seconds=limits.get(step)) for step, one in limited.items() if step in config.steps
+    }
+    rest = None
+    if budget:  # training gets what was not used before it, and leaves the later steps their shares
+        used = sum(plans[step].planned_seconds for step in plans if step not in ("evaluate", "report"))
+        rest = budget - used - limits["evaluate"] - limits["report"]
+    plans["train"] = plan_train(config.train, *_mix_sizes(config, sizes), gpu, rest)
+    return [plans[step] for step in config.steps]
 
 
 def money(plans: Sequence[StepPlan], price_per_hour: float) -> tuple[float, float]:
@@ -118,185 +140,313 @@ def num_weights(model: str) -> int:
         raise
 
 
-def read_sizes(config: ScoreConfig, held_out: Sequence[str]) -> list[TaskSizes]:
-    """Label, instances and lengths of every task that a run takes; files that can't be used are left out."""
-    root = input_folder(require(config.tasks.path, "--tasks"))
+def read_sizes(tasks: TaskSettings, num_shots: int) -> list[TaskSizes]:
+    """Every usable task that the settings choose, those left out by hand (`exclude`) among them.
+
+    Raises TaskError where there is none.
+    """
+    root = input_folder(require(tasks.path, "--tasks"))
     files = reader.find_task_files(root)
-    names, _ = catalog.choose_names([file.name for file in files], config.tasks.select, root)
-    chosen = set(names) - set(config.tasks.exclude) - set(held_out)
+    names, _ = catalog.choose_names([file.name for file in files], tasks.select, root)
     overrides = labels.default_overrides()
     sizes = []
-    for _, task in reader.read_tasks([file for file in files if file.name in chosen]):
-        if isinstance(task, TaskError) or catalog.excluded_by(task, config.tasks.exclude_families):
+    for _, task in reader.read_tasks([file for file in files if file.name in set(names)]):
+        if isinstance(task, TaskError) or catalog.excluded_by(task, tasks.exclude_families):
             continue
         sampled = [one for one in task.instances[:SAMPLED_INSTANCES] if one.error is None]
         if not sampled:
             continue
-        count = min(len(task.instances), config.tasks.instances_per_task or len(task.instances))
         own = sum(len(one.input) for one in sampled) / len(sampled) / CHARACTERS_PER_TOKEN
         answer = sum(len(one.references[0]) for one in sampled) / len(sampled) / CHARACTERS_PER_TOKEN
-        prefix = prompt.render_prefix(task.definition, prompt.examples_of(task, config.prompt.num_shots))
+        shared = len(prompt.render_prefix(task.definition, prompt.examples_of(task, num_shots))) / CHARACTERS_PER_TOKEN
         label = labels.label_task(task, overrides).value
-        sizes.append(TaskSizes(task.name, label, count, len(prefix) / CHARACTERS_PER_TOKEN, own + 8, answer + 2))
+        sizes.append(TaskSizes(task.name, label, len(task.instances), shared, own + 8, answer + 2))
     if not sizes:
         raise TaskError(
-            f"{root}: no usable task among its {len(files)} (tasks.select = {config.tasks.select!r} takes "
-            f"{len(chosen)}; all takes every task but those held out)"
+            f"{root}: no usable task among its {len(files)} (tasks.select = {tasks.select!r} takes {len(names)})"
         )
     return sizes
 
 
-def _adaptive_rows(config: ScoreConfig) -> Callable[[list[TaskSizes]], tuple[float, float]]:
-    """How many rows an adaptive run scores, low and high; all of them where it isn't adaptive."""
+def chosen(sizes: Sequence[TaskSizes], tasks: TaskSettings) -> list[TaskSizes]:
+    """The tasks that a step takes, with as many instances of each as it asks for. Raises TaskError where none is."""
+    most = tasks.instances_per_task or math.inf
+    found = [
+        replace(one, num_instances=int(min(one.num_instances, most))) for one in sizes if one.name not in tasks.exclude
+    ]
+    if not found:
+        raise TaskError(f"{tasks.path}: no task is left besides those held out or excluded")
+    return found
 
-    def rows(sizes: list[TaskSizes]) -> tuple[float, float]:
-        asked = config.adaptive
-        if not asked.enabled:
-            return (float(sum(one.num_instances for one in sizes)),) * 2
-        low = high = 0.0
-        for one in sizes:
-            peers = sum(other.label == one.label for other in sizes)
-            budget = asked.exact_match_budget if one.label == EXACT_MATCH else asked.generation_budget
-            share = budget / peers * asked.failed_rows_factor
-            known = 0.96 / asked.score_margin**2  # Wilson at a score of one half
-            low += min(one.num_instances, max(asked.first_instances, share))
-            high += min(one.num_instances, max(2 * known, 4 * share))
+
+def plan_score(config: ScoreConfig, gpu: str | None = None, sizes: Sequence[TaskSizes] | None = None) -> StepPlan:
+    """Scoring: of an adaptive run a range of rows, unless these settings were run here before."""
+    kept = {} if gpu else last_figures(figures_key("score", config))
+    sizes = chosen(sizes or read_sizes(config.tasks, config.prompt.num_shots), config.tasks)
+    low, high = _adaptive_rows(config, sizes)
+    most = sum(one.num_instances for one in sizes)
+    if rows := kept.get("rows"):
+        low = high = min(rows, most)
+    elif rows := kept.get("rows_at_least"):
+        low, high = max(low, min(rows, most)), max(high, min(rows, most))
+    seconds, source = _answering(config, sizes, (low, high), 1, kept, gpu)
+    count = f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"
+    return StepPlan("score", f"{count} prompts of {len(sizes):,} tasks", *seconds, None, source)
+
+
+def plan_evaluate(
+    config: EvaluateConfig,
+    gpu: str | None = None,
+    sizes: Sequence[TaskSizes] | None = None,
+    seconds: float | None = None,
+    scored: ScoreConfig | None = None,
+) -> StepPlan:
+    """An evaluation; one that gets `seconds` asks as many instances as fit, by the speed that `scored` had."""
+    scoring = config.scoring()
+    kept = {} if gpu else last_figures(figures_key("evaluate", config))
+    device = _device(scoring.engine.device, gpu)
+    sizes = chosen(sizes or read_sizes(scoring.tasks, config.prompt.num_shots), scoring.tasks)
+    if seconds is not None:
+        before = scored or scoring
+        figures = {} if gpu else last_figures(figures_key("score", before))
+        load = figures.get("load_seconds", sum(LOAD_SECONDS[device]) / 2)
+        rate = figures.get("rows_per_second") or sum(_prompt_speed(before, sizes, gpu)[:2]) / 2
+        most = fitting_instances(config, len(sizes), seconds, load, rate, device)
+        sizes = [replace(one, num_instances=min(one.num_instances, most)) for one in sizes]
+    asked = num_answers(config) * sum(one.num_instances for one in sizes) * kept.get("asked_fraction", 1.0)
+    taken, source = _answering(scoring, sizes, (asked, asked), num_engines(config, device), kept, gpu)
+    return StepPlan("evaluate", f"{asked:,.0f} prompts of {len(sizes):,} tasks", *taken, None, source)
+
+
+def num_answers(config: EvaluateConfig) -> int:
+    """How often an evaluation asks each instance."""
+    return (1 + len(config.adapters) + len(config.merged)) * len(config.prompt_formats)
+
+
+def num_engines(config: EvaluateConfig, device: str) -> int:
+    """How many engines an evaluation starts one after the other: on a card, one serves the adapters, too."""
+    return 1 + len(config.merged) + (0 if device == "gpu" else len(config.adapters))
+
+
+def fitting_instances(
+    config: EvaluateConfig, num_tasks: int, seconds: float, load_seconds: float, rows_per_second: float, device: str
+) -> int:
+    """How many instances of each task an evaluation can ask in `seconds`, at most what its settings say; at least 2."""
+    working = seconds * EVALUATE_MARGIN - num_engines(config, device) * load_seconds
+    rows = max(0.0, working) * rows_per_second
+    return max(2, min(config.tasks.instances_per_task or 10**9, int(rows / (num_tasks * num_answers(config)))))
+
+
+def plan_tune(config: TuneConfig, gpu: str | None = None, seconds: float | None = None) -> StepPlan:
+    """A search; one that gets `seconds` leaves out the trials that would keep its fresh seeds from ending in time."""
+    parts, source = _trial_seconds(config, gpu)
+
+    def taking(num_searched: int) -> tuple[float, float]:
+        low, high = (start + _rounds(config, num_searched, gpu) * trial for start, trial in parts)
         return low, high
 
-    return rows
+    number, fitting = config.num_trials, None
+    while seconds is not None and number > 1 and sum(taking(number)) / 2 > seconds:
+        number -= 1
+        fitting = sum(taking(number)) / 2
+    num_trained = len(config.baselines) + config.num_trials + config.predicted + _num_repeats(config)
+    work = f"{num_trained} short fine-tunes of {config.proxy.tokens:,} tokens"
+    if fitting is not None:
+        work += f"; {num_trained - config.num_trials + number} fit"
+    return StepPlan("tune", work, *taking(config.num_trials), None, source, fitting)
 
 
-def _plan_prompts(
-    step: str,
-    config: ScoreConfig,
-    sizes: list[TaskSizes],
-    rows_of: Callable[[list[TaskSizes]], tuple[float, float]],
-    num_engines: int,
-    weights: int,
-    gpu: str | None,
+def plan_mix(config: MixConfig, num_scored: int) -> StepPlan:
+    """A mix from `num_scored` scored rows and its outside sources."""
+    candidates = num_scored + sum(source.max_rows or 0 for source in config.sources)
+    work, (slow, fast) = f"up to {candidates:,} candidates", MIX_ROWS_PER_SECOND
+    if kept := last_figures(figures_key("mix", config)):
+        seconds = kept["seconds"] * max(1.0, candidates / max(1.0, kept["candidates"]))
+        return StepPlan("mix", work, *_around(seconds), None, MEASURED)
+    return StepPlan("mix", work, 1 + candidates / fast, 10 + candidates / slow, None, "benchmarks/mixing.py")
+
+
+def plan_train(
+    config: TrainConfig,
+    num_rows: float,
+    tokens_per_row: float,
+    gpu: str | None = None,
+    rest: float | None = None,
 ) -> StepPlan:
-    low_rows, high_rows = rows_of(sizes)
-    total = sum(one.num_instances for one in sizes)
-    own = sum(one.own_tokens * one.num_instances for one in sizes) / total
-    new = sum(one.completion_tokens * one.num_instances for one in sizes) / total
-    shared = sum(one.shared_tokens for one in sizes)
-    cached = sum(one.shared_tokens * one.num_instances for one in sizes) / total
-    speed = _prompt_speed(config, weights, own, new, cached, gpu)
-    load = LOAD_SECONDS["gpu" if gpu or config.engine.device == "gpu" else "cpu"]
-    replicas = config.resources.num_replicas
-    prefixes = shared / max(1.0, own)  # the shared part of each task is computed once
-    count = f"{low_rows:,.0f}" if low_rows == high_rows else f"{low_rows:,.0f} to {high_rows:,.0f}"
-    return StepPlan(
-        step,
-        f"{count} prompts of {len(sizes):,} tasks",
-        num_engines * load[0] + (low_rows + prefixes) / speed.high / replicas,
-        num_engines * load[1] + (high_rows + prefixes) / speed.low / replicas,
-        None,
-        speed.source,
-    )
+    """A fine-tune on a mix; `rest`: the seconds that the other steps leave it."""
+    config = _on(config, gpu)
+    speed, kept = training_speed(config, gpu), {} if gpu else last_figures(rate_key(config))
+    tokens = num_rows * kept.get("tokens_per_row", tokens_per_row)
+    load: tuple[float, float] = LOAD_SECONDS[config.resources.device]
+    if "overhead_seconds" in kept:
+        steps = config.epochs * tokens / (config.batch.micro * config.batch.accumulation * config.batch.sequence_length)
+        evaluation, best, save, setup, start = (
+            kept.get(f"{name}_seconds", 0.0) for name in ("eval", "best", "save", "setup", "overhead")
+        )
+        evaluations, saves = steps / config.evaluation.every_steps + 1, steps / config.checkpoint.every_steps + 1
+        load = _around(start + setup + evaluations * (evaluation + best) + saves * save)
+    low, high = load[0] + config.epochs * tokens / speed.high, load[1] + config.epochs * tokens / speed.low
+    work = f"{config.epochs:g} epochs of about {tokens / 1e3:,.0f} thousand tokens"
+    if rest is not None and high > rest:
+        fits = [min(config.epochs, max(0.0, rest - load[1]) * rate / tokens) for rate in speed[:2]]
+        work += f"; {fits[0]:.2g} to {fits[1]:.2g} fit"
+    return StepPlan("train", work, low, high, rest, speed.source)
 
 
-def _prompt_speed(config: ScoreConfig, weights: int, own: float, new: float, cached: float, gpu: str | None) -> Speed:
-    """Prompts a second of one engine; tokens of one prompt: its own, new, from the prefix cache."""
-    if gpu is None and (rate := last_throughput(throughput_key(config))):
-        return speeds.measured(rate / (own + new + cached))  # the kept rate counts cached tokens, too
-    card = gpu or config.resources.accelerator_type
-    if card in speeds.CARDS:
-        return speeds.prompts(card, weights, own, new)
-    if config.engine.device == "gpu":
-        raise ConfigError("the card is not known: --gpu NAME, or resources.accelerator_type (`birbal doctor` names it)")
-    slower = SMOLLM2_WEIGHTS / weights
-    return Speed(CPU_PROMPTS[0] * slower, CPU_PROMPTS[1] * slower, "two CPU cores, SmolLM2-135M, scaled by weights")
+def plan_report(config: PipelineConfig) -> StepPlan:
+    """The page, which is written after each step."""
+    pages = len(config.steps)
+    kept = last_figures("report")
+    low, high = _around(kept["page_seconds"]) if kept else PAGE_SECONDS
+    return StepPlan("report", "one page", pages * low, pages * high, None, MEASURED if kept else "docs/log.md")
 
 
-def _plan_evaluate(config: EvaluateConfig, sizes: list[TaskSizes], weights: int, gpu: str | None) -> StepPlan:
-    scoring = config.scoring()
-    if not scoring.tasks.path:
-        own = sizes
-    else:
-        own = read_sizes(scoring.model_copy(update={"adaptive": ScoreConfig().adaptive}), [])
-    num_models = 1 + len(config.adapters) + len(config.merged)
-    asked = num_models * len(config.prompt_formats)
-    on_gpu = bool(gpu) or scoring.engine.device == "gpu"
-    engines = 1 + len(config.merged) if on_gpu else num_models
-    return _plan_prompts(
-        "evaluate",
-        scoring,
-        own,
-        lambda sizes: (float(asked * sum(one.num_instances for one in sizes)),) * 2,
-        engines,
-        weights,
-        gpu,
-    )
-
-
-def _training_speed(config: TrainConfig, gpu: str | None) -> Speed:
-    """Tokens a second of the fine-tune."""
+def training_speed(config: TrainConfig, gpu: str | None = None) -> Speed:
+    """Tokens a second of a fine-tune."""
     if gpu is None and (rate := last_throughput(rate_key(config))):
         return speeds.measured(rate)
     weights, card = num_weights(config.model.name), gpu or config.resources.accelerator_type
     if card in speeds.CARDS:
         return speeds.training_tokens(card, weights)
-    if config.resources.device == "gpu":
-        raise ConfigError("the card is not known: --gpu NAME, or resources.accelerator_type (`birbal doctor` names it)")
+    _refuse_unknown_card(config.resources.device)
     slower = SMOLLM2_WEIGHTS / weights
     return Speed(CPU_TOKENS[0] * slower, CPU_TOKENS[1] * slower, "two CPU cores, SmolLM2-135M, scaled by weights")
 
 
-def _plan_tune(config: TuneConfig, gpu: str | None) -> StepPlan:
-    gpu = gpu or config.resources.accelerator_type
-    num_trained = (
-        config.num_trials
-        + config.predicted
-        + len(config.baselines)
-        + (config.repeats.top + len(config.baselines)) * (config.repeats.seeds if config.repeats.top else 0)
-    )
-    speed = _training_speed(config.train, gpu)
-    tokens = num_trained * config.proxy.tokens
-    load = LOAD_SECONDS["gpu" if gpu or config.resources.num_gpus else "cpu"]
-    together = config.resources.max_concurrent
-    return StepPlan(
-        "tune",
-        f"{num_trained} short fine-tunes of {config.proxy.tokens:,} tokens",
-        (tokens / speed.high + num_trained * load[0] / 4) / (1 if gpu else together),
-        tokens / speed.low + num_trained * load[1] / together,
-        None,
-        speed.source,
-    )
-
-
-def _plan_mix(config: MixConfig, sizes: list[TaskSizes]) -> StepPlan:
-    candidates = sum(one.num_instances for one in sizes) + sum(source.max_rows or 0 for source in config.sources)
-    slow, fast = MIX_ROWS_PER_SECOND
-    return StepPlan(
-        "mix",
-        f"up to {candidates:,} candidates",
-        1 + candidates / fast,
-        10 + candidates / slow,
-        None,
-        "benchmarks/mixing.py",
-    )
-
-
-def _plan_train(config: PipelineConfig, sizes: list[TaskSizes], rest: float | None, gpu: str | None) -> StepPlan:
-    train, speed = config.train, _training_speed(config.train, gpu)
-    load = LOAD_SECONDS["gpu" if gpu or train.resources.device == "gpu" else "cpu"]
-    asked = config.mix.task_score.exact_match_budget + config.mix.task_score.generation_budget
-    rows = min(asked, sum(one.num_instances for one in sizes)) + sum(one.max_rows or 0 for one in config.mix.sources)
-    per_row = sum(one.own_tokens + one.completion_tokens for one in sizes) / len(sizes) + 60  # the definition
-    tokens = rows * per_row * train.epochs
-    low, high = load[0] + tokens / speed.high, load[1] + tokens / speed.low
-    work = f"{train.epochs:g} epochs of about {rows * per_row / 1e3:,.0f} thousand tokens"
-    if rest is not None and high > rest:
-        fits = [min(train.epochs, max(0.0, rest - load[1]) * rate / (rows * per_row)) for rate in speed[:2]]
-        work += f"; {fits[0]:.2g} to {fits[1]:.2g} fit"
-    return StepPlan("train", work, low, high, rest, speed.source)
-
-
 def least_seconds(config: PipelineConfig) -> dict[str, float]:
-    """The least that each step works in: its models loaded, and something done. Of the whole recipe: their sum."""
-    device = "gpu" if config.score.engine.device == "gpu" else "cpu"
+    """The least that each step works in: its models loaded, and something done. Of the whole recipe: their sum.
+
+    A search needs its baselines, one mix to compare with them, and the fresh seeds of all of these.
+    """
+    device = _device(config.score.engine.device, None)
     load = LOAD_SECONDS[device][0]
-    engines = 1 if device == "gpu" else 1 + len(config.evaluate.adapters) + len(config.evaluate.merged)
+    engines = num_engines(config.evaluate, device)
     least = {"score": load + 10, "mix": 3.0, "train": load + 20, "evaluate": engines * load + 10, "report": 5.0}
-    return least | ({"tune": 2 * load} if config.search else {})
+    if config.search:
+        ((start, trial), _), _ = _trial_seconds(config.tune, None)
+        least["tune"] = start + _rounds(config.tune, 1, None) * trial
+    return least
+
+
+def _adaptive_rows(config: ScoreConfig, sizes: Sequence[TaskSizes]) -> tuple[float, float]:
+    """How many rows a run scores, low and high; all of them where it isn't adaptive."""
+    asked = config.adaptive
+    if not asked.enabled:
+        return (float(sum(one.num_instances for one in sizes)),) * 2
+    low = high = 0.0
+    for one in sizes:
+        peers = sum(other.label == one.label for other in sizes)
+        budget = asked.exact_match_budget if one.label == EXACT_MATCH else asked.generation_budget
+        share = budget / peers * asked.failed_rows_factor
+        known = 0.96 / asked.score_margin**2  # Wilson at a score of one half
+        low += min(one.num_instances, max(asked.first_instances, share))
+        high += min(one.num_instances, max(2 * known, 4 * share))
+    return low, high
+
+
+def _answering(
+    config: ScoreConfig,
+    sizes: Sequence[TaskSizes],
+    rows: tuple[float, float],
+    engines: int,
+    kept: dict[str, float],
+    gpu: str | None,
+) -> tuple[tuple[float, float], str]:
+    """(seconds, low and high, of `engines` one after the other that answer `rows`; the source of the speed)."""
+    load = LOAD_SECONDS[_device(config.engine.device, gpu)]
+    if kept:
+        load, start = _around(kept["load_seconds"]), _around(kept["overhead_seconds"])
+        low, high = _around(1 / kept["rows_per_second"])
+        return (engines * load[0] + start[0] + rows[0] * low, engines * load[1] + start[1] + rows[1] * high), MEASURED
+    speed = _prompt_speed(config, sizes, gpu)
+    # The shared part of each task is computed once.
+    prefixes = sum(one.shared_tokens for one in sizes) / max(1.0, _mean(sizes, "own_tokens"))
+    low, high = ((count + prefixes) / config.resources.num_replicas for count in rows)
+    return (engines * load[0] + low / speed.high, engines * load[1] + high / speed.low), speed.source
+
+
+def _prompt_speed(config: ScoreConfig, sizes: Sequence[TaskSizes], gpu: str | None) -> Speed:
+    """Prompts a second of one engine."""
+    own, new, cached = (_mean(sizes, name) for name in ("own_tokens", "completion_tokens", "shared_tokens"))
+    device = _device(config.engine.device, gpu)
+    here = config.model_copy(update={"engine": config.engine.model_copy(update={"device": device})})
+    if gpu is None and (rate := last_throughput(throughput_key(here))):
+        return speeds.measured(rate / (own + new + cached))  # the kept rate counts cached tokens, too
+    card, weights = gpu or config.resources.accelerator_type, num_weights(config.model.name)
+    if card in speeds.CARDS:
+        return speeds.prompts(card, weights, own, new)
+    _refuse_unknown_card(device)
+    slower = SMOLLM2_WEIGHTS / weights
+    return Speed(CPU_PROMPTS[0] * slower, CPU_PROMPTS[1] * slower, "two CPU cores, SmolLM2-135M, scaled by weights")
+
+
+def _mean(sizes: Sequence[TaskSizes], name: str) -> float:
+    """Of the instances' prompts."""
+    total = sum(one.num_instances for one in sizes)
+    return sum(getattr(one, name) * one.num_instances for one in sizes) / max(1, total)
+
+
+def _trial_seconds(config: TuneConfig, gpu: str | None) -> tuple[list[tuple[float, float]], str]:
+    """(low and high of: seconds of the search besides its trials, seconds of a trial; the source of these)."""
+    if gpu is None and (kept := last_figures(figures_key("tune", config))):
+        starts, trials = _around(kept["overhead_seconds"]), _around(kept["trial_seconds"])
+        return list(zip(starts, trials, strict=True)), MEASURED
+    resources = config.train.resources.model_copy(
+        update={
+            "device": "gpu" if gpu or config.resources.num_gpus else "cpu",
+            "accelerator_type": config.resources.accelerator_type,
+        }
+    )
+    speed = training_speed(config.train.model_copy(update={"resources": resources}), gpu)
+    load, tokens = LOAD_SECONDS[resources.device], config.proxy.tokens
+    trials = load[0] / 4 + tokens / speed.high, load[1] + tokens / speed.low
+    return list(zip(SEARCH_START_SECONDS, trials, strict=True)), speed.source
+
+
+def _rounds(config: TuneConfig, num_searched: int, gpu: str | None) -> float:
+    """Trials one after the other, where as many as run at a time count as one; on one card they share its speed."""
+    together = 1 if gpu or config.resources.num_gpus else config.resources.max_concurrent
+    first = math.ceil((1 + len(config.baselines) + num_searched) / together)
+    longer = (1 + len(config.baselines)) * config.transfer.seeds if config.transfer.factor else 0
+    later = math.ceil(_num_repeats(config) / together) + config.transfer.factor * math.ceil(longer / together)
+    return first + config.predicted + later
+
+
+def _num_repeats(config: TuneConfig) -> int:
+    return (config.repeats.top + len(config.baselines)) * config.repeats.seeds if config.repeats.top else 0
+
+
+def _mix_sizes(config: PipelineConfig, sizes: Sequence[TaskSizes]) -> tuple[float, float]:
+    """(rows of the mix that a recipe trains on, tokens of one)."""
+    asked = config.mix.task_score.exact_match_budget + config.mix.task_score.generation_budget
+    found = chosen(sizes, config.score.tasks)
+    rows = min(asked, sum(one.num_instances for one in found)) + sum(one.max_rows or 0 for one in config.mix.sources)
+    per_row = sum(one.own_tokens + one.completion_tokens for one in found) / len(found) + DEFINITION_TOKENS
+    return rows * (1 - config.mix.eval_fraction), per_row
+
+
+def _on(config: TrainConfig, gpu: str | None) -> TrainConfig:
+    """The settings with the device decided."""
+    device = "gpu" if config.resources.accelerator_type else _device(config.resources.device, gpu)
+    return config.model_copy(update={"resources": config.resources.model_copy(update={"device": device})})
+
+
+def _device(asked: str, gpu: str | None) -> str:
+    """cpu or gpu: what the settings or --gpu say, else what this machine has."""
+    if gpu:
+        return "gpu"
+    if asked != "auto":
+        return asked
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
+def _refuse_unknown_card(device: str) -> None:
+    if device == "gpu":
+        raise ConfigError("the card is not known: --gpu NAME, or resources.accelerator_type (`birbal doctor` names it)")
+
+
+def _around(seconds: float) -> tuple[float, float]:
+    """What was measured, give or take a tenth."""
+    return 0.9 * seconds, 1.1 * seconds

@@ -9,9 +9,16 @@ import sys
 import time
 from typing import TextIO
 
+from birbal_ray.settings import Settings, canonical_hash
 from birbal_ray.storage import cache_folder, write_atomic
 
 THROUGHPUT_FILE = "throughput.json"
+CLOCK_FILE, PLAN_FILE = "clock.json", "plan.json"  # of a pipeline: time taken and time planned, by step
+# Of a step's settings: what doesn't change how fast it works here.
+NOT_IN_KEYS = {
+    *("output", "budget", "resources", "shard_rows", "scores", "mix", "adapters", "merged", "gate", "primary"),
+    *("num_trials", "num_initial", "predicted", "baselines", "repeats", "transfer", "search", "policy", "task_score"),
+}
 PLAIN_INTERVAL_SECONDS = 15.0
 LIVE_INTERVAL_SECONDS = 0.5
 
@@ -62,14 +69,39 @@ class ProgressLine:
 
 def save_throughput(key: str, tokens_per_second: float) -> None:
     """Keep a speed that this machine reached, for the next run's estimate."""
-    with contextlib.suppress(OSError):  # an estimate isn't worth a failed run
-        content = json.dumps({**_throughputs(), key: tokens_per_second}, indent=1)
-        write_atomic(cache_folder() / THROUGHPUT_FILE, content.encode())
+    _save({key: tokens_per_second})
 
 
 def last_throughput(key: str) -> float | None:
     """The speed kept last under this key on this machine, in tokens a second, or None."""
     return _throughputs().get(key)
+
+
+def figures_key(step: str, config: Settings) -> str:
+    """Under which a step's figures are kept: equal for settings that do the same work.
+
+    Resources, places, the budget, and how much of its kind of work a step is asked for are left out.
+    """
+    asked = config.model_dump(mode="json", exclude=NOT_IN_KEYS)
+    if step == "evaluate":
+        del asked["tasks"]["instances_per_task"]
+    return f"{step} {canonical_hash(asked)[:16]}"
+
+
+def save_figures(key: str, **figures: float) -> None:
+    """Keep what a step's parts took on this machine (load_seconds, rows_per_second, …), for the next run's estimate."""
+    _save({f"{key} {name}": value for name, value in figures.items()})
+
+
+def last_figures(key: str) -> dict[str, float]:
+    """What `save_figures` kept under this key on this machine, by name; empty before the first run."""
+    return {name.removeprefix(f"{key} "): value for name, value in _throughputs().items() if name.startswith(f"{key} ")}
+
+
+def _save(figures: dict[str, float]) -> None:
+    with contextlib.suppress(OSError):  # an estimate isn't worth a failed run
+        content = json.dumps({**_throughputs(), **figures}, indent=1)
+        write_atomic(cache_folder() / THROUGHPUT_FILE, content.encode())
 
 
 def _throughputs() -> dict[str, float]:

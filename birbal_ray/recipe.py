@@ -52,6 +52,11 @@ class PipelineConfig(Settings):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """Those that run, in their order."""
+        return tuple(step for step in STEPS if step != "tune" or self.search)
+
 
 def join_steps(config: PipelineConfig) -> PipelineConfig:
     """The settings with each step's folder, and what it reads of the others, filled in. Raises ConfigError."""
@@ -71,11 +76,13 @@ def join_steps(config: PipelineConfig) -> PipelineConfig:
             changes[where] = getattr(step, where).model_copy(update={"device": config.device})
         return step.model_copy(update=changes)
 
+    shares = config.shares if config.search else config.shares.model_copy(update={"tune": 0.0})
     score = config.score
     excluded = sorted({*score.tasks.exclude, *config.held_out_tasks})
     if config.budget:  # only an adaptive run may stop where it is
         score = score.model_copy(update={"adaptive": score.adaptive.model_copy(update={"enabled": True})})
     joined = {
+        "shares": shares,
         "score": with_shared(score, output=folder["score"], tasks={"exclude": excluded}),
         "tune": config.tune.model_copy(update={"scores": folder["score"], "output": folder["tune"]}),
         "mix": config.mix.model_copy(update={"scores": folder["score"], "output": folder["mix"]}),

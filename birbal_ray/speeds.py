@@ -15,6 +15,7 @@ TRAIN_FLOP_PER_WEIGHT = 6
 PREFILL_UTILISATION = (0.40, 0.75)
 DECODED_TOGETHER = (25, 60)  # sequences per reading of the weights; Mistral-7B on 24 GB holds about 40
 WEIGHT_BYTES = 2  # bf16
+MEASURED = "measured on this machine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class Speed(NamedTuple):
 
 def measured(rate: float) -> Speed:
     """A rate that was seen, give or take a tenth."""
-    return Speed(rate * 0.9, rate * 1.1, "measured on this machine")
+    return Speed(rate * 0.9, rate * 1.1, MEASURED)
 
 
 def training_tokens(card: str, num_weights: int) -> Speed:

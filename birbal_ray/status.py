@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from birbal_ray.lock import LOCK_RECORD, is_alive, lock_holder
-from birbal_ray.progress import duration
+from birbal_ray.progress import CLOCK_FILE, duration
 from birbal_ray.run import (
     LOG_FOLDER,
     MANIFEST_FILE,
@@ -25,7 +25,6 @@ DONE, RUNNING, STOPPED, NOT_STARTED, DAMAGED = "done", "running", "stopped", "no
 CHAIN = ("score", "tune", "mix", "train", "evaluate")  # each reads what an earlier one wrote
 OPTIONAL = ("tune",)
 REPORT, REPORT_FILE = "report", "report.html"
-CLOCK_FILE = "clock.json"  # of a pipeline
 SILENT_SECONDS = 20 * 60.0  # a score run gives itself up after so long without a row
 
 

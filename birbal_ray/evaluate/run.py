@@ -20,7 +20,7 @@ from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.evaluate.heldout import HeldOut, find_mixes, held_out, union
 from birbal_ray.evaluate.models import ADAPTER, BASE, EvaluatedModel, resolve_models
 from birbal_ray.models import Model, load_with_adapter, merge_adapter, pin_model, resolve_model
-from birbal_ray.progress import ProgressLine
+from birbal_ray.progress import ProgressLine, figures_key
 from birbal_ray.run import LOG_FOLDER, Run, RunError, open_run, sigterm_as_interrupt
 from birbal_ray.schemas import COMPARISONS, COMPARISONS_FILE, EVALUATION, EVALUATION_FILE, ROWS_FOLDER
 from birbal_ray.score.adaptive import FixedSchedule
@@ -30,7 +30,7 @@ from birbal_ray.score.monitor import Session
 from birbal_ray.score.pipeline import check_cluster, logical_cpus, score_shards
 from birbal_ray.score.plan import PromptVariant, RowFiles, ScorePlan, plan_run, publish_inputs
 from birbal_ray.score.results import read_scores, summarise
-from birbal_ray.score.run import describe_plan, identity_of, plan_hash, resolve_config, write_plan
+from birbal_ray.score.run import describe_plan, identity_of, keep_figures, plan_hash, resolve_config, write_plan
 from birbal_ray.settings import ConfigError, canonical_hash
 from birbal_ray.statistics import MIN_TASKS, detectable_difference
 from birbal_ray.storage import FileRecord, Folder, cache_folder, is_url
@@ -110,7 +110,7 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
     Raises ConfigError (settings, adapters, another run's folder), TaskError, ModelError, RunError (the
     run broke off; finished shards are kept and the same command continues).
     """
-    progress = ProgressLine()
+    progress, started = ProgressLine(), time.monotonic()
     setup = prepare_evaluation(config)
     plan = plan_run(setup.scoring, progress, excluded=setup.excluded)
     inputs = [path for path in (config.tasks.path, *setup.mixes, *(one.path for one in setup.models[1:])) if path]
@@ -128,7 +128,13 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
         write_plan(run.folder, plan)
         describe_evaluation(setup, plan, progress)
         _score(setup, plan, run, progress)
-        return _finish(setup, plan, run)
+        result = _finish(setup, plan, run)
+        if not run.resumed and config.engine.backend == "vllm":
+            asked = len(plan.tasks) * (config.tasks.instances_per_task or plan.num_rows)
+            asked *= len(setup.models) * len(config.prompt_formats)
+            more = {"asked_fraction": result.manifest["rows"]["planned"] / asked}  # the mix considered the others
+            keep_figures(figures_key(STEP, config), run.sessions(), time.monotonic() - started, **more)
+        return result
 
 
 def prepare_evaluation(config: EvaluateConfig) -> Setup:

@@ -105,6 +105,33 @@ def origin_of(source: SourceSettings) -> Origin:
     return Origin(source.name, known.repository, revision, license)
 
 
+def source_problem(source: SourceSettings) -> str:
+    """Why a source's rows can't be had: no such file, no network, a gated dataset without a token for it. Else "".
+
+    Asks the Hub, and downloads nothing.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, HTTPError
+
+    try:
+        origin = origin_of(source)
+        if source.path is None and constants.HF_HUB_OFFLINE:
+            _hub_files(source.name, origin)  # from the local cache
+        elif source.path is None:
+            HfApi().auth_check(origin.location, repo_type="dataset")
+    except ConfigError as error:
+        return str(error)
+    except GatedRepoError:
+        known = HUB_DATASETS[source.name].repository
+        return (
+            f"source {source.name}: {known} is gated: accept its terms at https://huggingface.co/datasets/{known} and "
+            "set HF_TOKEN, or leave it out of mix.sources"
+        )
+    except (OSError, HTTPError) as error:
+        return str(_unreachable(source.name, HUB_DATASETS[source.name].repository, error))
+    return ""
+
+
 def read_source(source: SourceSettings, origin: Origin) -> Iterator[pa.Table]:
     """A source's rows as OUTSIDE_ROWS tables of at most BATCH_ROWS rows; memory: one table.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from birbal_ray.mix.reading import TextSorter
 from birbal_ray.mix.rows import MIX_TASKS
 from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.mix.write import BATCH_ROWS, CARD_FILE, OWN_FILES, write_mix
-from birbal_ray.progress import ProgressLine
+from birbal_ray.progress import ProgressLine, figures_key, save_figures
 from birbal_ray.run import MANIFEST_FILE, RUN_FILE, open_run, sigterm_as_interrupt
 from birbal_ray.schemas import TASKS_FILE
 from birbal_ray.settings import require
@@ -49,7 +50,7 @@ def mix(config: MixConfig, *, overwrite: bool = False) -> MixResult:
     An interrupted run starts over (nothing of it is read). Raises ConfigError (settings, sources,
     budgets, another run's folder) and RunError (damaged or unfinished scores).
     """
-    progress = ProgressLine()
+    progress, started = ProgressLine(), time.monotonic()
     output = require(config.output, "--output")
     scores, origins = _inputs(config, progress)
     identity = _identity(config, scores, origins)
@@ -83,6 +84,9 @@ def mix(config: MixConfig, *, overwrite: bool = False) -> MixResult:
         run.progress(rows["kept"], rows["kept"], final=True)
         summary = f"{rows['kept']:,} rows ({rows['train']:,} train, {rows['eval']:,} eval) of {rows['candidates']:,}"
         done = run.finish(manifest, files, summary=summary)
+        if not config.validation_rows_per_task:  # else it is a trial's, among others
+            seconds = time.monotonic() - started
+            save_figures(figures_key(STEP, config), seconds=seconds, candidates=float(rows["candidates"]))
         return MixResult(run.folder, done["composition"], done)
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 from birbal_ray.evaluate.models import ADAPTER
 from birbal_ray.mix.rows import AUDIT_FILE, DESCRIPTIONS, MIX_TASKS, Reason
 from birbal_ray.models import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, adapter_fingerprint
+from birbal_ray.progress import CLOCK_FILE, PLAN_FILE
 from birbal_ray.run import MANIFEST_FILE, RUN_FILE, RunError
 from birbal_ray.schemas import (
     COMPARISONS,
@@ -211,6 +212,25 @@ def read_evaluation(step: StepRun) -> dict[str, Any]:
         "names": [name for name in names if name != BASE],
         "formats": formats,
     }
+
+
+def read_times(run: Folder) -> list[dict[str, Any]]:
+    """What a pipeline in `run` planned and took, in seconds, a row a step; none where no pipeline ran there.
+
+    `planned` is the middle of `low` to `high` or the time that the budget gave, whichever is less. A step that has not
+    started has no `actual`; without a plan there is only this.
+    """
+    plan, clock = (run.read_json(file) if run.is_file(file) else {} for file in (PLAN_FILE, CLOCK_FILE))
+    spent = clock.get("spent_seconds", {})  # a training run's own clock.json has other keys
+    planned = {one["step"]: one for one in plan.get("steps", [])}
+    rows = []
+    for step in planned or spent:
+        one, actual = planned.get(step, {}), spent.get(step)
+        row = {name: one.get(f"{name}_seconds") for name in ("planned", "low", "high")} | {"actual": actual}
+        known = actual is not None and row["planned"] is not None
+        row["difference"] = actual - row["planned"] if known else None
+        rows.append({"step": step, "work": one.get("work"), **row, "source": one.get("source")})
+    return rows
 
 
 READERS = {"score": read_score, "mix": read_mix, "train": read_train, "evaluate": read_evaluation}

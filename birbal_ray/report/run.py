@@ -24,7 +24,7 @@ from birbal_ray.evaluate.leaderboard import (
 )
 from birbal_ray.progress import duration
 from birbal_ray.report.conclusions import Conclusion, conclude, model_name, signed, words
-from birbal_ray.report.load import READERS, Row, find_steps, mismatches
+from birbal_ray.report.load import READERS, Row, find_steps, mismatches, read_times
 from birbal_ray.report.plots import NAMES, Plot, draw, tasks_name
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import input_folder, open_folder
@@ -74,6 +74,7 @@ def report(
         warnings=mismatches(found),
         board=[{**asdict(one), **{f"win_rate:{name}": rate for name, rate in one.win_rates.items()}} for one in board],
         board_notes=notes,
+        times=read_times(open_folder(run)),
         **{step: sections.get(step) for step in READERS},
     )
     pictures = PLOTS_FOLDER if output is None else f"{name.rpartition('.')[0]}-plots"

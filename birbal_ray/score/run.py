@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from birbal_ray import models
 from birbal_ray.cluster import job_metadata, ray_log_file, ray_session
 from birbal_ray.ni.metrics import METRIC_VERSION
-from birbal_ray.progress import ProgressLine, save_throughput
+from birbal_ray.progress import ProgressLine, figures_key, save_figures, save_throughput
 from birbal_ray.run import (
     LOG_FOLDER,
     MANIFEST_FILE,
@@ -79,7 +79,7 @@ def score(
     Raises ConfigError (wrong settings, a run of another model or prompt), TaskError (task files), ModelError,
     RunError (the run failed; finished files are kept and a rerun continues).
     """
-    progress = ProgressLine()
+    progress, started, kept_under = ProgressLine(), time.monotonic(), figures_key(STEP, config)
     inputs = [path for path in (config.tasks.path, config.tasks.label_overrides) if path]
     config = resolve_config(config)
     plan = plan_run(config, progress)
@@ -124,7 +124,12 @@ def score(
                 f"{run.folder}: what is there is scored again; {missing} rows have no prediction yet: run the same "
                 "command without --rescore"
             )
-        return _finish(run, plan, config, found, records, stops, revision)
+        result = _finish(run, plan, config, found, records, stops, revision)
+        if not run.resumed and config.engine.backend == "vllm":
+            name = "rows_at_least" if result.manifest["time_was_up"] else "rows"
+            rows = {name: float(result.manifest["rows"]["planned"])}
+            keep_figures(kept_under, run.sessions(), time.monotonic() - started, **rows)
+        return result
 
 
 def resolve_config(config: ScoreConfig) -> ScoreConfig:
@@ -257,6 +262,14 @@ def throughput_key(config: ScoreConfig) -> str:
     name = config.model.name
     name = str(Path(name).resolve()) if Path(name).is_dir() else name
     return f"{name} {config.engine.device} {config.engine.backend}"
+
+
+def keep_figures(key: str, sessions: Sequence[Mapping[str, Any]], seconds: float, **more: float) -> None:
+    """Keep what an engine of a step took to load, how fast its engines answered, and the rest of its `seconds`."""
+    load, steady, rows = (sum(one[name] for one in sessions) for name in ("load_seconds", "steady_seconds", "rows"))
+    if steady:
+        figures = {"load_seconds": load / len(sessions), "rows_per_second": rows / steady, **more}
+        save_figures(key, overhead_seconds=seconds - load - steady, **figures)
 
 
 def _earlier_records(output: str) -> dict[str, FileRecord]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
+import time
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 
 from birbal_ray.manifest import check_input, read_manifest
 from birbal_ray.models import Model, find_adapter, load_tokenizer, pin_model, read_template, resolve_model
-from birbal_ray.progress import ProgressLine
+from birbal_ray.progress import ProgressLine, save_figures
 from birbal_ray.run import Run, open_run, package_versions, sigterm_as_interrupt
 from birbal_ray.settings import ConfigError, require
 from birbal_ray.storage import Folder, RunError, absolute, is_url, open_folder
@@ -40,6 +41,7 @@ from birbal_ray.train.launch import STEP, mark_diverged, train_on_cluster
 from birbal_ray.train.preflight import (
     Preflight,
     describe_preflight,
+    rate_key,
     refuse_if_too_large,
     refuse_if_too_short,
     run_preflight,
@@ -63,7 +65,7 @@ def train(config: TrainConfig, *, overwrite: bool = False) -> TrainResult:
     Raises ConfigError (settings, mix, memory, another run's folder), ModelError, RunError (the run
     broke off; the last checkpoint is kept and the same command continues).
     """
-    progress = ProgressLine()
+    progress, started = ProgressLine(), time.monotonic()
     output = require(config.output, "--output")
     config, model = resolve_config(config)
     mix, mix_manifest = read_mix(config.mix or "")
@@ -96,7 +98,12 @@ def train(config: TrainConfig, *, overwrite: bool = False) -> TrainResult:
             progress.message(f"stopped after step {outcome['num_steps']}, checkpoint saved; the same command continues")
             raise KeyboardInterrupt
         download_state(run.folder, working)
-        return _finish(config, model, run, working, mix_manifest, packing, outcome, progress)
+        result = _finish(config, model, run, working, mix_manifest, packing, outcome, progress)
+        if not run.resumed:
+            rest = time.monotonic() - started - result.manifest["result"]["elapsed_seconds"]
+            per_row = packing["train"].num_tokens / packing["train"].num_samples
+            save_figures(rate_key(config), overhead_seconds=rest, tokens_per_row=per_row)
+        return result
 
 
 def dry_run(config: TrainConfig, *, calibrate: bool = False) -> Preflight:

@@ -15,7 +15,7 @@ from typing import Any
 from birbal_ray.cluster import MIN_LOGICAL_CPUS, can_place, job_metadata, ray_session
 from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.models import Model, pin_model, resolve_model
-from birbal_ray.progress import ProgressLine, duration
+from birbal_ray.progress import ProgressLine, duration, figures_key, save_figures
 from birbal_ray.run import LOG_FOLDER, Run, RunError, RunFailedError, open_run, sigterm_as_interrupt
 from birbal_ray.settings import require, sha256_of
 from birbal_ray.storage import Folder, absolute, input_folder
@@ -58,7 +58,7 @@ def tune(config: TuneConfig, *, overwrite: bool = False) -> TuneResult:
     Raises ConfigError (settings, scores, another run's folder), ModelError, RunError (the search broke
     off or every trial failed; trials that ended are kept and the same command goes on).
     """
-    progress = ProgressLine()
+    progress, kept_under = ProgressLine(), figures_key(STEP, config)
     config, scores, model = resolve_config(config)
     inputs = [config.scores or "", *config.validation.files]
     identity = _identity(config, scores, model)
@@ -86,7 +86,24 @@ def tune(config: TuneConfig, *, overwrite: bool = False) -> TuneResult:
         left = math.inf if config.budget is None else config.budget - run.wall_seconds
         if left > 0:
             search(config, scheduler, run.folder, run_trial, options, progress, run=run, seconds_left=left)
-        return _finish(config, scheduler, run, progress)
+        result = _finish(config, scheduler, run, progress)
+        if not run.resumed:
+            save_figures(kept_under, **figures_of(scheduler, result.manifest["wall_seconds"]))
+        return result
+
+
+def figures_of(scheduler: TrialScheduler, wall_seconds: float) -> dict[str, float]:
+    """What a search took: seconds of a trial of `proxy.tokens`, and of all else; nothing where no trial ended."""
+    ended = [one for one in scheduler.results.values() if one.status == FINISHED]
+    trained = [one.seconds / one.spec.tokens for one in ended if one.spec.tokens]
+    if not trained:
+        return {}
+    together = min(scheduler.config.resources.max_concurrent, len(ended))
+    rest = max(0.0, wall_seconds - math.fsum(one.seconds for one in ended) / together)
+    return {
+        "trial_seconds": math.fsum(trained) / len(trained) * scheduler.config.proxy.tokens,
+        "overhead_seconds": rest,
+    }
 
 
 def estimate(config: TuneConfig) -> list[dict[str, Any]]:

@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from birbal_ray import pipeline
+from birbal_ray.progress import CLOCK_FILE
 from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps
 from birbal_ray.settings import ConfigError, load_config
-from birbal_ray.status import CLOCK_FILE, read_budget
+from birbal_ray.status import read_budget
 from birbal_ray.storage import open_folder
 
 SHARES = ShareSettings(score=0.2, tune=0.1, evaluate=0.2, report=0.05)
@@ -140,11 +141,14 @@ def test_a_continued_score_run_has_the_budget_it_started_with(tmp_path):
 def test_an_evaluation_asks_what_its_time_allows(tmp_path):
     config = join_steps(PipelineConfig(output=str(tmp_path), tasks="sample-tasks", budget=1000))
     (tmp_path / "score").mkdir()
-    manifest = {"last_session": {"load_seconds": 10.0, "rows_per_second": 4.0}}
+    manifest = {
+        "settings": {"engine": {"device": "cpu"}},
+        "last_session": {"load_seconds": 10.0, "rows_per_second": 4.0},
+    }
     (tmp_path / "score" / "manifest.json").write_text(json.dumps(manifest))
     assert pipeline.instances_that_fit(config, 500.0) == int((500 * 0.8 - 20) * 4 / (8 * 2 * 2))
     assert pipeline.instances_that_fit(config, 1.0) == 2
-    (tmp_path / "score" / "manifest.json").write_text(json.dumps({"last_session": {}}))
+    (tmp_path / "score" / "manifest.json").write_text(json.dumps({**manifest, "last_session": {}}))
     assert pipeline.instances_that_fit(config, 500.0) >= 2
 
 
