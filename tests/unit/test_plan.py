@@ -1,0 +1,188 @@
+"""What the recipe will take: from this machine's own figures where there are any, and within the budget's shares."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from birbal_ray import pipeline, plan
+from birbal_ray.cli.options import find_config
+from birbal_ray.progress import PLAN_FILE, figures_key, last_figures, save_figures, save_throughput
+from birbal_ray.recipe import PipelineConfig, join_steps
+from birbal_ray.report.load import read_times
+from birbal_ray.settings import ConfigError, load_config
+from birbal_ray.storage import open_folder
+from birbal_ray.train.preflight import rate_key
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A machine that has run nothing, and whose model has 135 million weights."""
+    monkeypatch.setenv("BIRBAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(plan, "num_weights", lambda model: plan.SMOLLM2_WEIGHTS)
+
+
+def recipe(name="tiny", **flags):
+    values = {"output": "/nowhere/run", "device": "cpu", **flags}
+    return join_steps(load_config(PipelineConfig, find_config("pipeline", name), flags=values))
+
+
+def by_step(config, gpu=None):
+    return {one.step: one for one in plan.plan_recipe(config, gpu)}
+
+
+def ran_before(config):
+    """Figures that steps of these settings keep, see the steps' `run.py`."""
+    save_figures(
+        figures_key("score", config.score), load_seconds=30.0, overhead_seconds=10.0, rows_per_second=4.0, rows=200.0
+    )
+    save_figures(
+        figures_key("evaluate", config.evaluate),
+        **{"load_seconds": 20.0, "overhead_seconds": 12.0, "rows_per_second": 5.0, "asked_fraction": 0.8},
+    )
+    save_figures(figures_key("tune", config.tune), trial_seconds=30.0, overhead_seconds=20.0)
+    save_figures(figures_key("mix", config.mix), seconds=3.0, candidates=300.0)
+    save_figures("report", page_seconds=2.0)
+    key = rate_key(config.train)
+    save_throughput(key, 50.0)
+    save_figures(key, setup_seconds=20.0, eval_seconds=5.0, best_seconds=1.0, save_seconds=1.0, overhead_seconds=15.0)
+
+
+def test_after_a_run_every_step_is_planned_from_it():
+    config = recipe()
+    ran_before(config)
+    steps = by_step(config)
+    assert {one.source for one in steps.values()} == {"measured on this machine"}
+    assert steps["score"].planned_seconds == pytest.approx(30 + 10 + 200 / 4)
+    assert steps["score"].work == "200 prompts of 6 tasks"
+    # Eight trials, two at a time: the base model, one baseline and two of the search, then four fresh seeds.
+    assert steps["tune"].planned_seconds == pytest.approx(20 + 4 * 30)
+    assert steps["mix"].planned_seconds == pytest.approx(3)
+    assert steps["report"].planned_seconds == pytest.approx(6 * 2)
+    # As many instances as fit in four fifths of its share by the speed of scoring, of 8 tasks, asked by two models in
+    # two ways; the mix considered a fifth of them.
+    fitting = int((0.8 * 216 - 2 * 30) * 4 / (8 * 4))
+    assert steps["evaluate"].planned_seconds == pytest.approx(2 * 20 + 12 + fitting * 8 * 4 * 0.8 / 5)
+    # Training gets the rest: what was used before it, and what is held back for what follows, is not its.
+    rest = 900 - (90 + 140 + 3) - 0.24 * 900 - 0.04 * 900
+    assert steps["train"].planned_seconds == steps["train"].limit_seconds == pytest.approx(rest)
+
+
+def test_the_plan_is_what_the_clock_gives(tmp_path):
+    """Steps that take what was planned leave training what was planned."""
+    config = recipe(output=str(tmp_path))
+    ran_before(config)
+    steps = by_step(config)
+
+    class Time:
+        now = 0.0
+
+        def __call__(self):
+            return self.now
+
+    time = Time()
+    clock = pipeline.BudgetClock(open_folder(tmp_path), config.budget, config.shares, {}, now=time)
+    for step in ("score", "tune", "mix"):
+        with clock.running(step):
+            time.now += steps[step].planned_seconds
+        with clock.running("report"):
+            time.now += 2.0
+    assert clock.left("train") == pytest.approx(steps["train"].planned_seconds)
+
+
+def test_other_settings_are_other_work():
+    config = recipe()
+    ran_before(config)
+    other = config.score.model_copy(
+        update={"completion": config.score.completion.model_copy(update={"headroom_tokens": 99})}
+    )
+    assert last_figures(figures_key("score", config.score)) and not last_figures(figures_key("score", other))
+    elsewhere = config.score.model_copy(update={"output": "/elsewhere", "budget": 77.0})
+    assert figures_key("score", elsewhere) == figures_key("score", config.score)
+    assert by_step(config, "H100")["score"].source.startswith("arithmetic")  # another card than this machine's
+
+
+def test_a_run_that_its_budget_ended_is_planned_to_its_end_again():
+    config = recipe()
+    key = figures_key("score", config.score)
+    save_figures(key, load_seconds=100.0, overhead_seconds=20.0, rows_per_second=2.0, rows_at_least=120.0)
+    step = by_step(config)["score"]
+    assert step.planned_seconds == step.limit_seconds == pytest.approx(180)
+
+
+def test_a_search_that_does_not_fit_leaves_trials_out():
+    config = recipe()
+    config = config.model_copy(update={"tune": config.tune.model_copy(update={"num_trials": 6})})
+    save_figures(figures_key("tune", config.tune), trial_seconds=40.0, overhead_seconds=20.0)
+    step = by_step(config)["tune"]
+    # The share is 234 s: five rounds of two fit, two of them the four fresh seeds, so four of the six searched.
+    assert step.planned_seconds == pytest.approx(20 + 5 * 40)
+    assert step.work == "11 short fine-tunes of 768 tokens; 9 fit"
+    assert (step.low_seconds, step.high_seconds) == pytest.approx((0.9 * 260, 1.1 * 260))
+
+
+def test_a_budget_without_time_for_fresh_seeds_is_refused_with_the_least_that_works():
+    config = recipe()
+    save_figures(figures_key("tune", config.tune), trial_seconds=100.0, overhead_seconds=20.0)
+    least = plan.least_seconds(config)
+    assert least["tune"] == pytest.approx(0.9 * (20 + 4 * 100))
+    with pytest.raises(ConfigError, match=r"tune needs 6 min 18 s to run its baselines.*least that works is 1454s"):
+        pipeline.refuse_small_budget(config, least)
+    pipeline.refuse_small_budget(config.model_copy(update={"budget": 1454.0}), least)
+    without = recipe(search=False)
+    pipeline.refuse_small_budget(without, plan.least_seconds(without))
+
+
+def test_without_tune_its_share_goes_to_training():
+    config = recipe(search=False)
+    steps = by_step(config)
+    assert list(steps) == ["score", "mix", "train", "evaluate", "report"]
+    assert steps["train"].limit_seconds > by_step(recipe())["train"].limit_seconds
+
+
+@pytest.mark.parametrize("name", ["one-day-mistral-7b"])
+def test_the_day_on_a_4090_fits(name, monkeypatch):
+    monkeypatch.setattr(plan, "num_weights", lambda model: 7_241_732_096)
+    config = recipe(name, device="gpu", tasks="sample-tasks")
+    config = config.model_copy(
+        update={"score": config.score.model_copy(update={"tasks": config.evaluate.tasks.model_copy()})}
+    )
+    steps = plan.plan_recipe(config, "GeForce-RTX-4090")
+    assert sum(one.planned_seconds for one in steps) <= 24 * 3600
+    assert all(one.source for one in steps)
+    assert all(one.high_seconds > one.low_seconds > 0 for one in steps)
+
+
+def test_the_first_session_s_plan_stays_and_meets_what_was_taken(tmp_path):
+    config = recipe(output=str(tmp_path))
+    ran_before(config)
+    said = []
+    pipeline.write_plan(config, open_folder(tmp_path), said.append)
+    assert said[0].startswith("planned: score 1 min 30 s, tune 2 min 20 s, mix 3 s, train ")
+    written = json.loads((tmp_path / PLAN_FILE).read_text())
+    assert written["budget_seconds"] == 900
+    (tmp_path / "clock.json").write_text(json.dumps({"spent_seconds": {"score": 100.0, "tune": 130.5}}))
+    times = {row["step"]: row for row in read_times(open_folder(tmp_path))}
+    assert list(times) == ["score", "tune", "mix", "train", "evaluate", "report"]
+    assert (times["score"]["planned"], times["score"]["actual"]) == pytest.approx((90, 100))
+    assert times["score"]["difference"] == pytest.approx(10)
+    assert times["tune"]["difference"] == pytest.approx(-9.5)
+    assert times["mix"]["actual"] is None and times["mix"]["difference"] is None
+    (tmp_path / PLAN_FILE).unlink()
+    rows = read_times(open_folder(tmp_path))
+    assert [(row["step"], row["actual"], row["planned"]) for row in rows] == [
+        ("score", 100, None),
+        ("tune", 130.5, None),
+    ]
+
+
+def test_what_cannot_be_planned_is_said_and_does_not_stop_the_run(tmp_path):
+    config = recipe(output=str(tmp_path), device="gpu")
+    (tmp_path / PLAN_FILE).write_text("{}")
+    said = []
+    pipeline.write_plan(config, open_folder(tmp_path), said.append)
+    assert said == [
+        "no plan: the card is not known: --gpu NAME, or resources.accelerator_type (`birbal doctor` names it)"
+    ]
+    assert not (tmp_path / PLAN_FILE).exists()
