@@ -127,8 +127,8 @@ def score(
         result = _finish(run, plan, config, found, records, stops, revision)
         if not run.resumed and config.engine.backend == "vllm":
             name = "rows_at_least" if result.manifest["time_was_up"] else "rows"
-            rows = {name: float(result.manifest["rows"]["planned"])}
-            keep_figures(kept_under, run.sessions(), time.monotonic() - started, **rows)
+            num_rows = {name: float(result.manifest["rows"]["planned"])}
+            keep_figures(kept_under, run.sessions(), time.monotonic() - started, **num_rows)
         return result
 
 
