@@ -24,7 +24,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ SCHEMA = pa.schema(
         pa.field("label", pa.string(), nullable=False),
         pa.field("order", pa.int32(), nullable=False),  # position in the task's hash order
         pa.field("score", pa.float64()),  # null: an error row
+        pa.field("is_fit", pa.bool_(), nullable=False),  # the task's own references can score: a share is due to it
     ]
 )
 BUDGET = AdaptiveSettings().exact_match_budget  # of each label
@@ -59,18 +60,22 @@ PROMPTS_PER_SECOND = 75  # one RTX 4090, Mistral-7B, few-shot prompts: arithmeti
 
 @dataclass(frozen=True)
 class TaskScores:
-    """A task of the full pass. `scores`: float64 (instances,) in hash order, NaN for an error row."""
+    """A task of the full pass. `scores`: float64 (instances,) in hash order, NaN for an error row.
+
+    The mix gives no share to a task that is not `is_fit`: not even its references score.
+    """
 
     name: str
     label: str
     scores: np.ndarray
+    is_fit: bool = True
 
     def shuffled(self, chance: np.random.Generator) -> TaskScores:
-        return TaskScores(self.name, self.label, chance.permutation(self.scores))
+        return replace(self, scores=chance.permutation(self.scores))
 
     def drawn(self, name: str, size: int, chance: np.random.Generator) -> TaskScores:
         """As many scores with this task's distribution."""
-        return TaskScores(name, self.label, chance.choice(self.scores, size))
+        return replace(self, name=name, scores=chance.choice(self.scores, size))
 
 
 def extract(run: Path) -> pa.Table:
@@ -80,17 +85,16 @@ def extract(run: Path) -> pa.Table:
     found = RowFiles(rows.files(""))
     parts = []
     for task in folder.read_table(TASKS_FILE).to_pylist():
-        if task["unreachable_reason"]:
-            print(f"left out {task['task']}: {task['unreachable_reason']}")
-            continue
         position = 0
         for name in found.names(task["task"]):
             first, last = RowFiles.range_of(name)
             if first != position:
                 break
             scores = rows.read_table(name, ["score"])["score"]
-            columns = [[task["task"]] * len(scores), [task["label"]] * len(scores), range(first, last), scores]
-            parts.append(pa.table(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA))
+            columns = {name: [task[name]] * len(scores) for name in ("task", "label")}
+            columns |= {"order": list(range(first, last)), "score": scores.to_pylist()}
+            columns["is_fit"] = [not task["unreachable_reason"]] * len(scores)
+            parts.append(pa.table(columns, schema=SCHEMA))
             position = last
     if not parts:
         raise SystemExit(f"{run}: no rows of any task; give the folder of a score run")
@@ -98,11 +102,12 @@ def extract(run: Path) -> pa.Table:
 
 
 def read_tasks(table: pa.Table) -> list[TaskScores]:
-    tasks: dict[tuple[str, str], list[float]] = {}
+    tasks: dict[tuple[str, str, bool], list[float]] = {}
     for row in table.sort_by([("task", "ascending"), ("order", "ascending")]).to_pylist():
         score = row["score"]
-        tasks.setdefault((row["task"], row["label"]), []).append(np.nan if score is None else score)
-    return [TaskScores(name, label, np.array(scores)) for (name, label), scores in tasks.items()]
+        about = row["task"], row["label"], row["is_fit"]
+        tasks.setdefault(about, []).append(np.nan if score is None else score)
+    return [TaskScores(name, label, np.array(scores), is_fit) for (name, label, is_fit), scores in tasks.items()]
 
 
 def synthetic_tasks(num_tasks: int, chance: np.random.Generator) -> list[TaskScores]:
@@ -140,6 +145,7 @@ def selected_sizes(chance: np.random.Generator) -> tuple[list[tuple[str, str, in
 def planned(task: TaskScores) -> PlannedTask:
     nothing: dict[str, Any] = {"definition": "", "categories": (), "sources": (), "domains": (), "licenses": ()}
     size = len(task.scores)
+    nothing["unreachable_reason"] = None if task.is_fit else "its references can't score"
     return PlannedTask(task.name, "", None, "", Label(task.label, ""), size, size, 4, 8, {}, **nothing)
 
 
@@ -183,7 +189,7 @@ def replay(tasks: list[TaskScores], asked: AdaptiveSettings) -> Replay:
         clocked(schedule.record, file)
         taken[shard.task] = max(taken[shard.task], shard.last)
     result.num_decisions = len(schedule.decided())
-    result.tasks = [TaskScores(task.name, task.label, task.scores[: taken[task.name]]) for task in tasks]
+    result.tasks = [replace(task, scores=task.scores[: taken[task.name]]) for task in tasks]
     return result
 
 
@@ -192,11 +198,15 @@ def allocation(tasks: list[TaskScores], budgets: Mapping[str, int], asked: Adapt
     counts: dict[str, int] = {}
     for label, budget in budgets.items():
         usable = [(task, task.scores[~np.isnan(task.scores)]) for task in tasks if task.label == label]
-        demands = [TaskDemand(task.name, len(s), min(1.0, float(s.mean()) if len(s) else 0.0)) for task, s in usable]
+        demands = [
+            TaskDemand(task.name, len(scores), min(1.0, float(scores.mean())), None if task.is_fit else 0)
+            for task, scores in usable
+            if len(scores)
+        ]
         counts |= allocate(budget, demands, asked.gamma).counts
     total = max(1, sum(counts.values()))
     below = {task.name: 1e-300 if task.label == EXACT_MATCH else asked.failed_below for task in tasks}
-    failed = sum(min(counts[task.name], int((task.scores < below[task.name]).sum())) for task in tasks)
+    failed = sum(min(counts.get(task.name, 0), int((task.scores < below[task.name]).sum())) for task in tasks)
     return {
         "shares": {name: count / total for name, count in counts.items()},
         "filled": total / max(1, sum(budgets.values())),
@@ -219,7 +229,8 @@ def compare(full: list[TaskScores], asked: AdaptiveSettings) -> dict[str, Any]:
         "full_prompts": sum(len(task.scores) for task in full),
         "within_margin": sum(error <= asked.score_margin for error in errors) / len(errors),
         "largest_error": max(errors),
-        "total_variation": sum(abs(share - theirs["shares"][name]) for name, share in ours["shares"].items()) / 2,
+        "total_variation": sum(abs(ours["shares"].get(name, 0.0) - share) for name, share in theirs["shares"].items())
+        / 2,
         "filled": ours["filled"],
         "full_filled": theirs["filled"],
         "failed_fraction": ours["failed_fraction"],
