@@ -150,13 +150,6 @@ class Run:
         names = self.folder.files("sessions")
         return [self.folder.read_json(name) for name in sorted(names, key=lambda name: (len(name), name))]
 
-    def _end(self, error: BaseException | None) -> None:
-        if isinstance(error, Exception) and not isinstance(error, ConfigError):
-            record = {"done": None, "total": None, **self._last_progress, "error": one_line(error)}
-            with contextlib.suppress(OSError, RunError):
-                self._writer.submit(self.folder.write_json, PROGRESS_FILE, record).result()
-        self._writer.shutdown()
-
 
 @contextlib.contextmanager
 def open_run(
@@ -205,7 +198,11 @@ def open_run(
             error = raised
             raise
         finally:
-            run._end(error)
+            if isinstance(error, Exception) and not isinstance(error, ConfigError):
+                record = {"done": None, "total": None, **run._last_progress, "error": one_line(error)}
+                with contextlib.suppress(OSError, RunError):
+                    run._writer.submit(folder.write_json, PROGRESS_FILE, record).result()
+            run._writer.shutdown()
 
 
 def _claim(
@@ -243,7 +240,13 @@ def _claim(
     with contextlib.suppress(FileNotFoundError, RunError, AttributeError, KeyError, TypeError):
         listed = set(folder.read_json(MANIFEST_FILE)["files"])
     linked = {name for name in files if folder.is_local and _is_behind_link(folder.local, name)}
-    ours = {name for name in files if name in listed or _is_owned(name, (*owns, *STANDARD_FILES))} - linked
+    patterns = (*owns, *STANDARD_FILES)  # one without a `/` means files directly in the run folder
+    made = {
+        name
+        for name in files
+        if any(fnmatch.fnmatchcase(name, glob) for glob in patterns if "/" in glob or "/" not in name)
+    }
+    ours = made.union(listed.intersection(files)) - linked
     if unknown := sorted(visible.keys() - ours):
         raise ConfigError(
             f"{folder}: --overwrite deletes nothing here, because the folder holds {len(unknown)} file(s) that "
@@ -255,11 +258,6 @@ def _claim(
     folder.delete(sorted(ours.difference(leftovers) - {MANIFEST_FILE, RUN_FILE}))
     folder.write_json(RUN_FILE, record)
     return False, None, {}
-
-
-def _is_owned(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a step makes files of this name. A pattern without `/` means files directly in the run folder."""
-    return any(fnmatch.fnmatchcase(name, glob) for glob in patterns if "/" in glob or "/" not in name)
 
 
 def _is_behind_link(folder: Path, name: str) -> bool:

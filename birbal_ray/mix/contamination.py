@@ -122,12 +122,9 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 @lru_cache(maxsize=1 << 18)
-def _word_hash(word: str) -> int:
-    return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
-
-
 def _word_hashes(text: str) -> NDArray[np.uint64]:
-    return np.array([_word_hash(word) for word in tokens(text)], np.uint64)
+    words = (word.encode("utf-8", "surrogatepass") for word in tokens(text))
+    return np.array([int.from_bytes(hashlib.blake2b(word, digest_size=8).digest(), "big") for word in words], np.uint64)
 
 
 def _hash_all(words: NDArray[np.uint64]) -> np.uint64:

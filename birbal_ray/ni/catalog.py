@@ -36,7 +36,12 @@ def choose_names(available: Sequence[str], select: str | Sequence[str], path: Pa
     if select == "selected":
         wanted: Iterable[str] = selected_names()
     elif isinstance(select, str):
-        wanted = _names_in(Path(select), available)
+        if not (file := Path(select)).is_file():
+            raise TaskError(f"{file}: no such file of task names (or use 'all' or 'selected')")
+        lines = [line.strip() for line in read_text(file).splitlines()]
+        # A comment starts a line or follows white space; a name may hold a # itself.
+        names = (line if line in available else re.sub(r"(^|\s)#.*", "", line).strip() for line in lines)
+        wanted = [name for name in names if name]
     else:
         wanted = select
     present = set(available)
@@ -177,12 +182,3 @@ def _unreachable_finding(task: Task, label: str) -> str:
         return ""
     share = "; the task gets no share by its errors" * (found.fraction > metrics.MAX_UNREACHABLE_FRACTION)
     return f"{found.num_instances} of its instances, on which no answer can score 1: {found.reason}{share}"
-
-
-def _names_in(file: Path, available: Sequence[str]) -> list[str]:
-    if not file.is_file():
-        raise TaskError(f"{file}: no such file of task names (or use 'all' or 'selected')")
-    lines = [line.strip() for line in read_text(file).splitlines()]
-    # A comment starts a line or follows white space; a name may hold a # itself.
-    names = [line if line in available else re.sub(r"(^|\s)#.*", "", line).strip() for line in lines]
-    return [name for name in names if name]

@@ -93,7 +93,11 @@ def score(
         plan, amendment = amend(run, plan, known)
         found, changed = amendment.kept, retry_errors or rescore_all or amendment.set_aside or amendment.rescored
         is_same = run.manifest is not None and run.manifest["plan_hash"] == plan_hash(config, plan)
-        if run.manifest and is_same and not changed and not _has_time_again(run.manifest, config):
+        has_time_again = False  # that a run which its budget ended has now
+        if run.manifest and run.manifest.get("time_was_up"):
+            before = run.manifest["settings"].get("budget") or math.inf
+            has_time_again = config.budget is None or config.budget > before
+        if run.manifest and is_same and not changed and not has_time_again:
             progress.message(f"{run.folder} is up to date: {run.manifest['summary']}; nothing to do")
             return ScoreResult(run.folder, run.manifest, run.folder.read_table(TASK_SCORES_FILE).to_pylist())
         if run.manifest:
@@ -184,12 +188,6 @@ def plan_hash(config: ScoreConfig, plan: ScorePlan) -> str:
     tasks = {task.name: [task.identity, task.label.value, METRIC_VERSION, task.num_instances] for task in plan.tasks}
     adaptive = config.adaptive.model_dump() if config.adaptive.enabled else None
     return canonical_hash({"tasks": tasks, "adaptive": adaptive, "max_model_len": config.engine.max_model_len})
-
-
-def _has_time_again(manifest: Mapping[str, Any], config: ScoreConfig) -> bool:
-    """Whether a run that its budget ended is now given more time."""
-    before = manifest["settings"].get("budget")
-    return bool(manifest.get("time_was_up")) and (config.budget is None or config.budget > (before or math.inf))
 
 
 def amend(run: Run, plan: ScorePlan, known: Mapping[str, FileRecord]) -> tuple[ScorePlan, Amendment]:

@@ -14,17 +14,11 @@ from birbal_ray.train.checkpoints import all_checkpoints, read_metrics
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import prepare
 from tests.conftest import slow
+from tests.fixtures.small_training import SMALL_TRAINING
 
 NUM_STEPS = 60
 SETTINGS = {
-    "batch.sequence_length": 128,
-    "batch.micro": 1,
-    "batch.accumulation": 2,
-    "lora.r": 4,
-    "lora.alpha": 8,
-    "optimizer.learning_rate": 5e-3,
-    "evaluation.every_steps": 4,
-    "checkpoint.every_steps": 3,
+    **SMALL_TRAINING,
     "resources.num_threads": 1,
     "max_steps": NUM_STEPS,
     "epochs": 100,

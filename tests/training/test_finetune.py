@@ -20,16 +20,10 @@ from birbal_ray.train.card import draw_loss_curve
 from birbal_ray.train.checkpoints import Remote, all_checkpoints, read_metrics
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import load_packs, prepare
+from tests.fixtures.small_training import SMALL_TRAINING
 
 SMALL = {
-    "batch.sequence_length": 128,
-    "batch.micro": 1,
-    "batch.accumulation": 2,
-    "lora.r": 4,
-    "lora.alpha": 8,
-    "optimizer.learning_rate": 5e-3,
-    "evaluation.every_steps": 4,
-    "checkpoint.every_steps": 3,
+    **SMALL_TRAINING,
     "checkpoint.keep": 2,
     "resources.device": "cpu",
     "resources.num_threads": 1,

@@ -16,16 +16,10 @@ from birbal_ray.train import run as step
 from birbal_ray.train.checkpoints import Remote, download_state, working_folder
 from birbal_ray.train.config import TrainConfig
 from tests.fixtures.s3_server import BUCKET
+from tests.fixtures.small_training import SMALL_TRAINING
 
 SETTINGS = {
-    "batch.sequence_length": 128,
-    "batch.micro": 1,
-    "batch.accumulation": 2,
-    "lora.r": 4,
-    "lora.alpha": 8,
-    "optimizer.learning_rate": 5e-3,
-    "evaluation.every_steps": 4,
-    "checkpoint.every_steps": 3,
+    **SMALL_TRAINING,
     "checkpoint.keep": 2,
     "resources.device": "cpu",
     "max_steps": 8,
