@@ -15,6 +15,8 @@ import psutil
 
 from birbal_ray import models
 from birbal_ray.cluster import Node, WorkerRequest, can_place, nodes_of, ray_session
+from birbal_ray.mix.config import SourceSettings
+from birbal_ray.mix.datasets import source_problem
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.pipeline import replica_request
 from birbal_ray.settings import ConfigError, one_line
@@ -48,8 +50,11 @@ class Placement:
     missing: str
 
 
-def examine(model: str, output: str) -> list[Check]:
-    """All checks, in the order in which they are shown. Starts no Ray and loads no model."""
+def examine(model: str, output: str, sources: Sequence[SourceSettings] = ()) -> list[Check]:
+    """All checks, in the order in which they are shown. Starts no Ray, loads no model, downloads nothing.
+
+    `sources`: outside datasets that a mix is to have.
+    """
     python, usable, memory = platform.python_version(), len(os.sched_getaffinity(0)), psutil.virtual_memory().total
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -82,6 +87,7 @@ def examine(model: str, output: str) -> list[Check]:
             "10 GiB or more are needed; --output elsewhere",
         ),
         _model(model),
+        *map(_source, sources),
     ]
 
 
@@ -132,6 +138,11 @@ def placements(listing: Sequence[Mapping[str, Any]], score: ScoreConfig, train: 
         return Placement(work, str(request), missing is None, nodes, missing or "")
 
     return [place("score", replica_request(score)), place("train", worker_request(train))]
+
+
+def _source(source: SourceSettings) -> Check:
+    problem = source_problem(source)
+    return _check(source.name, not problem, "can't be had" if problem else source.path or "on the Hub", problem)
 
 
 def _packages() -> list[Check]:

@@ -214,11 +214,15 @@ def run_pipeline(
     return page
 
 
+def check_recipe(config: PipelineConfig) -> None:
+    """Raise ConfigError where a joined recipe can't work: a budget too small, an outside dataset that can't be had."""
+    refuse_small_budget(config, least_seconds(config))
+    check_sources(config)
+
+
 def check_sources(config: PipelineConfig) -> None:
     """Raise ConfigError, with all that is wrong, where an outside dataset of the recipe can't be had."""
-    trials = config.tune.mix.sources if config.search else []
-    sources = {source.model_dump_json(): source for source in [*config.mix.sources, *trials]}
-    if problems := dict.fromkeys(filter(None, map(source_problem, sources.values()))):
+    if problems := [problem for source in config.sources if (problem := source_problem(source))]:
         raise ConfigError("; ".join(problems))
 
 

@@ -28,7 +28,7 @@ from birbal_ray.settings import ConfigError, require
 from birbal_ray.speeds import MEASURED, Speed
 from birbal_ray.storage import input_folder
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.preflight import rate_key, shapes_of
+from birbal_ray.train.preflight import flops_per_token, rate_key, shapes_of
 from birbal_ray.tune.config import TuneConfig
 
 CHARACTERS_PER_TOKEN = 4.0  # of English in the tokenizers of Llama, Mistral and Qwen, near enough for a range
@@ -99,10 +99,11 @@ def plan_recipe(config: PipelineConfig, gpu: str | None = None) -> list[StepPlan
         asked_sizes = sizes
     else:
         asked_sizes = read_sizes(asked, config.evaluate.prompt.num_shots)
+    num_scored = sum(one.num_instances for one in chosen(sizes, config.score.tasks))
     limited = {
         "score": plan_score(config.score, gpu, sizes),
         "tune": plan_tune(config.tune, gpu, limits.get("tune")),
-        "mix": plan_mix(config.mix, sum(one.num_instances for one in chosen(sizes, config.score.tasks))),
+        "mix": plan_mix(config.mix, num_scored + sum(source.max_rows or 0 for source in config.mix.sources)),
         "evaluate": plan_evaluate(config.evaluate, gpu, asked_sizes, limits.get("evaluate"), config.score),
         "report": plan_report(config),
     }
@@ -113,7 +114,9 @@ def plan_recipe(config: PipelineConfig, gpu: str | None = None) -> list[StepPlan
     if budget:  # training gets what was not used before it, and leaves the later steps their shares
         used = sum(plans[step].planned_seconds for step in plans if step not in ("evaluate", "report"))
         rest = budget - used - limits["evaluate"] - limits["report"]
-    plans["train"] = plan_train(config.train, *_mix_sizes(config, sizes), gpu, rest)
+    rows, per_row = _mix_sizes(config, sizes)
+    kept = {} if gpu else last_figures(rate_key(_on(config.train, gpu)))
+    plans["train"] = plan_train(config.train, rows, kept.get("tokens_per_row", per_row), gpu, rest)
     return [plans[step] for step in config.steps]
 
 
@@ -200,8 +203,12 @@ def plan_evaluate(
     sizes: Sequence[TaskSizes] | None = None,
     seconds: float | None = None,
     scored: ScoreConfig | None = None,
+    num_prompts: int | None = None,
 ) -> StepPlan:
-    """An evaluation; one that gets `seconds` asks as many instances as fit, by the speed that `scored` had."""
+    """An evaluation; one that gets `seconds` asks as many instances as fit, by the speed that `scored` had.
+
+    `num_prompts`: where they have been counted.
+    """
     scoring = config.scoring()
     kept = {} if gpu else last_figures(figures_key("evaluate", config))
     device = _device(scoring.engine.device, gpu)
@@ -214,6 +221,7 @@ def plan_evaluate(
         most = fitting_instances(config, len(sizes), seconds, load, rate, device)
         sizes = [replace(one, num_instances=min(one.num_instances, most)) for one in sizes]
     asked = num_answers(config) * sum(one.num_instances for one in sizes) * kept.get("asked_fraction", 1.0)
+    asked = asked if num_prompts is None else num_prompts
     taken, source = _answering(scoring, sizes, (asked, asked), num_engines(config, device), kept, gpu)
     return StepPlan("evaluate", f"{asked:,.0f} prompts of {len(sizes):,} tasks", *taken, None, source)
 
@@ -256,9 +264,8 @@ def plan_tune(config: TuneConfig, gpu: str | None = None, seconds: float | None 
     return StepPlan("tune", work, *taking(config.num_trials), None, source, fitting)
 
 
-def plan_mix(config: MixConfig, num_scored: int) -> StepPlan:
-    """A mix from `num_scored` scored rows and its outside sources."""
-    candidates = num_scored + sum(source.max_rows or 0 for source in config.sources)
+def plan_mix(config: MixConfig, candidates: int) -> StepPlan:
+    """A mix from so many candidates, scored rows and those of outside sources."""
     work, (slow, fast) = f"up to {candidates:,} candidates", MIX_ROWS_PER_SECOND
     if kept := last_figures(figures_key("mix", config)):
         seconds = kept["seconds"] * max(1.0, candidates / max(1.0, kept["candidates"]))
@@ -276,7 +283,7 @@ def plan_train(
     """A fine-tune on a mix; `rest`: the seconds that the other steps leave it."""
     config = _on(config, gpu)
     speed, kept = training_speed(config, gpu), {} if gpu else last_figures(rate_key(config))
-    tokens = num_rows * kept.get("tokens_per_row", tokens_per_row)
+    tokens = num_rows * tokens_per_row
     load: tuple[float, float] = LOAD_SECONDS[config.resources.device]
     if "overhead_seconds" in kept:
         steps = config.epochs * tokens / (config.batch.micro * config.batch.accumulation * config.batch.sequence_length)
@@ -305,12 +312,20 @@ def training_speed(config: TrainConfig, gpu: str | None = None) -> Speed:
     """Tokens a second of a fine-tune."""
     if gpu is None and (rate := last_throughput(rate_key(config))):
         return speeds.measured(rate)
-    weights, card = num_weights(config.model.name), gpu or config.resources.accelerator_type
-    if card in speeds.CARDS:
-        return speeds.training_tokens(card, weights)
+    if (card := gpu or config.resources.accelerator_type) in speeds.CARDS:
+        return speeds.training_tokens(card, _flop_per_token(config))
     _refuse_unknown_card(config.resources.device)
-    slower = SMOLLM2_WEIGHTS / weights
+    slower = SMOLLM2_WEIGHTS / num_weights(config.model.name)
     return Speed(CPU_TOKENS[0] * slower, CPU_TOKENS[1] * slower, "two CPU cores, SmolLM2-135M, scaled by weights")
+
+
+def _flop_per_token(config: TrainConfig) -> float:
+    """Of a training step; where the model's config can't be had, from the weights that its name says."""
+    try:
+        model = resolve_model(config.model.name, config.model.revision, weights=False)
+        return flops_per_token(shapes_of(model.path, config.lora.target_modules), config)
+    except ModelError:
+        return float(speeds.TRAIN_FLOP_PER_WEIGHT * num_weights(config.model.name))
 
 
 def least_seconds(config: PipelineConfig) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from birbal_ray.evaluate.config import EvaluateConfig
-from birbal_ray.mix.config import MixConfig
+from birbal_ray.mix.config import MixConfig, SourceSettings
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.settings import Duration, Settings, require
 from birbal_ray.train.config import TrainConfig
@@ -56,6 +56,12 @@ class PipelineConfig(Settings):
     def steps(self) -> tuple[str, ...]:
         """Those that run, in their order."""
         return tuple(step for step in STEPS if step != "tune" or self.search)
+
+    @property
+    def sources(self) -> list[SourceSettings]:
+        """The outside datasets of the mix and of the search's trials, each once."""
+        searched = self.tune.mix.sources if self.search else []
+        return list({source.model_dump_json(): source for source in [*self.mix.sources, *searched]}.values())
 
 
 def join_steps(config: PipelineConfig) -> PipelineConfig:

@@ -57,10 +57,9 @@ def measured(rate: float) -> Speed:
     return Speed(rate * 0.9, rate * 1.1, MEASURED)
 
 
-def training_tokens(card: str, num_weights: int) -> Speed:
-    """Tokens a second of a QLoRA fine-tune with gradient checkpointing on one card. Raises KeyError for others."""
-    flop = TRAIN_FLOP_PER_WEIGHT * num_weights
-    low, high = (CARDS[card].tflops * 1e12 * share / flop for share in TRAIN_UTILISATION)
+def training_tokens(card: str, flop_per_token: float) -> Speed:
+    """Tokens a second of a QLoRA fine-tune on one card. Raises KeyError for a card that isn't in CARDS."""
+    low, high = (CARDS[card].tflops * 1e12 * share / flop_per_token for share in TRAIN_UTILISATION)
     shares = " to ".join(f"{share:.0%}" for share in TRAIN_UTILISATION)
     return Speed(low, high, f"arithmetic: {shares} of {CARDS[card].tflops:g} TFLOP/s ({card}'s data sheet)")
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from birbal_ray.cli.main import EXIT_FAILED
-from birbal_ray.cli.options import format_option, note, print_table
+from birbal_ray.cli.options import find_config, format_option, note, print_table
+from birbal_ray.recipe import PipelineConfig
+from birbal_ray.settings import load_config
 
 if TYPE_CHECKING:
     from birbal_ray.cluster import Node
@@ -21,6 +23,7 @@ NUM_NAMED = 6  # nodes in a line of the text table
 
 @click.command()
 @click.option("--model", default="smollm2-135m", show_default=True, help="A model whose reachability to check.")
+@click.option("--config", metavar="FILE", help="A pipeline's settings, whose model and outside datasets to check.")
 @click.option("--output", default=".", show_default=True, help="A folder whose disk to check.")
 @click.option(
     "--cluster",
@@ -36,6 +39,7 @@ NUM_NAMED = 6  # nodes in a line of the text table
 def doctor(
     context: click.Context,
     model: str,
+    config: str | None,
     output: str,
     cluster: str | None,
     score_config: str | None,
@@ -50,6 +54,7 @@ def doctor(
     \b
     Examples:
       birbal doctor --model mistralai/Mistral-7B-v0.1 --output /data/runs
+      birbal doctor --config one-day-mistral-7b
       birbal doctor --cluster 10.0.0.2:6379 --train-config configs/train/mistral-7b-qlora.yaml
     """
     if cluster is not None:
@@ -59,7 +64,8 @@ def doctor(
     else:
         from birbal_ray.doctor import examine
 
-        checks = examine(model, output)
+        recipe = load_config(PipelineConfig, find_config("pipeline", config)) if config else PipelineConfig()
+        checks = examine(recipe.model or model, output, recipe.sources)
         print_table([{"check": c.name, "state": c.state, "found": c.found} for c in checks], output_format)
         problems = [f"{check.name}: {check.advice}" for check in checks if check.state == "problem"]
     for problem in problems:
@@ -74,7 +80,6 @@ def _show_cluster(
     from birbal_ray.cluster import nodes_of
     from birbal_ray.doctor import cluster_nodes, placements
     from birbal_ray.score.config import ScoreConfig
-    from birbal_ray.settings import load_config
     from birbal_ray.train.config import TrainConfig
 
     score, train = load_config(ScoreConfig, score_config), load_config(TrainConfig, train_config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from birbal_ray.tune.config import TuneConfig
 if TYPE_CHECKING:
     from birbal_ray.evaluate.run import EvaluateResult
     from birbal_ray.mix.run import MixResult
+    from birbal_ray.plan import StepPlan
     from birbal_ray.score.run import ScoreResult
     from birbal_ray.train.preflight import Preflight
     from birbal_ray.train.run import TrainResult
@@ -42,6 +43,18 @@ MIX_COLUMNS = ["source", "label", "tasks", "candidates", "kept", "train", "eval"
 def dry_run_option(text: str) -> Any:
     """--dry-run, which says what the step would do."""
     return click.option("--dry-run", is_flag=True, help=text)
+
+
+def note_hours(plan: Callable[[], StepPlan]) -> None:
+    """Say how long a step takes, as `birbal plan` does, or why that is not known."""
+    from birbal_ray.models import ModelError
+    from birbal_ray.settings import ConfigError
+
+    try:
+        found = plan()
+        note(f"takes {found.hours}: {found.work}")
+    except (ConfigError, ModelError) as error:
+        note(f"no estimate of time: {error}")
 
 
 # --- score
@@ -88,7 +101,7 @@ def score(
     from birbal_ray.score import run as step
 
     if dry_run:
-        print_score_plan(step.resolve_config(config), output_format)
+        print_score_plan(config, output_format)
     else:
         result = step.score(config, overwrite=overwrite, retry_errors=retry_errors, rescore_all=rescore)
         print_score(result, output_format)
@@ -135,12 +148,13 @@ def print_score(result: ScoreResult, output_format: str) -> None:
 
 def print_score_plan(config: ScoreConfig, output_format: str) -> None:
     """Prompts and tokens per task on stdout; sums and the time they take on stderr."""
-    from birbal_ray.progress import ProgressLine, duration, last_throughput
-    from birbal_ray.score.run import describe_plan, plan_run, throughput_key
+    from birbal_ray.plan import plan_score
+    from birbal_ray.progress import ProgressLine
+    from birbal_ray.score.run import describe_plan, plan_run, resolve_config
 
-    progress = ProgressLine()
-    plan = plan_run(config, progress, count_tokens=True)
-    describe_plan(plan, config, progress)
+    progress, resolved = ProgressLine(), resolve_config(config)
+    plan = plan_run(resolved, progress, count_tokens=True)
+    describe_plan(plan, resolved, progress)
     rows = [
         {
             "task": task.name,
@@ -161,14 +175,11 @@ def print_score_plan(config: ScoreConfig, output_format: str) -> None:
     own = sum(task.num_own_tokens or 0 for task, _ in counts)
     completion = sum(task.max_completion_tokens * count for task, count in counts)
     total = shared + own
-    note(f"prompts {sum(count for _, count in counts):,} in {len(plan.shards(config.shard_rows or 1)):,} shards")
+    note(f"prompts {sum(count for _, count in counts):,} in {len(plan.shards(resolved.shard_rows or 1)):,} shards")
     note(f"prompt tokens {total:,}: {shared:,} shared ({shared / max(1, total):.0%}), {own:,} own")
     note(f"to compute with the prefix cache: {shared_once + own:,} prompt, at most {completion:,} completion tokens")
-    if rate := last_throughput(throughput_key(config)):
-        rate *= config.resources.num_replicas
-        note(f"about {duration((total + completion / 4) / rate)} at the {rate:,.0f} tokens/s last seen here")
-    else:
-        note("no run of this model on this machine yet, so no estimate of time")
+    if config.engine.backend == "vllm":
+        note_hours(lambda: plan_score(config))
     note("nothing was started (--dry-run)")
 
 
@@ -205,7 +216,14 @@ def mix(config: MixConfig, overwrite: bool, dry_run: bool, output_format: str) -
     """
     from birbal_ray.mix import run as step
 
-    print_mix(step.dry_run(config) if dry_run else step.mix(config, overwrite=overwrite), output_format)
+    if not dry_run:
+        print_mix(step.mix(config, overwrite=overwrite), output_format)
+        return
+    from birbal_ray.plan import plan_mix
+
+    result = step.dry_run(config)
+    print_mix(result, output_format)
+    note_hours(lambda: plan_mix(config, result.manifest["rows"]["candidates"]))
 
 
 @mix.command("explain")
@@ -327,7 +345,10 @@ def tune(config: TuneConfig, overwrite: bool, dry_run: bool, output_format: str)
     from birbal_ray.tune import run as step
 
     if dry_run:
+        from birbal_ray.plan import plan_tune
+
         print_table(step.dry_run(config), output_format)
+        note_hours(lambda: plan_tune(config, seconds=config.budget))
     else:
         print_tune(step.tune(config, overwrite=overwrite), output_format)
 
@@ -386,8 +407,13 @@ def train(
         raise click.UsageError("--calibrate goes with --dry-run")
     if dry_run:
         found = step.dry_run(config, calibrate=calibrate)
+        from birbal_ray.plan import plan_train
+
         print_preflight(found, config, output_format)
         refuse_if_too_large(found)
+        rows = found.packing["train"]
+        per_row = rows.num_tokens / max(1, rows.num_samples)
+        note_hours(lambda: plan_train(config, rows.num_samples, per_row, rest=config.budget))
         if push:
             note(f"would upload the files of {config.output}/adapter to {push}: adapter, settings, card, reference")
     else:
@@ -466,6 +492,7 @@ def evaluate(config: EvaluateConfig, per_task: bool, overwrite: bool, dry_run: b
           --adapter mine=runs/train --adapter theirs=adapters/other --mix runs/mix --output runs/evaluate
     """
     from birbal_ray.evaluate import run as step
+    from birbal_ray.plan import plan_evaluate
     from birbal_ray.progress import ProgressLine
     from birbal_ray.score.run import plan_run
 
@@ -490,6 +517,8 @@ def evaluate(config: EvaluateConfig, per_task: bool, overwrite: bool, dry_run: b
     ]
     print_table(rows, output_format)
     prompts = plan.num_rows * len(setup.models) * len(config.prompt_formats)
+    if config.engine.backend == "vllm":
+        note_hours(lambda: plan_evaluate(config, num_prompts=prompts))
     note(f"{prompts:,} prompts; nothing was started (--dry-run)")
 
 
@@ -613,7 +642,8 @@ PIPELINE_FLAGS = {
 @click.option("--train-config", metavar="FILE", help="The same for train.")
 @click.option("--evaluate-config", metavar="FILE", help="The same for evaluate.")
 @overwrite_option
-def pipeline(config: PipelineConfig, overwrite: bool, **files: str | None) -> None:
+@dry_run_option("Print the plan, and check budget and outside datasets; run nothing.")
+def pipeline(config: PipelineConfig, overwrite: bool, dry_run: bool, **files: str | None) -> None:
     """Score, tune, mix, train, evaluate, report: in one budget, each step resumable, skipped where it is up to date.
 
     With --budget each step ends in time: scoring stops where it is and says what it knows, the search ends, training
@@ -627,7 +657,15 @@ def pipeline(config: PipelineConfig, overwrite: bool, **files: str | None) -> No
       birbal pipeline --tasks my-tasks/ --train-config tiny --no-tune --output runs/mine \\
           --set mix.task_score.allow_shortfall=true
     """
-    run_recipe(with_files(config, files), overwrite)
+    config = with_files(config, files)
+    if dry_run:
+        from birbal_ray.pipeline import check_recipe
+
+        print_plan(config, (None,), None, "text")
+        check_recipe(join_steps(config))
+        note("nothing was started (--dry-run)")
+    else:
+        run_recipe(config, overwrite)
 
 
 def with_files(config: PipelineConfig, files: Mapping[str, str | None]) -> PipelineConfig:
@@ -683,11 +721,18 @@ def plan(config: PipelineConfig, cards: tuple[str, ...], gpu_price: float | None
       birbal plan --config one-day-mistral-7b --tasks natural-instructions/ --gpu GeForce-RTX-4090 --gpu H100 \\
           --gpu-price 0.40
     """
+    print_plan(config, cards or (None,), gpu_price, output_format)
+
+
+def print_plan(
+    config: PipelineConfig, cards: Sequence[str | None], gpu_price: float | None, output_format: str
+) -> None:
+    """The plan of a recipe for each card (None: this machine) on stdout, its sums on stderr."""
     from birbal_ray.plan import money, plan_recipe, records_of
     from birbal_ray.progress import duration
 
     joined = join_steps(config.model_copy(update={"output": config.output or "runs"}))
-    found = {card: plan_recipe(joined, card) for card in cards or (None,)}
+    found = {card: plan_recipe(joined, card) for card in cards}
     rows: list[dict[str, Any]] = []
     for card, steps in found.items():
         where = {"card": card} if len(found) > 1 or output_format != "text" else {}

@@ -11,7 +11,7 @@ from typing import Any
 from birbal_ray.models import Model
 from birbal_ray.progress import duration, last_throughput
 from birbal_ray.settings import ConfigError
-from birbal_ray.speeds import CARDS
+from birbal_ray.speeds import CARDS, training_tokens
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import Packing
 
@@ -25,7 +25,6 @@ OPTIMIZER_BYTES = {"paged_adamw_32bit": 8.0, "adamw_torch": 8.0, "adamw_8bit": 2
 LOGIT_CHUNK_TOKENS = 256  # TRL's fused LM head computes the loss in chunks
 # What a card keeps for itself: CUDA context, workspaces of cuBLAS; and memory lost between blocks.
 CONTEXT_BYTES, FRAGMENTATION = int(0.8 * GIB), 0.03
-UTILISATION = 0.45  # of a card's peak, which torchtune reaches in QLoRA on an RTX 4090 (README: 2,413 tokens/s)
 WRITE_BYTES_PER_SECOND = 200e6  # of a slow disk
 LOADING_SECONDS = 120.0  # from start to first evaluation, where no run has measured it
 
@@ -256,8 +255,8 @@ def run_preflight(config: TrainConfig, model: Model, packing: dict[str, Packing]
         )
         least = setup + evaluation + tokens_per_step / rate + save + best
     elif (name := config.resources.accelerator_type or "") in CARDS:
-        rate = UTILISATION * CARDS[name].tflops * 1e12 / flops_per_token(shapes, config)
-        source = f"by arithmetic: {UTILISATION:.0%} of {CARDS[name].tflops:g} TFLOP/s, {name}'s data sheet"
+        low, high, source = training_tokens(name, flops_per_token(shapes, config))
+        rate = (low + high) / 2
         setup = LOADING_SECONDS
         evaluation = packing["eval"].num_tokens / (rate * num_passes(config))
         best = num_trainable(shapes, config.lora.r) * MASTER_BYTES / WRITE_BYTES_PER_SECOND

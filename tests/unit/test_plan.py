@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from click.testing import CliRunner
 
-from birbal_ray import pipeline, plan
+from birbal_ray import doctor, pipeline, plan
+from birbal_ray.cli.main import main
 from birbal_ray.cli.options import find_config
+from birbal_ray.cli.steps import note_hours
 from birbal_ray.progress import PLAN_FILE, figures_key, last_figures, save_figures, save_throughput
 from birbal_ray.recipe import PipelineConfig, join_steps
 from birbal_ray.report.load import read_times
@@ -21,6 +24,7 @@ def cache(tmp_path, monkeypatch):
     """A machine that has run nothing, and whose model has 135 million weights."""
     monkeypatch.setenv("BIRBAL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(plan, "num_weights", lambda model: plan.SMOLLM2_WEIGHTS)
+    monkeypatch.setattr(plan, "_flop_per_token", lambda config: 6.0 * plan.SMOLLM2_WEIGHTS)
 
 
 def recipe(name="tiny", **flags):
@@ -144,6 +148,7 @@ def test_without_tune_its_share_goes_to_training():
 @pytest.mark.parametrize("name", ["one-day-mistral-7b"])
 def test_the_day_on_a_4090_fits(name, monkeypatch):
     monkeypatch.setattr(plan, "num_weights", lambda model: 7_241_732_096)
+    monkeypatch.setattr(plan, "_flop_per_token", lambda config: 6.0 * 7_241_732_096)
     config = recipe(name, device="gpu", tasks="sample-tasks")
     config = config.model_copy(
         update={"score": config.score.model_copy(update={"tasks": config.evaluate.tasks.model_copy()})}
@@ -186,3 +191,56 @@ def test_what_cannot_be_planned_is_said_and_does_not_stop_the_run(tmp_path):
         "no plan: the card is not known: --gpu NAME, or resources.accelerator_type (`birbal doctor` names it)"
     ]
     assert not (tmp_path / PLAN_FILE).exists()
+
+
+def test_a_pipeline_dry_run_prints_the_plan_and_refuses_what_cannot_work(tmp_path, monkeypatch):
+    save_throughput("smollm2-135m cpu vllm", 1000.0)
+    arguments = ["pipeline", "--config", "tiny", "--device", "cpu", "--output", str(tmp_path / "run"), "--dry-run"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    steps = {line.split()[0] for line in result.stdout.splitlines()[2:]}
+    assert steps == {"score", "tune", "mix", "train", "evaluate", "report"}
+    assert "nothing was started" in result.stderr
+    result = CliRunner().invoke(main, [*arguments, "--budget", "60s"])
+    assert result.exit_code == 2
+    assert "budget 1 min 00 s is too small" in result.stderr
+    monkeypatch.setattr(pipeline, "source_problem", lambda source: f"source {source.name}: is gated")
+    result = CliRunner().invoke(main, [*arguments, "--set", "mix.sources=[{name: lima}]"])
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == "error: source lima: is gated"
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_starts_where_a_dataset_cannot_be_had(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "source_problem", lambda source: f"source {source.name}: is gated")
+    monkeypatch.setattr(pipeline, "RUN", {})  # a step that is called would be a KeyError
+    arguments = ["pipeline", "--config", "tiny", "--device", "cpu", "--output", str(tmp_path / "run")]
+    result = CliRunner().invoke(main, [*arguments, "--set", "mix.sources=[{name: lima}, {name: quac}]"])
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == "error: source lima: is gated; source quac: is gated"
+    assert not (tmp_path / "run").exists()
+
+
+def test_doctor_looks_for_the_datasets_of_a_recipe(monkeypatch):
+    monkeypatch.setattr(doctor, "source_problem", lambda source: "gated" if source.name == "lima" else "")
+    result = CliRunner().invoke(main, ["doctor", "--config", "one-day-mistral-7b", "--format", "json"])
+    rows = {row["check"]: row for row in json.loads(result.stdout)}
+    assert (rows["lima"]["state"], rows["math_instruct"]["state"]) == ("problem", "ok")
+    assert "lima: gated" in result.stderr
+    assert result.exit_code == 1
+
+
+def test_a_dry_run_says_the_hours_of_the_plan(monkeypatch, capsys):
+    """The step's own function in both, so that their figures can't differ."""
+    config = recipe()
+    ran_before(config)
+    steps = by_step(config)
+    for step, made in (
+        ("score", lambda: plan.plan_score(config.score)),
+        ("tune", lambda: plan.plan_tune(config.tune, seconds=0.26 * 900)),
+        ("mix", lambda: plan.plan_mix(config.mix, 288)),
+    ):
+        note_hours(made)
+        assert steps[step].hours in capsys.readouterr().err
+    note_hours(lambda: plan.plan_score(recipe(device="gpu").score))
+    assert capsys.readouterr().err.startswith("no estimate of time: the card is not known")

@@ -16,6 +16,7 @@ from birbal_ray.mix.datasets import (
     SUMMARIZE,
     origin_of,
     read_source,
+    source_problem,
 )
 from birbal_ray.mix.rows import OUTSIDE_ROWS
 from birbal_ray.settings import ConfigError
@@ -241,6 +242,69 @@ def test_hub_out_of_reach_says_how_to_use_a_file(monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
     with pytest.raises(ConfigError, match=r"GAIR/lima can't be had from the Hub \(no route to host\).*path: FILE"):
         origin_of(SourceSettings(name="lima"))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that has every dataset, where only those in `gated` need a token that it is not given."""
+    import httpx2
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    gated: set[str] = set()
+
+    def check(self, repository, repo_type):
+        if repository in gated:
+            response = httpx2.Response(401, request=httpx2.Request("GET", "https://huggingface.co"))
+            raise GatedRepoError("401 Client Error", response=response)
+
+    info = type("Info", (), {"sha": "a" * 40})()
+    commits = [type("Commit", (), {"commit_id": "f0afadd" * 6})()]
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *given, **options: info)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_commits", lambda *given, **options: commits)
+    monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", check)
+    return gated
+
+
+def test_a_gated_dataset_without_a_token_is_known_before_it_is_read(hub):
+    for name in ("lima", "open_platypus", "quac"):
+        assert source_problem(SourceSettings(name=name)) == ""
+    hub.add("GAIR/lima")
+    problem = source_problem(SourceSettings(name="lima"))
+    assert problem.startswith(
+        "source lima: GAIR/lima is gated: accept its terms at https://huggingface.co/datasets/GAIR"
+    )
+    assert "set HF_TOKEN" in problem and "\n" not in problem
+    assert source_problem(SourceSettings(name="open_platypus")) == ""
+
+
+def test_what_is_not_there_is_known_before_it_is_read(hub, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    columns = {"output": "a"}
+    file = tmp_path / "a.jsonl"
+    assert "source mine: " in source_problem(SourceSettings(name="mine", path=str(file), columns=columns))
+    file.write_text('{"a": "x"}\n')
+    assert source_problem(SourceSettings(name="mine", path=str(file), columns=columns)) == ""
+
+    def refuse(self, *args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
+    assert "can't be had from the Hub (no route to host)" in source_problem(SourceSettings(name="quac"))
+    # Without a network what is in the local cache will do.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+
+    def offline(self, *args, **kwargs):
+        raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *given, **options: str(tmp_path))
+    assert "holds no data/train-*.parquet" in source_problem(SourceSettings(name="open_platypus"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-0.parquet").write_bytes(b"")
+    assert source_problem(SourceSettings(name="open_platypus")) == ""
 
 
 def test_a_branch_is_resolved_to_its_commit(monkeypatch):
