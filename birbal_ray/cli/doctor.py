@@ -10,8 +10,6 @@ import click
 
 from birbal_ray.cli.main import EXIT_FAILED
 from birbal_ray.cli.options import find_config, format_option, note, print_table
-from birbal_ray.recipe import PipelineConfig
-from birbal_ray.settings import load_config
 
 if TYPE_CHECKING:
     from birbal_ray.cluster import Node
@@ -63,6 +61,8 @@ def doctor(
         raise click.UsageError("--score-config and --train-config go with --cluster")
     else:
         from birbal_ray.doctor import examine
+        from birbal_ray.recipe import PipelineConfig
+        from birbal_ray.settings import load_config
 
         recipe = load_config(PipelineConfig, find_config("pipeline", config)) if config else PipelineConfig()
         checks = examine(recipe.model or model, output, recipe.sources)
@@ -80,6 +80,7 @@ def _show_cluster(
     from birbal_ray.cluster import nodes_of
     from birbal_ray.doctor import cluster_nodes, placements
     from birbal_ray.score.config import ScoreConfig
+    from birbal_ray.settings import load_config
     from birbal_ray.train.config import TrainConfig
 
     score, train = load_config(ScoreConfig, score_config), load_config(TrainConfig, train_config)
