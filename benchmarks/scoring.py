@@ -1,6 +1,7 @@
 """Rows per second of `birbal score` beside what it is built on, same prompts, one run.
 
     python benchmarks/scoring.py --json scoring.json
+    python benchmarks/scoring.py --only birbal vllm vllm-longest-first --rounds 4 --instances 32 --minutes 12
 
 (a) birbal score              our pipeline: Ray Data, engine actor, prompts, scoring, Parquet
 (b) vLLM, prefix cache        one raw LLM.generate call, same engine settings, tasks by name
@@ -10,9 +11,10 @@
 (d) transformers              generate, one prompt at a time, on a sample
 (e) ray.data.llm              Ray's own vLLM processor over the same prompts
 
-512 prompts: 64 instances of 8 tasks from the Natural Instructions subset where it is at hand, else the
-sample tasks. Rates are steady-state: the engine is loaded and has answered a warm-up prompt before
-the clock starts. Each variant runs in a process of its own; nothing else should run meanwhile.
+512 prompts: 64 instances (`--instances`) of 8 tasks from the Natural Instructions subset where it is at hand, else
+the sample tasks. Several rounds go through the variants in turn; the median counts. Rates are steady-state: the
+engine is loaded and has answered a warm-up prompt before the clock starts. Each variant runs in a process of its
+own; nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,7 +48,7 @@ TASKS = [  # four exact match, four generation; prompts of 200 to 700 tokens
     "task955_wiki_auto_style_transfer",
     "task1358_xlsum_title_generation",
 ]
-NUM_INSTANCES, NUM_SAMPLED = 64, 32
+NUM_SAMPLED = 32
 MAX_MODEL_LEN, THREADS = 2048, len(os.sched_getaffinity(0))
 VARIANTS = (
     "birbal",
@@ -58,11 +61,11 @@ VARIANTS = (
 )
 
 
-def settings(folder: Path, output: Path) -> ScoreConfig:
+def settings(folder: Path, output: Path, num_instances: int) -> ScoreConfig:
     """The run that all variants imitate."""
     flags = {
         "tasks.path": str(folder),
-        "tasks.instances_per_task": NUM_INSTANCES,
+        "tasks.instances_per_task": num_instances,
         "output": str(output),
         "engine.device": "cpu",
         "engine.max_model_len": MAX_MODEL_LEN,
@@ -88,10 +91,10 @@ def prompts_of(config: ScoreConfig, *, longest_first: bool = False) -> tuple[lis
     texts, limits = [], []
     plan = plan_run(config)
     by_name = {planned.name: planned for planned in plan.tasks}
-    ordered = dict.fromkeys(shard.task for shard in plan.shards(NUM_INSTANCES)) if longest_first else by_name
+    ordered = dict.fromkeys(shard.task for shard in plan.shards(1 << 16)) if longest_first else by_name
     for planned in (by_name[name] for name in ordered):
         task = reader.read_task(Path(planned.path))
-        for instance in take_first(task, NUM_INSTANCES, config.seed):
+        for instance in take_first(task, config.tasks.instances_per_task, config.seed):
             texts.append(prompt.render_prompt(task.definition, prompt.examples_of(task), instance.input))
             limits.append(planned.max_completion_tokens)
     return texts, limits
@@ -152,7 +155,7 @@ def run_transformers(config: ScoreConfig) -> dict[str, Any]:
     path = resolve_model(config.model.name).path
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    step = len(texts) // NUM_SAMPLED
+    step = max(1, len(texts) // NUM_SAMPLED)
     sample = list(zip(texts, limits, strict=True))[::step]
 
     def answer(text: str, limit: int) -> None:
@@ -230,14 +233,16 @@ def timed(rows: int, loaded: float, begun: float) -> dict[str, Any]:
 
 
 def median_run(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run of the (lower) median rate."""
-    return sorted(runs, key=lambda run: run["rows_per_second"])[(len(runs) - 1) // 2]
+    """The run of the (lower) median rate, with the median itself."""
+    ordered = sorted(runs, key=lambda run: run["rows_per_second"])
+    rate = statistics.median(run["rows_per_second"] for run in runs)
+    return ordered[(len(runs) - 1) // 2] | {"rows_per_second": rate}
 
 
-def run_variant(name: str, folder: Path, output: Path) -> dict[str, Any]:
+def run_variant(name: str, folder: Path, output: Path, num_instances: int) -> dict[str, Any]:
     from birbal_ray.score.engine import CPU_BLOCK_TOKENS
 
-    config = settings(folder, output)
+    config = settings(folder, output, num_instances)
     if name == "birbal":
         return run_birbal(config)
     if name == "transformers":
@@ -250,42 +255,63 @@ def run_variant(name: str, folder: Path, output: Path) -> dict[str, Any]:
     return run_vllm(config, prefix_caching=caching, block_size=block, longest_first=longest_first)
 
 
+def run_child(name: str, folder: Path, num_instances: int) -> dict[str, Any] | None:
+    """A variant in a process of its own: its figures, or None where it failed."""
+    print(f"running {name} …", file=sys.stderr, flush=True)
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    command = [sys.executable, __file__, "--variant", name, "--folder", str(folder), "--instances", str(num_instances)]
+    with (folder / f"{name}.log").open("w") as log:
+        done = subprocess.run(command, stdout=log, stderr=log)
+    if done.returncode != 0:
+        print(f"{name} failed:\n{(folder / f'{name}.log').read_text()[-2000:]}", file=sys.stderr)
+        return None
+    figures = json.loads((folder / f"{name}.json").read_text())
+    return figures | {"rows_per_second": figures["rows"] / figures["seconds"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--rounds", type=int, default=1, help="go through the variants so often; the median counts")
+    parser.add_argument("--instances", type=int, default=64, help="of each task")
+    parser.add_argument("--minutes", type=float, default=60, help="start no round that would not end by then")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--variant", help=argparse.SUPPRESS)  # the child process's part
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.variant:
-        figures = run_variant(arguments.variant, arguments.folder / "tasks", arguments.folder / "run")
+        figures = run_variant(
+            arguments.variant, arguments.folder / "tasks", arguments.folder / "run", arguments.instances
+        )
         (arguments.folder / f"{arguments.variant}.json").write_text(json.dumps(figures))
         return
     measured: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_tasks(folder / "tasks")
-        for name in arguments.only * arguments.rounds:
-            print(f"running {name} …", file=sys.stderr, flush=True)
-            shutil.rmtree(folder / "run", ignore_errors=True)
-            command = [sys.executable, __file__, "--variant", name, "--folder", str(folder)]
-            with (folder / f"{name}.log").open("w") as log:
-                done = subprocess.run(command, stdout=log, stderr=log)
-            if done.returncode != 0:
-                print(f"{name} failed:\n{(folder / f'{name}.log').read_text()[-2000:]}", file=sys.stderr)
-                continue
-            figures = json.loads((folder / f"{name}.json").read_text())
-            measured.setdefault(name, []).append(figures | {"rows_per_second": figures["rows"] / figures["seconds"]})
+        begun = time.monotonic()
+        for number in range(arguments.rounds):
+            elapsed = time.monotonic() - begun
+            if number and elapsed * (number + 1) / number > arguments.minutes * 60:
+                print(
+                    f"stopped after {number} rounds: another would pass {arguments.minutes:g} minutes", file=sys.stderr
+                )
+                break
+            for name in arguments.only:
+                if figures := run_child(name, folder, arguments.instances):
+                    measured.setdefault(name, []).append(figures)
     results = {name: median_run(runs) for name, runs in measured.items()}
     ours = results.get("birbal", {}).get("rows_per_second")
-    print(f"{'variant':20} {'rows':>5} {'seconds':>8} {'rows/s':>7} {'load s':>7} {'cached':>7} {'birbal is':>10}")
+    print(
+        f"{'variant':20} {'rows':>5} {'seconds':>8} {'rows/s':>7} {'load s':>7} {'cached':>7} {'birbal is':>10}  rounds"
+    )
     for name, figures in results.items():
         cached = "-" if figures["cached_fraction"] is None else f"{figures['cached_fraction']:.0%}"
         ratio = f"{ours / figures['rows_per_second']:.2f} x" if ours else "-"
+        rounds = " ".join(f"{run['rows_per_second']:.2f}" for run in measured[name])
         print(
             f"{name:20} {figures['rows']:5d} {figures['seconds']:8.1f} {figures['rows_per_second']:7.2f} "
-            f"{figures['load_seconds']:7.1f} {cached:>7} {ratio:>10}"
+            f"{figures['load_seconds']:7.1f} {cached:>7} {ratio:>10}  {rounds}"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps({"threads": THREADS, "variants": measured}, indent=1) + "\n")
