@@ -186,10 +186,19 @@ def measure_driver(work: Path, rows: int, replicas: int) -> dict[str, Any]:
         about = f"made_up_{first:07d}", "", "", "exact_match"
         shards += [Shard(*about, cut, min(last, cut + GPU_SHARD_ROWS), 8) for cut in cuts]
     session = Session(ProgressLine(), 0)
+    samples: list[tuple[int, float, float]] = []  # rows, CPU seconds, MiB
+
+    def see(snapshot: Any) -> None:
+        session.see(snapshot)
+        samples.append((snapshot.rows_written, cpu_seconds(), status_mib("VmRSS")))
+
     with ray_session(pipeline.logical_cpus(config)):
         started, start, cpu, memory = time.time(), time.monotonic(), cpu_seconds(), peak_mib()
-        pipeline.score_shards(FixedSchedule(shards), config, "made up", folder, session.see)
+        pipeline.score_shards(FixedSchedule(shards), config, "made up", folder, see)
         seconds, cpu = time.monotonic() - start, cpu_seconds() - cpu
+    # From the first tenth of the rows to the last: what a start costs is not a row's.
+    (first_rows, first_cpu, first_mib) = next(one for one in samples if one[0] * 10 >= rows)
+    (last_rows, last_cpu, last_mib) = samples[-1]
     first_at = min(float(file.read_text()) for file in folder.local.glob("first-*"))
     assert session.last.rows_written == rows
     return {
@@ -199,6 +208,9 @@ def measure_driver(work: Path, rows: int, replicas: int) -> dict[str, Any]:
         "seconds_to_first_shard": first_at - started,
         "wall_seconds": seconds,
         "driver_cpu_seconds": cpu,
+        "driver_cpu_seconds_per_further_row": (last_cpu - first_cpu) / max(1, last_rows - first_rows),
+        "driver_mib_at_a_tenth": first_mib,
+        "driver_mib_at_the_end": last_mib,
         "driver_mib_before": memory,
         "driver_peak_mib": peak_mib(),
     }
@@ -349,8 +361,9 @@ def describe(part: str, one: Mapping[str, Any]) -> str:
         text += f"{one['driver_peak_mib']:,.0f} MiB"
         if part == "driver":
             text += (
-                f" ({one['driver_mib_before']:,.0f} before), first shard in an engine after "
-                f"{one['seconds_to_first_shard']:.1f} s"
+                f" ({one['driver_mib_before']:,.0f} before, {one['driver_mib_at_a_tenth']:,.0f} at a tenth of the "
+                f"rows, {one['driver_mib_at_the_end']:,.0f} at the end), first shard in an engine after "
+                f"{one['seconds_to_first_shard']:.1f} s; {cards_fed(one['driver_cpu_seconds_per_further_row'])}"
             )
         return text + (f", {one['decisions']:,} decisions" if part == "adaptive" else "")
     if part == "folder":
@@ -372,16 +385,11 @@ def describe(part: str, one: Mapping[str, Any]) -> str:
     )
 
 
-def cards_fed(runs: list[Mapping[str, Any]]) -> str:
-    """From the CPU between the fewest and the most rows, which leaves out what a start costs."""
-    few, many = min(runs, key=lambda one: one["rows"]), max(runs, key=lambda one: one["rows"])
-    seconds, rows = many["driver_cpu_seconds"], many["rows"]
-    if few is not many:
-        seconds, rows = seconds - few["driver_cpu_seconds"], rows - few["rows"]
+def cards_fed(seconds: float) -> str:
     asked = NUM_GPUS * GPU_PROMPTS_PER_SECOND
     return (
-        f"a further row costs the driver {1e6 * seconds / rows:.1f} µs: {asked:,} rows/s of {NUM_GPUS} GPUs at "
-        f"{GPU_PROMPTS_PER_SECOND} prompts/s would take {asked * seconds / rows:.0%} of a core"
+        f"a further row costs {1e6 * seconds:.1f} µs, so {asked:,} rows/s of {NUM_GPUS} GPUs at "
+        f"{GPU_PROMPTS_PER_SECOND} prompts/s would take {asked * seconds:.0%} of a core"
     )
 
 
@@ -422,8 +430,6 @@ def main() -> None:
                 if arguments.json:
                     arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
             print(f"{name} (load {figures[name]['load']:.0f}): {describe(part, figures[name])}", flush=True)
-        if part == "driver":
-            print(cards_fed([one for name, one in figures.items() if name.startswith("driver ")]))
 
 
 if __name__ == "__main__":
