@@ -36,6 +36,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from birbal_ray.score.config import GPU_SHARD_ROWS, ScoreConfig
@@ -186,19 +187,20 @@ def measure_driver(work: Path, rows: int, replicas: int) -> dict[str, Any]:
         about = f"made_up_{first:07d}", "", "", "exact_match"
         shards += [Shard(*about, cut, min(last, cut + GPU_SHARD_ROWS), 8) for cut in cuts]
     session = Session(ProgressLine(), 0)
-    samples: list[tuple[int, float, float]] = []  # rows, CPU seconds, MiB
+    samples: list[tuple[float, int, float, float]] = []  # seconds, rows, CPU seconds, MiB
 
     def see(snapshot: Any) -> None:
         session.see(snapshot)
-        samples.append((snapshot.rows_written, cpu_seconds(), status_mib("VmRSS")))
+        samples.append((time.monotonic(), snapshot.rows_written, cpu_seconds(), status_mib("VmRSS")))
 
     with ray_session(pipeline.logical_cpus(config)):
         started, start, cpu, memory = time.time(), time.monotonic(), cpu_seconds(), peak_mib()
         pipeline.score_shards(FixedSchedule(shards), config, "made up", folder, see)
         seconds, cpu = time.monotonic() - start, cpu_seconds() - cpu
-    # From the first tenth of the rows to the last: what a start costs is not a row's.
-    (first_rows, first_cpu, first_mib) = next(one for one in samples if one[0] * 10 >= rows)
-    (last_rows, last_cpu, last_mib) = samples[-1]
+    later = np.array([one for one in samples if one[1] * 10 >= rows])  # what a start costs is not a row's
+    # CPU = what was before + a second's (polling) + a row's.
+    unknowns = np.column_stack([np.ones(len(later)), later[:, 0] - later[0, 0], later[:, 1]])
+    (_, per_second, per_row), *_ = np.linalg.lstsq(unknowns, later[:, 2])
     first_at = min(float(file.read_text()) for file in folder.local.glob("first-*"))
     assert session.last.rows_written == rows
     return {
@@ -208,9 +210,11 @@ def measure_driver(work: Path, rows: int, replicas: int) -> dict[str, Any]:
         "seconds_to_first_shard": first_at - started,
         "wall_seconds": seconds,
         "driver_cpu_seconds": cpu,
-        "driver_cpu_seconds_per_further_row": (last_cpu - first_cpu) / max(1, last_rows - first_rows),
-        "driver_mib_at_a_tenth": first_mib,
-        "driver_mib_at_the_end": last_mib,
+        "polls": len(later),
+        "driver_cpu_fraction_of_time": per_second,
+        "driver_cpu_seconds_per_further_row": per_row,
+        "driver_mib_at_a_tenth": later[0, 3],
+        "driver_mib_at_the_end": later[-1, 3],
         "driver_mib_before": memory,
         "driver_peak_mib": peak_mib(),
     }
@@ -363,7 +367,7 @@ def describe(part: str, one: Mapping[str, Any]) -> str:
             text += (
                 f" ({one['driver_mib_before']:,.0f} before, {one['driver_mib_at_a_tenth']:,.0f} at a tenth of the "
                 f"rows, {one['driver_mib_at_the_end']:,.0f} at the end), first shard in an engine after "
-                f"{one['seconds_to_first_shard']:.1f} s; {cards_fed(one['driver_cpu_seconds_per_further_row'])}"
+                f"{one['seconds_to_first_shard']:.1f} s; {cards_fed(one)}"
             )
         return text + (f", {one['decisions']:,} decisions" if part == "adaptive" else "")
     if part == "folder":
@@ -385,11 +389,13 @@ def describe(part: str, one: Mapping[str, Any]) -> str:
     )
 
 
-def cards_fed(seconds: float) -> str:
+def cards_fed(one: Mapping[str, Any]) -> str:
+    fraction, seconds = one["driver_cpu_fraction_of_time"], one["driver_cpu_seconds_per_further_row"]
     asked = NUM_GPUS * GPU_PROMPTS_PER_SECOND
     return (
-        f"a further row costs {1e6 * seconds:.1f} µs, so {asked:,} rows/s of {NUM_GPUS} GPUs at "
-        f"{GPU_PROMPTS_PER_SECOND} prompts/s would take {asked * seconds:.0%} of a core"
+        f"{fraction:.1%} of a core whatever is done and {1e6 * seconds:.1f} µs a further row (fitted to {one['polls']} "
+        f"polls), so {asked:,} rows/s of {NUM_GPUS} GPUs at {GPU_PROMPTS_PER_SECOND} prompts/s would take "
+        f"{fraction + asked * seconds:.0%} of a core"
     )
 
 
