@@ -21,7 +21,9 @@ import yaml
 
 from birbal_ray.cluster import QUIET_ENVIRONMENT
 from birbal_ray.models import EMBEDDED_INSTALL
+from birbal_ray.score.adaptive import FixedSchedule
 from birbal_ray.score.config import ScoreConfig
+from birbal_ray.score.monitor import COUNTED, EngineMonitor
 from birbal_ray.settings import flatten, load_config
 from birbal_ray.train.checkpoints import SESSION_FILE, STOP_FILE
 from birbal_ray.train.config import TrainConfig
@@ -34,6 +36,7 @@ RAY_JOBS = [CLUSTER / "kuberay" / "rayjob-score.yaml", CLUSTER / "kuberay" / "ra
 RAY_DOCKERFILES = [CLUSTER / "Dockerfile", CLUSTER / "Dockerfile.cpu"]
 SERVE_DOCKERFILES = [CLUSTER / "Dockerfile.serve", CLUSTER / "Dockerfile.serve.cpu"]
 DOCKERFILES = [*RAY_DOCKERFILES, *SERVE_DOCKERFILES]
+GRAFANA = CLUSTER / "grafana-birbal.json"
 KUBERNETES = "1.37"
 SCHEMAS = {"score": ScoreConfig, "train": TrainConfig}
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
@@ -436,3 +439,62 @@ def test_script_refuses(arguments, message):
 def test_full_recipes_card_is_named_as_ray_names_it():
     train = flatten(load_config(TrainConfig, REPOSITORY / "configs/train/mistral-7b-qlora.yaml").model_dump())
     assert train["resources.accelerator_type"] == "GeForce-RTX-4090"
+
+
+@pytest.fixture
+def exported(monkeypatch) -> set[str]:
+    """The names under which Prometheus finds what a replica's counts become, by Ray's rule for counters."""
+    import ray.util.metrics
+
+    names = []
+
+    class Counter:
+        def __init__(self, name, description="", tag_keys=()):
+            names.append((name, tag_keys))
+
+        def inc(self, value, tags):
+            assert value > 0 and list(tags) == ["replica"]
+
+    monkeypatch.setattr(ray.util.metrics, "Counter", Counter)
+    EngineMonitor(FixedSchedule([]), 1, 1).add("replica-1", dict.fromkeys(COUNTED, 1))
+    assert [tags for _, tags in names] == [("replica",)] * len(COUNTED)
+    return {f"ray_{name}_total" for name, _ in names}
+
+
+def test_grafana_panels_query_metrics_that_are_exported(exported):
+    board = json.loads(GRAFANA.read_text())
+    queried = set()
+    for panel in board["panels"]:
+        assert panel["targets"], panel["title"]
+        for target in panel["targets"]:
+            names = set(re.findall(r"\bray_\w+", target["expr"]))
+            assert names and names <= exported, f"{panel['title']}: {target['expr']}"
+            labels = set(re.findall(r"by \((\w+)\)", target["expr"])) | set(
+                re.findall(r"{{(\w+)}}", target["legendFormat"])
+            )
+            assert labels <= {"replica"}, panel["title"]
+            assert target["expr"].count("(") == target["expr"].count(")")
+            queried |= names
+    assert queried == exported  # each of them is shown
+
+
+def test_grafana_finds_what_it_needs_in_the_dashboard():
+    board = json.loads(GRAFANA.read_text())
+    assert {"uid", "title", "schemaVersion", "panels", "templating", "time"} <= board.keys()
+    assert board.get("id") is None  # Grafana gives one
+    (variable,) = board["templating"]["list"]
+    assert (variable["name"], variable["type"], variable["query"]) == ("datasource", "datasource", "prometheus")
+    ids, taken = [], set()
+    for panel in board["panels"]:
+        assert {"id", "type", "title", "description", "gridPos", "datasource", "fieldConfig", "targets"} <= panel.keys()
+        assert panel["type"] in ("stat", "timeseries")
+        assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+        place = panel["gridPos"]
+        cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+        assert max(x for x, _ in cells) < 24, "Grafana's grid has 24 columns"
+        assert not cells & taken, f"{panel['title']} covers another panel"
+        taken |= cells
+        ids.append(panel["id"])
+        assert [target["refId"] for target in panel["targets"]] == ["A", "B", "C"][: len(panel["targets"])]
+    assert len(set(ids)) == len(ids)
+    assert "grafana-birbal.json" in (CLUSTER / "README.md").read_text()
