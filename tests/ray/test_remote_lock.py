@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import threading
 import time
 
 import pyarrow as pa
@@ -109,6 +110,22 @@ def test_whoever_works_for_a_run_that_lost_its_lock_publishes_nothing_more(s3, m
         opened._lock._valid_until = 0.0  # the driver asks before it writes, too
         opened.folder.write_bytes("rows/d", b"2")
     assert set(open_folder(url).subfolder("rows").files()) == {"a", "b", "c"}
+
+
+def test_the_question_who_holds_the_lock_waits_through_an_outage(s3, monkeypatch):
+    """The driver's lease has run out and its renewals fail; a worker asks for the first time. Nobody else came."""
+    url, down = f"s3://{BUCKET}/outage-of-the-lock", threading.Event()
+    monkeypatch.setattr(lock, "RENEW_SECONDS", 60.0)
+    with s3_proxy(s3, lambda method, path: None if down.is_set() else 0.0) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server["AWS_ENDPOINT_URL"])
+        with open_run(url, "score", {}, owns=()) as opened:
+            opened._lock._valid_until = 0.0
+            for number, folder in enumerate((opened.folder, pickle.loads(pickle.dumps(opened.folder)))):
+                down.set()
+                threading.Timer(2.0, down.clear).start()
+                folder.write_bytes(f"rows/{number}", b"1")
+                assert not down.is_set()
+            assert set(opened.folder.files("rows")) == {"rows/0", "rows/1"}
 
 
 def test_a_worker_that_outlives_its_run_publishes_nothing_more(s3):
