@@ -57,6 +57,7 @@ EMBEDDED = {
 
 
 ADAPTER_FOLDER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
+REFERENCE_FILE = "reference.json"  # beside an adapter, or a model it was folded into: what PEFT computes with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +95,16 @@ def pin_model(model: Model) -> dict[str, str]:
 def resolve_model(name: str, revision: str | None = None, *, weights: bool = True) -> Model:
     """The model's local folder, converting or downloading it when needed.
 
-    `name` is an embedded model, a local folder, a folder's URL, or a Hub id. With `weights=False` only config and
-    tokenizer are fetched from the Hub. Raises ModelError naming what is missing and what to do.
+    `name` is an embedded model, a local folder, a folder's URL, or a Hub id. With `weights=False` config and tokenizer
+    are enough: the Hub sends no weights, and a folder need not hold any. Raises ModelError naming what is missing and
+    what to do.
     """
     if name in EMBEDDED:
         path = _embedded_folder(EMBEDDED[name])
         return Model(name, path, EMBEDDED[name].sha256[:12], EMBEDDED[name].sha256)
     path = input_folder(name) if is_url(name) else Path(name).expanduser()
     if path.is_dir():
-        return Model(name, path.resolve(), None, _folder_fingerprint(path))
+        return Model(name, path.resolve(), None, _folder_fingerprint(path, weights=weights))
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         known = ", ".join(EMBEDDED)
         raise ModelError(f"model {name!r}: no such folder, not a Hub id (owner/name), and no model of birbal ({known})")
@@ -335,8 +337,8 @@ def _from_hub(name: str, revision: str | None, *, weights: bool) -> Model:
     return Model(name, path, path.name, sha256_of(f"{name}@{path.name}".encode()))
 
 
-def _folder_fingerprint(folder: Path) -> str:
-    _check_folder(folder, str(folder), weights=True)
+def _folder_fingerprint(folder: Path, *, weights: bool) -> str:
+    _check_folder(folder, str(folder), weights=weights)
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.suffix == ".safetensors":  # gigabytes: 256 samples tell two trainings apart in milliseconds

@@ -161,9 +161,16 @@ def tiny_mix(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_mix(folder: Path, num_train: int, num_eval: int) -> None:
     files = {}
     for split, rows in (("train", range(num_train)), ("eval", range(1000, 1000 + num_eval))):
-        questions = [f"### Input:\n{'count ' * (1 + k % 7)}{k}\n\n### Response:\n" for k in rows]
+        inputs = [f"{'count ' * (1 + k % 7)}{k}" for k in rows]
         answers = [f"{k} {'and on ' * (k % 5)}".strip() for k in rows]
-        pq.write_table(pa.table({"question": questions, "answer": answers}), folder / f"{split}.parquet")
+        texts = {
+            "instruction": [""] * len(inputs),
+            "input": inputs,
+            "output": answers,
+            "question": [f"### Input:\n{text}\n\n### Response:\n" for text in inputs],
+            "answer": answers,
+        }
+        pq.write_table(pa.table(texts), folder / f"{split}.parquet")
         files[f"{split}.parquet"] = hashlib.sha256((folder / f"{split}.parquet").read_bytes()).hexdigest()
     manifest = {
         "step": "mix",

@@ -118,7 +118,7 @@ def encode(tokenizer: Any, questions: Sequence[str], answers: Sequence[str]) -> 
 def encode_rows(
     tokenizer: Any, rows: Mapping[str, Sequence[str]], chat: ChatTemplate | None
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """(token ids, labels) of rows with the columns `text_columns(chat)`.
+    """(token ids, labels) of rows with the columns `text_columns`.
 
     Without a chat template see `encode`. With one: the prompt as at inference, the answer, the template's end of turn;
     labels are IGNORED but on answer and end of turn. An answer that spells a special token stays text.
@@ -135,9 +135,9 @@ def encode_rows(
         yield [*head, *answer, *end], [IGNORED] * len(head) + answer + end
 
 
-def text_columns(chat: ChatTemplate | None) -> list[str]:
+def text_columns(*, chat: bool) -> list[str]:
     """The columns of a mix that training texts are made of."""
-    return ["question", "answer"] if chat is None else ["instruction", "input", "output"]
+    return ["instruction", "input", "output"] if chat else ["question", "answer"]
 
 
 def prepare(
@@ -168,7 +168,7 @@ def prepare(
     for split, limit, num_layouts in (("train", None, min(math.ceil(epochs), MAX_LAYOUTS)), ("eval", num_eval_rows, 1)):
         source = open_folder(mix)
         name = f"{eval_split if split == 'eval' else split}.parquet"
-        file, table = source.at(name), source.read_table(name, columns=text_columns(chat))
+        file, table = source.at(name), source.read_table(name, columns=text_columns(chat=chat is not None))
         if table.num_rows == 0:
             hint = "; make the mix with eval_fraction above 0, the best adapter is chosen by its loss there"
             raise ConfigError(f"{file}: no rows{hint * (split == 'eval')}")

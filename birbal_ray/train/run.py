@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from birbal_ray.manifest import check_input, read_manifest
 from birbal_ray.models import Model, find_adapter, load_tokenizer, pin_model, read_template, resolve_model
+from birbal_ray.ni.prompt import CHAT
 from birbal_ray.progress import ProgressLine, save_figures
 from birbal_ray.run import Run, open_run, package_versions, sigterm_as_interrupt
 from birbal_ray.settings import ConfigError, require
@@ -35,7 +36,7 @@ from birbal_ray.train.checkpoints import (
     working_folder,
 )
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.data import Packing, prepare
+from birbal_ray.train.data import Packing, prepare, text_columns
 from birbal_ray.train.deadline import CLOCK_FILE
 from birbal_ray.train.launch import STEP, mark_diverged, train_on_cluster
 from birbal_ray.train.preflight import (
@@ -68,7 +69,7 @@ def train(config: TrainConfig, *, overwrite: bool = False) -> TrainResult:
     progress, started = ProgressLine(), time.monotonic()
     output = require(config.output, "--output")
     config, model = resolve_config(config)
-    mix, mix_manifest = read_mix(config.mix or "")
+    mix, mix_manifest = read_mix(config)
     identity = _identity(config, model, mix_manifest)
     inputs = [mix.place, str(model.path), *filter(None, [config.lora.from_adapter])]
     with (
@@ -114,7 +115,7 @@ def dry_run(config: TrainConfig, *, calibrate: bool = False) -> Preflight:
     progress = ProgressLine()
     place = _calibration_place(config) if calibrate else None
     config, model = resolve_config(config, weights=calibrate)
-    mix, _ = read_mix(config.mix or "")
+    mix, _ = read_mix(config)
     with tempfile.TemporaryDirectory(prefix="birbal-train-", dir=place) as name:
         folder = Path(name)
         packing = _pack(config, model, mix, folder, progress, num_eval_rows=8 if calibrate else None)
@@ -171,16 +172,17 @@ def resolve_config(config: TrainConfig, *, weights: bool = True) -> tuple[TrainC
     return config.model_copy(update=changes), model
 
 
-def read_mix(place: str) -> tuple[Folder, dict[str, Any]]:
-    """A mix's folder and manifest. Raises RunError or ConfigError for another folder, an unfinished or edited mix."""
-    folder = open_folder(place)
+def read_mix(config: TrainConfig) -> tuple[Folder, dict[str, Any]]:
+    """The mix's folder and manifest. Raises RunError or ConfigError for another folder, an unfinished or edited mix."""
+    folder = open_folder(config.mix or "")
     manifest = read_manifest(folder, "mix")
     splits = ("train.parquet", "eval.parquet")
     check_input(folder, manifest, splits)
     for name in splits:
         try:
             with folder.open_input(name) as source:
-                absent = {"question", "answer"} - set(pq.read_schema(source).names)
+                wanted = text_columns(chat=config.prompt.format == CHAT)
+                absent = set(wanted) - set(pq.read_schema(source).names)
         except pa.ArrowInvalid as error:
             raise ConfigError(f"{folder.at(name)}: not a Parquet file ({error})") from None
         if absent:

@@ -29,7 +29,7 @@ class Sample:
 
 def read_samples(file: Path, tokenizer: Any, max_tokens: int, chat: ChatTemplate | None = None) -> list[Sample]:
     """Rows of a mix's split; those over `max_tokens` are left out."""
-    table = pq.read_table(file, columns=["task", "source", *text_columns(chat)]).to_pydict()
+    table = pq.read_table(file, columns=["task", "source", *text_columns(chat=chat is not None)]).to_pydict()
     tasks = [task or source for task, source in zip(table["task"], table["source"], strict=True)]
     encoded = encode_rows(tokenizer, table, chat) if tasks else ()
     found = (Sample(task, ids, labels) for task, (ids, labels) in zip(tasks, encoded, strict=True))
