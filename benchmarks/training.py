@@ -1,21 +1,22 @@
-"""Tokens per second of `birbal train` beside plain TRL, same data, same settings, one run.
+"""Tokens per second of `birbal train` beside plain TRL, same data, same settings, one run; packing; checkpoints.
 
-    python benchmarks/training.py --steps 6 --lengths 1024 4096 --json training.json
+    python benchmarks/training.py --json training.json      two cores: about 12 minutes
+    python benchmarks/training.py --quick                   a model of two random layers: 3 minutes
 
 (a) birbal train   Ray Train worker, deadline, metrics, checkpoints; attention sample by sample, or varlen on a GPU
 (b) TRL            SFTTrainer in a plain process, its own tokenising and packing, no checkpoints; sdpa with a dense mask
 
-SmolLM2-135M in NF4 on a made-up mix (or --model, on a GPU if there is one). The first two steps
-warm up and are left out; evaluation is left out of both. Also: what a checkpoint costs, and how full
-the packs are. Nothing else should run meanwhile.
+SmolLM2-135M in NF4 on a made-up mix (or --model, on a GPU if there is one). A run trains `--tokens` tokens after
+one step that warms up; evaluations and checkpoints are left out of both. The order is a, b, then b, a. Then, without a
+model: how full packs of 8,192 tokens are, and how much lengths vary inside a pack. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,17 +24,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from birbal_ray.settings import sha256_of
+from birbal_ray.models import load_tokenizer, resolve_model
+from birbal_ray.settings import load_config, sha256_of
 
-WARM_UP = 2
-SETTINGS = {"sequence_length": 1024, "micro": 1, "accumulation": 1, "r": 16, "alpha": 32}
+VARIANTS = ("birbal", "trl")
+WARM_UP = 1  # steps
+MICRO, ACCUMULATION, RANK, ALPHA = 1, 1, 16, 32
+PACK_TOKENS, NUM_LENGTHS = 8192, 20_000
+# Natural logarithm of a sample's tokens: about that of instruction data (median 245 tokens).
+MEAN_LOG, SPREAD_LOG = 5.5, 0.64
 
 
 def make_mix(folder: Path) -> None:
-    """400 rows of 20 to 250 words in the layout of `birbal mix`; no two alike."""
+    """400 rows of 15 to 108 words in the layout of `birbal mix`; no two alike."""
     folder.mkdir()
     rows = [
         {
@@ -51,11 +58,24 @@ def make_mix(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def run_birbal(mix: Path, folder: Path, model: str, steps: int) -> dict[str, Any]:
-    from birbal_ray.settings import load_config
+def make_shallow_model(source: Path, folder: Path) -> None:
+    """The model's first two layers with random weights, and its tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(source)
+    config.num_hidden_layers = 2
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for file in source.glob("*token*"):
+        shutil.copy(file, folder)
+
+
+def run_birbal(mix: Path, folder: Path, model: str, length: int, steps: int) -> dict[str, Any]:
+    import torch
+
+    from birbal_ray.train import TrainConfig, train
     from birbal_ray.train.checkpoints import read_metrics
-    from birbal_ray.train.config import TrainConfig
-    from birbal_ray.train.run import train
 
     flags = {
         "mix": str(mix),
@@ -63,39 +83,30 @@ def run_birbal(mix: Path, folder: Path, model: str, steps: int) -> dict[str, Any
         "model.name": model,
         "max_steps": steps,
         "epochs": 100,
-        "batch.sequence_length": SETTINGS["sequence_length"],
-        "batch.micro": SETTINGS["micro"],
-        "batch.accumulation": SETTINGS["accumulation"],
-        "lora.r": SETTINGS["r"],
-        "lora.alpha": SETTINGS["alpha"],
-        "evaluation.every_steps": 10_000,
+        "batch.sequence_length": length,
+        "batch.micro": MICRO,
+        "batch.accumulation": ACCUMULATION,
+        "lora.r": RANK,
+        "lora.alpha": ALPHA,
+        "gradient_checkpointing": torch.cuda.is_available(),
         "evaluation.num_rows": 4,
-        "checkpoint.every_steps": max(3, steps // 3),
     }
-    result = train(load_config(TrainConfig, flags=flags))
-    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
-    # From one step's log to the next one's: whatever happens in between counts, but for checkpoints and the end.
-    saves = {step for step in range(steps) if step % flags["checkpoint.every_steps"] == 0}
-    pairs = [(a, b) for a, b in itertools.pairwise(lines) if a["step"] >= WARM_UP and a["step"] not in saves]
-    tokens = sum(after["tokens"] for _, after in pairs)
-    seconds = sum(after["elapsed_seconds"] - before["elapsed_seconds"] for before, after in pairs)
-    status = json.loads((folder / "status.json").read_text())
+    train(load_config(TrainConfig, flags=flags))
+    # From one step's log to the next one's: whatever happens in between counts.
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line][WARM_UP - 1 :]
     return {
-        "tokens": tokens,
-        "seconds": seconds,
-        "packing_efficiency": result.manifest["packing"]["train"]["packing_efficiency_fraction"],
-        "checkpoint_seconds": status["save_seconds"],
+        "tokens": sum(line["tokens"] for line in lines[1:]),
+        "seconds": lines[-1]["elapsed_seconds"] - lines[0]["elapsed_seconds"],
+        "checkpoint_seconds": json.loads((folder / "clock.json").read_text())["save_seconds"],
     }
 
 
-def run_trl(mix: Path, folder: Path, model: str, steps: int) -> dict[str, Any]:
+def run_trl(mix: Path, folder: Path, model: str, length: int, steps: int) -> dict[str, Any]:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
     from trl import SFTConfig, SFTTrainer
-
-    from birbal_ray.models import resolve_model
 
     cuda = torch.cuda.is_available()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -104,12 +115,12 @@ def run_trl(mix: Path, folder: Path, model: str, steps: int) -> dict[str, Any]:
     base = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=dtype,
+        attn_implementation="sdpa",
         device_map={"": 0 if cuda else "cpu"},
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         ),
     )
-    tokenizer = AutoTokenizer.from_pretrained(path)
     rows = pq.read_table(mix / "train.parquet").to_pylist()
     data = Dataset.from_list([{"prompt": row["question"], "completion": row["answer"]} for row in rows])
     ends: list[tuple[float, int]] = []
@@ -124,17 +135,17 @@ def run_trl(mix: Path, folder: Path, model: str, steps: int) -> dict[str, Any]:
         args=SFTConfig(
             output_dir=str(folder),
             packing=True,
-            max_length=SETTINGS["sequence_length"],
+            max_length=length,
             completion_only_loss=True,
-            per_device_train_batch_size=SETTINGS["micro"],
-            gradient_accumulation_steps=SETTINGS["accumulation"],
+            per_device_train_batch_size=MICRO,
+            gradient_accumulation_steps=ACCUMULATION,
             max_steps=steps,
             learning_rate=2e-5,
             weight_decay=0.01,
             max_grad_norm=0.3,
             optim="paged_adamw_32bit" if cuda else "adamw_torch",
             neftune_noise_alpha=5,
-            activation_checkpointing=True,
+            activation_checkpointing=cuda,
             bf16=cuda,
             use_cpu=not cuda,
             save_strategy="no",
@@ -143,73 +154,100 @@ def run_trl(mix: Path, folder: Path, model: str, steps: int) -> dict[str, Any]:
             disable_tqdm=True,
         ),
         train_dataset=data,
-        processing_class=tokenizer,
+        processing_class=load_tokenizer(path),
         peft_config=LoraConfig(
-            r=SETTINGS["r"],
-            lora_alpha=SETTINGS["alpha"],
-            lora_dropout=0.05,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
+            r=RANK, lora_alpha=ALPHA, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
         callbacks=[Times()],
     )
-    packs = trainer.train_dataset
     trainer.train()
-    steps_timed = ends[WARM_UP - 1 :]
-    return {
-        "tokens": steps_timed[-1][1] - steps_timed[0][1],
-        "seconds": steps_timed[-1][0] - steps_timed[0][0],
-        "packing_efficiency": sum(map(len, packs["input_ids"])) / (len(packs) * SETTINGS["sequence_length"]),
-        "checkpoint_seconds": None,
-    }
+    (start, before), (end, after) = ends[WARM_UP - 1], ends[steps - 1]
+    return {"tokens": after - before, "seconds": end - start, "checkpoint_seconds": None}
+
+
+def measure_speed(lengths: list[int], tokens: int, model: str, folder: Path) -> list[dict[str, Any]]:
+    """One row for each pack length and variant, both rounds summed; each run in a process of its own."""
+    found = []
+    for length in lengths:
+        steps = WARM_UP + max(1, tokens // (length * MICRO * ACCUMULATION))
+        runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
+        for variant in (*VARIANTS, *reversed(VARIANTS)):
+            print(f"running {variant} on packs of {length:,}", file=sys.stderr, flush=True)
+            out = folder / f"{variant}-{length}-{len(runs[variant])}"
+            command = [sys.executable, __file__, "--child", variant, str(folder / "mix"), str(out), model]
+            with (folder / "log").open("w") as log:
+                if subprocess.run([*command, str(length), str(steps)], stdout=log, stderr=log).returncode != 0:
+                    sys.exit(f"{variant} failed:\n{(folder / 'log').read_text()[-3000:]}")
+            runs[variant].append(json.loads(out.with_suffix(".json").read_text()))
+            shutil.rmtree(out, ignore_errors=True)
+        for variant, both in runs.items():
+            row = {"packs": length, "variant": variant, "runs": both}
+            row |= {name: sum(run[name] for run in both) for name in ("tokens", "seconds")}
+            found.append({**row, "tokens_per_second": row["tokens"] / row["seconds"]})
+    return found
+
+
+def measure_packing() -> list[dict[str, Any]]:
+    """How full the packs are and the spread of log lengths inside a pack (mean over packs), by packer."""
+    from datasets import Dataset
+    from trl.data_utils import pack_dataset
+
+    from birbal_ray.train.data import make_layouts
+
+    logs = np.random.default_rng(0).normal(MEAN_LOG, SPREAD_LOG, NUM_LENGTHS)
+    lengths = np.clip(np.exp(logs), 8, PACK_TOKENS).astype(int).tolist()
+    (ours,) = make_layouts(lengths, PACK_TOKENS, 0, 1)
+    rows = pack_dataset(Dataset.from_dict({"input_ids": [[0] * n for n in lengths]}), PACK_TOKENS)
+    packs = {"birbal": [[lengths[sample] for sample in pack] for pack in ours], "trl": rows["seq_lengths"]}
+    overall = float(np.log(lengths).std())
+    return [
+        {
+            "variant": variant,
+            "packs": len(found),
+            "full": sum(map(sum, found)) / (len(found) * PACK_TOKENS),
+            "spread_in_a_pack": float(np.mean([np.log(pack).std() for pack in found if len(pack) > 1])),
+            "spread_of_the_mix": overall,
+        }
+        for variant, found in packs.items()
+    ]
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        variant, mix, out, model, length, steps = sys.argv[2:]
+        run = run_birbal if variant == "birbal" else run_trl
+        figures = run(Path(mix), Path(out), model, int(length), int(steps))
+        Path(out).with_suffix(".json").write_text(json.dumps(figures))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=4096, help="trained in a run, behind the step that warms up")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096], help="tokens in a pack")
-    parser.add_argument("--length", type=int, default=1024, help=argparse.SUPPRESS)  # of the child process
-    parser.add_argument("--rounds", type=int, default=2, help="a, b, a, b, …; the sum counts")
+    parser.add_argument("--quick", action="store_true", help="two random layers: whether it runs, not how fast")
     parser.add_argument("--json", type=Path, help="write the figures here too")
-    parser.add_argument("--variant", choices=["birbal", "trl"], help=argparse.SUPPRESS)  # the child process's part
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.variant:
-        SETTINGS["sequence_length"] = arguments.length
-        run = run_birbal if arguments.variant == "birbal" else run_trl
-        folder = arguments.folder
-        figures = run(folder / "mix", folder / f"run-{os.getpid()}", arguments.model, arguments.steps)
-        (folder / "figures.json").write_text(json.dumps(figures))
-        return
-    results: dict[str, dict[str, list[dict[str, Any]]]] = {
-        str(length): {"birbal": [], "trl": []} for length in arguments.lengths
-    }
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="birbal-bench-") as name:
+        folder, model = Path(name), arguments.model
         make_mix(folder / "mix")
-        for _, length, variant in itertools.product(range(arguments.rounds), results, ("birbal", "trl")):
-            print(f"running {variant} on packs of {length} …", file=sys.stderr, flush=True)
-            command = [sys.executable, __file__, "--variant", variant, "--length", length, "--folder", str(folder)]
-            command += ["--model", arguments.model, "--steps", str(arguments.steps)]
-            with (folder / "log").open("w") as log:
-                if subprocess.run(command, stdout=log, stderr=log).returncode != 0:
-                    sys.exit(f"{variant} failed:\n{(folder / 'log').read_text()[-3000:]}")
-            results[length][variant].append(json.loads((folder / "figures.json").read_text()))
-    print(f"{'packs':>6} {'variant':10} {'tokens':>8} {'seconds':>8} {'tokens/s':>9} {'full':>7} {'checkpoint s':>13}")
-    for length, variants in results.items():
-        rates = {}
-        for variant, runs in variants.items():
-            tokens, seconds = sum(run["tokens"] for run in runs), sum(run["seconds"] for run in runs)
-            rates[variant] = tokens / seconds
-            saves = [run["checkpoint_seconds"] for run in runs if run["checkpoint_seconds"] is not None]
-            save = f"{sum(saves) / len(saves):.2f}" if saves else "-"
-            full = runs[0]["packing_efficiency"]
-            row = f"{tokens:8,d} {seconds:8.1f} {rates[variant]:9.1f} {full:7.1%} {save:>13}"
-            print(f"{length:>6} {variant:10} {row}")
-        print(f"{length:>6} birbal / trl: {rates['birbal'] / rates['trl']:.3f}")
+        if arguments.quick:
+            model = str(folder / "shallow")
+            make_shallow_model(resolve_model(arguments.model).path, folder / "shallow")
+        speed = measure_speed(arguments.lengths, arguments.tokens, model, folder)
+    print(f"{'packs':>6} {'variant':8} {'tokens':>8} {'seconds':>8} {'tokens/s':>9} {'checkpoint s':>13}")
+    for row in speed:
+        saves = [run["checkpoint_seconds"] for run in row["runs"] if run["checkpoint_seconds"] is not None]
+        save = f"{sum(saves) / len(saves):.2f}" if saves else "-"
+        rate = f"{row['tokens']:8,d} {row['seconds']:8.1f} {row['tokens_per_second']:9.1f}"
+        print(f"{row['packs']:>6} {row['variant']:8} {rate} {save:>13}")
+    for ours, theirs in zip(speed[::2], speed[1::2], strict=True):
+        ratio = ours["tokens_per_second"] / theirs["tokens_per_second"]
+        print(f"packs of {ours['packs']:,}: birbal / trl {ratio:.3f}")
+    packing = measure_packing()
+    for row in packing:
+        spread = f"{row['spread_in_a_pack']:.2f} inside a pack, {row['spread_of_the_mix']:.2f} in the mix"
+        print(f"{row['variant']}: {row['packs']:,} packs of {PACK_TOKENS:,}, {row['full']:.1%} full; {spread}")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"settings": SETTINGS, "runs": results}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({"speed": speed, "packing": packing}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

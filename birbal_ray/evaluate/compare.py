@@ -10,7 +10,6 @@ from typing import Any
 from birbal_ray.statistics import holm, paired_difference
 
 TIE = 1e-12
-MIN_SAME_ROWS, REFERENCE_NATS = 20, 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,27 +83,6 @@ def adjust(rows: Sequence[Mapping[str, Any]], primary: Mapping[str, str]) -> lis
         {**row, "is_primary": is_primary, "p_adjusted": row["p_value"] if is_primary else next(others)}
         for row, is_primary in zip(rows, chosen, strict=True)
     ]
-
-
-def dead_adapter(reference: Mapping[str, Any], num_same: int, num_rows: int) -> str | None:
-    """Why an adapter's answers can't be its own, or None.
-
-    `reference`: what PEFT computed with it at the end of training (reference.json beside the adapter), log
-    probabilities in nats. An engine that finds none of an adapter's modules serves the base model without an error;
-    then all `num_rows` completions are the base model's. With a change of REFERENCE_NATS that is no chance.
-    """
-    changes = [
-        abs(adapter - base)
-        for prompt in reference["prompts"]
-        for adapter, base in zip(prompt["adapter_log_probs"], prompt["base_log_probs"], strict=True)
-    ]
-    largest = max(changes, default=0.0)
-    if num_same < num_rows or num_rows < MIN_SAME_ROWS or largest < REFERENCE_NATS:
-        return None
-    return (
-        f"all {num_rows} completions are the base model's, although PEFT's log probabilities change by up to "
-        f"{largest:.2f} nats with the adapter: the engine did not apply it; try --set serve_adapters=merged"
-    )
 
 
 def gate_failures(comparisons: Sequence[Mapping[str, Any]], delta: float) -> list[str]:

@@ -34,6 +34,7 @@ from birbal_ray.score.config import EngineSettings, ResourceSettings, ScoreConfi
 from birbal_ray.score.engine import Adapter, Completion, Engine, Request, Sampling, VllmEngine
 from birbal_ray.score.engine_loop import EngineDeadError, EngineLoop
 from birbal_ray.score.plan import ZERO_SHOT, Shard, Tally, WrittenFile
+from birbal_ray.score.reference import check_engine
 from birbal_ray.score.simulated import START_FAILURE, SimulatedEngine
 from birbal_ray.score.tokens import load_tokenizer, prompt_token_ids, stops
 from birbal_ray.settings import one_line
@@ -156,7 +157,14 @@ class Generate:
             resources = _with_threads(config.resources, replicas_per_node)
             here = [replace(one, path=str(input_folder(one.path))) for one in adapters]
             here += [Adapter(own.name, str(own.path), own.rank)] if own else []
-            self._loop = EngineLoop(lambda: load_engine(model.path, config.engine, resources, here))
+
+            def make_engine() -> Engine:
+                engine = load_engine(model.path, config.engine, resources, here)
+                if config.engine.backend == "vllm":  # simulated ones have no adapters to apply
+                    check_engine(engine, model.path, here)
+                return engine
+
+            self._loop = EngineLoop(make_engine)
         except Exception as error:  # whatever it is: another try, in a new process, may go well
             self._end(monitor.start_failed, f"{type(error).__name__}: {one_line(error)}")
         ray.get(monitor.ready.remote(self._replica))

@@ -9,11 +9,10 @@ from typing import Any
 
 import yaml
 
-from birbal_ray.models import ADAPTER_CONFIG, ADAPTER_FOLDER, Model
+from birbal_ray.models import ADAPTER_CONFIG, ADAPTER_FOLDER, REFERENCE_FILE, Model
 from birbal_ray.run import MANIFEST_FILE
 from birbal_ray.settings import one_line
 from birbal_ray.storage import Folder, RunError
-from birbal_ray.train.checkpoints import REFERENCE_FILE
 
 CURVE_FILE = "loss_curve.png"
 

@@ -26,7 +26,6 @@ SESSION_FILE = "session.json"  # the worker's last session: its outcome, or why 
 OUTCOME_FILE = "outcome.json"  # in the checkpoint that a run ended with
 SELF_CHECK_FILE = "self_check.json"  # that packing and adapter work on this model, with this kernel
 EASED_FILE = "eased.json"  # the smaller micro batch that the run continues with after the card ran out of memory
-REFERENCE_FILE = "reference.json"  # beside an adapter: what PEFT computes with it, for `evaluate` to compare with
 WORKING_FILE = "working.json"  # of a run at a URL: names the folder in which each machine works for it
 TENSORBOARD_FOLDER, BEST_FOLDER, PACKED_FOLDER = "tensorboard", "best", "packed"
 STATE_FILES = (METRICS_FILE, BEST_FILE, "clock.json", SELF_CHECK_FILE, EASED_FILE)

@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from birbal_ray.models import load_tokenizer
+from birbal_ray.models import REFERENCE_FILE, load_tokenizer
 from birbal_ray.storage import RunError, open_folder, read_json, write_atomic, write_json
 from birbal_ray.train.attention import choose_attention, name_kernel
 from birbal_ray.train.checkpoints import (
@@ -35,7 +35,6 @@ from birbal_ray.train.checkpoints import (
     METRICS_FILE,
     OUTCOME_FILE,
     PACKED_FOLDER,
-    REFERENCE_FILE,
     SELF_CHECK_FILE,
     STATUS_FILE,
     TENSORBOARD_FOLDER,

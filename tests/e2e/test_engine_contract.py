@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from birbal_ray.models import ModelError
 from birbal_ray.score.config import EngineSettings, ResourceSettings
 from birbal_ray.score.engine import Adapter, Request, Sampling, VllmEngine, vllm_arguments
+from birbal_ray.score.reference import MIN_CHANGE, check_engine, compare_with_peft
 from tests.conftest import slow
 from tests.fixtures.engine_contract import MAX_MODEL_LEN, EngineContract
 
@@ -84,3 +88,39 @@ def test_an_adapter_gives_the_log_probabilities_that_peft_gives(served_model, ad
     for name, values in expected.items():
         assert [one.logprob for one in found[name].prompt_tokens] == pytest.approx(values, abs=1e-3)
     assert max(abs(a - b) for a, b in zip(*expected.values(), strict=True)) > 0.05, "the adapter changes something"
+
+
+@slow
+def test_an_adapter_that_vllm_does_not_apply_is_refused(served_model, adapter, tmp_path):
+    """The same adapter twice: as it is, and with weights that change nothing, as if vLLM had found no module of it."""
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    ids = [2 + (7 * n * n) % 240 for n in range(40)]
+    base = AutoModelForCausalLM.from_pretrained(served_model).eval()
+    with torch.no_grad():
+        without = base(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        with_adapter = (
+            PeftModel.from_pretrained(base, adapter).eval()(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        )
+    chosen = with_adapter.topk(20).indices
+    prompt = {"token_ids": ids, "next_token_ids": chosen.tolist()}
+    prompt |= {"adapter_log_probs": with_adapter[chosen].tolist(), "base_log_probs": without[chosen].tolist()}
+    assert (with_adapter - without)[chosen].abs().max() > MIN_CHANGE
+    alive, dead = tmp_path / "alive", tmp_path / "dead"
+    for folder in (alive, dead):
+        shutil.copytree(adapter, folder)
+        (folder / "reference.json").write_text(json.dumps({"prompts": [prompt]}))
+    weights = load_file(dead / "adapter_model.safetensors")
+    zero = {name: torch.zeros_like(x) if "lora_B" in name else x for name, x in weights.items()}
+    save_file(zero, dead / "adapter_model.safetensors")
+    settings = EngineSettings(device="cpu", max_model_len=MAX_MODEL_LEN)
+    adapters = [Adapter("alive", str(alive), 8), Adapter("dead", str(dead), 8)]
+    engine = VllmEngine(served_model, settings, ResourceSettings(kv_cache_gib=1, threads_per_replica=2), adapters)
+    check_engine(engine, served_model, adapters[:1])
+    found = compare_with_peft(engine, {"prompts": [prompt]}, "alive")
+    assert found.applied_fraction == pytest.approx(1.0, abs=0.01) and found.difference_nats < 1e-2
+    with pytest.raises(ModelError, match=r"/dead: it changes PEFT's .* the engine does not apply it"):
+        check_engine(engine, served_model, adapters)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from birbal_ray.evaluate.compare import TaskPair, adjust, compare, dead_adapter, gate_failures, pair_tasks, scopes
+from birbal_ray.evaluate.compare import TaskPair, adjust, compare, gate_failures, pair_tasks, scopes
 from birbal_ray.evaluate.config import EvaluateConfig
 
 
@@ -93,16 +93,3 @@ def test_the_gate_names_every_scope_that_lost_more():
 def test_the_primary_comparison_must_be_among_those_made():
     with pytest.raises(ValueError, match=r"primary\.prompt_format=few_shot is not among prompt_formats"):
         EvaluateConfig(prompt_formats=["zero_shot"], primary={"prompt_format": "few_shot"})
-
-
-def test_an_adapter_that_the_engine_did_not_apply_is_recognised():
-    def reference(change):
-        return {"prompts": [{"adapter_log_probs": [-0.5, -3.0], "base_log_probs": [-0.5 - change, -3.1]}]}
-
-    said = dead_adapter(reference(2.0), 40, 40)
-    assert said is not None and said.startswith("all 40 completions are the base model's, although PEFT's")
-    assert "up to 2.00 nats" in said
-    assert dead_adapter(reference(2.0), 39, 40) is None, "one answer is its own"
-    assert dead_adapter(reference(0.2), 40, 40) is None, "so small a change need not show in greedy answers"
-    assert dead_adapter(reference(2.0), 10, 10) is None, "too few rows"
-    assert dead_adapter({"prompts": []}, 40, 40) is None
