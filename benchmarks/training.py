@@ -1,14 +1,16 @@
-"""Tokens per second of `birbal train` beside plain TRL, same data, same settings, one run; packing; checkpoints.
+"""Tokens per second of `birbal train`'s trainer beside plain TRL, same data, same settings, one run; packing.
 
-    python benchmarks/training.py --json training.json      two cores: about 12 minutes
-    python benchmarks/training.py --quick                   a model of two random layers: 3 minutes
+    python benchmarks/training.py --json training.json                  two idle cores: about 12 minutes
+    python benchmarks/training.py --layers 2 --lengths 512 2048         whether it runs, not how fast
 
-(a) birbal train   Ray Train worker, deadline, metrics, checkpoints; attention sample by sample, or varlen on a GPU
-(b) TRL            SFTTrainer in a plain process, its own tokenising and packing, no checkpoints; sdpa with a dense mask
+(a) birbal    what the worker of `birbal train` runs: deadline, metrics, attention sample by sample (varlen on a GPU)
+(b) TRL       SFTTrainer, its own tokenising and packing; sdpa with a dense mask
 
-SmolLM2-135M in NF4 on a made-up mix (or --model, on a GPU if there is one). A run trains `--tokens` tokens after
-one step that warms up; evaluations and checkpoints are left out of both. The order is a, b, then b, a. Then, without a
-model: how full packs of 8,192 tokens are, and how much lengths vary inside a pack. Nothing else should run meanwhile.
+SmolLM2-135M in NF4 on a made-up mix (or --model, on a GPU if there is one; --layers takes so many of its layers,
+with random weights). A run trains `--tokens` tokens after one step that warms up; evaluations and checkpoints are left
+out of both. The order is a, b, then b, a. On a machine that does other work meanwhile, tokens per second of CPU time
+say more than those of the clock, with --threads 1. Then, without a model: how full packs of 8,192 tokens are, and how
+much lengths vary inside a pack.
 """
 
 from __future__ import annotations
@@ -58,28 +60,48 @@ def make_mix(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def make_shallow_model(source: Path, folder: Path) -> None:
-    """The model's first two layers with random weights, and its tokenizer."""
+def make_shallow_model(source: Path, folder: Path, num_layers: int) -> None:
+    """A model of so many of the model's layers with random weights, and its tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(source)
-    config.num_hidden_layers = 2
+    config.num_hidden_layers = num_layers
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for file in source.glob("*token*"):
         shutil.copy(file, folder)
 
 
-def run_birbal(mix: Path, folder: Path, model: str, length: int, steps: int) -> dict[str, Any]:
+def run_variant(variant: str, mix: Path, folder: Path, model: str, length: int, steps: int) -> dict[str, Any]:
+    """Tokens, seconds and seconds of CPU time from the end of the warm-up to the last step's end."""
+    import torch
+    from transformers import TrainerCallback
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    ends: list[tuple[int, float, float]] = []  # of each step, when its log is written
+
+    class Times(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "num_tokens" in (logs or {}):
+                ends.append((int(logs["num_tokens"]), time.monotonic(), time.process_time()))
+
+    run = run_birbal if variant == "birbal" else run_trl
+    extra = run(mix, folder, model, length, steps, Times())
+    (before, start, cpu_start), (after, end, cpu_end) = ends[WARM_UP - 1], ends[steps - 1]
+    return {"tokens": after - before, "seconds": end - start, "cpu_seconds": cpu_end - cpu_start, **extra}
+
+
+def run_birbal(mix: Path, folder: Path, model: str, length: int, steps: int, times: Any) -> dict[str, Any]:
     import torch
 
-    from birbal_ray.train import TrainConfig, train
-    from birbal_ray.train.checkpoints import read_metrics
+    from birbal_ray.train import TrainConfig
+    from birbal_ray.train.data import prepare
+    from birbal_ray.train.run import resolve_config
+    from birbal_ray.train.sft import fine_tune
 
     flags = {
         "mix": str(mix),
-        "output": str(folder),
         "model.name": model,
         "max_steps": steps,
         "epochs": 100,
@@ -91,25 +113,20 @@ def run_birbal(mix: Path, folder: Path, model: str, length: int, steps: int) -> 
         "gradient_checkpointing": torch.cuda.is_available(),
         "evaluation.num_rows": 4,
     }
-    train(load_config(TrainConfig, flags=flags))
-    # From one step's log to the next one's: whatever happens in between counts.
-    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line][WARM_UP - 1 :]
-    return {
-        "tokens": sum(line["tokens"] for line in lines[1:]),
-        "seconds": lines[-1]["elapsed_seconds"] - lines[0]["elapsed_seconds"],
-        "checkpoint_seconds": json.loads((folder / "clock.json").read_text())["save_seconds"],
-    }
+    config, found = resolve_config(load_config(TrainConfig, flags=flags))
+    prepare(mix, folder / "packed", load_tokenizer(found.path), length, "drop", 4, epochs=100)
+    fine_tune(config, found.path, folder, callbacks=[times])
+    return {"checkpoint_seconds": json.loads((folder / "clock.json").read_text())["save_seconds"]}
 
 
-def run_trl(mix: Path, folder: Path, model: str, length: int, steps: int) -> dict[str, Any]:
+def run_trl(mix: Path, folder: Path, model: str, length: int, steps: int, times: Any) -> dict[str, Any]:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
     cuda = torch.cuda.is_available()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     path = resolve_model(model).path
     dtype = torch.bfloat16 if cuda else torch.float32
     base = AutoModelForCausalLM.from_pretrained(
@@ -122,14 +139,6 @@ def run_trl(mix: Path, folder: Path, model: str, length: int, steps: int) -> dic
         ),
     )
     rows = pq.read_table(mix / "train.parquet").to_pylist()
-    data = Dataset.from_list([{"prompt": row["question"], "completion": row["answer"]} for row in rows])
-    ends: list[tuple[float, int]] = []
-
-    class Times(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if "num_tokens" in (logs or {}):
-                ends.append((time.monotonic(), int(logs["num_tokens"])))
-
     trainer = SFTTrainer(
         model=base,
         args=SFTConfig(
@@ -153,16 +162,15 @@ def run_trl(mix: Path, folder: Path, model: str, length: int, steps: int) -> dic
             report_to=[],
             disable_tqdm=True,
         ),
-        train_dataset=data,
+        train_dataset=Dataset.from_list([{"prompt": row["question"], "completion": row["answer"]} for row in rows]),
         processing_class=load_tokenizer(path),
         peft_config=LoraConfig(
             r=RANK, lora_alpha=ALPHA, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
-        callbacks=[Times()],
+        callbacks=[times],
     )
     trainer.train()
-    (start, before), (end, after) = ends[WARM_UP - 1], ends[steps - 1]
-    return {"tokens": after - before, "seconds": end - start, "checkpoint_seconds": None}
+    return {}
 
 
 def measure_speed(lengths: list[int], tokens: int, model: str, folder: Path) -> list[dict[str, Any]]:
@@ -182,8 +190,9 @@ def measure_speed(lengths: list[int], tokens: int, model: str, folder: Path) -> 
             shutil.rmtree(out, ignore_errors=True)
         for variant, both in runs.items():
             row = {"packs": length, "variant": variant, "runs": both}
-            row |= {name: sum(run[name] for run in both) for name in ("tokens", "seconds")}
-            found.append({**row, "tokens_per_second": row["tokens"] / row["seconds"]})
+            row |= {name: sum(run[name] for run in both) for name in ("tokens", "seconds", "cpu_seconds")}
+            row |= {f"tokens_per_{one}": row["tokens"] / row[f"{one}s"] for one in ("second", "cpu_second")}
+            found.append(row)
     return found
 
 
@@ -215,33 +224,35 @@ def measure_packing() -> list[dict[str, Any]]:
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         variant, mix, out, model, length, steps = sys.argv[2:]
-        run = run_birbal if variant == "birbal" else run_trl
-        figures = run(Path(mix), Path(out), model, int(length), int(steps))
+        figures = run_variant(variant, Path(mix), Path(out), model, int(length), int(steps))
         Path(out).with_suffix(".json").write_text(json.dumps(figures))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=4096, help="trained in a run, behind the step that warms up")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096], help="tokens in a pack")
-    parser.add_argument("--quick", action="store_true", help="two random layers: whether it runs, not how fast")
+    parser.add_argument("--layers", type=int, help="take so many of the model's layers, with random weights")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # of the runs, too
     with tempfile.TemporaryDirectory(prefix="birbal-bench-") as name:
         folder, model = Path(name), arguments.model
         make_mix(folder / "mix")
-        if arguments.quick:
+        if arguments.layers:
             model = str(folder / "shallow")
-            make_shallow_model(resolve_model(arguments.model).path, folder / "shallow")
+            make_shallow_model(resolve_model(arguments.model).path, folder / "shallow", arguments.layers)
         speed = measure_speed(arguments.lengths, arguments.tokens, model, folder)
-    print(f"{'packs':>6} {'variant':8} {'tokens':>8} {'seconds':>8} {'tokens/s':>9} {'checkpoint s':>13}")
+    columns = ("tokens", "seconds", "tokens/s", "per CPU s", "checkpoint s")
+    print(f"{'packs':>6} {'variant':8} {' '.join(f'{column:>12}' for column in columns)}")
     for row in speed:
-        saves = [run["checkpoint_seconds"] for run in row["runs"] if run["checkpoint_seconds"] is not None]
+        saves = [run["checkpoint_seconds"] for run in row["runs"] if "checkpoint_seconds" in run]
         save = f"{sum(saves) / len(saves):.2f}" if saves else "-"
-        rate = f"{row['tokens']:8,d} {row['seconds']:8.1f} {row['tokens_per_second']:9.1f}"
-        print(f"{row['packs']:>6} {row['variant']:8} {rate} {save:>13}")
+        rates = f"{row['tokens_per_second']:12.1f} {row['tokens_per_cpu_second']:12.1f}"
+        print(f"{row['packs']:>6} {row['variant']:8} {row['tokens']:12,d} {row['seconds']:12.1f} {rates} {save:>12}")
     for ours, theirs in zip(speed[::2], speed[1::2], strict=True):
-        ratio = ours["tokens_per_second"] / theirs["tokens_per_second"]
-        print(f"packs of {ours['packs']:,}: birbal / trl {ratio:.3f}")
+        clock, cpu = (ours[key] / theirs[key] for key in ("tokens_per_second", "tokens_per_cpu_second"))
+        print(f"packs of {ours['packs']:,}: birbal / trl {clock:.3f} by the clock, {cpu:.3f} by CPU time")
     packing = measure_packing()
     for row in packing:
         spread = f"{row['spread_in_a_pack']:.2f} inside a pack, {row['spread_of_the_mix']:.2f} in the mix"
