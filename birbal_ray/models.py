@@ -9,9 +9,11 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import logging
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -227,11 +229,26 @@ def read_template(tokenizer: Any, prompt_format: str, arguments: Mapping[str, An
     return chat if chat.end_of_turn else replace(chat, end_of_turn=tokenizer.eos_token or "")
 
 
+def quiet_libraries() -> None:
+    """Drop two messages that users can do nothing about. Call it before PEFT is imported.
+
+    bitsandbytes says that it could not download a kernel, which it shall not; transformers, that PEFT and TRL ask for
+    gradient checkpointing by its old name.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
+
+
 def load_with_adapter(base: Path, adapter: Path, dtype: str, device: str = "cpu") -> Any:
     """The base model in `dtype` (a torch dtype's name) with the adapter on top, for inference.
 
     Never the 4-bit weights that it was trained on: a delta added to them would be rounded away.
     """
+    quiet_libraries()
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray.cluster import MIN_LOGICAL_CPUS, WorkerRequest, can_place, job_metadata, log_to, ray_session
-from birbal_ray.models import Model, ModelError, resolve_model
+from birbal_ray.models import Model, ModelError, quiet_libraries, resolve_model
 from birbal_ray.progress import ProgressLine, duration, save_throughput
 from birbal_ray.run import LOG_FOLDER, Run, RunFailedError
 from birbal_ray.settings import ConfigError, one_line
@@ -318,6 +318,7 @@ def fine_tune_here(config: TrainConfig, fingerprint: str, remote: Remote, starte
         raise RunError("Ray placed the worker on a node with a GPU, but torch sees none there; check its driver")
     if not torch.cuda.is_available():
         torch.set_num_threads(config.resources.num_threads or len(os.sched_getaffinity(0)))
+    quiet_libraries()
     from birbal_ray.train.sft import fine_tune
 
     reported = -math.inf

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import struct
+import warnings
 
 import pytest
 
@@ -86,3 +88,19 @@ def test_a_cache_that_can_t_be_written_is_named_with_the_way_out(tmp_path, monke
         models.resolve_model("smollm2-135m")
     (check,) = [check for check in doctor.examine("smollm2-135m", ".") if check.name == "model"]
     assert (check.state, check.advice) == ("problem", str(caught.value))
+
+
+def test_two_messages_of_libraries_are_dropped_and_no_other(caplog):
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        models.quiet_libraries()
+        models.quiet_libraries()
+        logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "no module")
+        logger.warning("Failed to load something else")
+        warnings.warn(
+            "`is_gradient_checkpointing` is deprecated and will be removed in v6.", FutureWarning, stacklevel=1
+        )
+        warnings.warn("`another_name` is deprecated", FutureWarning, stacklevel=1)
+    assert caplog.messages == ["Failed to load something else"]
+    assert [str(one.message) for one in seen] == ["`another_name` is deprecated"]
