@@ -374,6 +374,7 @@ def print_tune(result: TuneResult, output_format: str) -> None:
         "--mix DIR": "mix",
         "--output DIR": "output",
         "--model NAME": "model.name",
+        "--from-adapter DIR": "lora.from_adapter",
         "--budget TIME": "budget",
         "--device": "resources.device",
         "--seed": "seed",
@@ -415,7 +416,9 @@ def train(
         per_row = rows.num_tokens / max(1, rows.num_samples)
         note_hours(lambda: plan_train(config, rows.num_samples, per_row, rest=config.budget))
         if push:
-            note(f"would upload the files of {config.output}/adapter to {push}: adapter, settings, card, reference")
+            from birbal_ray.train.card import ADAPTER_FILES, PUSHED_MANIFEST
+
+            note(f"would upload to {push}: {', '.join([*ADAPTER_FILES, PUSHED_MANIFEST])}")
     else:
         result = step.train(config, overwrite=overwrite)
         print_train(result, output_format)

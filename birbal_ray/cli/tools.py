@@ -28,8 +28,10 @@ WATCH_SECONDS, IDLE_LOOKS = 5.0, 4  # a pipeline pauses between two steps
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", help="Of the merged weights.")
 @click.option("--prompts", type=click.IntRange(min=1), default=8, help="Eval rows to compare on.")
 @click.option("--modelfile", is_flag=True, help="Also write a Modelfile, for `ollama create`.")
+@click.option("--engine/--no-engine", default=True, help="Also compare vLLM on the merged model with PEFT.")
 @click.option("--push", metavar="REPO", help="Then upload the model to this Hub repository (private; HF_TOKEN).")
 @overwrite_option
+@click.option("--dry-run", is_flag=True, help="List the files that it would make and --push upload; load no model.")
 @format_option
 def merge(
     run: str,
@@ -37,8 +39,10 @@ def merge(
     dtype: str,
     prompts: int,
     modelfile: bool,
+    engine: bool,
     push: str | None,
     overwrite: bool,
+    dry_run: bool,
     output_format: str,
 ) -> None:
     """Merge the adapter of a training run into unquantised base weights, and compare before with after.
@@ -49,9 +53,13 @@ def merge(
     Example:
       birbal merge --run runs/train --output models/mistral-7b-birbal
     """
-    from birbal_ray.train.merge import merge as step
+    from birbal_ray.train import merge as step
 
-    result = step(run, output, dtype=dtype, num_prompts=prompts, modelfile=modelfile, overwrite=overwrite)
+    if dry_run:
+        print_table([{"file": name} for name in step.plan_merge(run, modelfile=modelfile)], output_format)
+        return
+    options: dict[str, Any] = {"dtype": dtype, "num_prompts": prompts, "modelfile": modelfile, "engine": engine}
+    result = step.merge(run, output, **options, overwrite=overwrite)
     print_table([result.manifest["comparison"] | {"model": str(result.folder)}], output_format)
     if push:
         from birbal_ray.train.card import push_to_hub

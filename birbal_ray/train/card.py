@@ -9,12 +9,15 @@ from typing import Any
 
 import yaml
 
-from birbal_ray.models import ADAPTER_CONFIG, ADAPTER_FOLDER, REFERENCE_FILE, Model
+from birbal_ray.models import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, REFERENCE_FILE, Model
+from birbal_ray.ni.prompt import CHAT
 from birbal_ray.run import MANIFEST_FILE
 from birbal_ray.settings import one_line
 from birbal_ray.storage import Folder, RunError
 
-CURVE_FILE = "loss_curve.png"
+CURVE_FILE, CARD_FILE = "loss_curve.png", "README.md"
+PUSHED_MANIFEST = "birbal_manifest.json"  # the run's, in a repository on the Hub
+ADAPTER_FILES = (CARD_FILE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, REFERENCE_FILE)
 
 
 def publish_adapter(
@@ -36,11 +39,11 @@ def publish_adapter(
         elif file.name == REFERENCE_FILE:
             reference = json.loads(file.read_text(encoding="utf-8"))
             folder.write_json(name, {**reference, "model": model.name, "model_fingerprint": model.fingerprint})
-        elif file.name != "README.md":
+        elif file.name != CARD_FILE:
             folder.upload(file, name)
     card = adapter_card(manifest, manifest["settings"], mix_manifest)
-    folder.write_bytes(f"{ADAPTER_FOLDER}/README.md", card.encode())
-    return sorted({*names, f"{ADAPTER_FOLDER}/README.md"})
+    folder.write_bytes(f"{ADAPTER_FOLDER}/{CARD_FILE}", card.encode())
+    return sorted({*names, f"{ADAPTER_FOLDER}/{CARD_FILE}"})
 
 
 def push_to_hub(folder: Folder, names: list[str], repository: str) -> str:
@@ -63,7 +66,7 @@ def push_to_hub(folder: Folder, names: list[str], repository: str) -> str:
                     file = folder.local / name
                 else:
                     folder.download(name, file)
-                target = name.removeprefix(f"{ADAPTER_FOLDER}/") if name != MANIFEST_FILE else "birbal_manifest.json"
+                target = name.removeprefix(f"{ADAPTER_FOLDER}/") if name != MANIFEST_FILE else PUSHED_MANIFEST
                 operations.append(CommitOperationAdd(path_in_repo=target, path_or_fileobj=str(file)))
             hub.create_commit(repository, operations, commit_message="Upload from birbal_ray")
         return str(address)
@@ -92,6 +95,10 @@ def adapter_card(manifest: dict[str, Any], settings: dict[str, Any], mix: dict[s
     best, base = f"{result['best_eval_loss']:.4f}", f"{result['base_eval_loss']:.4f}"
     tokens = f"{packing['num_samples']:,} samples, {packing['num_tokens']:,} tokens"
     full = f"{packing['packing_efficiency_fraction']:.1%} full"
+    on_hub = model["revision"] and "/" in model["name"]
+    prompts = "Prompts look as in training: `### Instruction:\\n…\\n\\n### Input:\\n…\\n\\n### Response:\\n`."
+    if settings["prompt"]["format"] == CHAT:
+        prompts = "Prompts are turns of the tokenizer's chat template, the instruction as system turn."
     budget = f"{settings['budget']:.0f} s" if settings["budget"] else "none"
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
@@ -109,11 +116,11 @@ The adapter of step {result["best_step"]}: eval loss {best}, the base model's wa
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained({model["path"]!r})
+base = AutoModelForCausalLM.from_pretrained({model["name" if on_hub else "path"]!r})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 
-Prompts look as in training: `### Instruction:\\n…\\n\\n### Input:\\n…\\n\\n### Response:\\n`.
+{prompts}
 `birbal merge` folds the adapter into the base model's weights.
 
 ## Data
@@ -145,6 +152,15 @@ Licences of the data:
 
 `manifest.json` beside this folder has every setting, input hash and package version.
 """
+
+
+def merged_card(card: str, dtype: str) -> str:
+    """The card of the adapter's model folder after a merge: the same data and training, another way to load it."""
+    head, _, rest = card.partition("## Use\n")
+    head = head.replace("library_name: peft", "library_name: transformers").replace("# LoRA adapter for", "# Tuned")
+    load = "`AutoModelForCausalLM.from_pretrained(FOLDER)` loads it; so do vLLM and `birbal score --model FOLDER`."
+    data = rest.partition("## Data\n")[2]
+    return f"{head}The adapter is folded into {dtype} weights.\n\n## Use\n\n{load}\n\n## Data\n{data}"
 
 
 def smoothed(values: list[float]) -> list[float]:

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import importlib.util
+import itertools
+import multiprocessing
+import re
 import tempfile
-from dataclasses import dataclass
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from birbal_ray.cluster import log_to
 from birbal_ray.manifest import read_input, read_manifest
-from birbal_ray.models import ADAPTER_FOLDER, load_tokenizer, load_with_adapter, merge_adapter, resolve_model
+from birbal_ray.models import (
+    ADAPTER_FOLDER,
+    TOKENIZER_FILES,
+    Model,
+    load_tokenizer,
+    load_with_adapter,
+    merge_adapter,
+    read_template,
+    resolve_model,
+)
+from birbal_ray.ni.prompt import BIRBAL, STOP, ChatTemplate, render_prompt
 from birbal_ray.progress import ProgressLine
-from birbal_ray.run import open_run, sigterm_as_interrupt
+from birbal_ray.run import LOG_FOLDER, open_run, sigterm_as_interrupt
+from birbal_ray.score.config import EngineSettings, ResourceSettings
+from birbal_ray.score.reference import Agreement, compare_with_peft, why_not_applied
 from birbal_ray.settings import ConfigError
-from birbal_ray.storage import Folder, input_folder, open_folder
+from birbal_ray.storage import Folder, RunError, cache_folder, input_folder, open_folder
+from birbal_ray.train.card import CARD_FILE, PUSHED_MANIFEST, merged_card
+from birbal_ray.train.data import IGNORED, encode_rows, text_columns
 
 STEP = "merge"
-OWNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "Modelfile", "work/*")
-NEW_TOKENS = 16
+OWNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", CARD_FILE, "Modelfile", "work/*")
+NEW_TOKENS, CHOICES = 16, 20
 MODELFILE = "Modelfile"
-# Ollama's template language. The prompt format that the mix was trained in: no preamble, the answer ends with EOS.
-BIRBAL_TEMPLATE = (
-    "{{ if .System }}### Instruction:\n{{ .System }}\n\n{{ end }}"
-    "### Input:\n{{ .Prompt }}\n\n### Response:\n{{ .Response }}"
-)
+ENGINE_LOG = f"{LOG_FOLDER}/engine.log"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,25 +57,19 @@ def merge(
     dtype: str = "bfloat16",
     num_prompts: int = 8,
     modelfile: bool = False,
+    engine: bool = True,
     overwrite: bool = False,
 ) -> MergeResult:
     """Fold the adapter of a training run into base weights of `dtype`, as a model folder in `output`.
 
-    The comparison holds, over eval prompts of the run's mix: the largest absolute difference of the
-    next-token logits, and the fraction of greedy tokens that agree. `modelfile` also writes a Modelfile, for
-    `ollama create NAME -f Modelfile`. Raises RunError (no finished run there), ConfigError (another run's folder,
-    other base weights than were trained on).
+    The comparison holds, over eval prompts of the run's mix: the largest absolute difference of the next-token logits,
+    the fraction of greedy tokens that agree, and, with `engine` and vLLM at hand, how much of the adapter's change
+    vLLM shows on the merged model. `modelfile` also writes a Modelfile, for `ollama create NAME -f Modelfile`. Raises
+    RunError (no finished run there; vLLM answers as the base model does), ConfigError (another run's folder, other base
+    weights than were trained on, a chat template that Ollama can't write).
     """
     progress = ProgressLine()
-    trained = read_manifest(run, "train")
-    model = resolve_model(
-        trained["model"]["name"], trained["model"]["revision"] if "/" in trained["model"]["name"] else None
-    )
-    if trained["identity"]["model_fingerprint"] != model.fingerprint:
-        raise ConfigError(
-            f"--run {run}: trained on {trained['model']['name']} with other weights than {model.path} holds now; "
-            "an adapter fits no others: put them back there"
-        )
+    trained, model = _read_run(run)
     identity = {
         "train": trained["identity_hash"],
         "best_step": trained["result"]["best_step"],
@@ -74,13 +85,22 @@ def merge(
         if merging.manifest:
             progress.message(f"{folder} is up to date; nothing to do")
             return MergeResult(folder, merging.manifest)
-        questions = _questions(trained["settings"]["mix"], num_prompts)
+        tokenizer, chat = _read_prompt_format(trained, model)
+        prompts = _read_prompts(trained["settings"]["mix"], tokenizer, chat, num_prompts)
+        text = ollama_modelfile(tokenizer, chat) if modelfile else None
         adapter = input_folder(run, lambda name: name.startswith(f"{ADAPTER_FOLDER}/")) / ADAPTER_FOLDER
         with tempfile.TemporaryDirectory(prefix="work", dir=folder.local if folder.is_local else None) as name:
             working = Path(name) / "model"
-            comparison = _merge(model.path, adapter, working, dtype, questions, progress)
-            if modelfile:
-                (working / MODELFILE).write_text(ollama_modelfile(working), encoding="utf-8")
+            comparison, reference = _merge(model.path, adapter, working, dtype, prompts, progress)
+            if engine and importlib.util.find_spec("vllm"):
+                progress.update("the merged model's log probabilities by vLLM")
+                log = (folder.local if folder.is_local else cache_folder()) / ENGINE_LOG
+                comparison |= _compare_engine(working, dtype, reference, log)
+            progress.close()
+            if text:
+                (working / MODELFILE).write_text(text, encoding="utf-8")
+            if (card := adapter / CARD_FILE).is_file():
+                (working / CARD_FILE).write_text(merged_card(card.read_text(encoding="utf-8"), dtype), encoding="utf-8")
             files = sorted(file.name for file in working.iterdir())
             for file in files:
                 if folder.is_local:
@@ -92,16 +112,80 @@ def merge(
         return MergeResult(folder, merging.finish(manifest, files, summary=f"{dtype} weights; {same}"))
 
 
-def ollama_modelfile(folder: Path) -> str:
-    """A Modelfile for `ollama create`: the weights beside it, the prompt format as template, greedy answers."""
-    from transformers import AutoTokenizer
+def plan_merge(run: str, *, modelfile: bool = False) -> list[str]:
+    """The files that `merge` would make and `--push` upload. Raises as `merge` does, before any weight is loaded."""
+    trained, model = _read_run(run)
+    files = {"config.json", "generation_config.json", "tokenizer_config.json", PUSHED_MANIFEST, CARD_FILE}
+    files |= {name for name in TOKENIZER_FILES if (model.path / name).is_file()}
+    if load_tokenizer(model.path).chat_template:
+        files.add("chat_template.jinja")
+    if modelfile:
+        ollama_modelfile(*_read_prompt_format(trained, model))
+        files.add(MODELFILE)
+    return ["model.safetensors, or shards of it of 5 GB", *sorted(files)]
 
-    stop = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).eos_token
-    lines = ["FROM .", f'TEMPLATE """{BIRBAL_TEMPLATE}"""', "PARAMETER temperature 0"]
-    return "\n".join([*lines, f"PARAMETER stop {stop!r}".replace("'", '"'), 'PARAMETER stop "\\n\\n"', ""])
+
+def _read_run(run: str) -> tuple[dict[str, Any], Model]:
+    """(manifest of a finished training, its base model); ConfigError for other weights than were trained on."""
+    trained = read_manifest(run, "train")
+    name = trained["model"]["name"]
+    model = resolve_model(name, trained["model"]["revision"] if "/" in name else None)
+    if trained["identity"]["model_fingerprint"] != model.fingerprint:
+        raise ConfigError(
+            f"--run {run}: trained on {name} with other weights than {model.path} holds now; "
+            "an adapter fits no others: put them back there"
+        )
+    return trained, model
 
 
-def _questions(mix: str, count: int) -> list[str]:
+def _read_prompt_format(trained: dict[str, Any], model: Model) -> tuple[Any, ChatTemplate | None]:
+    """(tokenizer, the chat template that a run was trained in; None: the published format)."""
+    tokenizer = load_tokenizer(model.path)
+    prompt = trained["settings"].get("prompt", {})  # absent in version 0.1
+    return tokenizer, read_template(tokenizer, prompt.get("format", BIRBAL), prompt.get("chat_template_arguments", {}))
+
+
+def ollama_modelfile(tokenizer: Any, chat: ChatTemplate | None) -> str:
+    """A Modelfile for `ollama create`: the weights beside it, one turn of the prompt format as template, greedy.
+
+    Without a chat template: the published format, in which an answer also ends at a blank line. Raises ConfigError for
+    a template that Ollama's can't express.
+    """
+    ends = [chat.end_of_turn, tokenizer.eos_token] if chat else [tokenizer.eos_token, STOP]
+    lines = ["FROM .", f'TEMPLATE """{_ollama_template(chat, tokenizer.bos_token or "")}"""', "PARAMETER temperature 0"]
+    quoted = [end.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") for end in dict.fromkeys(ends) if end]
+    return "\n".join([*lines, *(f'PARAMETER stop "{end}"' for end in quoted), ""])
+
+
+def _ollama_template(chat: ChatTemplate | None, begin: str) -> str:
+    """The texts around definition and input, found by rendering two marks. Ollama adds the BOS `begin` itself."""
+    system, prompt = "BirbalMarkSystem", "BirbalMarkPrompt"
+    both, alone = (
+        re.split(f"({system}|{prompt})", render_prompt(one, (), prompt, chat, preamble=False).removeprefix(begin))
+        for one in (system, "")
+    )
+    if both[1::2] != [system, prompt] or alone[1::2] != [prompt] or re.search(r'\{\{|"""', "".join(both + alone)):
+        raise ConfigError(
+            "--modelfile: Ollama's template can't say what this chat template does (it repeats or moves a turn's text, "
+            "or holds '{{'); merge without it, and write the Modelfile by hand"
+        )
+    (first, _, between, _, after), (otherwise, _, after_alone) = both, alone
+    if after != after_alone:
+        raise ConfigError(
+            "--modelfile: what this chat template writes after the input depends on the system turn, which Ollama's "
+            "template can't say; merge without it, and write the Modelfile by hand"
+        )
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(otherwise[::-1], between[::-1], strict=False))
+    common = "".join(one for one, _ in pairs)[::-1]
+    between, otherwise = between.removesuffix(common), otherwise.removesuffix(common)
+    end = chat.end_of_turn if chat else ""
+    without = "{{ else }}" + otherwise if otherwise else ""
+    choice = "{{ if .System }}" + first + "{{ .System }}" + between + without + "{{ end }}"
+    return choice + common + "{{ .Prompt }}" + after + "{{ .Response }}" + end
+
+
+def _read_prompts(mix: str, tokenizer: Any, chat: ChatTemplate | None, count: int) -> list[list[int]]:
+    """Token ids of the first eval rows' prompts, as in training."""
     folder = open_folder(mix)
     try:
         read_input(folder, read_manifest(folder, "mix"), "eval.parquet")
@@ -109,52 +193,90 @@ def _questions(mix: str, count: int) -> list[str]:
         raise ConfigError(
             f"{folder.at('eval.parquet')}: missing; the comparison takes its prompts from the mix that was trained on"
         ) from None
-    return folder.read_table("eval.parquet", columns=["question"]).slice(0, count)["question"].to_pylist()
+    rows = folder.read_table("eval.parquet", columns=text_columns(chat=chat is not None)).slice(0, count).to_pydict()
+    return [ids[: sum(label == IGNORED for label in labels)] for ids, labels in encode_rows(tokenizer, rows, chat)]
 
 
 def _merge(
-    base: Path, adapter: Path, working: Path, dtype: str, questions: list[str], progress: ProgressLine
-) -> dict[str, Any]:
+    base: Path, adapter: Path, working: Path, dtype: str, prompts: list[list[int]], progress: ProgressLine
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(how the merged model in `working` compares with PEFT, PEFT's log probabilities as in reference.json)."""
     import torch
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = load_tokenizer(base)
     progress.update(f"loading {base} as {dtype}")
     model = load_with_adapter(base, adapter, dtype, device)
     progress.update("answers with the adapter")
-    before = [_answer(model, tokenizer, question) for question in questions]
+    before = [_answer(model, ids) for ids in prompts]
+    with model.disable_adapter():
+        plain = [_next_logits(model, ids) for ids in prompts]
     progress.update("merging")
     merge_adapter(model, base, working)
     del model
     # What counts is what was written.
-    merged = (
-        AutoModelForCausalLM.from_pretrained(working, dtype=getattr(torch, dtype), use_safetensors=True)
-        .to(device)
-        .eval()
-    )
+    merged = AutoModelForCausalLM.from_pretrained(working, dtype=getattr(torch, dtype), use_safetensors=True)
+    merged = merged.to(device).eval()
     progress.update("answers of the merged model")
-    after = [_answer(merged, tokenizer, question) for question in questions]
-    progress.close()
+    after = [_answer(merged, ids) for ids in prompts]
+    del merged
+    if device == "cuda":
+        torch.cuda.empty_cache()  # for the engine
     tokens = [
         (a, b) for (_, one), (_, other) in zip(before, after, strict=True) for a, b in zip(one, other, strict=False)
     ]
+    reference = []
+    for ids, (logits, _), without in zip(prompts, before, plain, strict=True):
+        found, chosen = logits.log_softmax(-1).topk(min(CHOICES, len(logits)))
+        one = {"token_ids": ids, "next_token_ids": chosen.tolist(), "adapter_log_probs": found.tolist()}
+        reference.append({**one, "base_log_probs": without.log_softmax(-1)[chosen].tolist()})
     return {
-        "num_prompts": len(questions),
+        "num_prompts": len(prompts),
         "same_tokens_fraction": sum(a == b for a, b in tokens) / max(1, len(tokens)),
         "max_logit_difference": max(float((a - b).abs().max()) for (a, _), (b, _) in zip(before, after, strict=True)),
-    }
+    }, {"prompts": reference}
 
 
-def _answer(model: Any, tokenizer: Any, question: str) -> tuple[Any, list[int]]:
+def _next_logits(model: Any, ids: list[int]) -> Any:
+    """Float32 logits of the token that follows `ids`, (vocabulary,) on the CPU."""
+    import torch
+
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1].float().cpu()
+
+
+def _answer(model: Any, ids: list[int]) -> tuple[Any, list[int]]:
     """(logits of the first answer token, greedy token ids)."""
     import torch
 
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = torch.tensor([begin + tokenizer(question, add_special_tokens=False)["input_ids"]], device=model.device)
-    with torch.no_grad():
-        logits = model(input_ids=ids).logits[0, -1].float().cpu()
-        made = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
-        )
-    return logits, made[0, ids.shape[1] :].tolist()
+    asked = torch.tensor([ids], device=model.device)
+    options = {"attention_mask": torch.ones_like(asked), "max_new_tokens": NEW_TOKENS, "do_sample": False}
+    return _next_logits(model, ids), model.generate(input_ids=asked, **options)[0, len(ids) :].tolist()
+
+
+def _compare_engine(folder: Path, dtype: str, reference: dict[str, Any], log: Path) -> dict[str, float]:
+    """vLLM on the merged model against PEFT, in a process of its own; RunError if it answers as the base model does."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            found = pool.submit(ask_vllm, folder, dtype, reference, log).result()
+        except (BrokenProcessPool, RuntimeError, ValueError, OSError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            raise RunError(
+                f"vLLM did not load the merged model ({reason}; log: {log}); `birbal merge --no-engine` leaves it out"
+            ) from error
+    if reason := why_not_applied(found):
+        raise RunError(f"vLLM on the merged model: {reason}")
+    return {f"engine_{name}": value for name, value in asdict(found).items()}
+
+
+def ask_vllm(folder: Path, dtype: str, reference: dict[str, Any], log: Path) -> Agreement:
+    """`compare_with_peft` by vLLM in this process, whose output goes to `log`."""
+    log_to(log)
+    import torch
+
+    from birbal_ray.score.engine import load_engine
+
+    longest = max(len(prompt["token_ids"]) for prompt in reference["prompts"])
+    device = "gpu" if torch.cuda.is_available() else "cpu"
+    settings = EngineSettings(device=device, dtype=dtype, max_model_len=max(16, longest + 2))
+    return compare_with_peft(load_engine(folder, settings, ResourceSettings(kv_cache_gib=1)), reference)

@@ -147,6 +147,7 @@ def amplified(train: Path, target: Path) -> Path:
     file = target / "adapter" / "adapter_model.safetensors"
     weights = {name: value * 40 if ".lora_B." in name else value for name, value in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})
+    (target / "adapter" / "reference.json").unlink()  # of the adapter as it was trained
     return target
 
 
@@ -158,6 +159,7 @@ def test_the_merged_model_answers_as_the_adapter_does(recipe, tmp_path):
     out, _ = finish(birbal(*merge, "--format", "json"))
     (row,) = json.loads(out)
     assert row["same_tokens_fraction"] == 1.0, row
+    assert row["engine_applied_fraction"] > 0.9, row
     select = tmp_path / "names.txt"
     select.write_text("sample001_review_sentiment\nsample005_news_headline\n")
     contenders = ["--adapter", f"adapter={train}", "--merged", f"merged={tmp_path / 'merged'}"]

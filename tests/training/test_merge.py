@@ -1,14 +1,20 @@
 """`birbal merge` on a model of two layers: what was written answers as the adapter did."""
 
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
-from birbal_ray.models import resolve_model
+from birbal_ray.models import load_tokenizer, read_template, resolve_model
+from birbal_ray.ni.prompt import render_prompt
 from birbal_ray.run import MANIFEST_FILE, open_run
+from birbal_ray.settings import ConfigError
 from birbal_ray.storage import read_json, write_json
+from birbal_ray.train.card import merged_card
+from birbal_ray.train.merge import ollama_modelfile
+from tests.fixtures.chat_templates import SPECIAL_END, SYSTEM_TURN
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +45,9 @@ def trained(tiny_model, tiny_mix, tmp_path_factory):
 
 
 def merge(run, output, *arguments):
-    return CliRunner().invoke(main, ["merge", "--run", str(run), "--output", str(output), *map(str, arguments)])
+    """Without vLLM: it takes no heads as small as this model's (tests/e2e has it)."""
+    command = ["merge", "--run", run, "--output", output, "--no-engine", *arguments]
+    return CliRunner().invoke(main, [str(argument) for argument in command])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.1), ("float32", 1e-4)])
@@ -89,7 +97,59 @@ def test_a_modelfile_for_ollama_holds_the_prompt_format(trained, tmp_path):
     result = merge(trained, tmp_path / "merged", "--prompts", 1, "--modelfile")
     assert result.exit_code == 0, result.output
     text = (tmp_path / "merged" / "Modelfile").read_text()
+    files = {file.name for file in (tmp_path / "merged").iterdir() if file.is_file()} - {"manifest.json", "run.json"}
+    planned = merge(trained, tmp_path / "other", "--modelfile", "--dry-run", "--format", "json")
+    listed = {row["file"].partition(",")[0] for row in json.loads(planned.stdout)}
+    assert listed - {"birbal_manifest.json"} == {name for name in files if not name.startswith(".")}
+    assert not (tmp_path / "other").exists()
     assert text.startswith("FROM .\n")
     assert "### Instruction:\n{{ .System }}\n\n{{ end }}### Input:\n{{ .Prompt }}\n\n### Response:\n" in text
     assert 'PARAMETER stop "</s>"' in text
     assert "Modelfile" in read_json(tmp_path / "merged" / MANIFEST_FILE)["files"]
+
+
+@pytest.mark.parametrize(
+    ("template", "arguments", "expected"),
+    [
+        (
+            SYSTEM_TURN,
+            {"enable_thinking": False},
+            "{{ if .System }}<|start|>system\n{{ .System }}<|stop|>\n{{ end }}<|start|>user\n{{ .Prompt }}<|stop|>\n"
+            "<|start|>assistant\n<think>\n\n</think>\n\n{{ .Response }}<|stop|>",
+        ),
+        (
+            SPECIAL_END,  # its BOS is left out: Ollama adds it
+            {},
+            "[INST] {{ if .System }}{{ .System }}\n---\n{{ end }}{{ .Prompt }} [/INST]{{ .Response }}</s>",
+        ),
+    ],
+)
+def test_a_modelfile_for_a_chat_run_holds_its_template(tiny_model, template, arguments, expected):
+    """Filled in as Ollama does it, the template gives what `render_prompt` gives."""
+    tokenizer = load_tokenizer(tiny_model)
+    tokenizer.chat_template = template
+    chat = read_template(tokenizer, "chat", arguments)
+    text = ollama_modelfile(tokenizer, chat)
+    found = text.partition('TEMPLATE """')[2].partition('"""')[0]
+    choice = re.compile(r"\{\{ if \.System \}\}(.*?)\{\{ end \}\}", flags=re.DOTALL)
+    for system in ("Count.", ""):
+        kept = choice.sub(choice.search(found)[1] if system else "", found)
+        filled = kept.replace("{{ .System }}", system).replace("{{ .Prompt }}", "one two").partition("{{ .Resp")[0]
+        assert filled == render_prompt(system, (), "one two", chat).removeprefix("<s>")
+    assert f'PARAMETER stop "{chat.end_of_turn}"' in text and 'PARAMETER stop "\\n\\n"' not in text
+
+
+def test_a_chat_template_that_ollama_cannot_say_is_refused(tiny_model):
+    tokenizer = load_tokenizer(tiny_model)
+    tokenizer.chat_template = SYSTEM_TURN.replace(
+        "{{ message.content }}", "{{ message.content }} {{ message.content }}"
+    )
+    with pytest.raises(ConfigError, match="--modelfile: Ollama's template can't say what this chat template does"):
+        ollama_modelfile(tokenizer, read_template(tokenizer, "chat", {}))
+
+
+def test_the_card_of_a_merged_model_says_how_to_load_it():
+    card = "---\nlibrary_name: peft\n---\n\n# LoRA adapter for m\n\nold\n\n## Use\n\nPeftModel\n\n## Data\n\nrows\n"
+    merged = merged_card(card, "bfloat16")
+    assert "library_name: transformers" in merged and "# Tuned m" in merged and merged.endswith("## Data\n\nrows\n")
+    assert "PeftModel" not in merged and "The adapter is folded into bfloat16 weights." in merged

@@ -11,7 +11,7 @@ import pytest
 from birbal_ray.run import RunError
 from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.storage import Uploader, open_folder
-from birbal_ray.train import launch, sft
+from birbal_ray.train import card, launch, sft
 from birbal_ray.train import run as step
 from birbal_ray.train.checkpoints import Remote, download_state, working_folder
 from birbal_ray.train.config import TrainConfig
@@ -165,8 +165,6 @@ def test_an_adapter_is_pushed_with_card_and_manifest(tiny_model, tiny_mix, tmp_p
     """huggingface_hub's two calls are recorded by a stand-in; a refusal is one line that keeps the work."""
     from huggingface_hub.errors import LocalTokenNotFoundError
 
-    from birbal_ray.train.card import push_to_hub
-
     pushed = {}
 
     class Hub:
@@ -180,8 +178,11 @@ def test_an_adapter_is_pushed_with_card_and_manifest(tiny_model, tiny_mix, tmp_p
     result = train(tiny_mix, tiny_model, tmp_path / "run", max_steps=4)
     names = [name for name in result.manifest["files"] if name.startswith("adapter/")]
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    assert push_to_hub(result.folder, names, "someone/adapter") == "https://hub.test/someone/adapter"
-    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "birbal_manifest.json"} <= pushed.keys()
+    assert card.push_to_hub(result.folder, names, "someone/adapter") == "https://hub.test/someone/adapter"
+    assert pushed.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors", "reference.json"} | {
+        "birbal_manifest.json"
+    }
+    assert pushed.keys() == {*card.ADAPTER_FILES, card.PUSHED_MANIFEST}, "what a dry run lists"
     assert json.loads(pushed["birbal_manifest.json"])["step"] == "train"
 
     def refuse(self, repository, operations, commit_message):
@@ -189,4 +190,4 @@ def test_an_adapter_is_pushed_with_card_and_manifest(tiny_model, tiny_mix, tmp_p
 
     monkeypatch.setattr(Hub, "create_commit", refuse)
     with pytest.raises(RunError, match=r"--push someone/adapter: the Hub did not take it .* are kept in"):
-        push_to_hub(result.folder, names, "someone/adapter")
+        card.push_to_hub(result.folder, names, "someone/adapter")
