@@ -19,7 +19,7 @@ from birbal_ray.score.engine import Adapter, Engine, Request, Sampling
 MIN_APPLIED = 0.1  # an engine that shows less of an adapter's change than this does not apply it
 # The smallest change that is looked at, in nats: in one engine, with and without the adapter; and for a model that it
 # was folded into, whose base model PEFT may have held in four bits.
-MIN_CHANGE, MIN_CHANGE_FOLDED = 0.1, 0.5
+MIN_CHANGE, MIN_CHANGE_FOLDED = 0.1, 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,9 +85,9 @@ def test_prompts_that_the_engine_does_not_take_are_left_out():
 
 def test_a_model_that_an_adapter_was_folded_into_is_compared_with_pefts_base():
     """Without an adapter's name the engine answers as the base model does here: nothing was folded in."""
-    found = compare_with_peft(ShiftingEngine(), reference(0.6))
+    found = compare_with_peft(ShiftingEngine(), reference(1.2))
     assert found.applied_fraction == pytest.approx(0.0)
-    assert why_not_applied(found, 0.5) is not None
+    assert why_not_applied(found, 1.0) is not None
 
 
 def test_an_engine_is_checked_against_every_reference_beside_its_model_and_adapters(tmp_path):
@@ -101,6 +101,6 @@ def test_an_engine_is_checked_against_every_reference_beside_its_model_and_adapt
     check_engine(engine, model, adapters[:2])
     with pytest.raises(ModelError, match=r"adapter in .*/bad: .* 5\.00 nats, .*: the engine does not apply it; fold"):
         check_engine(engine, model, adapters)
-    (model / REFERENCE_FILE).write_text(json.dumps(reference(0.6)))
+    (model / REFERENCE_FILE).write_text(json.dumps(reference(1.2)))
     with pytest.raises(ModelError, match=r"adapter in .*/model: .*; it is not the adapter that was folded into this"):
         check_engine(engine, model, adapters[:2])
