@@ -16,6 +16,7 @@ from typing import Any
 from birbal_ray.models import REFERENCE_FILE, ModelError
 from birbal_ray.score.engine import Adapter, Engine, Request, Sampling
 
+CHOICES = 20  # next tokens that a reference holds of each prompt
 MIN_APPLIED = 0.1  # an engine that shows less of an adapter's change than this does not apply it
 # The smallest change that is looked at, in nats: in one engine, with and without the adapter; and for a model that it
 # was folded into, whose base model PEFT may have held in four bits.
@@ -29,6 +30,15 @@ class Agreement:
     change_nats: float  # PEFT's largest change of a log probability by the adapter
     applied_fraction: float  # of PEFT's change in the engine: 1 is all of it, 0 the base model
     difference_nats: float  # largest distance of the engine's log probability from PEFT's, adapter on
+
+
+def reference_prompts(prompts: Sequence[list[int]], adapter: Any, base: Any) -> list[dict[str, Any]]:
+    """`prompts` of a reference.json. `adapter`, `base`: float32 logits of the next token, (prompts, vocabulary)."""
+    found, chosen = adapter.log_softmax(-1).topk(min(CHOICES, adapter.shape[-1]))
+    without = base.log_softmax(-1).gather(-1, chosen)
+    keys = ("token_ids", "next_token_ids", "adapter_log_probs", "base_log_probs")
+    rows = zip(prompts, chosen.tolist(), found.tolist(), without.tolist(), strict=True)
+    return [dict(zip(keys, row, strict=True)) for row in rows]
 
 
 def check_engine(engine: Engine, model: Path, adapters: Sequence[Adapter]) -> None:

@@ -29,7 +29,7 @@ from birbal_ray.ni.prompt import BIRBAL, STOP, ChatTemplate, render_prompt
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import LOG_FOLDER, open_run, sigterm_as_interrupt
 from birbal_ray.score.config import EngineSettings, ResourceSettings
-from birbal_ray.score.reference import Agreement, compare_with_peft, why_not_applied
+from birbal_ray.score.reference import Agreement, compare_with_peft, reference_prompts, why_not_applied
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import Folder, RunError, cache_folder, input_folder, open_folder
 from birbal_ray.train.card import CARD_FILE, PUSHED_MANIFEST, merged_card
@@ -37,7 +37,7 @@ from birbal_ray.train.data import IGNORED, encode_rows, text_columns
 
 STEP = "merge"
 OWNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", CARD_FILE, "Modelfile", "work/*")
-NEW_TOKENS, CHOICES = 16, 20
+NEW_TOKENS = 16
 MODELFILE = "Modelfile"
 ENGINE_LOG = f"{LOG_FOLDER}/engine.log"
 
@@ -164,17 +164,13 @@ def _ollama_template(chat: ChatTemplate | None, begin: str) -> str:
         re.split(f"({system}|{prompt})", render_prompt(one, (), prompt, chat, preamble=False).removeprefix(begin))
         for one in (system, "")
     )
-    if both[1::2] != [system, prompt] or alone[1::2] != [prompt] or re.search(r'\{\{|"""', "".join(both + alone)):
+    texts_differ = both[1::2] != [system, prompt] or alone[1::2] != [prompt] or both[-1] != alone[-1]
+    if texts_differ or re.search(r'\{\{|"""', "".join(both + alone)):
         raise ConfigError(
             "--modelfile: Ollama's template can't say what this chat template does (it repeats or moves a turn's text, "
             "or holds '{{'); merge without it, and write the Modelfile by hand"
         )
-    (first, _, between, _, after), (otherwise, _, after_alone) = both, alone
-    if after != after_alone:
-        raise ConfigError(
-            "--modelfile: what this chat template writes after the input depends on the system turn, which Ollama's "
-            "template can't say; merge without it, and write the Modelfile by hand"
-        )
+    (first, _, between, _, after), otherwise = both, alone[0]
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(otherwise[::-1], between[::-1], strict=False))
     common = "".join(one for one, _ in pairs)[::-1]
     between, otherwise = between.removesuffix(common), otherwise.removesuffix(common)
@@ -225,16 +221,11 @@ def _merge(
     tokens = [
         (a, b) for (_, one), (_, other) in zip(before, after, strict=True) for a, b in zip(one, other, strict=False)
     ]
-    reference = []
-    for ids, (logits, _), without in zip(prompts, before, plain, strict=True):
-        found, chosen = logits.log_softmax(-1).topk(min(CHOICES, len(logits)))
-        one = {"token_ids": ids, "next_token_ids": chosen.tolist(), "adapter_log_probs": found.tolist()}
-        reference.append({**one, "base_log_probs": without.log_softmax(-1)[chosen].tolist()})
     return {
         "num_prompts": len(prompts),
         "same_tokens_fraction": sum(a == b for a, b in tokens) / max(1, len(tokens)),
         "max_logit_difference": max(float((a - b).abs().max()) for (a, _), (b, _) in zip(before, after, strict=True)),
-    }, {"prompts": reference}
+    }, {"prompts": reference_prompts(prompts, torch.stack([logits for logits, _ in before]), torch.stack(plain))}
 
 
 def _next_logits(model: Any, ids: list[int]) -> Any:

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 from trl import SFTConfig, SFTTrainer
 
 from birbal_ray.models import REFERENCE_FILE, load_tokenizer
+from birbal_ray.score.reference import reference_prompts
 from birbal_ray.storage import RunError, open_folder, read_json, write_atomic, write_json
 from birbal_ray.train.attention import choose_attention, name_kernel
 from birbal_ray.train.checkpoints import (
@@ -52,7 +53,7 @@ from birbal_ray.train.preflight import WRITE_BYTES_PER_SECOND
 from birbal_ray.train.self_check import check_model
 
 ENDS = ("epochs", "max_steps", "budget")
-REFERENCE_PROMPTS, REFERENCE_TOKENS, REFERENCE_CHOICES = 4, 1024, 20
+REFERENCE_PROMPTS, REFERENCE_TOKENS = 4, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +265,7 @@ class BudgetTrainer(SFTTrainer):
         self.kernel = name_kernel(base.config._attn_implementation, device, compute_dtype(settings), head_size)
         self.fused_kernels = "none"
         self.peak_device_bytes: int | None = None
-        self._base_log_probs: Any = None
+        self._base_logits: torch.Tensor | None = None
         adapter_bytes = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         clock.best_seconds = clock.best_seconds or adapter_bytes / WRITE_BYTES_PER_SECOND
         clock.save_seconds = clock.save_seconds or 3 * adapter_bytes / WRITE_BYTES_PER_SECOND  # and two Adam states
@@ -375,29 +376,24 @@ class BudgetTrainer(SFTTrainer):
         inputs = self._prepare_inputs(dict(batch))
         last = torch.tensor(lengths).cumsum(0) - 1  # positions of the prompts' last tokens in the pack
 
-        def log_probs() -> torch.Tensor:  # (prompts, vocabulary)
+        def logits() -> torch.Tensor:  # (prompts, vocabulary)
             with torch.no_grad(), self.compute_loss_context_manager():
-                return self.model(**inputs, use_cache=False).logits[0, last].float().log_softmax(-1).cpu()
+                return self.model(**inputs, use_cache=False).logits[0, last].float().cpu()
 
         training = self.model.training
         self.model.eval()
         try:
-            adapter = log_probs()
-            if self._base_log_probs is None:
+            adapter = logits()
+            if self._base_logits is None:
                 with self.model.disable_adapter():
-                    self._base_log_probs = log_probs()
+                    self._base_logits = logits()
         finally:
             self.model.train(training)
-        found, chosen = adapter.topk(min(REFERENCE_CHOICES, adapter.shape[-1]))
-        base = self._base_log_probs.gather(-1, chosen)
-        rows = zip(prompts, chosen.tolist(), found.tolist(), base.tolist(), strict=True)
-        keys = ("token_ids", "next_token_ids", "adapter_log_probs", "base_log_probs")
-        settings = self.settings.model
         return {
             "format": 1,
-            "quantization": settings.quantization,
+            "quantization": self.settings.model.quantization,
             "dtype": str(compute_dtype(self.settings)).removeprefix("torch."),
-            "prompts": [dict(zip(keys, row, strict=True)) for row in rows],
+            "prompts": reference_prompts(prompts, adapter, self._base_logits),
         }
 
 

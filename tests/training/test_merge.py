@@ -97,10 +97,9 @@ def test_a_modelfile_for_ollama_holds_the_prompt_format(trained, tmp_path):
     result = merge(trained, tmp_path / "merged", "--prompts", 1, "--modelfile")
     assert result.exit_code == 0, result.output
     text = (tmp_path / "merged" / "Modelfile").read_text()
-    files = {file.name for file in (tmp_path / "merged").iterdir() if file.is_file()} - {"manifest.json", "run.json"}
     planned = merge(trained, tmp_path / "other", "--modelfile", "--dry-run", "--format", "json")
     listed = {row["file"].partition(",")[0] for row in json.loads(planned.stdout)}
-    assert listed - {"birbal_manifest.json"} == {name for name in files if not name.startswith(".")}
+    assert listed - {"birbal_manifest.json"} == set(read_json(tmp_path / "merged" / MANIFEST_FILE)["files"])
     assert not (tmp_path / "other").exists()
     assert text.startswith("FROM .\n")
     assert "### Instruction:\n{{ .System }}\n\n{{ end }}### Input:\n{{ .Prompt }}\n\n### Response:\n" in text
@@ -120,7 +119,8 @@ def test_a_modelfile_for_ollama_holds_the_prompt_format(trained, tmp_path):
         (
             SPECIAL_END,  # its BOS is left out: Ollama adds it
             {},
-            "[INST] {{ if .System }}{{ .System }}\n---\n{{ end }}{{ .Prompt }} [/INST]{{ .Response }}</s>",
+            "{{ if .System }}[INST] {{ .System }}\n---\n{{ else }}[INST] {{ end }}{{ .Prompt }} [/INST]"
+            "{{ .Response }}</s>",
         ),
     ],
 )
@@ -131,9 +131,11 @@ def test_a_modelfile_for_a_chat_run_holds_its_template(tiny_model, template, arg
     chat = read_template(tokenizer, "chat", arguments)
     text = ollama_modelfile(tokenizer, chat)
     found = text.partition('TEMPLATE """')[2].partition('"""')[0]
-    choice = re.compile(r"\{\{ if \.System \}\}(.*?)\{\{ end \}\}", flags=re.DOTALL)
+    assert found == expected
+    before, inside, after = re.split(r"\{\{ if \.System \}\}|\{\{ end \}\}", found)
+    given, _, alone = inside.partition("{{ else }}")
     for system in ("Count.", ""):
-        kept = choice.sub(choice.search(found)[1] if system else "", found)
+        kept = before + (given if system else alone) + after
         filled = kept.replace("{{ .System }}", system).replace("{{ .Prompt }}", "one two").partition("{{ .Resp")[0]
         assert filled == render_prompt(system, (), "one two", chat).removeprefix("<s>")
     assert f'PARAMETER stop "{chat.end_of_turn}"' in text and 'PARAMETER stop "\\n\\n"' not in text
