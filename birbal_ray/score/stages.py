@@ -157,14 +157,7 @@ class Generate:
             resources = _with_threads(config.resources, replicas_per_node)
             here = [replace(one, path=str(input_folder(one.path))) for one in adapters]
             here += [Adapter(own.name, str(own.path), own.rank)] if own else []
-
-            def make_engine() -> Engine:
-                engine = load_engine(model.path, config.engine, resources, here)
-                if config.engine.backend == "vllm":  # simulated ones have no adapters to apply
-                    check_engine(engine, model.path, here)
-                return engine
-
-            self._loop = EngineLoop(make_engine)
+            self._loop = EngineLoop(lambda: load_engine(model.path, config.engine, resources, here))
         except Exception as error:  # whatever it is: another try, in a new process, may go well
             self._end(monitor.start_failed, f"{type(error).__name__}: {one_line(error)}")
         ray.get(monitor.ready.remote(self._replica))
@@ -350,12 +343,17 @@ def find_model(config: ScoreConfig) -> tuple[models.Model, models.AdapterFolder 
 def load_engine(
     model: Path, engine: EngineSettings, resources: ResourceSettings, adapters: Sequence[Adapter] = ()
 ) -> Engine:
-    """The engine that the settings name; `engine.device` must be resolved (cpu or gpu)."""
+    """The engine that the settings name; `engine.device` must be resolved (cpu or gpu).
+
+    Raises ModelError where vLLM does not apply an adapter.
+    """
     if engine.backend == "simulated":
         if os.environ.get(START_FAILURE):
             raise RuntimeError("simulated start failure")
         return SimulatedEngine(resources.simulated_row_seconds, engine.max_model_len, [one.name for one in adapters])
-    return VllmEngine(model, engine, resources, adapters)
+    loaded = VllmEngine(model, engine, resources, adapters)
+    check_engine(loaded, model, adapters)
+    return loaded
 
 
 def _with_threads(resources: ResourceSettings, replicas_per_node: int) -> ResourceSettings:

@@ -265,9 +265,9 @@ def ask_vllm(folder: Path, dtype: str, reference: dict[str, Any], log: Path) -> 
     log_to(log)
     import torch
 
-    from birbal_ray.score.engine import load_engine
+    from birbal_ray.score.engine import VllmEngine
 
     longest = max(len(prompt["token_ids"]) for prompt in reference["prompts"])
     device = "gpu" if torch.cuda.is_available() else "cpu"
     settings = EngineSettings(device=device, dtype=dtype, max_model_len=max(16, longest + 2))
-    return compare_with_peft(load_engine(folder, settings, ResourceSettings(kv_cache_gib=1)), reference)
+    return compare_with_peft(VllmEngine(folder, settings, ResourceSettings(kv_cache_gib=1)), reference)
