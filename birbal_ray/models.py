@@ -140,22 +140,23 @@ def convert(model: EmbeddedModel, source: Path, target: Path) -> None:
     write_atomic(target / "checksums.json", json.dumps(record, indent=1).encode())
 
 
-def find_adapter(given: str, model: Model) -> AdapterFolder:
+def find_adapter(given: str, model: Model, option: str = "--adapter") -> AdapterFolder:
     """The adapter in a PEFT folder or an output folder of `birbal train` (or its URL), which must be one of `model`.
 
-    Raises ConfigError for a folder that holds none, and for one that was made for another model: trained here on other
-    weights, naming another Hub id, or of other modules or shapes, which engines serve as the base model or die of.
+    Raises ConfigError, which names the `option` that gave it, for a folder that holds none, and for one that was made
+    for another model: trained here on other weights, naming another Hub id, or of other modules or shapes, which
+    engines serve as the base model or die of.
     """
     path = input_folder(given, lambda name: "/" not in name or name.startswith(f"{ADAPTER_FOLDER}/"))
     if not path.is_dir():
-        raise ConfigError(f"--adapter {given}: no such folder")
+        raise ConfigError(f"{option} {given}: no such folder")
     place = absolute(given) if is_url(given) else ""
     if not (path / ADAPTER_CONFIG).exists() and (path / ADAPTER_FOLDER).is_dir():
         path, place = path / ADAPTER_FOLDER, place and join(place, ADAPTER_FOLDER)
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (path / file).exists():
             raise ConfigError(
-                f"--adapter {given}: no {file}; expected a LoRA adapter saved by PEFT as safetensors, "
+                f"{option} {given}: no {file}; expected a LoRA adapter saved by PEFT as safetensors, "
                 "or an output folder of `birbal train`"
             )
     path = path.resolve()
@@ -168,13 +169,13 @@ def find_adapter(given: str, model: Model) -> AdapterFolder:
     base = run.get("identity", {}).get("model_fingerprint")
     if base is not None and base != model.fingerprint:
         raise ConfigError(
-            f"--adapter {given}: trained on {run['model']['name']} with other weights than --model {model.name}"
+            f"{option} {given}: trained on {run['model']['name']} with other weights than --model {model.name}"
         )
     named = str(settings.get("base_model_name_or_path") or "")
     of_the_hub = all(len(one.split("/")) == 2 and not Path(one).exists() for one in (named, model.name))
     other = f"it names {named}" if base is None and of_the_hub and named.lower() != model.name.lower() else None
     if other := other or _misfit(path / ADAPTER_WEIGHTS, model):
-        raise ConfigError(f"--adapter {given}: made for another model than {model.name}: {other}")
+        raise ConfigError(f"{option} {given}: made for another model than {model.name}: {other}")
     name = path.parent.name if path.name == ADAPTER_FOLDER else path.name
     return AdapterFolder(name, path, place or str(path), settings["r"], adapter_fingerprint(path), run)
 

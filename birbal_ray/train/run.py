@@ -171,9 +171,9 @@ def resolve_config(config: TrainConfig, *, weights: bool = True) -> tuple[TrainC
     lora = config.lora
     if lora.from_adapter:
         place = absolute(lora.from_adapter)
-        adapter = find_adapter(place, model)
+        adapter = find_adapter(place, model, "--from-adapter")
         if adapter.rank != lora.r:
-            raise ConfigError(f"lora.from_adapter {place}: its r is {adapter.rank}; pass --set lora.r={adapter.rank}")
+            raise ConfigError(f"--from-adapter {place}: its r is {adapter.rank}; pass --set lora.r={adapter.rank}")
         lora = lora.model_copy(update={"from_adapter": adapter.place})
     resources = config.resources.model_copy(update={"device": device})
     model_settings = config.model.model_copy(update=pin_model(model))

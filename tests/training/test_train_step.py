@@ -110,8 +110,10 @@ def test_a_mix_that_cannot_be_trained_on_is_said_in_one_line(birbal_train, tiny_
 
 
 def test_a_dry_run_tells_memory_on_stdout_and_the_forecast_on_stderr(birbal_train, tiny_mix, tiny_model, tmp_path):
-    result = birbal_train(tiny_mix, "--dry-run", "--format", "json")
+    result = birbal_train(tiny_mix, "--dry-run", "--format", "json", "--push", "someone/adapter")
     assert result.exit_code == 0, result.output
+    files = "README.md, adapter_config.json, adapter_model.safetensors, reference.json, birbal_manifest.json"
+    assert f"would upload to someone/adapter: {files}" in result.stderr
     rows = {row["part"]: row for row in json.loads(result.stdout)}
     assert rows["total"]["GiB"] == pytest.approx(
         sum(row["GiB"] for part, row in rows.items() if part not in ("total", "the device has"))
@@ -219,3 +221,9 @@ def test_a_run_without_an_adapter_says_why(tmp_path):
 def test_a_missing_setting_is_named():
     with pytest.raises(ConfigError, match="--mix is required"):
         step.resolve_config(TrainConfig())
+
+
+def test_an_adapter_to_go_on_from_that_is_not_there_is_named_by_its_option(birbal_train, tiny_mix, tmp_path):
+    result = birbal_train(tiny_mix, "--dry-run", "--from-adapter", tmp_path / "absent")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == f"error: --from-adapter {tmp_path / 'absent'}: no such folder"
