@@ -30,7 +30,7 @@ from birbal_ray.progress import ProgressLine
 from birbal_ray.run import LOG_FOLDER, open_run, sigterm_as_interrupt
 from birbal_ray.score.config import EngineSettings, ResourceSettings
 from birbal_ray.score.reference import Agreement, compare_with_peft, reference_prompts, why_not_applied
-from birbal_ray.settings import ConfigError
+from birbal_ray.settings import ConfigError, one_line
 from birbal_ray.storage import Folder, RunError, cache_folder, input_folder, open_folder
 from birbal_ray.train.card import CARD_FILE, PUSHED_MANIFEST, merged_card
 from birbal_ray.train.data import IGNORED, encode_rows, text_columns
@@ -251,9 +251,9 @@ def _compare_engine(folder: Path, dtype: str, reference: dict[str, Any], log: Pa
         try:
             found = pool.submit(ask_vllm, folder, dtype, reference, log).result()
         except (BrokenProcessPool, RuntimeError, ValueError, OSError) as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             raise RunError(
-                f"vLLM did not load the merged model ({reason}; log: {log}); `birbal merge --no-engine` leaves it out"
+                f"vLLM did not load the merged model ({type(error).__name__}: {one_line(error)[:200]}; log: {log}); "
+                "`birbal merge --no-engine` leaves it out"
             ) from error
     if reason := why_not_applied(found):
         raise RunError(f"vLLM on the merged model: {reason}")
