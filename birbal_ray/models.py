@@ -231,7 +231,7 @@ def read_template(tokenizer: Any, prompt_format: str, arguments: Mapping[str, An
 
 
 def quiet_libraries() -> None:
-    """Drop two messages that users can do nothing about. Call it before PEFT is imported.
+    """Drop two messages that users can do nothing about. Call it before a model's class or PEFT is imported.
 
     bitsandbytes says that it could not download a kernel, which it shall not; transformers, that PEFT and TRL ask for
     gradient checkpointing by its old name.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.models import Model
+from birbal_ray.models import Model, quiet_libraries
 from birbal_ray.progress import duration, last_throughput
 from birbal_ray.settings import ConfigError
 from birbal_ray.speeds import CARDS, training_tokens
@@ -55,6 +55,7 @@ class Part:
 
 def shapes_of(model_path: Path, target_modules: list[str] | str) -> Shapes:
     """Sizes from the model's config.json; no weight is read."""
+    quiet_libraries()
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -15,15 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from birbal_ray.manifest import check_input, read_manifest
-from birbal_ray.models import (
-    Model,
-    find_adapter,
-    load_tokenizer,
-    pin_model,
-    quiet_libraries,
-    read_template,
-    resolve_model,
-)
+from birbal_ray.models import Model, find_adapter, load_tokenizer, pin_model, read_template, resolve_model
 from birbal_ray.ni.prompt import CHAT
 from birbal_ray.progress import ProgressLine, save_figures
 from birbal_ray.run import Run, open_run, package_versions, sigterm_as_interrupt
@@ -128,7 +120,6 @@ def dry_run(config: TrainConfig, *, calibrate: bool = False) -> Preflight:
         folder = Path(name)
         packing = _pack(config, model, mix, folder, progress, num_eval_rows=8 if calibrate else None)
         found = run_preflight(config, model, packing)
-        quiet_libraries()
         from birbal_ray.train.self_check import check_architecture
 
         progress.update("checking packing and adapter on the model's architecture")
