@@ -18,7 +18,7 @@ from birbal_ray.evaluate.compare import adjust, compare, gate_failures, pair_tas
 from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.evaluate.heldout import HeldOut, find_mixes, held_out, union
 from birbal_ray.evaluate.models import ADAPTER, BASE, EvaluatedModel, resolve_models
-from birbal_ray.models import Model, load_with_adapter, merge_adapter, pin_model, resolve_model, REFERENCE_FILE
+from birbal_ray.models import REFERENCE_FILE, Model, load_with_adapter, merge_adapter, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine, figures_key
 from birbal_ray.run import LOG_FOLDER, Run, RunError, open_run, sigterm_as_interrupt
 from birbal_ray.schemas import COMPARISONS, COMPARISONS_FILE, EVALUATION, EVALUATION_FILE, ROWS_FOLDER
