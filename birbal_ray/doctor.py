@@ -181,7 +181,7 @@ def _gpus() -> list[Check]:
 
 def _model(name: str) -> Check:
     try:
-        model = models.resolve_model(name, weights=False)
+        model = models.resolve_model(name, weights=Path(name).expanduser().is_dir())  # not fetched from the Hub
     except (models.ModelError, RunError) as error:
         return Check("model", PROBLEM, name, str(error))
     weights = "" if any(model.path.glob("*.safetensors")) else "; weights not here yet: they come with the first run"
