@@ -257,7 +257,8 @@ def plan_tune(config: TuneConfig, gpu: str | None = None, seconds: float | None 
     while seconds is not None and number > 1 and sum(taking(number)) / 2 > seconds:
         number -= 1
         fitting = sum(taking(number)) / 2
-    num_trained = len(config.baselines) + config.num_trials + config.predicted + _num_repeats(config)
+    named = config.num_named if config.num_trials else 0
+    num_trained = named + config.num_trials + config.predicts + config.num_repeats
     work = f"{num_trained} short fine-tunes of {config.proxy.tokens:,} tokens"
     if fitting is not None:
         work += f"; {num_trained - config.num_trials + number} fit"
@@ -421,14 +422,9 @@ def _trial_seconds(config: TuneConfig, gpu: str | None) -> tuple[list[tuple[floa
 def _rounds(config: TuneConfig, num_searched: int, gpu: str | None) -> float:
     """Trials one after the other, where as many as run at a time count as one; on one card they share its speed."""
     together = 1 if gpu or config.resources.num_gpus else config.resources.max_concurrent
-    first = math.ceil((1 + len(config.baselines) + num_searched) / together)
-    longer = (1 + len(config.baselines)) * config.transfer.seeds if config.transfer.factor else 0
-    later = math.ceil(_num_repeats(config) / together) + config.transfer.factor * math.ceil(longer / together)
-    return first + config.predicted + later
-
-
-def _num_repeats(config: TuneConfig) -> int:
-    return (config.repeats.top + len(config.baselines)) * config.repeats.seeds if config.repeats.top else 0
+    first = math.ceil((1 + (config.num_named if config.num_trials else 0) + num_searched) / together)
+    longer = config.transfer.factor * math.ceil(config.num_transfers / together)
+    return first + config.predicts + math.ceil(config.num_repeats / together) + longer
 
 
 def _mix_sizes(config: PipelineConfig, sizes: Sequence[TaskSizes]) -> tuple[float, float]:

@@ -202,6 +202,27 @@ class TuneConfig(Settings):
             raise ValueError("validation.files: two files have the same name; a file's name is its group's")
         return self
 
+    @property
+    def num_named(self) -> int:
+        """Mixes that the settings name: baselines and `mixes`. Without a search they have fresh seeds only."""
+        return len(self.baselines) + len(self.mixes)
+
+    @property
+    def predicts(self) -> bool:
+        """Whether a Gaussian process over the search's trials names one more."""
+        return self.predicted and self.num_trials > 0
+
+    @property
+    def num_repeats(self) -> int:
+        """Trials with fresh seeds, at most."""
+        found = self.repeats.top if self.num_trials else 0
+        return (self.num_named + found) * self.repeats.seeds if found or self.mixes else 0
+
+    @property
+    def num_transfers(self) -> int:
+        """Longer trials, at most."""
+        return (1 + len(self.baselines)) * self.transfer.seeds if self.transfer.factor else 0
+
 
 def changed_mix(mix: MixConfig, changes: Mapping[str, Any]) -> MixConfig:
     """`mix` with what `changes` says, sections joined key by key. Raises ValueError."""

@@ -113,10 +113,7 @@ def estimate(config: TuneConfig) -> list[dict[str, Any]]:
     one measured on this machine); money needs `resources.price_per_hour`. Reads nothing.
     """
     searched = config.num_trials > 0
-    num_found = len(config.mixes) + (config.repeats.top if searched else 0)
-    repeated = config.repeats.seeds * (len(config.baselines) + num_found) if num_found else 0
     compared = ", ".join([*config.baselines, *config.mixes, *([f"the best {config.repeats.top}"] if searched else [])])
-    longer = config.transfer.seeds * (1 + len(config.baselines)) if config.transfer.factor else 0
     ratios = ", ".join(ratio.name for ratio in searched_ratios(config.search))
     long_tokens = config.transfer.factor * config.proxy.tokens
     kinds: list[tuple[str, int, int]] = [
@@ -124,9 +121,9 @@ def estimate(config: TuneConfig) -> list[dict[str, Any]]:
         (f"baselines: {', '.join(config.baselines)}", len(config.baselines) * searched, config.proxy.tokens),
         (f"mixes: {', '.join(config.mixes)}", len(config.mixes) * searched, config.proxy.tokens),
         (f"search of {ratios}", config.num_trials, config.proxy.tokens),
-        ("predicted best", int(config.predicted and searched), config.proxy.tokens),
-        (f"fresh seeds of {compared}", repeated, config.proxy.tokens),
-        (f"baselines and the best at {config.transfer.factor} × the tokens", longer, long_tokens),
+        ("predicted best", int(config.predicts), config.proxy.tokens),
+        (f"fresh seeds of {compared}", config.num_repeats, config.proxy.tokens),
+        (f"baselines and the best at {config.transfer.factor} × the tokens", config.num_transfers, long_tokens),
     ]
     rate, price = _tokens_per_second(config), config.resources.price_per_hour
     rows: list[dict[str, Any]] = []

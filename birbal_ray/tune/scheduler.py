@@ -127,11 +127,11 @@ class TrialScheduler:
         """All that will have been run in the end; an estimate while it depends on trials that have not ended."""
         config = self.config
         others = [key for key, spec in self._specs.items() if spec.kind not in (REPEAT, TRANSFER)]
-        expected = len(self._first) + config.num_trials + bool(self._predicts and not self.left_out)
+        expected = len(self._first) + config.num_trials + bool(self.config.predicts and not self.left_out)
         if len(others) == expected and all(key in self.results for key in others):
             repeats = len(self._repeats())
-            return expected + repeats + (self._num_transfers() if repeats else 0)
-        return expected + self._num_repeats() + self._num_transfers()
+            return expected + repeats + (self.config.num_transfers if repeats else 0)
+        return expected + self.config.num_repeats + self.config.num_transfers
 
     @property
     def running(self) -> list[str]:
@@ -201,7 +201,7 @@ class TrialScheduler:
                     break  # the rest of the budget is for what proves something
         if any(self._specs[key].kind not in (REPEAT, TRANSFER) for key in self.running):
             return None  # what follows depends on all of them
-        if self._predicts and PREDICTED not in self._specs:
+        if self.config.predicts and PREDICTED not in self._specs:
             points, needed = self.points(), len(self._ratios) + 2
             if len(points) >= needed:
                 places = [[ratio.place(values[ratio.name]) for ratio in self._ratios] for values, _ in points]
@@ -233,7 +233,7 @@ class TrialScheduler:
         """Stand-ins for what follows the search, for its time."""
         config, one = self.config, self._first[BASE_MODEL]
         longer = replace(one, tokens=config.transfer.factor * config.proxy.tokens)
-        return [one] * (self._predicts + self._num_repeats()) + [longer] * self._num_transfers()
+        return [one] * (self.config.predicts + self.config.num_repeats) + [longer] * self.config.num_transfers
 
     def _propose(self, number: int) -> TrialSpec:
         """Sobol points first (Optuna's own quasi-random start is random), then Optuna's Gaussian process."""
@@ -306,18 +306,6 @@ class TrialScheduler:
         """Of every mix, by its name, one spec."""
         found = {spec.name: spec for spec in self._specs.values() if spec.kind in (SEARCH, PREDICTED)}
         return self._named | found
-
-    @property
-    def _predicts(self) -> bool:
-        return self.config.predicted and bool(self.config.num_trials)
-
-    def _num_repeats(self) -> int:
-        num_found = len(self.config.mixes) + (self.config.repeats.top if self.config.num_trials else 0)
-        return (len(self.config.baselines) + num_found) * self.config.repeats.seeds if num_found else 0
-
-    def _num_transfers(self) -> int:
-        config = self.config
-        return (1 + len(config.baselines)) * config.transfer.seeds if config.transfer.factor else 0
 
     def _spec(self, kind: str, name: str, mix: dict[str, Any], values: dict[str, float]) -> TrialSpec:
         spec = TrialSpec(name, kind, name, self.config.seed, mix, values)
