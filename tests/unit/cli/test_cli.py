@@ -23,15 +23,19 @@ def run(*arguments):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def test_help_imports_nothing_heavy():
+@pytest.mark.parametrize(
+    ("arguments", "heavy", "shown"),
+    [(["--help"], HEAVY, "birbal demo"), (["score", "--help"], HEAVY[:6], "birbal score")],  # a step's has its schema
+)
+def test_help_imports_nothing_heavy(arguments, heavy, shown):
     code = (
         "import sys\nfrom birbal_ray.cli.main import main\n"
-        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
-        f"print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
+        f"try:\n    main({arguments})\nexcept SystemExit:\n    pass\n"
+        f"print([name for name in {heavy} if name in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.strip() == "[]"
-    assert "birbal demo" in done.stdout
+    assert shown in done.stdout
 
 
 def commands(group, path=()):
