@@ -20,7 +20,7 @@ from birbal_ray.models import ModelError, resolve_model
 from birbal_ray.ni import catalog, labels, prompt, reader
 from birbal_ray.ni.metrics import EXACT_MATCH
 from birbal_ray.ni.schema import TaskError
-from birbal_ray.progress import duration, figures_key, last_figures, last_throughput
+from birbal_ray.progress import counted, duration, figures_key, last_figures, last_throughput
 from birbal_ray.recipe import PipelineConfig
 from birbal_ray.score.config import ScoreConfig, TaskSettings
 from birbal_ray.score.run import throughput_key
@@ -194,7 +194,7 @@ def plan_score(config: ScoreConfig, gpu: str | None = None, sizes: Sequence[Task
         low, high = max(low, min(rows, most)), max(high, min(rows, most))
     seconds, source = _answering(config, sizes, (low, high), 1, kept, gpu)
     count = f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"
-    return StepPlan("score", f"{count} prompts of {len(sizes):,} tasks", *seconds, None, source)
+    return StepPlan("score", f"{count} prompts of {counted(len(sizes), 'task')}", *seconds, None, source)
 
 
 def plan_evaluate(
@@ -223,7 +223,7 @@ def plan_evaluate(
     asked = num_answers(config) * sum(one.num_instances for one in sizes) * kept.get("asked_fraction", 1.0)
     asked = asked if num_prompts is None else num_prompts
     taken, source = _answering(scoring, sizes, (asked, asked), num_engines(config, device), kept, gpu)
-    return StepPlan("evaluate", f"{asked:,.0f} prompts of {len(sizes):,} tasks", *taken, None, source)
+    return StepPlan("evaluate", f"{asked:,.0f} prompts of {counted(len(sizes), 'task')}", *taken, None, source)
 
 
 def num_answers(config: EvaluateConfig) -> int:

@@ -109,6 +109,8 @@ def score(
 
 def print_score(result: ScoreResult, output_format: str) -> None:
     """The table per task on stdout, totals on stderr."""
+    from birbal_ray.progress import counted
+
     rows: list[dict[str, Any]] = result.task_scores
     stops = result.manifest.get("stops") or {}
     if output_format == "text":
@@ -131,18 +133,19 @@ def print_score(result: ScoreResult, output_format: str) -> None:
     for label in ("exact_match", "generation"):
         scores = [row["task_score"] for row in result.task_scores if row["label"] == label]
         if known := [score for score in scores if score is not None]:
-            note(f"mean {label} task score: {sum(known) / len(known):.3f} over {len(known)} tasks")
+            note(f"mean {label} task score: {sum(known) / len(known):.3f} over {counted(len(known), 'task')}")
     errors = ", ".join(f"{count} {kind}" for kind, count in counts["errors"].items()) or "no errors"
-    note(f"{counts['scored']} rows scored of {counts['planned']}, {errors}")
+    note(f"{counted(counts['scored'], 'row')} scored of {counts['planned']:,}, {errors}")
     if tokens["cached"]:
         note(f"{tokens['prompt']:,} prompt tokens, {tokens['cached_fraction']:.0%} of them from the prefix cache")
     if session.get("rows_per_second"):
         note(
-            f"the last session: {session['rows']} rows in {session['wall_seconds']:.0f} s, "
+            f"the last session: {counted(session['rows'], 'row')} in {session['wall_seconds']:.0f} s, "
             f"{session['rows_per_second']:.1f} rows/s once the model was loaded ({session['load_seconds']:.0f} s)"
         )
     if result.manifest["deaths"]:
-        note(f"engines died {len(result.manifest['deaths'])} times; the last time: {result.manifest['deaths'][-1]}")
+        deaths = result.manifest["deaths"]
+        note(f"engines died {counted(len(deaths), 'time')}; the last time: {deaths[-1]}")
     note(f"scored rows and task scores: {result.folder}")
 
 
@@ -527,6 +530,7 @@ def evaluate(config: EvaluateConfig, per_task: bool, overwrite: bool, dry_run: b
 
 def print_evaluate(result: EvaluateResult, output_format: str, *, per_task: bool = False) -> None:
     """Comparisons (or every task's scores) on stdout, the conclusions on stderr."""
+    from birbal_ray.progress import counted
     from birbal_ray.report.conclusions import conclusion_of, model_of
 
     if output_format != "text":
@@ -564,7 +568,8 @@ def print_evaluate(result: EvaluateResult, output_format: str, *, per_task: bool
             found = conclusion_of(row)
             note(f"{found.title}. {found.text}")
     counts = result.manifest["rows"]
-    note(f"{counts['scored']} rows scored of {counts['planned']}, {counts['errors']} errors; results: {result.folder}")
+    scored, errors = counted(counts["scored"], "row"), counted(counts["errors"], "error")
+    note(f"{scored} scored of {counts['planned']:,}, {errors}; results: {result.folder}")
 
 
 # --- report

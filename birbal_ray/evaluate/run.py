@@ -19,7 +19,7 @@ from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.evaluate.heldout import HeldOut, find_mixes, held_out, union
 from birbal_ray.evaluate.models import ADAPTER, BASE, EvaluatedModel, resolve_models
 from birbal_ray.models import REFERENCE_FILE, Model, load_with_adapter, merge_adapter, pin_model, resolve_model
-from birbal_ray.progress import ProgressLine, figures_key
+from birbal_ray.progress import ProgressLine, counted, figures_key
 from birbal_ray.run import LOG_FOLDER, Run, RunError, open_run, sigterm_as_interrupt
 from birbal_ray.schemas import COMPARISONS, COMPARISONS_FILE, EVALUATION, EVALUATION_FILE, ROWS_FOLDER
 from birbal_ray.score.adaptive import FixedSchedule
@@ -298,7 +298,7 @@ def _finish(setup: Setup, plan: ScorePlan, run: Run) -> EvaluateResult:
             "sessions": run.sessions(),
         },
         files,
-        summary=f"{len(setup.models) - 1} models compared on {len(plan.tasks)} tasks",
+        summary=f"{counted(len(setup.models) - 1, 'model')} compared on {counted(len(plan.tasks), 'task')}",
     )
     return _read(run)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from birbal_ray.progress import counted
 from birbal_ray.report.load import Row
 from birbal_ray.statistics import BETTER, TOO_FEW, WORSE, outcome
 
@@ -40,7 +41,7 @@ def conclusion_of(row: Row) -> Conclusion:
     """Say what a COMPARISONS row shows: no difference where its interval touches 0, or over too few tasks."""
     name, low, high = model_of(row), row["difference_low"], row["difference_high"]
     text = (
-        f"{words(row['prompt_format']).capitalize()} over {_tasks(row['num_tasks'])}, the mean task score is "
+        f"{words(row['prompt_format']).capitalize()} over {counted(row['num_tasks'], 'task')}, the mean task score is "
         f"{row['score']:.3f}; the base model's is {row['base_score']:.3f}. Difference {signed(row['difference'])}, "
         f"95 % interval {signed(low)} to {signed(high)}. Better on {row['num_wins']}, worse on {row['num_losses']}, "
         f"the same on {row['num_ties']}."
@@ -88,7 +89,7 @@ def _nothing_compared(sections: Mapping[str, Mapping[str, Any]]) -> Conclusion:
         )
     elif "score" in sections and (labels := sections["score"]["labels"]):
         means = ", ".join(
-            f"{row['mean_task_score']:.3f} over {_tasks(row['num_tasks'])} ({row['label'].replace('_', ' ')})"
+            f"{row['mean_task_score']:.3f} over {counted(row['num_tasks'], 'task')} ({row['label'].replace('_', ' ')})"
             for row in labels
         )
         text = f"Mean task scores of {model_name(sections['score']) or 'the model'}: {means}."
@@ -101,7 +102,3 @@ def model_name(manifest: Row) -> str | None:
     """The name of the model that a manifest is about."""
     model = manifest.get("model")
     return model.get("name") if isinstance(model, Mapping) else model
-
-
-def _tasks(number: int) -> str:
-    return f"{number} task{'' if number == 1 else 's'}"

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from birbal_ray.progress import counted
 from birbal_ray.report.conclusions import words
 from birbal_ray.report.load import BASE, LABELS, Row
 from birbal_ray.train.card import smoothed
@@ -95,7 +96,7 @@ def scores(scored: Mapping[str, Any]) -> Figure | None:
             values = [r["task_score"] for r in scored["tasks"] if r["label"] == name and r["task_score"] is not None]
             axes.hist(values, bins=[edge / 10 for edge in range(11)], color=LABEL_COLOURS[name], rwidth=0.92)
             axes.axvline(mean, color=INK, linestyle="--", linewidth=1)
-            axes.set_title(f"{name.replace('_', ' ')}: {len(values)} tasks, mean {mean:.3f}")
+            axes.set_title(f"{name.replace('_', ' ')}: {counted(len(values), 'task')}, mean {mean:.3f}")
             axes.set(ylabel="tasks", xlim=(0, 1))
             _whole_numbers(axes.yaxis)
         panels[-1].set_xlabel("task score of the base model")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from birbal_ray.progress import ProgressLine, duration
+from birbal_ray.progress import ProgressLine, counted, duration
 from birbal_ray.run import RunFailedError
 from birbal_ray.score.config import ResourceSettings
 from birbal_ray.score.plan import WrittenFile
@@ -367,9 +367,9 @@ def progress_text(seen: Snapshot, rows_before: int) -> str:
         f"{now['rate_per_second']:.1f} rows/s",
         f"{now['prompt_tokens_per_second']:.0f} prompt tokens/s",
         f"{now['cached_fraction']:.0%} from cache",
-        f"{now['errors']} errors",
+        counted(now["errors"], "error"),
         f"ETA {duration(eta)}" if eta is not None else "ETA ?",
     ]
     if seen.deaths or seen.num_moves:
-        parts.append(f"{len(seen.deaths) + seen.num_moves} engine restarts")
+        parts.append(counted(len(seen.deaths) + seen.num_moves, "engine restart"))
     return " · ".join(parts)

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from birbal_ray import models
 from birbal_ray.cluster import job_metadata, ray_log_file, ray_session
 from birbal_ray.ni.metrics import METRIC_VERSION
-from birbal_ray.progress import ProgressLine, figures_key, save_figures, save_throughput
+from birbal_ray.progress import ProgressLine, counted, figures_key, save_figures, save_throughput
 from birbal_ray.run import (
     LOG_FOLDER,
     MANIFEST_FILE,
@@ -426,6 +426,6 @@ def _finish(
             "last_session": sessions[-1] if sessions else {},
         },
         files,
-        summary=f"{plan.num_rows} rows of {len(plan.tasks)} tasks",
+        summary=f"{counted(plan.num_rows, 'row')} of {counted(len(plan.tasks), 'task')}",
     )
     return ScoreResult(run.folder, manifest, results.task_scores)

@@ -525,7 +525,7 @@ class SftCallback(TrainerCallback):
         status["forecast"] = asdict(forecast) if forecast else None
         status |= {"train": self._train, "evaluation": self._evaluation}
         write_json(self._folder / STATUS_FILE, status)
-        self._trainer.remote.add(STATUS_FILE)
+        self._trainer.remote.add(STATUS_FILE, CLOCK_FILE)  # the time of a killed session counts elsewhere, too
 
 
 def save_best(trainer: BudgetTrainer, step: int, eval_loss: float) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from birbal_ray.cluster import MIN_LOGICAL_CPUS, can_place, job_metadata, ray_session
 from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.models import Model, pin_model, resolve_model
-from birbal_ray.progress import ProgressLine, duration, figures_key, save_figures
+from birbal_ray.progress import ProgressLine, counted, duration, figures_key, save_figures
 from birbal_ray.run import LOG_FOLDER, Run, RunError, RunFailedError, open_run, sigterm_as_interrupt
 from birbal_ray.settings import require, sha256_of
 from birbal_ray.storage import Folder, absolute, input_folder
@@ -302,7 +302,7 @@ def _finish(config: TuneConfig, scheduler: TrialScheduler, run: Run, progress: P
         "trials": dict(Counter(result.status for result in results)),
         "rows": {"per_mix": num_rows(config.mix)},
     }
-    summary = f"{len(results)} trials; best mix: {chosen}"
+    summary = f"{counted(len(results), 'trial')}; best mix: {chosen}"
     return TuneResult(folder, run.finish(manifest, files, summary=summary))
 
 

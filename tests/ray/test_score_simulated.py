@@ -94,7 +94,7 @@ def test_changed_settings_are_refused_changed_resources_are_not(run, write_task)
     assert "seed: 0 → 7" in errors
     code, _, errors, _ = run(folder, "--set", "resources.shards_in_flight=1")
     assert code == 0
-    assert "is up to date: 8 rows of 1 tasks" in errors
+    assert "is up to date: 8 rows of 1 task" in errors
     code, _, errors, output = run(folder, "--num-shots", "1", "--overwrite")
     assert code == 0, errors
     assert pq.read_table(output / "tasks.parquet")["num_shots"].to_pylist() == [1]

@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -191,3 +192,15 @@ def test_an_adapter_is_pushed_with_card_and_manifest(tiny_model, tiny_mix, tmp_p
     monkeypatch.setattr(Hub, "create_commit", refuse)
     with pytest.raises(RunError, match=r"--push someone/adapter: the Hub did not take it .* are kept in"):
         card.push_to_hub(result.folder, names, "someone/adapter")
+
+
+def test_the_clock_goes_to_the_url_with_the_status(tmp_path):
+    """So that a continuation on another machine, and the pipeline, count what a killed session took."""
+    added = []
+    deadline = sft.Deadline(100.0, 10, sft.Clock(tmp_path / "clock.json"))
+    remote = SimpleNamespace(add=lambda *names: added.extend(names))
+    trainer = SimpleNamespace(folder=tmp_path, remote=remote, settings=TrainConfig(), deadline=deadline)
+    state = SimpleNamespace(global_step=3, max_steps=10, num_train_epochs=1, epoch=0.3)
+    sft.SftCallback(trainer, lambda line: None)._write_status(state)
+    assert {"status.json", "clock.json"} <= set(added)
+    assert json.loads((tmp_path / "status.json").read_text())["step"] == 3

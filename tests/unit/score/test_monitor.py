@@ -151,7 +151,7 @@ def test_progress_line_shows_rates_from_the_moment_the_engine_was_ready(clock):
     counts = {"rows": 50, "errors": 1, "prompt_tokens": 4000, "cached_tokens": 3000, "completion_tokens": 100}
     board.add("r1", {**counts, "work": 50 * 24})
     session.see(board.snapshot())
-    assert fields["text"] == "150/400 rows · 5.0 rows/s · 400 prompt tokens/s · 75% from cache · 1 errors · ETA 50 s"
+    assert fields["text"] == "150/400 rows · 5.0 rows/s · 400 prompt tokens/s · 75% from cache · 1 error · ETA 50 s"
     assert (fields["done"], fields["eta_seconds"], fields["num_engines"]) == (150, 50.0, 1)
 
 
