@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from birbal_ray.lock import LOCK_RECORD, is_alive, lock_holder
-from birbal_ray.progress import CLOCK_FILE, duration
+from birbal_ray.progress import CLOCK_FILE, PLAN_FILE, duration
 from birbal_ray.run import (
     LOG_FOLDER,
     MANIFEST_FILE,
@@ -90,16 +90,27 @@ def read_status(run: str | os.PathLike[str], now: float | None = None) -> list[R
     return [*rows, *rest, Row(REPORT, home.at(REPORT_FILE), DONE, progress=progress, touched=report.modified)]
 
 
+def read_plan(run: str | os.PathLike[str]) -> dict[str, float]:
+    """The seconds that the pipeline in `run` has planned for each step; empty where there is no plan."""
+    try:
+        return {one["step"]: float(one["planned_seconds"]) for one in open_folder(run).read_json(PLAN_FILE)["steps"]}
+    except (FileNotFoundError, RunError, KeyError, TypeError, ValueError):
+        return {}
+
+
 def read_budget(run: str | os.PathLike[str]) -> str:
-    """What the pipeline in `run` has used of its time, by step; nothing where there is no pipeline."""
+    """What the pipeline in `run` has used of its time, by step, and what is to come; "" where there is no pipeline."""
     try:
         clock = open_folder(run).read_json(CLOCK_FILE)
         spent, budget = clock["spent_seconds"], clock["budget_seconds"]
-        used = ", ".join(f"{step} {duration(seconds)}" for step, seconds in spent.items())
+        steps = sorted(spent, key=_order)
+        used = ", ".join(f"{step} {duration(spent[step])}" for step in steps)
         of = f" of {duration(budget)}" if budget else ""
-        return f"time: {duration(sum(spent.values()))}{of} ({used})"
     except (FileNotFoundError, RunError, KeyError, TypeError, AttributeError):
         return ""  # none, or another tool's (a training run's own clock.json has other keys)
+    text = f"time: {duration(sum(spent.values()))}{of} ({used})"
+    left = sum(seconds for step, seconds in read_plan(run).items() if step not in spent)
+    return f"{text}; {duration(left)} planned for what has not started" if left else text
 
 
 def _find(folder: Folder) -> _Found | None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
+import textwrap
 import time
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +128,7 @@ def status(run: str, watch: bool, output_format: str) -> None:
       birbal status runs/demo --watch
       birbal status runs/score --format json
     """
-    from birbal_ray.status import RUNNING, read_budget, read_status
+    from birbal_ray.status import RUNNING, read_budget, read_plan, read_status
 
     rows = read_status(run)
     if output_format != "text":
@@ -134,9 +138,13 @@ def status(run: str, watch: bool, output_format: str) -> None:
     while True:
         if watch:
             click.clear()
-        print_table([_cells(row, time.time()) for row in rows], output_format)
+        width = shutil.get_terminal_size().columns
+        if watch or sys.stdout.isatty():
+            click.echo("\n".join(screen(rows, read_plan(run), width)))
+        else:
+            print_table([_cells(row, time.time()) for row in rows], output_format)
         if budget := read_budget(run):
-            click.echo(budget)
+            click.echo(textwrap.fill(budget, width, subsequent_indent="  ") if sys.stdout.isatty() else budget)
         todo = [row for row in rows if row.next]
         for row in todo:
             click.echo(f"next: {row.next}" if len(todo) == 1 else f"next ({row.place.rpartition('/')[2]}): {row.next}")
@@ -145,6 +153,27 @@ def status(run: str, watch: bool, output_format: str) -> None:
             return
         time.sleep(WATCH_SECONDS)
         rows = read_status(run)
+
+
+def screen(rows: Sequence[Row], planned: Mapping[str, float], width: int) -> list[str]:
+    """The steps as lines of at most `width`: state and time of each, what it says of itself, where it has a budget.
+
+    `planned`: step → seconds.
+    """
+    from birbal_ray.progress import duration
+
+    lines = [rows[0].place.rpartition("/")[0]]
+    for row in rows:
+        folder = row.place.rpartition("/")[2]
+        name = row.step if folder in (row.step, "report.html") else f"{row.step} ({folder})"
+        taken = duration(row.wall_seconds) if row.wall_seconds else ""
+        if seconds := planned.get(row.step):
+            taken += f" ({duration(seconds)} planned)" if taken else f"{duration(seconds)} planned"
+        head = f"{name:<9} {row.detail or row.state:<12} {taken}".rstrip()
+        for text in (head, row.progress):
+            indent = "" if text is head else " " * 10
+            lines += textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=" " * 10)
+    return lines
 
 
 def _record(row: Row) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from birbal_ray.cli.main import main
 from birbal_ray.lock import this_process
 from birbal_ray.run import open_run
 from birbal_ray.settings import ConfigError
-from birbal_ray.status import read_status
+from birbal_ray.status import read_plan, read_status
 from birbal_ray.storage import RunError, open_folder
 from tests.fixtures.s3_server import BUCKET
 
@@ -293,3 +293,40 @@ def test_nothing_heavy_is_imported(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_a_watched_run_fits_a_narrow_terminal(tmp_path, monkeypatch):
+    """One screen: each step with its time and its plan, what runs in its own words, the budget."""
+    monkeypatch.setenv("COLUMNS", "80")
+    finish(tmp_path / "score", "score")
+    text = "step 33/1660 · epoch 0.40 · loss 2.3412 · lr 3.71e-04 · 57 tokens/s · eval loss 2.5012 · ends in 4 min 11 s"
+    folder = start(tmp_path / "train", "train", done=33, total=1660, text=text)
+    folder.write_json("progress.json", {**folder.read_json("progress.json"), "wall_seconds": 26.0})
+    steps = [{"step": step, "planned_seconds": seconds} for step, seconds in (("score", 15.0), ("evaluate", 142.0))]
+    (tmp_path / "plan.json").write_text(json.dumps({"steps": steps}))
+    (tmp_path / "clock.json").write_text(
+        json.dumps({"budget_seconds": 900, "spent_seconds": {"report": 3.0, "train": 60.0, "score": 13.0}})
+    )
+    monkeypatch.setattr("birbal_ray.cli.tools.WATCH_SECONDS", 0.0)
+    lines = command(tmp_path, "--watch").output.splitlines()
+    screen = lines[: lines.index(next(line for line in lines if line.startswith("next")))]
+    assert screen[:7] == [
+        str(tmp_path),
+        "score     done         12 s (15 s planned)",
+        f"          {SUMMARY}",
+        "train     stopped      26 s",
+        "          step 33/1660 · epoch 0.40 · loss 2.3412 · lr 3.71e-04 · 57 tokens/s ·",
+        "          eval loss 2.5012 · ends in 4 min 11 s",
+        "evaluate  not started  2 min 22 s planned",
+    ]
+    assert screen[-1] == (
+        "time: 1 min 16 s of 15 min 00 s (score 13 s, train 1 min 00 s, report 3 s); 2 min 22 s planned for what has "
+        "not started"
+    )
+
+
+@pytest.mark.parametrize("plan", ["", "{", "[]", '{"steps": 3}', '{"steps": [{}]}'])
+def test_a_plan_that_can_t_be_read_is_none(tmp_path, plan):
+    assert read_plan(tmp_path) == {}
+    (tmp_path / "plan.json").write_text(plan)
+    assert read_plan(tmp_path) == {}
