@@ -79,18 +79,16 @@ _SIZES = (
 
 
 def _shortfalls(allocation: Mapping[str, Any]) -> str:
-    lines = [
-        f"- {label}: {entry['allocated']:,} of {entry['budget']:,} rows; too few candidates in "
-        f"{len(entry['short_tasks'])} tasks ({_first(entry['short_tasks'])})"
-        for label, entry in allocation.items()
-        if entry["shortfall"]
-    ]
+    lines = []
+    for label, entry in allocation.items():
+        if entry["shortfall"]:
+            short = entry["short_tasks"]
+            some = ", ".join(f"{t['task']} {t['candidates']} of {t['wanted']}" for t in short[:3])
+            lines.append(
+                f"- {label}: {entry['allocated']:,} of {entry['budget']:,} rows; too few candidates in "
+                f"{len(short)} tasks ({some}{', …' if len(short) > 3 else ''})"
+            )
     return "## Budgets not met\n\n" + "\n".join(lines) + "\n" if lines else ""
-
-
-def _first(tasks: Sequence[Mapping[str, Any]]) -> str:
-    shown = ", ".join(f"{t['task']} {t['candidates']} of {t['wanted']}" for t in tasks[:3])
-    return shown + (", …" if len(tasks) > 3 else "")
 
 
 def _contamination(entry: Mapping[str, Any]) -> str:

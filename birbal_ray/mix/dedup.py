@@ -21,7 +21,11 @@ def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
     """MinHash signatures of word 3-grams, shape (len(texts), NUM_HASHES); equal texts have equal ones anywhere."""
     import rensa
 
-    matrix = rensa.RMinHash.digest_matrix_from_token_sets([_shingles(text) for text in texts], NUM_HASHES, 42)
+    shingles = [
+        [" ".join(words[i : i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))]
+        for words in map(tokens, texts)
+    ]
+    matrix = rensa.RMinHash.digest_matrix_from_token_sets(shingles, NUM_HASHES, 42)
     return np.array(matrix.to_rows(), np.uint32).reshape(len(texts), NUM_HASHES)
 
 
@@ -67,8 +71,3 @@ def _thin(bucket: NDArray[np.int64], table: NDArray[np.uint32], threshold: float
         alike = (table[rest] == table[first]).mean(axis=1) >= threshold
         duplicate_of.update((int(row), int(first)) for row in rest[alike])
         alive = rest[~alike]
-
-
-def _shingles(text: str) -> list[str]:
-    words = tokens(text)
-    return [" ".join(words[i : i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))]

@@ -210,14 +210,11 @@ class AdaptiveSchedule:
         half = tally.half_width(task.label.value)
         if half > margin:
             return f"score known to ±{half:.3f}, wanted ±{margin:g}", False
-        share = math.ceil(self._share(task) * self._settings.failed_rows_factor)
+        share = self._allocate(task.label.value, task)[task.name]  # that its score at the interval's lower end gives
+        share = math.ceil(share * self._settings.failed_rows_factor)
         if tally.num_failed < share:
             return f"{tally.num_failed} failed rows, a share of {share} is possible", False
         return f"score known to ±{half:.3f}, {tally.num_failed} failed rows fill a share of {share}", True
-
-    def _share(self, task: PlannedTask) -> int:
-        """Rows that the mix would take from the task, its score at the lower end of its interval."""
-        return self._allocate(task.label.value, task)[task.name]
 
     def _allocate(self, label: str, lowest: PlannedTask | None = None) -> dict[str, int]:
         """Rows that the mix would take from each task of the label, the score of `lowest` at its interval's end."""
