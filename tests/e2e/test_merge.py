@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
 from birbal_ray.models import resolve_model
+from birbal_ray.progress import ProgressLine
 from birbal_ray.run import RunError, open_run
 from birbal_ray.train import merge as step
 from tests.conftest import slow
@@ -51,4 +52,4 @@ def test_vllm_on_the_merged_model_is_compared_with_peft(served_model, tiny_mix, 
         base = AutoModelForCausalLM.from_pretrained(served_model)(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
     prompt["base_log_probs"] = [float(base[5])]
     with pytest.raises(RunError, match=r"vLLM on the merged model: it changes PEFT's .* the engine does not apply it"):
-        step._compare_engine(served_model, "float32", {"prompts": [prompt]}, tmp_path / "engine.log")
+        step._compare_engine(served_model, "float32", {"prompts": [prompt]}, tmp_path / "engine.log", ProgressLine())

@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from click.testing import CliRunner
@@ -9,9 +10,12 @@ from click.testing import CliRunner
 from birbal_ray.cli.main import main
 from birbal_ray.models import load_tokenizer, read_template, resolve_model
 from birbal_ray.ni.prompt import render_prompt
+from birbal_ray.progress import ProgressLine
 from birbal_ray.run import MANIFEST_FILE, open_run
+from birbal_ray.score.reference import Agreement
 from birbal_ray.settings import ConfigError
-from birbal_ray.storage import read_json, write_json
+from birbal_ray.storage import RunError, read_json, write_json
+from birbal_ray.train import merge as step
 from birbal_ray.train.card import merged_card
 from birbal_ray.train.merge import ollama_modelfile
 from tests.fixtures.chat_templates import SPECIAL_END, SYSTEM_TURN
@@ -155,3 +159,34 @@ def test_the_card_of_a_merged_model_says_how_to_load_it():
     merged = merged_card(card, "bfloat16")
     assert "library_name: transformers" in merged and "# Tuned m" in merged and merged.endswith("## Data\n\nrows\n")
     assert "PeftModel" not in merged and "The adapter is folded into bfloat16 weights." in merged
+
+
+@pytest.fixture
+def compare(monkeypatch, tmp_path):
+    """compare(what vLLM would say, or an error) → what `birbal merge` makes of it; without the other process."""
+
+    def run(answer):
+        def ask(*arguments):
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        monkeypatch.setattr(step, "ask_vllm", ask)
+        monkeypatch.setattr(
+            "concurrent.futures.ProcessPoolExecutor", lambda number, context: ThreadPoolExecutor(number)
+        )
+        return step._compare_engine(tmp_path, "float32", {"prompts": []}, tmp_path / "log", ProgressLine())
+
+    return run
+
+
+def test_vllm_on_the_merged_model_must_change_as_peft_does(compare):
+    assert compare(Agreement(2.0, 0.98, 0.01))["engine_applied_fraction"] == 0.98
+    with pytest.raises(RunError, match=r"vLLM on the merged model: .* up to 2\.00 nats, .* shows 1% of that"):
+        compare(Agreement(2.0, 0.01, 2.0))
+
+
+def test_a_model_that_vllm_cannot_load_is_said_and_kept(compare, capsys):
+    assert compare(RuntimeError("no room on the card")) == {}
+    said = capsys.readouterr().err
+    assert "warning: vLLM did not load the merged model, so nothing compares it (RuntimeError: no room" in said
