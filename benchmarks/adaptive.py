@@ -275,7 +275,7 @@ def measure(
         asked = scaled(margin, rows_by_label(tasks), of_462)
         runs = [compare(order, asked) for order in orders(tasks, num_orders)]
         means = {key: statistics.fmean(run[key] for run in runs) for key in runs[0]}
-        for order, one in (("the run's", runs[0]), (f"mean of {num_orders}", means)):
+        for order, one in (("the run's", runs[0]), (f"mean of {num_orders}", means))[:num_orders]:
             print(
                 f"{margin:6g} {order:>12} {one['prompts']:8,.0f} {one['full_prompts'] / one['prompts']:6.2f}x "
                 f"{one['within_margin']:7.1%} {one['total_variation']:6.1%} "
