@@ -130,10 +130,10 @@ def test_a_budget_without_time_for_fresh_seeds_is_refused_with_the_least_that_wo
     config = recipe()
     save_figures(figures_key("tune", config.tune), trial_seconds=100.0, overhead_seconds=20.0)
     least = plan.least_seconds(config)
-    assert least["tune"] == pytest.approx(0.9 * (20 + 4 * 100))
-    with pytest.raises(ConfigError, match=r"tune needs 6 min 18 s to run its baselines.*least that works is 1454s"):
+    assert least["tune"] == pytest.approx(0.8 * 0.9 * (20 + 4 * 100))
+    with pytest.raises(ConfigError, match=r"tune needs 5 min 02 s to run its baselines.*least that works is 1164s"):
         pipeline.refuse_small_budget(config, least)
-    pipeline.refuse_small_budget(config.model_copy(update={"budget": 1454.0}), least)
+    pipeline.refuse_small_budget(config.model_copy(update={"budget": 1164.0}), least)
     without = recipe(search=False)
     pipeline.refuse_small_budget(without, plan.least_seconds(without))
 
