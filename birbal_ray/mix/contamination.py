@@ -82,7 +82,9 @@ class NgramIndex:
         if len(words):
             runs, text = _runs(words, self.size)
             hit = np.isin(np.array([_hash_all(w) for w in words], np.uint64), self.short_texts)
-            hit[text[_contains(self.runs, runs)]] = True
+            if len(self.runs):
+                place = np.minimum(np.searchsorted(self.runs, runs), len(self.runs) - 1)
+                hit[text[self.runs[place] == runs]] = True
             found[owner[hit]] = True
         return found
 
@@ -147,11 +149,3 @@ def _runs(words: Sequence[NDArray[np.uint64]], size: int) -> tuple[NDArray[np.ui
         value = value * _FACTOR + joined[offset : offset + count]
     inside = text[:count] == text[size - 1 :]
     return value[inside], text[:count][inside]
-
-
-def _contains(sorted_values: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    if not len(sorted_values):
-        return np.zeros(len(wanted), bool)
-    place = np.minimum(np.searchsorted(sorted_values, wanted), len(sorted_values) - 1)
-    found: NDArray[np.bool_] = sorted_values[place] == wanted
-    return found

@@ -286,10 +286,14 @@ def open_platypus(record: Record) -> Iterator[Row]:
 def math_instruct(record: Record) -> Iterator[Row]:
     """Its three human-made parts are; the rest is marked LLM-written. A `####` marker before the answer goes."""
     source = record["source"]
+    # GSM8K's solutions end in "#### 42" before "The answer is: 42"; the published script takes it out too.
+    reasoning, phrase, answer = record["output"].partition(MATH_ANSWER)
+    if phrase and "####" in reasoning:
+        reasoning = reasoning[: reasoning.rindex("####")].rstrip() + "\n"
     yield {
         "instruction": "",
         "input": record["instruction"].strip(),
-        "output": _without_marker(record["output"]),
+        "output": (reasoning + phrase + answer).strip(),
         "task": source,
         "license": MATH_INSTRUCT_HUMAN.get(source),
         "llm_written": source not in MATH_INSTRUCT_HUMAN,
@@ -298,7 +302,11 @@ def math_instruct(record: Record) -> Iterator[Row]:
 
 def quac(record: Record) -> Iterator[Row]:
     """One row per question of a dialogue: the text, the conversation so far, the original answer."""
-    answers = [texts[0] for texts in _quac_answers(record)]
+    answers = record["orig_answers"]
+    if isinstance(answers, Mapping):  # {texts: list[str]}, as `datasets` turns a list of {texts: str} around
+        answers = answers["texts"]
+    else:
+        answers = [one["texts"] if isinstance(one["texts"], str) else one["texts"][0] for one in answers]
     conversation = f"{record['section_title']}\n{record['context'].removesuffix(QUAC_UNANSWERABLE).strip()}\n"
     for question, answer in zip(record["questions"], answers, strict=True):
         answer = CANNOT_ANSWER if answer == QUAC_UNANSWERABLE else answer
@@ -386,19 +394,3 @@ HUB_DATASETS: dict[str, HubDataset] = {
         cnn_dailymail,
     ),
 }
-
-
-def _without_marker(output: str) -> str:
-    # GSM8K's solutions end in "#### 42" before "The answer is: 42"; the published script takes it out too.
-    reasoning, phrase, answer = output.partition(MATH_ANSWER)
-    if phrase and "####" in reasoning:
-        reasoning = reasoning[: reasoning.rindex("####")].rstrip() + "\n"
-    return (reasoning + phrase + answer).strip()
-
-
-def _quac_answers(record: Record) -> list[list[str]]:
-    # A list of {texts: str} or one {texts: list[str]}, as `datasets` turns lists of structs around.
-    answers = record["orig_answers"]
-    if isinstance(answers, Mapping):
-        return [[text] for text in answers["texts"]]
-    return [[answer["texts"] if isinstance(answer["texts"], str) else answer["texts"][0]] for answer in answers]

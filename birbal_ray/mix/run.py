@@ -55,7 +55,11 @@ def mix(config: MixConfig, *, overwrite: bool = False) -> MixResult:
     scores, origins = _inputs(config, progress)
     identity = _identity(config, scores, origins)
     inputs = [config.scores or "", *config.contamination.files, *(s.path for s in config.sources if s.path)]
-    overwrite = overwrite or _is_unfinished(open_folder(output))
+    place = open_folder(output)
+    if place.is_file(RUN_FILE) and not place.is_file(MANIFEST_FILE):
+        # A mix appears all at once, so an unfinished one holds nothing that other settings could spoil.
+        record = place.read_json(RUN_FILE)
+        overwrite = overwrite or (isinstance(record, dict) and record.get("step") == STEP)
     with (
         sigterm_as_interrupt(),
         open_run(output, STEP, identity, owns=OWN_FILES, overwrite=overwrite, inputs=inputs) as run,
@@ -98,14 +102,6 @@ def dry_run(config: MixConfig) -> MixResult:
         plan = _plan(config, scores, origins, work, progress.update, stack)
     progress.close()
     return MixResult(None, plan.composition(), _manifest(config, plan, {}, scores, origins))
-
-
-def _is_unfinished(folder: Folder) -> bool:
-    # A mix appears all at once, so an unfinished one holds nothing that other settings could spoil.
-    if folder.is_file(MANIFEST_FILE) or not folder.is_file(RUN_FILE):
-        return False
-    record = folder.read_json(RUN_FILE)
-    return isinstance(record, dict) and record.get("step") == STEP
 
 
 @contextmanager
