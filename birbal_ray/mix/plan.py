@@ -155,9 +155,10 @@ def plan_mix(
     `start_ray` is called before the reading, unless there is so little input that none is needed.
     Raises ConfigError (a source's columns, a budget that can't be met, nothing kept), RunError (damaged scores).
     """
-    context = _context(config, scores)
+    num_bytes = sum(file.size for file in scores.files)
+    in_process = num_bytes <= config.resources.in_process_mib << 20
+    context = _context(config, scores, {} if in_process and num_bytes <= reading.KEPT_BYTES else None)
     chunks = reading.plan_chunks(scores.files, config.resources.chunk_mib << 20)
-    in_process = sum(file.size for file in scores.files) <= config.resources.in_process_mib << 20
     if not in_process:
         start_ray()
     collected = _Collected(work, config.dedup.near)
@@ -235,7 +236,7 @@ class _Collected:
         return lambda order: dedup.near_duplicates(order, exact_key, table, threshold)
 
 
-def _context(config: MixConfig, scores: ScoreFolder) -> Context:
+def _context(config: MixConfig, scores: ScoreFolder, kept: dict[str, pa.Table] | None) -> Context:
     families = chosen_families(config.contamination.evaluations, config.contamination.families)
     tasks = [
         Group(
@@ -259,7 +260,7 @@ def _context(config: MixConfig, scores: ScoreFolder) -> Context:
         for t in scores.tasks
     ]
     columns = [pa.array(list(column), pa.string()) for column in zip(*per_task, strict=True)]
-    return Context(config, scores, (*tasks, *outside), ngrams, *columns)
+    return Context(config, scores, (*tasks, *outside), ngrams, kept, *columns)
 
 
 def _check_complete(rows: Candidates, row_ids: pa.Array, context: Context) -> None:
