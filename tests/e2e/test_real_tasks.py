@@ -22,8 +22,11 @@ MIN_CACHED_FRACTION = 0.75 * (1 - 1 / NUM_PER_TASK) / (1 - 1 / 60)
 
 def test_real_tasks_killed_and_run_again_agree_with_transformers(shared_data, tmp_path):
     run = tmp_path / "ni-tiny"
-    tasks = shutil.copytree(shared_data / "ni-tiny" / "tasks", tmp_path / "tasks")
-    shutil.copy(shared_data / "cases" / "tasks" / f"{LONG}.json", tasks)
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    long = shared_data / "cases" / "tasks" / f"{LONG}.json"
+    for file in (*(shared_data / "ni-tiny" / "tasks").glob("*.json"), long):
+        shutil.copyfile(file, tasks / file.name)
     command = ["score", "--tasks", tasks, "--output", run, "--device", "cpu", "--instances-per-task", NUM_PER_TASK]
     process = birbal(*command)
     wait_for(lambda: len(list((run / "rows").rglob("[!.]*.parquet"))) >= 3, process)
