@@ -342,7 +342,8 @@ def least_seconds(config: PipelineConfig) -> dict[str, float]:
     least = {"score": load + 10, "mix": 3.0, "train": load + 20, "evaluate": engines * load + 10, "report": 5.0}
     if config.search:
         ((start, trial), _), _ = _trial_seconds(config.tune, None)
-        least["tune"] = SEARCH_HASTE * (start + _rounds(config.tune, 1, None) * trial)
+        rounds = _rounds(config.tune, min(1, config.tune.num_trials), None)
+        least["tune"] = SEARCH_HASTE * (start + rounds * trial)
     return least
 
 

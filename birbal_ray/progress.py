@@ -17,7 +17,8 @@ CLOCK_FILE, PLAN_FILE = "clock.json", "plan.json"  # of a pipeline: time taken a
 # Of a step's settings: what doesn't change how fast it works here.
 NOT_IN_KEYS = {
     *("output", "budget", "resources", "shard_rows", "scores", "mix", "adapters", "merged", "gate", "primary"),
-    *("num_trials", "num_initial", "predicted", "baselines", "repeats", "transfer", "search", "policy", "task_score"),
+    *("num_trials", "num_initial", "predicted", "baselines", "mixes", "repeats", "transfer", "search"),
+    *("policy", "task_score"),
 }
 PLAIN_INTERVAL_SECONDS = 15.0
 LIVE_INTERVAL_SECONDS = 0.5

@@ -218,7 +218,7 @@ def read_times(run: Folder) -> list[dict[str, Any]]:
     """What a pipeline in `run` planned and took, in seconds, a row a step; none where no pipeline ran there.
 
     `planned` is the middle of `low` to `high` or the time that the budget gave, whichever is less. A step that has not
-    started has no `actual`; without a plan there is only this.
+    started has no `actual`, one that has not ended no `difference`; without a plan there is only `actual`.
     """
     plan, clock = (run.read_json(file) if run.is_file(file) else {} for file in (PLAN_FILE, CLOCK_FILE))
     spent = clock.get("spent_seconds", {})  # a training run's own clock.json has other keys
@@ -227,7 +227,8 @@ def read_times(run: Folder) -> list[dict[str, Any]]:
     for step in planned or spent:
         one, actual = planned.get(step, {}), spent.get(step)
         row = {name: one.get(f"{name}_seconds") for name in ("planned", "low", "high")} | {"actual": actual}
-        known = actual is not None and row["planned"] is not None
+        has_ended = run.is_file(f"{'evaluate' if step == 'report' else step}/{MANIFEST_FILE}")
+        known = has_ended and actual is not None and row["planned"] is not None
         row["difference"] = actual - row["planned"] if known else None
         rows.append({"step": step, "work": one.get("work"), **row, "source": one.get("source")})
     return rows

@@ -15,8 +15,10 @@ from birbal_ray.progress import PLAN_FILE, figures_key, last_figures, save_figur
 from birbal_ray.recipe import PipelineConfig, join_steps
 from birbal_ray.report.load import read_times
 from birbal_ray.settings import ConfigError, load_config
+from birbal_ray.speeds import CARDS
 from birbal_ray.storage import open_folder
-from birbal_ray.train.preflight import rate_key
+from birbal_ray.train.config import TrainConfig
+from birbal_ray.train.preflight import GIB, estimate, rate_key, shapes_of, total_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -145,10 +147,12 @@ def test_without_tune_its_share_goes_to_training():
     assert steps["train"].limit_seconds > by_step(recipe())["train"].limit_seconds
 
 
-@pytest.mark.parametrize("name", ["one-day-mistral-7b"])
-def test_the_day_on_a_4090_fits(name, monkeypatch):
-    monkeypatch.setattr(plan, "num_weights", lambda model: 7_241_732_096)
-    monkeypatch.setattr(plan, "_flop_per_token", lambda config: 6.0 * 7_241_732_096)
+@pytest.mark.parametrize(
+    ("name", "num_weights"), [("one-day-mistral-7b", 7_241_732_096), ("one-day-qwen3-8b", 8_190_735_360)]
+)
+def test_the_day_on_a_4090_fits(name, num_weights, monkeypatch):
+    monkeypatch.setattr(plan, "num_weights", lambda model: num_weights)
+    monkeypatch.setattr(plan, "_flop_per_token", lambda config: 6.0 * num_weights)
     config = recipe(name, device="gpu", tasks="sample-tasks")
     config = config.model_copy(
         update={"score": config.score.model_copy(update={"tasks": config.evaluate.tasks.model_copy()})}
@@ -167,18 +171,22 @@ def test_the_first_session_s_plan_stays_and_meets_what_was_taken(tmp_path):
     assert said[0].startswith("planned: score 1 min 30 s, tune 2 min 20 s, mix 3 s, train ")
     written = json.loads((tmp_path / PLAN_FILE).read_text())
     assert written["budget_seconds"] == 900
-    (tmp_path / "clock.json").write_text(json.dumps({"spent_seconds": {"score": 100.0, "tune": 130.5}}))
+    (tmp_path / "clock.json").write_text(json.dumps({"spent_seconds": {"score": 100.0, "tune": 130.5, "train": 9.0}}))
+    for step in ("score", "tune"):
+        open_folder(tmp_path).write_json(f"{step}/manifest.json", {})
     times = {row["step"]: row for row in read_times(open_folder(tmp_path))}
     assert list(times) == ["score", "tune", "mix", "train", "evaluate", "report"]
     assert (times["score"]["planned"], times["score"]["actual"]) == pytest.approx((90, 100))
     assert times["score"]["difference"] == pytest.approx(10)
     assert times["tune"]["difference"] == pytest.approx(-9.5)
     assert times["mix"]["actual"] is None and times["mix"]["difference"] is None
+    assert times["train"]["actual"] == 9 and times["train"]["difference"] is None  # it has not ended
     (tmp_path / PLAN_FILE).unlink()
     rows = read_times(open_folder(tmp_path))
     assert [(row["step"], row["actual"], row["planned"]) for row in rows] == [
         ("score", 100, None),
         ("tune", 130.5, None),
+        ("train", 9, None),
     ]
 
 
@@ -244,3 +252,37 @@ def test_a_dry_run_says_the_hours_of_the_plan(monkeypatch, capsys):
         assert steps[step].hours in capsys.readouterr().err
     note_hours(lambda: plan.plan_score(recipe(device="gpu").score))
     assert capsys.readouterr().err.startswith("no estimate of time: the card is not known")
+
+
+def test_the_day_with_an_instruct_model_asks_by_its_template_everywhere():
+    config = recipe("one-day-qwen3-8b", device="gpu")
+    prompts = [config.score.prompt, config.tune.train.prompt, config.train.prompt, config.evaluate.prompt]
+    assert {one.format for one in prompts} == {"chat"}
+    assert all(one.chat_template_arguments == {"enable_thinking": False} for one in prompts)
+    models = {
+        config.score.model.name,
+        config.tune.train.model.name,
+        config.train.model.name,
+        config.evaluate.model.name,
+    }
+    assert models == {"Qwen/Qwen3-8B"}
+    alone = load_config(TrainConfig, find_config("train", "qwen3-8b-24gb"))
+    for name in ("epochs", "lora", "neftune_alpha", "batch", "optimizer", "evaluation", "checkpoint"):
+        assert getattr(config.train, name) == getattr(alone, name), name
+
+
+@pytest.mark.parametrize("name", ["one-day-mistral-7b", "one-day-qwen3-8b"])
+def test_the_day_s_training_and_trials_fit_the_card(name, tmp_path):
+    """The preflight's memory with the model's shape as its config.json has it; no weights."""
+    shapes = {
+        "one-day-mistral-7b": ("mistral", 32_000, 14_336, 32),
+        "one-day-qwen3-8b": ("qwen3", 151_936, 12_288, 36),
+    }
+    names = ("model_type", "vocab_size", "intermediate_size", "num_hidden_layers")
+    own = dict(zip(names, shapes[name], strict=True))
+    shape = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, **own}
+    (tmp_path / "config.json").write_text(json.dumps({**shape, "tie_word_embeddings": False}))
+    config = recipe(name, device="gpu")
+    for train in (config.train, config.tune.train):
+        parts = estimate(shapes_of(tmp_path, train.lora.target_modules), train, gpu=True, attention="auto")
+        assert total_bytes(parts) < CARDS["GeForce-RTX-4090"].memory_gib * GIB

@@ -426,3 +426,32 @@ def test_an_evaluation_of_version_0_1_is_read(copy, without_plots):
     assert "adapter" in result.conclusions[0].title
     assert len(page.rows("comparisons")[0]) == 11
     assert "adapter:difference" in page.rows("tasks-zero_shot")[0]
+
+
+def test_what_was_planned_stands_beside_what_was_taken(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert "times" not in Page((tmp_path / report(run).file).read_text()).tables  # no pipeline made it
+    steps = [
+        {
+            "step": step,
+            "work": NASTY,
+            "low_seconds": 80.0,
+            "high_seconds": 100.0,
+            "planned_seconds": 90.0,
+            "source": NASTY,
+        }
+        for step in ("score", "evaluate")
+    ]
+    write_json(run / "plan.json", {"budget_seconds": 900, "steps": steps})
+    write_json(run / "clock.json", {"budget_seconds": 900, "spent_seconds": {"score": 78.2}})
+    page = Page(Path(report(run).file).read_text())
+    scored, evaluated = page.tables["times"][1:]
+    assert [scored[name][0] for name in ("step", "planned", "actual", "difference", "alone")] == [
+        *("score", "1 min 30 s", "1 min 18 s", "\u221212 s", "1 min 20 s to 1 min 40 s"),
+    ]
+    assert scored["work"][0] == scored["source"][0] == NASTY
+    assert (evaluated["actual"][0], evaluated["difference"][0]) == ("\u2013", "\u2013")
+    assert not page.tags["script"]
+    (run / "plan.json").unlink()
+    page = Page(Path(report(run).file).read_text())
+    assert [row["actual"][0] for row in page.tables["times"][1:]] == ["1 min 18 s"]
