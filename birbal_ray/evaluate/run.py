@@ -125,13 +125,14 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
         plan = publish_inputs(plan, run.folder, everything=everything)
         write_plan(run.folder, plan)
         describe_evaluation(setup, plan, progress)
+        num_earlier = len(run.sessions())
         _score(setup, plan, run, progress)
         result = _finish(setup, plan, run)
-        if not run.resumed and config.engine.backend == "vllm":
+        if config.engine.backend == "vllm":
             asked = len(plan.tasks) * (config.tasks.instances_per_task or plan.num_rows)
             asked *= len(setup.models) * len(config.prompt_formats)
             more = {"asked_fraction": result.manifest["rows"]["planned"] / asked}  # the mix considered the others
-            keep_figures(figures_key(STEP, config), run.sessions(), time.monotonic() - started, **more)
+            keep_figures(figures_key(STEP, config), run.sessions()[num_earlier:], time.monotonic() - started, **more)
         return result
 
 

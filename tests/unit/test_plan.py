@@ -14,11 +14,15 @@ from birbal_ray.cli.steps import note_hours
 from birbal_ray.progress import PLAN_FILE, figures_key, last_figures, save_figures, save_throughput
 from birbal_ray.recipe import PipelineConfig, join_steps
 from birbal_ray.report.load import read_times
+from birbal_ray.score.run import keep_figures
 from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.speeds import CARDS
 from birbal_ray.storage import open_folder
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.preflight import GIB, estimate, rate_key, shapes_of, total_bytes
+from birbal_ray.tune.config import TuneConfig
+from birbal_ray.tune.run import figures_of
+from birbal_ray.tune.scheduler import BASE_MODEL, FINISHED, TrialResult, TrialScheduler, TrialSpec
 
 
 @pytest.fixture(autouse=True)
@@ -231,8 +235,10 @@ def test_nothing_starts_where_a_dataset_cannot_be_had(tmp_path, monkeypatch):
 
 def test_doctor_looks_for_the_datasets_of_a_recipe(monkeypatch):
     monkeypatch.setattr(doctor, "source_problem", lambda source: "gated" if source.name == "lima" else "")
+    monkeypatch.setattr(doctor, "_model", lambda name: doctor.Check("model", "ok", name))
     result = CliRunner().invoke(main, ["doctor", "--config", "one-day-mistral-7b", "--format", "json"])
     rows = {row["check"]: row for row in json.loads(result.stdout)}
+    assert rows["model"]["found"] == "mistralai/Mistral-7B-v0.1"
     assert (rows["lima"]["state"], rows["math_instruct"]["state"]) == ("problem", "ok")
     assert "lima: gated" in result.stderr
     assert result.exit_code == 1
@@ -286,3 +292,32 @@ def test_the_day_s_training_and_trials_fit_the_card(name, tmp_path):
     for train in (config.train, config.tune.train):
         parts = estimate(shapes_of(tmp_path, train.lora.target_modules), train, gpu=True, attention="auto")
         assert total_bytes(parts) < CARDS["GeForce-RTX-4090"].memory_gib * GIB
+
+
+def test_figures_are_of_what_this_process_measured():
+    values = ((20.0, 10.0, 30), (30.0, 15.0, 70))
+    sessions = [dict(zip(("load_seconds", "steady_seconds", "rows"), one, strict=True)) for one in values]
+    keep_figures("evaluate x", sessions, 90.0, asked_fraction=0.5)
+    assert last_figures("evaluate x") == {
+        "load_seconds": 25.0,  # of one engine
+        "rows_per_second": 4.0,
+        "overhead_seconds": 15.0,
+        "asked_fraction": 0.5,
+    }
+    keep_figures("evaluate y", [], 90.0)  # nothing was left to do
+    keep_figures("evaluate y", [{"load_seconds": 20.0, "steady_seconds": 1.0, "rows": 3}], 90.0)
+    assert last_figures("evaluate y") == {}
+
+
+def test_a_search_keeps_what_a_trial_took():
+    config = TuneConfig(num_trials=2, resources={"max_concurrent": 2}, proxy={"tokens": 100})
+    specs = [TrialSpec(BASE_MODEL, "base", BASE_MODEL, 0, {})]
+    specs += [TrialSpec(f"search-{n}", "search", f"search-{n}", 0, {}, tokens=100) for n in range(2)]
+    specs.append(TrialSpec("best-x2", "transfer", "best", 1, {}, tokens=200))
+    seconds = [10.0, 40.0, 50.0, 120.0]
+    results = [
+        TrialResult(spec, FINISHED, 1.0, [[1, 1.0]], seconds=taken) for spec, taken in zip(specs, seconds, strict=True)
+    ]
+    figures = figures_of(TrialScheduler(config, results), 150.0)
+    assert figures == {"trial_seconds": pytest.approx((40 + 50 + 60) / 3), "overhead_seconds": pytest.approx(150 - 110)}
+    assert figures_of(TrialScheduler(config, results[:1]), 150.0) == {}
