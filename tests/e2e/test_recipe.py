@@ -159,7 +159,6 @@ def test_the_merged_model_answers_as_the_adapter_does(recipe, tmp_path):
     out, _ = finish(birbal(*merge, "--format", "json"))
     (row,) = json.loads(out)
     assert row["same_tokens_fraction"] == 1.0, row
-    assert row["engine_applied_fraction"] > 0.9, row
     select = tmp_path / "names.txt"
     select.write_text("sample001_review_sentiment\nsample005_news_headline\n")
     contenders = ["--adapter", f"adapter={train}", "--merged", f"merged={tmp_path / 'merged'}"]

@@ -49,7 +49,7 @@ def trained(tiny_model, tiny_mix, tmp_path_factory):
 
 
 def merge(run, output, *arguments):
-    """Without vLLM: it takes no heads as small as this model's (tests/e2e has it)."""
+    """Without vLLM: it takes no heads as small as this model's."""
     command = ["merge", "--run", run, "--output", output, "--no-engine", *arguments]
     return CliRunner().invoke(main, [str(argument) for argument in command])
 
