@@ -46,13 +46,11 @@ demo: setup
 	$(BIN)/birbal demo --output $(OUTPUT)
 
 # A file's tests share models and Ray sessions: one worker gets them all, the longest files first (tests/conftest.py).
-# The second part waits for Ray and vLLM to start more than it computes: three workers on two cores.
 TEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
-WORKERS ?= 3
 
 test: lint
 	$(TEST) -n 2 tests/data tests/unit
-	$(TEST) -n $(WORKERS) tests/e2e tests/ray tests/training tests/harness tests/browser
+	$(TEST) -n 2 tests/e2e tests/ray tests/training tests/harness tests/browser
 
 # The same and what takes minutes each: more kills, all 720 rows against transformers.
 test-all:
