@@ -75,6 +75,7 @@ class BudgetClock:
         same = earlier.get("budget_seconds") == budget
         self._decided: dict[str, Any] = dict(earlier.get("decided", {})) if same else {}
         self.is_new = not earlier or not same
+        self.has_ended = False
         self._lock = threading.Lock()
 
     @property
@@ -84,7 +85,10 @@ class BudgetClock:
 
     @contextlib.contextmanager
     def running(self, step: str) -> Iterator[None]:
-        """Count the block for `step`, and write the count down every few seconds."""
+        """Count the block for `step`, and write the count down every few seconds; not once the recipe `has_ended`."""
+        if self.has_ended:
+            yield
+            return
         done, before, start = threading.Event(), self.spent.get(step, 0.0), self._now()
 
         def count() -> None:
@@ -170,6 +174,7 @@ def run_pipeline(
     if clock.is_new:
         refuse_small_budget(config, least)
     is_done = all(folder.is_file(f"{step}/{MANIFEST_FILE}") for step in steps if step != "report") and not overwrite
+    clock.has_ended = is_done  # a second call looks at what is there: it takes no time of the budget
     if overwrite or not folder.is_file(f"mix/{MANIFEST_FILE}"):
         check_sources(config)
     if clock.is_new or not (is_done or folder.is_file(PLAN_FILE)):

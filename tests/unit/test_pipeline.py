@@ -77,6 +77,19 @@ def test_the_clock_survives_a_kill_to_within_a_beat(tmp_path):
     assert again.spent["score"] == pytest.approx(40)
 
 
+def test_a_look_at_a_recipe_that_has_ended_takes_no_time(tmp_path):
+    time = Time()
+    clock = clock_in(tmp_path, time=time)
+    spend(clock, time, "score", 30)
+    before = (tmp_path / CLOCK_FILE).read_bytes()
+    again = clock_in(tmp_path, time=time)
+    again.has_ended = True
+    spend(again, time, "score", 10)
+    spend(again, time, "report", 10)
+    assert again.total == pytest.approx(30)
+    assert (tmp_path / CLOCK_FILE).read_bytes() == before
+
+
 def test_status_says_what_is_used_of_the_budget(tmp_path):
     time = Time()
     assert read_budget(tmp_path) == ""
