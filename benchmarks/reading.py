@@ -29,7 +29,7 @@ def main() -> None:
     overrides = labels.default_overrides()
     num_rows = num_bytes = num_characters = 0
     pairs: list[tuple[str, str]] = []
-    begun = time.monotonic()
+    started = time.monotonic()
     files = reader.find_task_files(arguments.tasks)
     for file, data in reader.read_files(files):
         task = reader.parse_task(file.name, data)
@@ -41,17 +41,17 @@ def main() -> None:
         if label.value == metrics.GENERATION and len(pairs) < NUM_PAIRS:
             usable = [i.references[0] for i in task.instances if i.references and i.references[0].isascii()][:400]
             pairs += list(zip(usable, usable[1:] + usable[:1], strict=True))
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     pairs = pairs[:NUM_PAIRS]
 
-    begun = time.monotonic()
+    started = time.monotonic()
     ours = [metrics.rouge_l(answer, [reference]) for answer, reference in pairs]
-    ours_rate = len(pairs) / (time.monotonic() - begun)
+    ours_rate = len(pairs) / (time.monotonic() - started)
     scorer = rouge_scorer.RougeScorer(["rougeL"])
-    begun = time.monotonic()
+    started = time.monotonic()
     theirs = [scorer.score(reference, answer)["rougeL"].fmeasure for answer, reference in pairs]
-    theirs_rate = len(pairs) / (time.monotonic() - begun)
+    theirs_rate = len(pairs) / (time.monotonic() - started)
     difference = max((abs(a - b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
 
     figures = {

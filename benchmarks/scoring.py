@@ -121,7 +121,7 @@ def run_vllm(
     from birbal_ray.score.engine import CPU_MAX_NUM_SEQS
 
     texts, limits = prompts_of(config, longest_first=longest_first)
-    begun = time.monotonic()
+    started = time.monotonic()
     from vllm import LLM, SamplingParams
 
     engine = LLM(
@@ -140,7 +140,7 @@ def run_vllm(
     params = [SamplingParams(temperature=0, max_tokens=limit, stop=[prompt.STOP]) for limit in limits]
     outputs = engine.generate(texts, params, use_tqdm=False)
     cached, total = sum(o.num_cached_tokens or 0 for o in outputs), sum(len(o.prompt_token_ids) for o in outputs)
-    return timed(len(texts), loaded, begun) | {"cached_fraction": cached / total}
+    return timed(len(texts), loaded, started) | {"cached_fraction": cached / total}
 
 
 def run_transformers(config: ScoreConfig) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def run_transformers(config: ScoreConfig) -> dict[str, Any]:
 
     torch.set_num_threads(THREADS)
     texts, limits = prompts_of(config)
-    begun = time.monotonic()
+    started = time.monotonic()
     path = resolve_model(config.model.name).path
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -172,7 +172,7 @@ def run_transformers(config: ScoreConfig) -> dict[str, Any]:
     loaded = time.monotonic()
     for text, limit in sample:
         answer(text, limit)
-    return timed(len(sample), loaded, begun)
+    return timed(len(sample), loaded, started)
 
 
 def run_ray_data_llm(config: ScoreConfig) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def run_ray_data_llm(config: ScoreConfig) -> dict[str, Any]:
     from birbal_ray.score.engine import CPU_BLOCK_TOKENS, CPU_MAX_NUM_SEQS
 
     texts, limits = prompts_of(config)
-    begun = time.monotonic()
+    started = time.monotonic()
     with ray_session(8):
         environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": str(THREADS)}
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # its automatic binding uses one core of two
@@ -223,13 +223,18 @@ def run_ray_data_llm(config: ScoreConfig) -> dict[str, Any]:
     return {
         "rows": len(times) - first_batch,
         "seconds": times[-1] - times[first_batch - 1],
-        "load_seconds": times[0] - begun,
+        "load_seconds": times[0] - started,
         "cached_fraction": None,
     }
 
 
-def timed(rows: int, loaded: float, begun: float) -> dict[str, Any]:
-    return {"rows": rows, "seconds": time.monotonic() - loaded, "load_seconds": loaded - begun, "cached_fraction": None}
+def timed(rows: int, loaded: float, started: float) -> dict[str, Any]:
+    return {
+        "rows": rows,
+        "seconds": time.monotonic() - loaded,
+        "load_seconds": loaded - started,
+        "cached_fraction": None,
+    }
 
 
 def median_run(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -289,9 +294,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_tasks(folder / "tasks")
-        begun = time.monotonic()
+        started = time.monotonic()
         for number in range(arguments.rounds):
-            elapsed = time.monotonic() - begun
+            elapsed = time.monotonic() - started
             if number and elapsed * (number + 1) / number > arguments.minutes * 60:
                 print(
                     f"stopped after {number} rounds: another would pass {arguments.minutes:g} minutes", file=sys.stderr

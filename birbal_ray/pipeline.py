@@ -29,6 +29,7 @@ from birbal_ray.storage import Folder, RunError, cache_folder, input_folder, ope
 from birbal_ray.train.deadline import CLOCK_FILE as WORKER_CLOCK_FILE
 from birbal_ray.train.launch import logical_cpus as train_logical_cpus
 from birbal_ray.train.run import train
+from birbal_ray.tune.config import changed_mix
 from birbal_ray.tune.run import tune
 from birbal_ray.tune.space import mix_of, point_of
 
@@ -318,7 +319,10 @@ def _mix_settings(config: PipelineConfig) -> MixConfig:
     tuned = open_folder(config.tune.output or "")
     if config.search and tuned.is_file(MANIFEST_FILE):
         best = tuned.read_json(MANIFEST_FILE)["best"]
-        settings |= mix_of(config.mix, point_of(config.mix).moved(best["ratios"] or {}))
+        if best["mix"] in config.tune.mixes:
+            settings = changed_mix(config.mix, config.tune.mixes[best["mix"]]).model_dump()
+        else:
+            settings |= mix_of(config.mix, point_of(config.mix).moved(best["ratios"] or {}))
         if best["is_baseline"]:
             settings["policy"] = best["mix"]
     if config.budget is not None:

@@ -364,7 +364,8 @@ def print_tune(result: TuneResult, output_format: str) -> None:
     for line in describe_result(result.manifest):
         note(line)
     note(f"its mix: birbal mix --config {shlex.quote(result.folder.at('best_mix.yaml'))} --output DIR")
-    note(f"all trials: {result.folder.at('trials.parquet')}; pictures: {result.folder.at('search.png')}")
+    picture = "search.png" if "search.png" in result.manifest["files"] else "verdict.png"  # nothing was searched
+    note(f"all trials: {result.folder.at('trials.parquet')}; pictures: {result.folder.at(picture)}")
 
 
 # --- train

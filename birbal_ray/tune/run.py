@@ -279,8 +279,9 @@ def _finish(config: TuneConfig, scheduler: TrialScheduler, run: Run, progress: P
     files = {
         BEST_FILE: folder.write_bytes(BEST_FILE, mix_yaml(spec.mix, config.scores or "", about).encode()),
         TRIALS_FILE: folder.write_parquet(TRIALS_FILE, table_of(results)),
-        SEARCH_PICTURE: folder.write_bytes(SEARCH_PICTURE, draw_search(results, config.baselines)),
     }
+    if config.num_trials:
+        files[SEARCH_PICTURE] = folder.write_bytes(SEARCH_PICTURE, draw_search(results, config.baselines))
     if objectives:
         picture = draw_seeds(objectives, config.baselines, chosen)
         files[SEEDS_PICTURE] = folder.write_bytes(SEEDS_PICTURE, picture)
@@ -336,8 +337,17 @@ def describe_result(manifest: dict[str, Any]) -> list[str]:
 
 
 def summarise(results: Sequence[TrialResult], config: TuneConfig) -> list[dict[str, Any]]:
-    """One row per mix at the search's seed, baselines first, then by objective, failed last; fresh seeds beside."""
+    """One row per mix at the search's seed, baselines first, then by objective, failed last; fresh seeds beside.
+
+    Without a search no trial has that seed: a mix has a row without `loss`, the best mean first.
+    """
     again = by_name(results)
+    if not config.num_trials:
+        means = {name: math.fsum(seeds.values()) / len(seeds) for name, seeds in again.items()}
+        return [
+            {"mix": name, "fresh seeds": len(again[name]), "mean loss": means[name]}
+            for name in sorted(means, key=lambda name: (means[name], name))
+        ]
     rows = []
     for result in results:
         if result.spec.kind not in (BASE, REPEAT, TRANSFER):

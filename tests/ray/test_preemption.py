@@ -61,8 +61,8 @@ def test_nodes_lost_while_scoring(birbal, cluster, tasks, undisturbed, tmp_path)
     assert kills == 2
     assert scored_rows(run) == scored_rows(undisturbed), "no row lost, none doubled, none different"
     session = read_json(run / "manifest.json")["last_session"]
-    begun = "".join(file.read_text() for file in (run / "logs").glob("replica-*.log")).count("begins ")
-    redone = begun * SHARD_ROWS / NUM_ROWS - 1
+    started = "".join(file.read_text() for file in (run / "logs").glob("replica-*.log")).count("begins ")
+    redone = started * SHARD_ROWS / NUM_ROWS - 1
     print(f"{kills} nodes lost, 0 of {NUM_ROWS} rows lost or doubled, {redone:.1%} of the work done again")
     assert session["engine_restarts"] >= 1, "a replica came back on another node"
     assert redone <= kills * (IN_FLIGHT + 2) * SHARD_ROWS / NUM_ROWS, "no more than the shards in flight"

@@ -10,6 +10,7 @@ import yaml
 from benchmarks.search import compare
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import mix
+from birbal_ray.pipeline import _mix_settings
 from birbal_ray.progress import ProgressLine
 from birbal_ray.recipe import PipelineConfig
 from birbal_ray.run import RUN_FILE, open_run
@@ -528,6 +529,35 @@ def test_mixes_of_the_users_are_compared_without_a_search():
     assert mixes["steep"]["task_score"] == mixes["uniform"]["task_score"] | {"gamma": 3.0}
     assert (mixes["steep"]["policy"], mixes["published"]["policy"]) == ("task_score", "birbal_2023")
     assert {scheduler.results[f"{name}-seed2"].spec.mix["seed"] for name in arms} == {2}
+
+
+def test_without_a_search_the_best_mix_of_the_users_is_what_birbal_mix_gets(scores, tmp_path):
+    config = config_of(
+        scores=str(scores),
+        output=str(tmp_path),
+        seed=4,
+        num_trials=0,
+        baselines=["proportional", "uniform"],
+        mixes={"steep": {"task_score": {"gamma": 3}}, "flat": {"task_score": {"gamma": 0}}},
+        repeats={"top": 0, "seeds": 3},
+    )
+    scheduler = TrialScheduler(config)
+    losses = {"proportional": 1.2, "uniform": 1.1, "steep": 0.9, "flat": 1.0, "base_model": 3.0}
+    while (spec := scheduler.next()) is not None:
+        loss = losses[spec.name] + 0.01 * spec.seed
+        scheduler.tell(TrialResult(spec, FINISHED, loss, [[1, loss]]))
+    with open_run(tmp_path, "tune", {}, owns=["*"]) as run:
+        manifest = _finish(config, scheduler, run, ProgressLine()).manifest
+    assert manifest["best"] == {"mix": "steep", "is_baseline": False, "ratios": {}}
+    assert load_config(MixConfig, tmp_path / "best_mix.yaml").task_score.gamma == 3
+    assert [row["mix"] for row in manifest["summary_rows"]] == ["steep", "flat", "uniform", "proportional"]
+    assert [row["fresh seeds"] for row in manifest["summary_rows"]] == [3] * 4
+    pairs = [(one["mix"], one["baseline"], one["is_primary"]) for one in manifest["comparisons"]]
+    against = "proportional"
+    assert pairs == [("steep", against, True), ("flat", against, False), ("uniform", against, False)]
+    assert not (tmp_path / "search.png").exists() and (tmp_path / "verdict.png").exists()
+    recipe = PipelineConfig(output=str(tmp_path), tune=config, mix=config.mix)
+    assert _mix_settings(recipe).task_score.gamma == 3, "the recipe trains on the mix that won"
 
 
 @pytest.mark.parametrize(
