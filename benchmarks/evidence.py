@@ -49,6 +49,7 @@ NUM_SCORED, NUM_HELD_OUT = 12, 4  # tasks of each label
 MIN_INSTANCES, MAX_PROMPT_CHARACTERS, MAX_ANSWER_CHARACTERS = 1000, 1500, 120  # what two cores can score
 ROWS_PER_TASK = 200
 HELD_OUT_ROWS = 12  # of a held-out task, for its loss
+PRIMARY_MEASURE = "loss, held-out instances"
 JUDGED_ROWS = 8  # of every task, for its task score
 
 
@@ -172,19 +173,17 @@ def read_measures(config: TuneConfig, work: Path) -> tuple[Measures, dict[str, d
     return measures, base
 
 
-def compare_measure(
-    by_mix: Mapping[str, Mapping[int, Mapping[str, float]]], primary: tuple[str, str]
-) -> list[dict[str, Any]]:
-    """Every mix against the baseline of `primary`, over tasks (the claim) and over seeds (the repeatability).
+def compare_measure(by_mix: Mapping[str, Mapping[int, Mapping[str, float]]], against: str) -> list[dict[str, Any]]:
+    """Every mix against one of them, over tasks (the claim) and over seeds (the repeatability), best mean first.
 
     Over tasks: each task's difference, a mean over seeds. Over seeds: each seed's difference, a mean over tasks.
     """
-    baseline = by_mix[primary[1]]
+    baseline = by_mix[against]
     rows = []
     for name, cells in by_mix.items():
         seeds = sorted(cells.keys() & baseline.keys())
         means = {"mix": name, "mean": fmean(fmean(cells[seed].values()) for seed in seeds), "num_seeds": len(seeds)}
-        if name == primary[1]:
+        if name == against:
             rows.append(means)
             continue
         tasks = sorted(set.intersection(*(set(cells[seed]) & set(baseline[seed]) for seed in seeds)))
@@ -194,13 +193,19 @@ def compare_measure(
         rows.append(
             means
             | {"over_tasks": asdict(over_tasks), "outcome": over_tasks.outcome(), "over_seeds": asdict(over_seeds)}
-            | {"is_primary": name == primary[0], "better_tasks": int((table.mean(axis=0) > 0).sum())}
+            | {"better_tasks": int((table.mean(axis=0) > 0).sum())}
         )
-    compared = [row for row in rows if "over_tasks" in row]
-    others = iter(holm([row["over_tasks"]["p_value"] for row in compared if not row["is_primary"]]))
-    for row in compared:
-        row["p_adjusted"] = row["over_tasks"]["p_value"] if row["is_primary"] else next(others)
     return sorted(rows, key=lambda row: -row["mean"])
+
+
+def adjust(found: Mapping[str, list[dict[str, Any]]], primary: str) -> None:
+    """Mark the one comparison named beforehand, `primary` by PRIMARY_MEASURE; Holm over all others of all measures."""
+    compared = [(measure, row) for measure, rows in found.items() for row in rows if "over_tasks" in row]
+    for measure, row in compared:
+        row["is_primary"] = (measure, row["mix"]) == (PRIMARY_MEASURE, primary)
+    others = iter(holm([row["over_tasks"]["p_value"] for _, row in compared if not row["is_primary"]]))
+    for _, row in compared:
+        row["p_adjusted"] = row["over_tasks"]["p_value"] if row["is_primary"] else next(others)
 
 
 def report(config: TuneConfig, work: Path, json_file: Path | None, plot_file: Path | None) -> None:
@@ -209,7 +214,8 @@ def report(config: TuneConfig, work: Path, json_file: Path | None, plot_file: Pa
     measures, base = read_measures(config, work)
     if not measures:
         raise SystemExit(f"{work}: no seed has all its cells yet; run the stage tune")
-    found = {measure: compare_measure(by_mix, primary) for measure, by_mix in measures.items()}
+    found = {measure: compare_measure(by_mix, primary[1]) for measure, by_mix in measures.items()}
+    adjust(found, primary[0])
     for measure, rows in found.items():
         untrained = fmean(base[measure].values()) if measure in base else math.nan
         seeds = max(row["num_seeds"] for row in rows)
@@ -222,7 +228,11 @@ def report(config: TuneConfig, work: Path, json_file: Path | None, plot_file: Pa
                 continue
             print(f"| {row['mix']}{' (primary)' * row['is_primary']} | {row['mean']:+.4f} | " + " | ".join(_cells(row)))
     if json_file:
-        content = {"primary": primary, "settings": config.model_dump(mode="json"), "comparisons": found}
+        content = {
+            "primary": [*primary, PRIMARY_MEASURE],
+            "settings": config.model_dump(mode="json"),
+            "comparisons": found,
+        }
         content |= {"base": base, "measures": measures}
         for path in (str(work), str(work.resolve())):  # no paths of this machine
             content = json.loads(json.dumps(content).replace(path, "WORK"))
