@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 import importlib.metadata
 import json
 import os
@@ -133,7 +134,7 @@ class Run:
             **manifest,
             "summary": summary,
             "files": {name: FileRecord(*records[name])._asdict() for name in sorted(records)},
-            "code": code_version(),
+            "code": dict(code_version()),
             "packages": package_versions(),
             "python": platform.python_version(),
         }
@@ -339,15 +340,20 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 def package_versions() -> dict[str, str]:
     """Installed versions of the packages that shape a run's rows."""
-    versions = {}
-    for name in VERSIONED_PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
+    return {name: version for name in VERSIONED_PACKAGES if (version := _package_version(name))}
 
 
-def code_version() -> dict[str, Any]:
-    """Git commit of the checkout this code runs from (None outside one), and whether it was edited."""
+@functools.cache
+def _package_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def code_version() -> Mapping[str, Any]:
+    """Git commit of the checkout this code runs from (None outside one), and whether it was edited; asked once."""
     here = Path(__file__).resolve().parent.parent
     if not (here / ".git").exists():
         return {"commit": None, "edited": None}

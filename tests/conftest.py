@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -17,10 +18,10 @@ from hypothesis import settings
 from birbal_ray.storage import Folder, open_folder
 from tests.fixtures.s3_server import BUCKET, s3_server
 
-settings.register_profile("birbal", deadline=None)  # a busy machine is no failure
-settings.load_profile("birbal")
 REPOSITORY = Path(__file__).resolve().parent.parent
 SLOW = os.environ.get("BIRBAL_SLOW_TESTS") == "1"
+settings.register_profile("birbal", deadline=None)  # a busy machine is no failure
+settings.load_profile("birbal")
 slow = pytest.mark.skipif(not SLOW, reason="takes minutes; `make test-all` (BIRBAL_SLOW_TESTS=1) runs it")
 # xdist gives files out in this order, the longest first, so that all workers are busy until the end.
 LONGEST_FIRST = (
@@ -55,6 +56,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort by LONGEST_FIRST; other files follow as they came."""
     place = {REPOSITORY / "tests" / name: number for number, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """What the libraries made while they were imported stays: the collector need not go through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def examples(number: int) -> settings:
+    """How many examples hypothesis tries: so many where slow tests run, else a third."""
+    return settings(max_examples=number if SLOW else number // 3)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _unsynced_disk() -> Iterator[None]:
+    """No test survives a power cut: this process does not wait for its disk, 4 ms each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -112,6 +112,20 @@ def test_atomic_write_leaves_no_temporary_file(tmp_path):
     assert storage.read_json(tmp_path / "a" / "f.txt") == {"ü": 2}
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_its_folder_is(tmp_path, monkeypatch):
+    """What a power cut would show."""
+    synced = []
+
+    def record(descriptor):
+        found = os.fstat(descriptor)
+        synced.append((found.st_ino, found.st_size, (tmp_path / "f").exists()))
+
+    monkeypatch.setattr(os, "fsync", record)
+    open_folder(tmp_path).write_bytes("f", b"new")
+    assert synced[0] == ((tmp_path / "f").stat().st_ino, 3, False)
+    assert [(inode, named) for inode, _, named in synced[1:]] == [(tmp_path.stat().st_ino, True)]
+
+
 def test_killed_while_writing_keeps_the_old_content(tmp_path):
     (tmp_path / "f.bin").write_bytes(b"old")
     code = (

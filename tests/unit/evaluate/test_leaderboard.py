@@ -11,12 +11,13 @@ import sys
 
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from birbal_ray.cli.main import main
 from birbal_ray.evaluate import leaderboard as board
 from birbal_ray.evaluate.leaderboard import DERIVED, load_published, load_results, load_teams
+from tests.conftest import examples
 
 STEREOTYPES = "sam_sum - Stereotypes (race)"
 
@@ -157,7 +158,7 @@ tables = st.dictionaries(
     st.fixed_dictionaries(dict.fromkeys(board.METRICS, values)),
     min_size=1,
 )
-quick = settings(max_examples=60, deadline=None)
+quick = examples(60)
 
 
 @quick

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from birbal_ray.mix.allocation import (
@@ -15,6 +15,7 @@ from birbal_ray.mix.allocation import (
     ladder_cap,
     train_size,
 )
+from tests.conftest import examples
 
 
 def counts(budget, *tasks, gamma=1.0):
@@ -102,7 +103,7 @@ demand_lists = st.lists(st.tuples(st.integers(0, 400), st.floats(0, 1)), min_siz
 )
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(demand_lists, st.integers(0, 4000), st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.7]), st.integers())
 def test_properties(demands, budget, gamma, shuffle_seed):
     result = allocate(budget, demands, gamma)

@@ -6,12 +6,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from birbal_ray.mix import dedup
 from birbal_ray.mix.contamination import build_index, chosen_families, families_of
 from birbal_ray.settings import ConfigError
+from tests.conftest import examples
 
 EVALUATION = "The quick brown fox jumps over the lazy dog while seven grey geese watch from the frozen lake at noon."
 
@@ -79,7 +80,7 @@ def test_bad_evaluation_files(tmp_path, name, content, message):
 words = st.lists(st.sampled_from(["a", "b", "c"]), max_size=12)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(words, st.lists(words, max_size=6), st.integers(3, 5))
 def test_equals_a_plain_search(evaluation, rows, size):
     import tempfile

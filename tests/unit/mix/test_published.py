@@ -20,7 +20,7 @@ from birbal_ray.mix.rows import Reason
 from birbal_ray.mix.scores import open_scores
 from tests.fixtures.score_folder import made_up_rows, write_score_folder
 
-NUM_TASKS, ROWS_PER_TASK = 100, 1000
+NUM_TASKS, ROWS_PER_TASK = 30, 1000  # a task gives up to 350 rows that were answered wrongly
 SEED = 7
 
 
@@ -178,7 +178,7 @@ def test_same_rows_as_the_published_scripts(scored, oracle_scores, compat):
     ours = [ids[i] for i in decisions.rank.argsort()[: decisions.num_kept]]
     assert ours == [row["row_id"] for row in train + evaluation]
     assert Counter(r.split(":")[0] for r in ours) == Counter(row["task"] for row in train + evaluation)
-    assert 5_000 < len(ours) < NUM_TASKS * ROWS_PER_TASK
+    assert 50 * NUM_TASKS < len(ours) < NUM_TASKS * ROWS_PER_TASK
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -212,7 +212,7 @@ def test_corrected_defects_change_only_what_they_should(scored, compat, tmp_path
 
 @pytest.mark.parametrize("policy", ["task_score", "birbal_2023"])
 def test_file_order_changes_nothing(scored, policy, tmp_path):
-    config = MixConfig(policy=policy, seed=SEED, task_score={"exact_match_budget": 3_600, "generation_budget": 3_200})
+    config = MixConfig(policy=policy, seed=SEED, task_score={"exact_match_budget": 1_080, "generation_budget": 960})
     ids, decisions, _ = decide(scored, config, tmp_path)
     other_ids, other, _ = decide(scored, config, tmp_path, reverse=True)
     ours = [(ids[i], decisions.reason[i], decisions.bucket[i]) for i in decisions.rank.argsort()]

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from birbal_ray.mix.config import MixConfig
@@ -11,6 +11,7 @@ from birbal_ray.mix.rows import BUCKETS, Flags, Reason
 from birbal_ray.mix.select import NO_DUPLICATE, Candidates, Group, decide
 from birbal_ray.ni.schema import hash_order
 from birbal_ray.settings import ConfigError
+from tests.conftest import examples
 
 GROUPS = [
     Group("a", "natural_instructions", "exact_match", 0.2),
@@ -43,7 +44,7 @@ def permuted(rows, order):
     return Candidates(*(getattr(rows, name)[order] for name in Candidates.__dataclass_fields__))
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     st.integers(0, 400),
     st.integers(0, 10_000),
@@ -68,7 +69,7 @@ def test_the_order_of_the_rows_changes_nothing(count, seed, policy, budget, keys
     assert (expected == mixed.duplicate_of).all()
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(st.integers(0, 400), st.integers(0, 10_000), st.integers(0, 150), st.integers(0, 150))
 def test_budgets_and_buckets(count, seed, exact, generation):
     rows = columns(count, seed)

@@ -15,7 +15,7 @@ import pytest
 from birbal_ray.ni.fetch import fetch_archive
 from birbal_ray.ni.reader import find_task_files
 from birbal_ray.ni.schema import TaskError
-from tests.conftest import task_values
+from tests.conftest import slow, task_values
 from tests.unit.ni.test_reader import archive
 
 
@@ -65,7 +65,7 @@ def server(tmp_path):
     tasks = {f"ni-master/tasks/task{n}.json": json.dumps(task_values(3, Note=noise)).encode() for n in range(4)}
     data = archive(tmp_path / "made.tar.gz", {"ni-master/README.md": b"hello", **tasks}).read_bytes()
     server = Server(data)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # seconds that ending it takes
     server.url = f"http://127.0.0.1:{server.server_port}/ni.tar.gz"
     yield server
     server.shutdown()
@@ -153,6 +153,7 @@ def test_refused_urls(server, tmp_path, url, message):
         fetch_archive(url, tmp_path / "ni")
 
 
+@slow  # of 45 MB: what test_a_cut_download_continues_where_it_stopped shows of a small one
 def test_the_real_archive(shared_data, server, tmp_path):
     file = shared_data / "natural-instructions-subset.tar.gz"
     server.data = file.read_bytes()

@@ -7,12 +7,12 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from birbal_ray.ni import labels, metrics, prompt, text
 from birbal_ray.ni.reader import parse_task
-from tests.conftest import task_values
+from tests.conftest import examples, task_values
 
 # name: (right answer, wrong answer, tokens of the right one)
 SCRIPTS = {
@@ -85,13 +85,13 @@ def test_exact_match_takes_canonically_equal_texts_as_equal_and_nothing_more():
     assert metrics.exact_match("ye\u200bs", ["yes"]) == 0.0, "inside, every character counts"
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(st.text(st.characters(max_codepoint=127), max_size=30))
 def test_ascii_text_has_the_same_tokens_by_the_general_rule(ascii_text):
     assert text.tokens(ascii_text + " é")[:-1] == text.tokens(ascii_text + " e")[:-1]
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(st.text(max_size=30))
 def test_any_text_with_tokens_scores_1_against_itself(any_text):
     assert text.has_token(any_text) == bool(text.tokens(any_text))

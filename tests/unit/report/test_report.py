@@ -428,9 +428,8 @@ def test_an_evaluation_of_version_0_1_is_read(copy, without_plots):
     assert "adapter:difference" in page.rows("tasks-zero_shot")[0]
 
 
-def test_what_was_planned_stands_beside_what_was_taken(tmp_path):
-    run = make_run(tmp_path / "run")
-    assert "times" not in Page((tmp_path / report(run).file).read_text()).tables  # no pipeline made it
+def test_what_was_planned_stands_beside_what_was_taken(copy, page, without_plots):
+    assert "times" not in page.tables  # no pipeline made it
     steps = [
         {
             "step": step,
@@ -442,9 +441,9 @@ def test_what_was_planned_stands_beside_what_was_taken(tmp_path):
         }
         for step in ("score", "evaluate")
     ]
-    write_json(run / "plan.json", {"budget_seconds": 900, "steps": steps})
-    write_json(run / "clock.json", {"budget_seconds": 900, "spent_seconds": {"score": 78.2}})
-    page = Page(Path(report(run).file).read_text())
+    write_json(copy / "plan.json", {"budget_seconds": 900, "steps": steps})
+    write_json(copy / "clock.json", {"budget_seconds": 900, "spent_seconds": {"score": 78.2}})
+    page = Page(Path(report(copy).file).read_text())
     scored, evaluated = page.tables["times"][1:]
     assert [scored[name][0] for name in ("step", "planned", "actual", "difference", "alone")] == [
         *("score", "1 min 30 s", "1 min 18 s", "\u221212 s", "1 min 20 s to 1 min 40 s"),
@@ -452,6 +451,6 @@ def test_what_was_planned_stands_beside_what_was_taken(tmp_path):
     assert scored["work"][0] == scored["source"][0] == NASTY
     assert (evaluated["actual"][0], evaluated["difference"][0]) == ("\u2013", "\u2013")
     assert not page.tags["script"]
-    (run / "plan.json").unlink()
-    page = Page(Path(report(run).file).read_text())
+    (copy / "plan.json").unlink()
+    page = Page(Path(report(copy).file).read_text())
     assert [row["actual"][0] for row in page.tables["times"][1:]] == ["1 min 18 s"]

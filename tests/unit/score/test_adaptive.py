@@ -8,7 +8,7 @@ import statistics
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from birbal_ray.mix.allocation import TaskDemand, allocate
@@ -17,6 +17,7 @@ from birbal_ray.score.adaptive import GROW, STOP, TIME_UP, USED_UP, AdaptiveSche
 from birbal_ray.score.config import AdaptiveSettings
 from birbal_ray.score.plan import PlannedTask, RowFiles, Shard, Tally, WrittenFile
 from birbal_ray.storage import FileRecord
+from tests.conftest import examples
 
 
 def task(name, size, label="exact_match", limit=8):
@@ -74,7 +75,7 @@ def covered(given):
     return rows
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     st.lists(st.tuples(st.integers(1, 900), st.floats(0, 1), st.booleans()), min_size=1, max_size=8),
     st.integers(1, 200),
@@ -110,7 +111,7 @@ def test_every_task_ends_with_a_prefix_of_its_rows_and_a_true_reason(kinds, shar
     assert all(one.reason for one in decisions)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(st.integers(0, 1000), st.integers(1, 30), st.integers(5, 120))
 def test_a_resume_replays_the_decisions_and_uses_every_row(seed, stop_after, shard_rows):
     tasks = [task(f"t{n}", 700, limit=8 + n) for n in range(4)]
