@@ -6,6 +6,7 @@ benchmarks/false_claims.py measures how often an interval excludes 0 although th
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,21 +112,20 @@ def detectable_difference(num_pairs: int, deviation: float) -> float:
 
     `deviation`: standard deviation of the paired differences. Infinite with one pair.
     """
-    return deviation * _detectable_effect(num_pairs) if num_pairs > 1 else math.inf
+    from scipy.special import nctdtrinc
+
+    if num_pairs < 2:
+        return math.inf
+    # The noncentral t distribution whose lower tail ends at the critical value; the other tail's share is below 1e-4.
+    reach = _t_quantile(0.5 + CONFIDENCE / 2, num_pairs - 1)
+    return deviation * float(nctdtrinc(num_pairs - 1, 1 - POWER, reach)) / math.sqrt(num_pairs)
 
 
 def pairs_needed(difference: float, deviation: float) -> int | None:
     """How many pairs of this spread show a true mean of `difference`; None where no million of them does."""
-    low, high = 1, 2
-    while detectable_difference(high, deviation) > abs(difference):
-        low, high = high, 2 * high
-        if high > MOST_PAIRS:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        enough = detectable_difference(middle, deviation) <= abs(difference)
-        low, high = (low, middle) if enough else (middle, high)
-    return high
+    sizes = range(2, MOST_PAIRS + 1)
+    enough = bisect.bisect_left(sizes, True, key=lambda size: detectable_difference(size, deviation) <= abs(difference))
+    return sizes[enough] if enough < len(sizes) else None
 
 
 def wilson(mean: float, count: int) -> tuple[float, float]:
@@ -155,16 +155,3 @@ def _t_quantile(probability: float, degrees: float) -> float:
     from scipy.special import ndtri, stdtrit
 
     return float(ndtri(probability) if math.isinf(degrees) else stdtrit(degrees, probability))
-
-
-def _detectable_effect(num_pairs: int) -> float:
-    """In standard deviations: the noncentral t distribution's power, solved by bisection."""
-    from scipy.special import nctdtr
-
-    reach, root = _t_quantile(0.5 + CONFIDENCE / 2, num_pairs - 1), math.sqrt(num_pairs)
-    low, high = 0.0, (4 * reach + 4) / root
-    for _ in range(50):
-        middle = (low + high) / 2
-        power_here = 1 - nctdtr(num_pairs - 1, middle * root, reach)  # the other tail's share is below 1e-4
-        low, high = (low, middle) if power_here >= POWER else (middle, high)
-    return high
