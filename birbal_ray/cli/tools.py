@@ -306,15 +306,11 @@ def leaderboard(raw: Path | None, add: tuple[Path, ...], leave_one_out: bool, ou
     for file in add:
         if remark := board.load_remark(file):
             note(f"{file}: {remark}")
-    for name, values in (added if raw is None else everybody).items():
-        if missing := board.missing_metrics(values):
-            missed = f"{len(missing)} of {len(board.METRICS)} metrics missing"
-            note(f"{name}: {missed}, counted as worst: {', '.join(missing)}")
+    for name, what in board.missing_metrics(added if raw is None else everybody):
+        note(f"{name}: {what}")
     places = board.rank_with(teams, added)
-    for zeroed in board.zeroed_scores(places):
-        scenarios = " and ".join(zeroed.scenarios)
-        why = f"win rate 0 on {scenarios}, so {zeroed.score} is next to 0 whatever the others are"
-        note(f"warning: {zeroed.team}: {why}")
+    for name, what in board.zeroed_scores(places):
+        note(f"warning: {name}: {what}")
     if leave_one_out:
         print_sensitivities(board.leave_one_out(everybody), output_format)
         return

@@ -73,15 +73,6 @@ class Standing:
 
 
 @dataclass(frozen=True, slots=True)
-class ZeroedScore:
-    """A score that is next to zero because the team beats nobody in these scenarios."""
-
-    team: str
-    score: str
-    scenarios: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Sensitivity:
     """A team's place in the whole table, then with one other left out: its name → (rank among the rest, Score_full)."""
 
@@ -185,19 +176,23 @@ def metric_win_rates(teams: Teams) -> dict[str, dict[str, float]]:
     return rates
 
 
-def zeroed_scores(places: Sequence[Standing]) -> list[ZeroedScore]:
-    """The scores that a win rate of zero brings down, whatever the team's other win rates are."""
-    found = []
-    for place in places:
-        for score, scenarios in SCORES.items():
-            if zero := tuple(name for name in scenarios if place.win_rates[name] == 0):
-                found.append(ZeroedScore(place.team, score, zero))
-    return found
+def zeroed_scores(places: Sequence[Standing]) -> list[tuple[str, str]]:
+    """(team, sentence) for each score that a win rate of zero brings down, whatever the team's other win rates are."""
+    return [
+        (place.team, f"win rate 0 on {' and '.join(zero)}, so {score} is next to 0 whatever the others are")
+        for place in places
+        for score, scenarios in SCORES.items()
+        if (zero := [name for name in scenarios if place.win_rates[name] == 0])
+    ]
 
 
-def missing_metrics(values: Metrics) -> list[str]:
-    """Names of the metrics that have no value, in published order."""
-    return [name for name in METRICS if values.get(name) is None]
+def missing_metrics(teams: Teams) -> list[tuple[str, str]]:
+    """(team, sentence) for each team that has no value for some metrics, which it names in published order."""
+    return [
+        (team, f"{len(missing)} of {len(METRICS)} metrics missing, counted as worst: {', '.join(missing)}")
+        for team, values in teams.items()
+        if (missing := [name for name in METRICS if values.get(name) is None])
+    ]
 
 
 def geometric_mean(rates: Sequence[float]) -> float:

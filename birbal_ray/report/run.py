@@ -14,7 +14,6 @@ import jinja2
 from markupsafe import Markup
 
 from birbal_ray.evaluate.leaderboard import (
-    METRICS,
     Standing,
     load_added,
     load_published,
@@ -97,17 +96,8 @@ def rank_models(added: Sequence[Path]) -> tuple[list[Standing], list[str]]:
     for name, file in zip(models, added, strict=True):
         if isinstance(remark := json.loads(file.read_text(encoding="utf-8-sig")).get("note"), str):
             notes.append(f"{name}: {remark}.")
-    notes += [
-        f"{name}: {len(missing)} of {len(METRICS)} metrics missing, counted as worst: {', '.join(missing)}."
-        for name, values in models.items()
-        if (missing := missing_metrics(values))
-    ]
-    notes += [
-        f"{zeroed.team}: win rate 0 on {' and '.join(zeroed.scenarios)}, so {zeroed.score} is next to 0 whatever the "
-        "others are."
-        for zeroed in zeroed_scores(places)
-        if zeroed.team in models
-    ]
+    remarks = [*missing_metrics(models), *zeroed_scores(places)]
+    notes += [f"{name}: {what}." for name, what in remarks if name in models]
     return places, notes
 
 

@@ -129,9 +129,10 @@ def test_equal_teams_share_a_rank():
 def test_zeroed_scores_name_team_scenario_and_score():
     teams = {"best": team(0.9), "weak": team(0.5, **{"GSM8K - EM": 0.0, "BBQ - EM": 0.0}), "last": team(0.1)}
     found = board.zeroed_scores(board.standings(teams))
-    assert board.ZeroedScore("weak", "Score_open", ("GSM8K", "BBQ")) in found
-    assert {entry.team for entry in found} == {"weak", "last"}
-    assert board.ZeroedScore("last", "Score_hidden", board.HIDDEN) in found
+    said = "win rate 0 on {}, so {} is next to 0 whatever the others are".format
+    assert ("weak", said("GSM8K and BBQ", "Score_open")) in found
+    assert {team for team, _ in found} == {"weak", "last"}
+    assert ("last", said(" and ".join(board.HIDDEN), "Score_hidden")) in found
 
 
 def test_leave_one_out_by_hand():
@@ -271,10 +272,10 @@ def test_the_first_five_published_ranks():
 
 def test_published_scores_that_one_zero_decides():
     found = board.zeroed_scores(board.standings(load_published()))
-    assert {(entry.team, entry.score, entry.scenarios) for entry in found} == {
-        ("agoncharenko1992", "Score_open", ("MMLU",)),
-        ("matthewdouglas", "Score_open", ("TruthfulQA", "BBQ")),
-        ("teja1729", "Score_hidden", ("corr2cause", "MATH")),
+    assert {(team, what.removesuffix(" is next to 0 whatever the others are")) for team, what in found} == {
+        ("agoncharenko1992", "win rate 0 on MMLU, so Score_open"),
+        ("matthewdouglas", "win rate 0 on TruthfulQA and BBQ, so Score_open"),
+        ("teja1729", "win rate 0 on corr2cause and MATH, so Score_hidden"),
     }
 
 
