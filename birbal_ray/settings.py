@@ -87,12 +87,7 @@ def load_config(
         key, separator, text = assignment.partition("=")
         if not separator or not key.strip():
             raise ConfigError(f"--set {assignment}: expected key.path=value")
-        try:
-            value = _parse_yaml(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {assignment}: the value is not YAML ({one_line(error)})") from None
-        except _TwistedError as error:
-            raise ConfigError(f"--set {assignment}: {error}") from None
+        value = _parse_yaml(text, f"--set {assignment}", "the value is not YAML")
         _assign(values, key.strip(), value, f"--set {assignment}")
         origins[key.strip()] = f"--set {assignment}"
     for key, value in (flags or {}).items():
@@ -115,12 +110,7 @@ def read_yaml_mapping(file: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read ({one_line(error)})") from None
-    try:
-        values = _parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not valid YAML ({one_line(error)})") from None
-    except _TwistedError as error:
-        raise ConfigError(f"{file}: {error}") from None
+    values = _parse_yaml(text, str(file), "not valid YAML")
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -224,10 +214,6 @@ def _rename(values: dict[str, Any], old: str, new: str | None, origins: dict[str
     _assign(values, new, value, origin)
 
 
-class _TwistedError(Exception):
-    """YAML means something else than what is written."""
-
-
 class _Loader(yaml.SafeLoader):
     """yaml.safe_load, but a date stays text."""
 
@@ -238,49 +224,51 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def _parse_yaml(text: str) -> Any:
-    """The value of a YAML text. Raises _TwistedError where YAML would lose or change something without a word."""
-    loader = _Loader(text)
+def _parse_yaml(text: str, origin: str, complaint: str) -> Any:
+    """The value of a YAML text. Raises ConfigError with the `complaint` for what is no YAML."""
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
-        _refuse_twists(loader, node, ())
+        _refuse_twists(loader, node, origin)
         return loader.construct_document(node)
-    finally:
-        loader.dispose()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin}: {complaint} ({one_line(error)})") from None
 
 
-def _refuse_twists(loader: _Loader, node: yaml.Node, inside: tuple[int, ...], seen: list[int] | None = None) -> None:
+def _refuse_twists(
+    loader: _Loader, node: yaml.Node, origin: str, inside: tuple[int, ...] = (), seen: list[int] | None = None
+) -> None:
+    """Raise ConfigError where YAML would lose or change something without a word."""
     seen = [] if seen is None else seen
     seen.append(id(node))
-    line = node.start_mark.line + 1
     if id(node) in inside:
-        raise _TwistedError(f"line {line}: the section that begins here holds itself, by an alias (*)")
+        line = node.start_mark.line + 1
+        raise ConfigError(f"{origin}: line {line}: the section that begins here holds itself, by an alias (*)")
     if len(seen) > MAX_YAML_NODES:
-        raise _TwistedError(f"its aliases (*) make more than {MAX_YAML_NODES:,} values")
+        raise ConfigError(f"{origin}: its aliases (*) make more than {MAX_YAML_NODES:,} values")
     if isinstance(node, yaml.ScalarNode):
         is_number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and node.style is None
         if is_number and TWISTED_NUMBER.fullmatch(node.value):
-            value = loader.construct_object(node)
-            raise _TwistedError(
-                f"line {line}: YAML reads {node.value} as {value}; write '{node.value}' in quotes for this text, or "
-                "the number in base 10"
+            raise ConfigError(
+                f"{origin}: line {node.start_mark.line + 1}: YAML reads {node.value} as "
+                f"{loader.construct_object(node)}; write '{node.value}' in quotes for this text, or the number in base 10"
             )
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _refuse_twists(loader, item, (*inside, id(node)), seen)
+            _refuse_twists(loader, item, origin, (*inside, id(node)), seen)
     elif isinstance(node, yaml.MappingNode):
         lines: dict[Any, int] = {}
         for key, item in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value != "<<":
                 if key.value in lines:
-                    raise _TwistedError(
-                        f"{key.value!r} stands twice, in lines {lines[key.value]} and {key.start_mark.line + 1}; "
-                        "make one section of them"
+                    raise ConfigError(
+                        f"{origin}: {key.value!r} stands twice, in lines {lines[key.value]} and "
+                        f"{key.start_mark.line + 1}; make one section of them"
                     )
                 lines[key.value] = key.start_mark.line + 1
-            _refuse_twists(loader, item, (*inside, id(node)), seen)
+            _refuse_twists(loader, item, origin, (*inside, id(node)), seen)
 
 
 def _explain(schema: type[Settings], problem: Any, origins: Mapping[str, str]) -> str:

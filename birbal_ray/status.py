@@ -33,12 +33,12 @@ class Row:
     """One step's folder. `done` of `planned`: rows, optimizer steps or trials; None where nothing is counted."""
 
     step: str  # ? where its run.json can't be read
-    place: str  # path or URL
+    folder: str  # path or URL
     state: str  # done | running | stopped | not started | damaged
     detail: str = ""  # the state in more words
-    progress: str = ""
     done: int | None = None
     planned: int | None = None
+    progress: str = ""
     touched: float | None = None  # seconds since the epoch
     wall_seconds: float | None = None
     next: str = ""  # a command, or what to do
@@ -140,7 +140,7 @@ def _row(found: _Found, now: float) -> Row:
         written = folder.stat(MANIFEST_FILE)
         wall = _number(found.manifest, "wall_seconds") or _number(found.manifest, "result", "elapsed_seconds")
         summary = str(found.manifest.get("summary", ""))
-        return Row(found.step, folder.place, DONE, "", summary, done, planned, written and written.modified, wall)
+        return Row(found.step, folder.place, DONE, "", done, planned, summary, written and written.modified, wall)
     started, lock = folder.stat(RUN_FILE), folder.stat(LOCK_RECORD)
     updated = _number(seen, "updated_at") or 0.0
     touched = max(updated, started.modified if started else 0.0) or None
@@ -154,7 +154,7 @@ def _row(found: _Found, now: float) -> Row:
     wall = _number(seen, "wall_seconds")
     if wall is not None and state == RUNNING:
         wall += max(0.0, now - updated)
-    return Row(found.step, folder.place, state, detail, text, done, planned, touched, wall)
+    return Row(found.step, folder.place, state, detail, done, planned, text, touched, wall)
 
 
 def _state(folder: Folder, silent_seconds: float) -> tuple[str, str]:
@@ -170,7 +170,7 @@ def _state(folder: Folder, silent_seconds: float) -> tuple[str, str]:
 
 def _with_next(row: Row, found: _Found, home: Folder, last: str | None) -> Row:
     # A pipeline's log lies beside its steps; their settings are in its command.
-    piped = row.place == home.at(row.step) and home.is_file(f"{LOG_FOLDER}/ray.log")
+    piped = row.folder == home.at(row.step) and home.is_file(f"{LOG_FOLDER}/ray.log")
     maker = "birbal demo or birbal pipeline" if piped else f"birbal {row.step}".removesuffix(" ?")
     again = f"run the same {maker} command again"
     text = ""
@@ -191,7 +191,7 @@ def _following(row: Row, found: _Found, home: Folder) -> str:
     def at(name: str) -> str:
         return shlex.quote(home.at(name))
 
-    here, manifest = shlex.quote(row.place), found.manifest
+    here, manifest = shlex.quote(row.folder), found.manifest
     if row.step == "score":
         return f"birbal mix --scores {here} --output {at('mix')}"
     if row.step == "tune":

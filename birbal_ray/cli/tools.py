@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,7 +133,9 @@ def status(run: str, watch: bool, output_format: str) -> None:
 
     rows = read_status(run)
     if output_format != "text":
-        print_table([_record(row) for row in rows], output_format)
+        times = [row.touched and datetime.fromtimestamp(row.touched, UTC).isoformat(timespec="seconds") for row in rows]
+        records = [asdict(row) | {"touched": touched} for row, touched in zip(rows, times, strict=True)]
+        print_table(records, output_format)
         return
     idle = 0
     while True:
@@ -147,7 +150,7 @@ def status(run: str, watch: bool, output_format: str) -> None:
             click.echo(textwrap.fill(budget, width, subsequent_indent="  ") if sys.stdout.isatty() else budget)
         todo = [row for row in rows if row.next]
         for row in todo:
-            click.echo(f"next: {row.next}" if len(todo) == 1 else f"next ({row.place.rpartition('/')[2]}): {row.next}")
+            click.echo(f"next: {row.next}" if len(todo) == 1 else f"next ({row.folder.rpartition('/')[2]}): {row.next}")
         idle = 0 if any(row.state == RUNNING for row in rows) else idle + 1
         if not watch or idle == IDLE_LOOKS:
             return
@@ -162,9 +165,9 @@ def screen(rows: Sequence[Row], planned: Mapping[str, float], width: int) -> lis
     """
     from birbal_ray.progress import duration
 
-    lines = [rows[0].place.rpartition("/")[0]]
+    lines = [rows[0].folder.rpartition("/")[0]]
     for row in rows:
-        folder = row.place.rpartition("/")[2]
+        folder = row.folder.rpartition("/")[2]
         name = row.step if folder in (row.step, "report.html") else f"{row.step} ({folder})"
         taken = duration(row.wall_seconds) if row.wall_seconds else ""
         if seconds := planned.get(row.step):
@@ -176,28 +179,12 @@ def screen(rows: Sequence[Row], planned: Mapping[str, float], width: int) -> lis
     return lines
 
 
-def _record(row: Row) -> dict[str, Any]:
-    """For other programs: figures apart, the time as ISO 8601."""
-    return {
-        "step": row.step,
-        "folder": row.place,
-        "state": row.state,
-        "detail": row.detail,
-        "done": row.done,
-        "planned": row.planned,
-        "progress": row.progress,
-        "touched": datetime.fromtimestamp(row.touched, UTC).isoformat(timespec="seconds") if row.touched else None,
-        "wall_seconds": row.wall_seconds,
-        "next": row.next,
-    }
-
-
 def _cells(row: Row, now: float) -> dict[str, Any]:
     from birbal_ray.progress import duration
 
     return {
         "step": row.step,
-        "folder": row.place,
+        "folder": row.folder,
         "state": row.detail or row.state,
         "progress": row.progress or "-",
         "last touched": f"{duration(max(0.0, now - row.touched))} ago" if row.touched else "-",

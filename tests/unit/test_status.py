@@ -64,7 +64,7 @@ def test_a_stopped_run_says_what_it_last_said(folder):
     row = only(folder)
     assert (row.step, row.state, row.progress, row.done, row.planned) == ("score", "stopped", "9 of 17 rows", 9, 17)
     assert row.next == "run the same birbal score command again"
-    assert (row.place, row.wall_seconds) == (folder.place, folder.read_json("progress.json")["wall_seconds"])
+    assert (row.folder, row.wall_seconds) == (folder.place, folder.read_json("progress.json")["wall_seconds"])
     assert row.touched == folder.read_json("progress.json")["updated_at"]
 
 
@@ -139,7 +139,7 @@ def test_a_folder_of_steps_is_shown_in_the_order_they_run_whatever_they_are_call
     folder.write_bytes("other/manifest.json", b'{"name": "of another tool"}')
     folder.write_bytes("notes.txt", b"x")
     rows = read_status(folder.place)
-    assert [(row.step, row.place.removeprefix(f"{folder}/"), row.state) for row in rows] == [
+    assert [(row.step, row.folder.removeprefix(f"{folder}/"), row.state) for row in rows] == [
         *[("score", "b", "stopped"), ("score", "z", "done"), ("mix", "a-mix", "done")],
         *[
             ("train", "train", "not started"),
