@@ -251,9 +251,10 @@ def _refuse_twists(
     if isinstance(node, yaml.ScalarNode):
         is_number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and node.style is None
         if is_number and TWISTED_NUMBER.fullmatch(node.value):
+            value = loader.construct_object(node)
             raise ConfigError(
-                f"{origin}: line {node.start_mark.line + 1}: YAML reads {node.value} as "
-                f"{loader.construct_object(node)}; write '{node.value}' in quotes for this text, or the number in base 10"
+                f"{origin}: line {node.start_mark.line + 1}: YAML reads {node.value} as {value}; write '{node.value}' "
+                "in quotes for this text, or the number in base 10"
             )
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:

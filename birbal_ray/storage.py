@@ -20,11 +20,8 @@ import hashlib
 import io
 import json
 import os
-import queue
 import shutil
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -43,7 +40,6 @@ if TYPE_CHECKING:
 SCHEMES = ("s3", "gs")
 CHUNK_BYTES = 8 << 20
 RETRY_SECONDS = 300.0  # an outage of the store shorter than this costs no finished file
-FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 2.0, 30.0  # between an Uploader's tries
 
 Version = dict[str, str]  # what a store calls one state of an object: its etag or generation
 
@@ -444,89 +440,6 @@ def input_folder(path: str | os.PathLike[str], needed: Callable[[str], bool] | N
                 if file.relative_to(target).as_posix() not in files:
                     file.unlink()
     return target
-
-
-class Uploader:
-    """Uploads finished files of a working folder on this machine to a Folder, one way, while the work goes on.
-
-    with Uploader(folder, working) as uploads:
-        uploads.add("checkpoints/step-000064", "metrics.jsonl")
-
-    A name may be a file or a folder, whose files go up in the order in which they were written (a marker that says
-    "complete" is written last). An error is reported once and tried again; `wait`, and leaving the block, blocks until
-    everything is there. Nothing is ever deleted. Where `folder` is the working folder itself, all this does nothing.
-    """
-
-    def __init__(self, folder: Folder, local: Path) -> None:
-        self._folder, self._local = folder, local
-        self._names: queue.Queue[str | None] = queue.Queue()
-        self._failed: dict[str, str] = {}  # name → why it could not be uploaded
-        self._sent: dict[str, tuple[int, int]] = {}  # name → size and time of what was uploaded
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
-
-    def __enter__(self) -> Uploader:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._closing.set()  # what fails from now on is not tried again
-        self._names.put(None)
-        self._thread.join()
-        if self._failed and kind is None:
-            self._raise()
-        elif self._failed:
-            print(self._missing(), file=sys.stderr, flush=True)
-
-    def add(self, *names: str) -> None:
-        """Upload these files and folders, soon, in this order. A name may be given again when it has changed."""
-        for name in names:
-            self._names.put(name)
-
-    def wait(self) -> None:
-        """Block until everything added is uploaded. Raises RunError naming what is not."""
-        self._names.join()
-        if self._failed:
-            self._raise()
-
-    def _raise(self) -> None:
-        raise RunError(self._missing())
-
-    def _missing(self) -> str:
-        name, reason = next(iter(self._failed.items()))
-        return (
-            f"{self._folder}: {len(self._failed)} file(s) are not uploaded (first: {name}: {reason}); they are kept in "
-            f"{self._local}, and the same command on this machine uploads them"
-        )
-
-    def _work(self) -> None:
-        while (name := self._names.get()) is not None:
-            top = self._local / name
-            files = [file for file in top.rglob("*") if file.is_file()] if top.is_dir() else [top]
-            for file in sorted(files, key=lambda file: file.stat().st_mtime_ns if file.is_file() else 0):
-                self._upload(file.relative_to(self._local).as_posix())
-            self._names.task_done()
-
-    def _upload(self, name: str) -> None:
-        pause = FIRST_RETRY_SECONDS
-        while not self._folder.is_local or self._folder.local != self._local:
-            try:
-                status = (self._local / name).stat()
-                if self._sent.get(name) != (status.st_size, status.st_mtime_ns):
-                    self._folder.upload(self._local / name, name)
-                    self._sent[name] = status.st_size, status.st_mtime_ns
-            except FileNotFoundError:
-                pass  # pruned in between
-            except (OSError, RunError) as error:
-                if not self._failed:
-                    print(f"{one_line(error)}; the work goes on, and the upload is tried again", file=sys.stderr)
-                self._failed[name] = one_line(error)
-                if not self._closing.wait(pause):
-                    pause = min(2 * pause, LAST_RETRY_SECONDS)
-                    continue
-                return
-            self._failed.pop(name, None)
-            return
 
 
 def _json_bytes(value: Any) -> bytes:

@@ -9,14 +9,17 @@ import contextlib
 import json
 import math
 import os
+import queue
 import re
 import shutil
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.settings import canonical_hash
-from birbal_ray.storage import Folder, RunError, Uploader, cache_folder
+from birbal_ray.settings import canonical_hash, one_line
+from birbal_ray.storage import Folder, RunError, absolute, cache_folder
 
 METRICS_FILE = "metrics.jsonl"  # one line for each step or evaluation
 STATUS_FILE = "status.json"  # the worker's state, rewritten every second
@@ -34,6 +37,7 @@ OWNS = (
     *(*STATE_FILES, STATUS_FILE, SESSION_FILE, STOP_FILE, WORKING_FILE, "worker.json", "loss_curve.png"),
     *("packed/*", "checkpoints/*", "best/*", "adapter/*", "tensorboard/*", "ray/*"),
 )
+FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 2.0, 30.0  # between two tries to upload a file
 STOP_POLL_SECONDS = 3.0  # between two questions to a URL whether the run shall stop
 CHECKPOINTS_FOLDER, WORK_FOLDER = "checkpoints", ".work"  # in a run folder; in it, what is being written
 FILES_FILE = "files.json"  # {name: size in bytes} of all others in the checkpoint
@@ -49,16 +53,48 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 class Remote:
-    """Where a run's finished files go: the run folder. Does nothing where that is the folder it works in."""
+    """Where a run's finished files go: the run folder. Where a run works in its own folder, nothing is copied.
 
-    def __init__(self, folder: Folder, working: Path, uploads: Uploader | None = None) -> None:
-        self.folder, self.working, self._uploads = folder, working, uploads
-        self._asked = -math.inf
+    with Remote(folder, working) as remote:
+        remote.add("checkpoints/step-000064", "metrics.jsonl")
+
+    A thread uploads, one way, while the work goes on. A name may be a file or a folder, whose files go up in the order
+    in which they were written (a marker that says "complete" is written last). An error is reported once and tried
+    again; `wait`, and leaving the block, blocks until everything is there. Nothing is deleted but by `prune`.
+    """
+
+    def __init__(self, folder: Folder, working: Path) -> None:
+        self.folder, self.working = folder, working
+        self._is_here = folder.place == absolute(working)
+        self._asked = -math.inf  # when `stop_requested` asked last
+        self._names: queue.Queue[str | None] = queue.Queue()
+        self._failed: dict[str, str] = {}  # name → why it could not be uploaded
+        self._sent: dict[str, tuple[int, int]] = {}  # name → size and time of what was uploaded
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
+
+    def __enter__(self) -> Remote:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._closing.set()  # what fails from now on is not tried again
+        self._names.put(None)
+        self._thread.join()
+        if kind is None:
+            self._refuse_failed()
+        elif self._failed:
+            print(self._missing(), file=sys.stderr, flush=True)
 
     def add(self, *names: str) -> None:
-        """Upload these files and folders soon, in this order."""
-        if self._uploads:
-            self._uploads.add(*names)
+        """Upload these files and folders, soon, in this order. A name may be given again when it has changed."""
+        for name in () if self._is_here else names:
+            self._names.put(name)
+
+    def wait(self) -> None:
+        """Block until everything added is uploaded. Raises RunError naming what is not."""
+        self._names.join()
+        self._refuse_failed()
 
     def prune(self, keep: int) -> None:
         """Delete what was uploaded and is superseded: complete checkpoints but the latest `keep`, older best adapters.
@@ -66,7 +102,7 @@ class Remote:
         Only the run folder's own records count, never what is absent on this machine. An outage of the store is no
         error: the next call deletes what this one could not.
         """
-        if not self._uploads:
+        if self._is_here:
             return
         with contextlib.suppress(RunError, OSError):
             names = self.folder.files(CHECKPOINTS_FOLDER)
@@ -81,11 +117,11 @@ class Remote:
     @property
     def status_seconds(self) -> float:
         """Between two writes of status.json."""
-        return 5.0 if self._uploads else 1.0
+        return 1.0 if self._is_here else 5.0
 
     def stop_requested(self) -> bool:
         """Whether the driver asks the worker to save and end."""
-        if not self._uploads:
+        if self._is_here:
             return (self.working / STOP_FILE).exists()
         if time.monotonic() - self._asked < STOP_POLL_SECONDS:
             return False
@@ -93,6 +129,46 @@ class Remote:
         with contextlib.suppress(RunError):  # an outage: asked again
             return self.folder.is_file(STOP_FILE)
         return False
+
+    def _refuse_failed(self) -> None:
+        if self._failed:
+            raise RunError(self._missing())
+
+    def _missing(self) -> str:
+        name, reason = next(iter(self._failed.items()))
+        return (
+            f"{self.folder}: {len(self._failed)} file(s) are not uploaded (first: {name}: {reason}); they are kept in "
+            f"{self.working}, and the same command on this machine uploads them"
+        )
+
+    def _work(self) -> None:
+        while (name := self._names.get()) is not None:
+            top = self.working / name
+            files = [file for file in top.rglob("*") if file.is_file()] if top.is_dir() else [top]
+            for file in sorted(files, key=lambda file: file.stat().st_mtime_ns if file.is_file() else 0):
+                self._upload(file.relative_to(self.working).as_posix())
+            self._names.task_done()
+
+    def _upload(self, name: str) -> None:
+        pause = FIRST_RETRY_SECONDS
+        while True:
+            try:
+                status = (self.working / name).stat()
+                if self._sent.get(name) != (status.st_size, status.st_mtime_ns):
+                    self.folder.upload(self.working / name, name)
+                    self._sent[name] = status.st_size, status.st_mtime_ns
+            except FileNotFoundError:
+                pass  # pruned in between
+            except (OSError, RunError) as error:
+                if not self._failed:
+                    print(f"{one_line(error)}; the work goes on, and the upload is tried again", file=sys.stderr)
+                self._failed[name] = one_line(error)
+                if not self._closing.wait(pause):
+                    pause = min(2 * pause, LAST_RETRY_SECONDS)
+                    continue
+                return
+            self._failed.pop(name, None)
+            return
 
 
 def working_folder(folder: Folder) -> Path:

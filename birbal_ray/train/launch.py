@@ -20,7 +20,7 @@ from birbal_ray.models import Model, ModelError, quiet_libraries, resolve_model
 from birbal_ray.progress import ProgressLine, duration, save_throughput
 from birbal_ray.run import LOG_FOLDER, Run, RunFailedError
 from birbal_ray.settings import ConfigError, one_line
-from birbal_ray.storage import Folder, RunError, Uploader, cache_folder, read_json, write_json
+from birbal_ray.storage import Folder, RunError, cache_folder, read_json, write_json
 from birbal_ray.train.checkpoints import (
     CHECKPOINTS_FOLDER,
     EASED_FILE,
@@ -264,12 +264,10 @@ def train_on_worker(options: dict[str, Any]) -> dict[str, Any]:
     config = TrainConfig.model_validate(options["config"])
     folder: Folder = options["folder"]
     node = ray.get_runtime_context().get_node_id()
-    if folder.is_local:
-        return run_session(config, options["fingerprint"], Remote(folder, folder.local), node, started)
-    working = working_folder(folder)
+    working = folder.local if folder.is_local else working_folder(folder)
     download_state(folder, working)
-    with Uploader(folder, working) as uploads:
-        return run_session(config, options["fingerprint"], Remote(folder, working, uploads), node, started)
+    with Remote(folder, working) as remote:
+        return run_session(config, options["fingerprint"], remote, node, started)
 
 
 def run_session(config: TrainConfig, fingerprint: str, remote: Remote, node: str, started: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 
 from birbal_ray.run import RunError
 from birbal_ray.settings import ConfigError, load_config
-from birbal_ray.storage import Uploader, open_folder
+from birbal_ray.storage import open_folder
 from birbal_ray.train import card, launch, sft
 from birbal_ray.train import run as step
 from birbal_ray.train.checkpoints import Remote, download_state, working_folder
@@ -47,8 +47,8 @@ def without_ray(tiny_model, monkeypatch, tmp_path):
                 return
             working = working_folder(folder)
             download_state(folder, working)
-            with Uploader(folder, working) as uploads:
-                result = session(Remote(folder, working, uploads))
+            with Remote(folder, working) as remote:
+                result = session(remote)
             done.set_result(result)
         except BaseException as error:
             done.set_exception(error)

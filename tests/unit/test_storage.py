@@ -7,7 +7,6 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 
 import pyarrow as pa
 import pyarrow.dataset
@@ -15,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from birbal_ray import storage
-from birbal_ray.storage import FileRecord, RunError, Uploader, input_folder, open_folder
+from birbal_ray.storage import FileRecord, RunError, input_folder, open_folder
+from birbal_ray.train.checkpoints import Remote
 from tests.fixtures.s3_server import BUCKET, s3_proxy
 
 NAMES = ["a.txt", "rows/task #1 [x] ü=1/0-9.parquet", "rows/b.bin"]
@@ -215,63 +215,6 @@ def test_a_removed_cache_removes_nothing_at_the_url(s3, monkeypatch, tmp_path):
     shutil.rmtree(copy / "rows")
     input_folder(folder.place)
     shutil.rmtree(tmp_path / "cache")
-    with Uploader(folder, tmp_path / "working") as uploads:
-        uploads.add("rows")
+    with Remote(folder, tmp_path / "working") as remote:
+        remote.add("rows")
     assert len(folder.files()) == 50
-
-
-def test_uploads_go_up_in_order_the_marker_last(folder, tmp_path):
-    working = tmp_path / "working"
-    for number, name in enumerate(["z.bin", "a/b.bin", "files.json"]):
-        (working / "step-1" / name).parent.mkdir(parents=True, exist_ok=True)
-        (working / "step-1" / name).write_bytes(name.encode())
-        os.utime(working / "step-1" / name, (number, number))
-    (working / "metrics.jsonl").write_text("1\n")
-    seen: list[str] = []
-    upload = type(folder).upload
-
-    class Watched(type(folder)):
-        __slots__ = ()
-
-        def upload(self, file, name):
-            seen.append(name)
-            return upload(self, file, name)
-
-    with Uploader(Watched(folder.place, folder.filesystem, folder.root), working) as uploads:
-        uploads.add("step-1", "metrics.jsonl", "absent")
-        uploads.wait()
-        (working / "metrics.jsonl").write_text("1\n2\n")
-        uploads.add("metrics.jsonl")
-        uploads.add("step-1")
-    assert seen == ["step-1/z.bin", "step-1/a/b.bin", "step-1/files.json", "metrics.jsonl", "metrics.jsonl"]
-    assert folder.read_text("metrics.jsonl") == "1\n2\n"
-
-
-def test_uploads_go_on_through_an_outage_and_what_never_went_up_is_said(s3, monkeypatch, tmp_path, capsys):
-    away = threading.Event()
-    away.set()
-    monkeypatch.setattr(storage, "RETRY_SECONDS", 0.05)
-    monkeypatch.setattr(storage, "FIRST_RETRY_SECONDS", 0.05)
-    (tmp_path / "a").write_text("a")
-    with s3_proxy(s3, lambda method, path: None if away.is_set() else 0.0) as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", server["AWS_ENDPOINT_URL"])
-        folder = open_folder(f"s3://{BUCKET}/uploads")
-        with Uploader(folder, tmp_path) as uploads:
-            uploads.add("a")
-            while "tried again" not in capsys.readouterr().err:
-                pass
-            away.clear()
-            uploads.wait()
-        assert folder.read_text("a") == "a"
-        (tmp_path / "b").write_text("b")
-        away.set()
-        message = rf"1 file\(s\) are not uploaded \(first: b: .*kept in {tmp_path}"
-        with pytest.raises(RunError, match=message), Uploader(folder, tmp_path) as uploads:
-            uploads.add("b")
-
-
-def test_a_working_folder_that_is_the_run_folder_needs_no_upload(tmp_path):
-    (tmp_path / "a").write_text("a")
-    with Uploader(open_folder(tmp_path), tmp_path) as uploads:
-        uploads.add("a")
-    assert (tmp_path / "a").read_text() == "a"
