@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
 
 from birbal_ray.models import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, REFERENCE_FILE, Model
@@ -16,6 +17,7 @@ from birbal_ray.settings import one_line
 from birbal_ray.storage import Folder, RunError
 
 CURVE_FILE, CARD_FILE = "loss_curve.png", "README.md"
+TEMPLATE = "card.md.j2"
 PUSHED_MANIFEST = "birbal_manifest.json"  # the run's, in a repository on the Hub
 ADAPTER_FILES = (CARD_FILE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, REFERENCE_FILE)
 
@@ -41,7 +43,7 @@ def publish_adapter(
             folder.write_json(name, {**reference, "model": model.name, "model_fingerprint": model.fingerprint})
         elif file.name != CARD_FILE:
             folder.upload(file, name)
-    card = adapter_card(manifest, manifest["settings"], mix_manifest)
+    card = adapter_card(manifest, mix_manifest)
     folder.write_bytes(f"{ADAPTER_FOLDER}/{CARD_FILE}", card.encode())
     return sorted({*names, f"{ADAPTER_FOLDER}/{CARD_FILE}"})
 
@@ -77,81 +79,24 @@ def push_to_hub(folder: Folder, names: list[str], repository: str) -> str:
         ) from None
 
 
-def adapter_card(manifest: dict[str, Any], settings: dict[str, Any], mix: dict[str, Any]) -> str:
-    """Markdown with the Hub's YAML head: base model, data, settings, losses, how to load."""
-    model, result, packing = manifest["model"], manifest["result"], manifest["packing"]["train"]
+def adapter_card(manifest: dict[str, Any], mix: dict[str, Any]) -> str:
+    """Markdown with the Hub's YAML head: base model, data, settings, losses, how to load; from two manifests."""
+    model, settings = manifest["model"], manifest["settings"]
     head = {
         "base_model": model["name"],
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "tags": ["lora", "qlora", "sft", "trl", "birbal_ray"],
     }
-    sources = "\n".join(
-        f"| {row['source']} | {row.get('label') or '-'} | {row['train']:,} | {row['eval']:,} |"
-        for row in mix["composition"]
-    )
-    licences = "\n".join(f"- {one['source']}: {one['licences']}" for one in mix["licenses"])
-    lora, optimizer, batch = settings["lora"], settings["optimizer"], settings["batch"]
-    best, base = f"{result['best_eval_loss']:.4f}", f"{result['base_eval_loss']:.4f}"
-    tokens = f"{packing['num_samples']:,} samples, {packing['num_tokens']:,} tokens"
-    full = f"{packing['packing_efficiency_fraction']:.1%} full"
+    options: dict[str, Any] = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "keep_trailing_newline": True}
+    template = jinja2.Template(Path(__file__).with_name(TEMPLATE).read_text(encoding="utf-8"), **options)
     on_hub = model["revision"] and "/" in model["name"]
-    prompts = "Prompts look as in training: `### Instruction:\\n…\\n\\n### Input:\\n…\\n\\n### Response:\\n`."
-    if settings["prompt"]["format"] == CHAT:
-        prompts = "Prompts are turns of the tokenizer's chat template, the instruction as system turn."
-    budget = f"{settings['budget']:.0f} s" if settings["budget"] else "none"
-    return f"""---
-{yaml.safe_dump(head, sort_keys=False).strip()}
----
-
-# LoRA adapter for {model["name"]}
-
-Fine-tuned on instances that the base model answered badly, with birbal_ray.
-The adapter of step {result["best_step"]}: eval loss {best}, the base model's was {base} (mean per answer token,
-{manifest["packing"]["eval"]["num_samples"]:,} held-back rows of the mix).
-
-## Use
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained({model["name" if on_hub else "path"]!r})
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
-```
-
-{prompts}
-`birbal merge` folds the adapter into the base model's weights.
-
-## Data
-
-{tokens} ({packing["num_loss_tokens"]:,} of them with loss), in
-{packing["num_packs"]:,} packed sequences of {batch["sequence_length"]:,} ({full});
-{packing["num_long"]:,} samples were over that length ({batch["long_samples"]}).
-
-| source | label | train | eval |
-| --- | --- | --- | --- |
-{sources}
-
-Licences of the data:
-{licences}
-
-## Training
-
-| | |
-| --- | --- |
-| quantisation | {settings["model"]["quantization"]} |
-| LoRA | r {lora["r"]}, alpha {lora["alpha"]}, dropout {lora["dropout"]}, {lora["target_modules"]} |
-| batch | {batch["micro"]} x {batch["accumulation"]} sequences |
-| learning rate | {optimizer["learning_rate"]:g}, cosine, {optimizer["warmup_steps"]} warm-up steps at most |
-| NEFTune alpha | {settings["neftune_alpha"]} |
-| steps | {result["num_steps"]:,} (ended by: {result["ended_by"]}) |
-| epochs | {result["epochs"]:.2f} of {settings["epochs"]:g} |
-| budget, used | {budget}, {result["elapsed_seconds"]:.0f} s |
-| seed | {settings["seed"]} |
-
-`manifest.json` beside this folder has every setting, input hash and package version.
-"""
+    return template.render(
+        {**manifest, "mix": mix},
+        head=yaml.safe_dump(head, sort_keys=False).strip(),
+        base=repr(model["name" if on_hub else "path"]),
+        is_chat=settings["prompt"]["format"] == CHAT,
+    )
 
 
 def merged_card(card: str, dtype: str) -> str:
