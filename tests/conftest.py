@@ -20,35 +20,42 @@ from tests.fixtures.s3_server import BUCKET, s3_server
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SLOW = os.environ.get("BIRBAL_SLOW_TESTS") == "1"
+# For this process and all that it starts, before torch is loaded anywhere: OpenMP threads that wait for each other
+# sleep. Else those of one worker's engine spin on the cores that the other worker's tests need.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 settings.register_profile("birbal", deadline=None)  # a busy machine is no failure
 settings.load_profile("birbal")
 slow = pytest.mark.skipif(not SLOW, reason="takes minutes; `make test-all` (BIRBAL_SLOW_TESTS=1) runs it")
-# xdist gives files out in this order, the longest first, so that all workers are busy until the end.
+# xdist gives files out in this order, the longest first, so that all workers are busy until the end. vLLM's files are
+# apart: engines side by side take each other's cache and memory bandwidth.
 LONGEST_FIRST = (
     "e2e/test_recipe.py",
     "ray/test_score_kills.py",
     "ray/test_tune_step.py",
     "e2e/test_real_tasks.py",
-    "ray/test_storage_s3.py",
-    "ray/test_job_submit.py",
     "ray/test_preemption.py",
+    "ray/test_score_simulated.py",
     "ray/test_train_ray.py",
     "training/test_finetune.py",
+    "ray/test_storage_s3.py",
     "e2e/test_serve.py",
-    "ray/test_score_simulated.py",
-    "harness/test_harness_offline.py",
-    "ray/test_evaluate_ray.py",
+    "ray/test_job_submit.py",
     "ray/test_tune_ray.py",
-    "training/test_run_folder.py",
-    "ray/test_mix_on_ray.py",
-    "training/test_tune_trial.py",
-    "training/test_train_step.py",
+    "ray/test_evaluate_ray.py",
     "e2e/test_engine_contract.py",
+    "ray/test_mix_on_ray.py",
+    "harness/test_harness_offline.py",
+    "ray/test_score_adapter.py",
+    "training/test_run_folder.py",
+    "ray/test_remote_lock.py",
     "data/test_real_tasks.py",
-    "unit/mix/test_published.py",
     "unit/report/test_report.py",
-    "unit/tune/test_tuning.py",
     "unit/mix/test_run.py",
+    "unit/mix/test_published.py",
+    "unit/test_status.py",
+    "unit/tune/test_tuning.py",
+    "unit/score/test_amend.py",
+    "unit/test_storage.py",
 )
 
 

@@ -14,6 +14,8 @@ import pyarrow.dataset as pads
 
 from birbal_ray.cluster import AUTH_MODE
 
+NUM_THREADS = 1  # of an engine or a training: two workers run tests on two cores
+
 
 def birbal(*arguments: object) -> subprocess.Popen[str]:
     """Start the command, on a Ray of its own."""

@@ -14,6 +14,7 @@ from birbal_ray.score.config import EngineSettings, ResourceSettings
 from birbal_ray.score.engine import Adapter, Request, Sampling, VllmEngine, vllm_arguments
 from birbal_ray.score.reference import MIN_CHANGE, check_engine, compare_with_peft
 from tests.conftest import slow
+from tests.e2e.processes import NUM_THREADS
 from tests.fixtures.engine_contract import MAX_MODEL_LEN, EngineContract
 
 pytestmark = pytest.mark.vllm
@@ -23,7 +24,7 @@ class TestVllmEngine(EngineContract):
     @pytest.fixture(scope="class")
     def engine(self, served_model):
         settings = EngineSettings(device="cpu", max_model_len=MAX_MODEL_LEN)
-        return VllmEngine(served_model, settings, ResourceSettings(kv_cache_gib=1, threads_per_replica=2))
+        return VllmEngine(served_model, settings, ResourceSettings(kv_cache_gib=1, threads_per_replica=NUM_THREADS))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_an_adapter_gives_the_log_probabilities_that_peft_gives(served_model, ad
 
     ids = [2 + (7 * n * n) % 240 for n in range(40)]
     settings = EngineSettings(device="cpu", max_model_len=MAX_MODEL_LEN)
-    resources = ResourceSettings(kv_cache_gib=1, threads_per_replica=2)
+    resources = ResourceSettings(kv_cache_gib=1, threads_per_replica=NUM_THREADS)
     engine = VllmEngine(served_model, settings, resources, [Adapter("mine", str(adapter), 8)])
     engine.add("base", Request("", ids, 1, sampling=Sampling(prompt_logprobs=True)))
     engine.add("adapted", Request("", ids, 1, adapter="mine", sampling=Sampling(prompt_logprobs=True)))
@@ -118,7 +119,9 @@ def test_an_adapter_that_vllm_does_not_apply_is_refused(served_model, adapter, t
     save_file(zero, dead / "adapter_model.safetensors")
     settings = EngineSettings(device="cpu", max_model_len=MAX_MODEL_LEN)
     adapters = [Adapter("alive", str(alive), 8), Adapter("dead", str(dead), 8)]
-    engine = VllmEngine(served_model, settings, ResourceSettings(kv_cache_gib=1, threads_per_replica=2), adapters)
+    engine = VllmEngine(
+        served_model, settings, ResourceSettings(kv_cache_gib=1, threads_per_replica=NUM_THREADS), adapters
+    )
     check_engine(engine, served_model, adapters[:1])
     found = compare_with_peft(engine, {"prompts": [prompt]}, "alive")
     assert found.applied_fraction == pytest.approx(1.0, abs=0.01) and found.difference_nats < 1e-2

@@ -10,12 +10,12 @@ import pytest
 from birbal_ray.manifest import read_manifest
 from birbal_ray.ni.schema import hash_order
 from tests.conftest import SLOW
-from tests.e2e.processes import birbal, finish, kill_whole, rows_of, wait_for
+from tests.e2e.processes import NUM_THREADS, birbal, finish, kill_whole, rows_of, wait_for
 
 pytestmark = pytest.mark.vllm
 LONG = "task9001_long_definition"
 # Slow: all 720 real rows, 100 compared, ten minutes more.
-NUM_PER_TASK, NUM_COMPARED = (60, 100) if SLOW else (10, 30)
+NUM_PER_TASK, NUM_COMPARED = (60, 100) if SLOW else (6, 20)
 # 0.75 of the prompt tokens at 60 rows a task. Each task's prefix is computed once: fewer rows share it.
 MIN_CACHED_FRACTION = 0.75 * (1 - 1 / NUM_PER_TASK) / (1 - 1 / 60)
 
@@ -28,6 +28,7 @@ def test_real_tasks_killed_and_run_again_agree_with_transformers(shared_data, tm
     for file in (*(shared_data / "ni-tiny" / "tasks").glob("*.json"), long):
         shutil.copyfile(file, tasks / file.name)
     command = ["score", "--tasks", tasks, "--output", run, "--device", "cpu", "--instances-per-task", NUM_PER_TASK]
+    command += ["--set", f"resources.threads_per_replica={NUM_THREADS}"]
     process = birbal(*command)
     wait_for(lambda: len(list((run / "rows").rglob("[!.]*.parquet"))) >= 3, process)
     kill_whole(process)

@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import json
 import math
+import os
 import re
 import signal
 import socket
@@ -25,11 +26,11 @@ from birbal_ray.serve.config import ServeConfig
 from birbal_ray.serve.rules import wrap_prompt
 from birbal_ray.serve.run import openai_command
 from birbal_ray.settings import load_config
-from tests.conftest import REPOSITORY, slow
-from tests.e2e.processes import kill_whole, wait_for
+from tests.conftest import REPOSITORY, SLOW, slow
+from tests.e2e.processes import NUM_THREADS, kill_whole, wait_for
 
 pytestmark = pytest.mark.vllm
-NUM_PROMPTS, MAX_NEW = 200, 16
+NUM_PROMPTS, MAX_NEW = 200 if SLOW else 60, 16
 TIE = 1e-3  # two tokens this near in log probability may swap with the batch
 
 
@@ -37,9 +38,12 @@ TIE = 1e-3  # two tokens this near in log probability may swap with the batch
 def running(folder, *options):
     """(client of a server started with these options, its process)"""
     log = folder / "log"
-    command = [sys.executable, "-m", "birbal_ray", "serve", *options, "--port", "0"]
+    threads = ("--set", f"resources.threads_per_replica={NUM_THREADS}")
+    command = [sys.executable, "-m", "birbal_ray", "serve", *options, *threads, "--port", "0"]
+    # vLLM's helpers for log probabilities run as they are written: compiling them takes longer than all answers here.
+    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "0" if SLOW else "1"}
     with log.open("wb") as out:
-        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=subprocess.STDOUT, env=environment)
     wait_for(lambda: "serving " in log.read_text(), process)
     with httpx.Client(base_url=re.search(r"http://\S+", log.read_text())[0], timeout=900) as client:
         yield client, process
@@ -188,7 +192,9 @@ def test_the_server_gives_the_texts_that_evaluation_gets(name, served_model, tmp
         assert server[1].wait(60) == 0
     tokenizer = load_tokenizer(model)
     engine = EngineSettings(device="cpu", max_model_len=1024)
-    loop = EngineLoop(lambda: VllmEngine(model, engine, ResourceSettings(kv_cache_gib=1, threads_per_replica=2)))
+    loop = EngineLoop(
+        lambda: VllmEngine(model, engine, ResourceSettings(kv_cache_gib=1, threads_per_replica=NUM_THREADS))
+    )
     texts = [wrap_prompt(one) for one in asked]
     ids = prompt_token_ids(tokenizer, texts)
     sampling = Sampling(stop=(), logprobs=True)
