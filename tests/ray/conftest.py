@@ -19,7 +19,11 @@ import pytest
 
 # Before Ray is imported anywhere in this process, so that its daemons inherit it.
 from birbal_ray.cluster import AUTH_MODE, QUIET_ENVIRONMENT
+from birbal_ray.score.config import ScoreConfig
+from birbal_ray.score.run import score
+from birbal_ray.settings import load_config
 from tests.conftest import task_values
+from tests.fixtures.inline_scoring import score_without_ray
 
 # Without a token, told so: a local ray.init would switch to tokens in the middle, and what is started from here
 # after that would refuse calls from the head of a cluster that was started before.
@@ -91,15 +95,13 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(
-    birbal: Callable[..., subprocess.Popen[str]], tasks: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A run that scored the tasks on a disk, and that nothing happened to."""
+def undisturbed(tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that scored the tasks on a disk, shard after shard in this process: nothing could happen to it."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    settings = ["--set", "engine.backend=simulated", "--device", "cpu", "--set", f"shard_rows={SHARD_ROWS}"]
-    process = birbal("score", "--tasks", tasks, *settings, "--output", run)
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
+    settings = {"engine.backend": "simulated", "engine.device": "cpu", "shard_rows": SHARD_ROWS}
+    with pytest.MonkeyPatch.context() as patch:
+        score_without_ray(patch)
+        score(load_config(ScoreConfig, None, [], {**settings, "tasks.path": str(tasks), "output": str(run)}))
     return run
 
 
