@@ -38,6 +38,17 @@ def short_lease(monkeypatch):
         monkeypatch.setattr(lock, name, value)
 
 
+@pytest.fixture
+def interruptible():
+    """As in a terminal: what runs in the background inherits an ignored SIGINT."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_the_holder_is_named_and_a_killed_ones_lock_is_taken_over(folder, short_lease):
     holder = python_at({}, HOLD, folder.place, "60")
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
@@ -62,7 +73,7 @@ def test_a_dead_holder_on_another_machine_is_waited_for(s3, short_lease):
         opened.check()
 
 
-def test_who_loses_the_lock_stops_and_publishes_nothing(s3, short_lease):
+def test_who_loses_the_lock_stops_and_publishes_nothing(s3, short_lease, interruptible):
     """As after a long pause of the machine: another run took the folder over."""
     folder = open_folder(f"s3://{BUCKET}/lost")
     with pytest.raises(RunError, match="took this folder over"), open_run(folder, "score", {}, owns=()) as opened:

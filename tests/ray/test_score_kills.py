@@ -117,7 +117,7 @@ def engines(run: Path) -> list[psutil.Process]:
 
 def test_engine_process_killed_is_replaced_by_itself(birbal: Start, arguments, undisturbed, tmp_path):
     run, chance = tmp_path / "engine-killed", random.Random(462)
-    process = birbal(*arguments(run, "--set", "resources.simulated_row_seconds=0.1"))  # 20 s: not over by itself
+    process = birbal(*arguments(run, "--set", "resources.simulated_row_seconds=0.06"))  # 12 s: not over by itself
     for _ in range(NUM_ENGINE_KILLS):
         written = len(finished_files(run))
         # What the dead engine left is still being written: wait for its successor to finish something.
@@ -134,7 +134,7 @@ def test_asked_to_stop_it_says_how_to_continue(birbal: Start, arguments, undistu
     run = tmp_path / "stopped"
     for number in (signal.SIGTERM, signal.SIGINT):
         target = len(finished_files(run)) + 5
-        process = birbal(*arguments(run, "--set", "resources.simulated_row_seconds=0.2"))  # 40 s: not over by itself
+        process = birbal(*arguments(run, "--set", "resources.simulated_row_seconds=0.1"))  # 20 s: not over by itself
         assert wait_for(lambda target=target: len(finished_files(run)) >= target, process)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)

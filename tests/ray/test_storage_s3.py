@@ -93,7 +93,7 @@ def test_an_outage_of_the_bucket_costs_no_finished_row(s3, tasks, undisturbed, t
         process = birbal(*score(tasks, there, 0.06))
         wait_for(lambda: len(row_files(there)) >= 3, process)
         away.set()
-        time.sleep(8)
+        time.sleep(4)
         before = row_files(there)
         assert "manifest.json" not in there.files()
         away.clear()

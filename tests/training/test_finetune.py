@@ -356,9 +356,11 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (@@, @@))
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny_model, run_folder):
     """A limit on file sizes stands for the full disk: both make a write fail half-way."""
+    from birbal_ray.train.sft import fine_tune
+
     config = settings(max_steps=6)
     (run_folder / "stop").touch()
-    finish(start(config, tiny_model, run_folder))
+    assert fine_tune(config, tiny_model, run_folder).ended_by == "stop"
     (run_folder / "stop").unlink()
     whole = [p.name for p in all_checkpoints(run_folder / "checkpoints")]
     assert whole == ["step-000001"]
