@@ -39,6 +39,7 @@ class Head:
     def __init__(self) -> None:
         self.port, self.dashboard = free_port(), free_port()
         ports = {"PORT": str(self.port), "DASHBOARD_PORT": str(self.dashboard), "NUM_CPUS": "8"}
+        ports["STOP_SECONDS"] = "10"  # Ray takes 30 s to drain a node that nobody uses
         inherited = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
         self.environment = {**inherited, **ports, "RAY_AUTH_MODE": "token"}
         self.folder = Path(f"/tmp/birbal-head-{self.port}")
