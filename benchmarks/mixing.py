@@ -314,7 +314,7 @@ def measure_corrections(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from birbal_ray.mix import select
     from birbal_ray.mix.config import MixConfig
-    from birbal_ray.mix.plan import plan_mix
+    from birbal_ray.mix.plan import make_context, plan_mix
     from birbal_ray.mix.rows import Flags, Reason
     from birbal_ray.mix.scores import open_scores
     from tests.fixtures.score_folder import made_up_rows, write_score_folder
@@ -326,7 +326,9 @@ def measure_corrections(arguments: argparse.Namespace) -> dict[str, Any]:
         scores = open_scores(folder)
         plans = {
             compat: plan_mix(
-                MixConfig(policy="birbal_2023", birbal_2023={"compat": compat}), scores, [], Path(scratch) / "work"
+                make_context(MixConfig(policy="birbal_2023", birbal_2023={"compat": compat}), scores),
+                [],
+                Path(scratch) / "work",
             )
             for compat in (True, False)
         }

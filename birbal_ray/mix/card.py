@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from birbal_ray.mix.rows import DESCRIPTIONS, MIX_ROWS, Reason
+from birbal_ray.mix.rows import MIX_ROWS, Reason
 
 
 def dataset_card(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
@@ -31,7 +31,7 @@ def dataset_card(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> st
         _table(
             ["reason", "rows", "meaning"],
             [
-                {"reason": name, "rows": count, "meaning": DESCRIPTIONS[Reason[name.upper()]]}
+                {"reason": name, "rows": count, "meaning": Reason[name.upper()].text}
                 for name, count in rows["dropped"].items()
             ],
         ),

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from birbal_ray.manifest import read_manifest
 from birbal_ray.mix.allocation import BIRBAL_2023, TASK_SCORE
-from birbal_ray.mix.rows import AUDIT, AUDIT_FILE, DESCRIPTIONS, MIX_TASKS, NATURAL_INSTRUCTIONS, Reason
+from birbal_ray.mix.rows import AUDIT, AUDIT_FILE, MIX_TASKS, NATURAL_INSTRUCTIONS, Reason
 from birbal_ray.mix.scores import check_columns, read_table
 from birbal_ray.mix.write import BATCH_ROWS
 from birbal_ray.run import RUN_FILE, RunError, identity_differences, one_line
@@ -113,7 +113,7 @@ def _why(
     record: Mapping[str, Any], task: Mapping[str, Any], settings: Mapping[str, Any], other: Mapping[str, Any] | None
 ) -> str:
     reason = Reason[record["reason"].upper()]
-    text = DESCRIPTIONS[reason]
+    text = reason.text
     share = f"{task['num_allocated']:,} of {task['num_usable']:,} usable rows"
     if reason is Reason.KEPT and record["source"] != NATURAL_INSTRUCTIONS:
         return f"{text}: one of the first {share} of its source in hash order"

@@ -43,7 +43,6 @@ class MixPlan:
     subtasks: pa.Array
     decisions: Decisions
     num_train: int
-    in_process: bool
 
     def read_texts(self) -> Iterator[pa.Table]:
         """TEXTS of all rows of a split, in file order: the second reading, of the files that hold any."""
@@ -51,7 +50,7 @@ class MixPlan:
         ranks = np.where(self.decisions.rank < num_texts, self.decisions.rank, -1).astype(np.int32)
         parts = [ranks[start:end] for start, end in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
         chunks = [(chunk, part) for chunk, part in zip(self.chunks, parts, strict=False) if (part >= 0).any()]
-        yield from reading.run_in_order(reading.read_chunk_texts, chunks, self.context, self.in_process)
+        yield from reading.run_in_order(reading.read_chunk_texts, chunks, self.context)
         for file, part in zip(self.outside_files, parts[len(self.chunks) :], strict=True):
             if (part >= 0).any():
                 yield from reading.read_outside_texts(file, part)
@@ -59,7 +58,7 @@ class MixPlan:
     def dropped(self) -> dict[str, int]:
         """Candidates not kept, by reason, most first."""
         counts = np.bincount(self.decisions.reason, minlength=len(Reason))
-        found = {Reason(i).word: int(n) for i, n in enumerate(counts) if n and i != Reason.KEPT}
+        found = {reason.word: int(n) for reason, n in zip(Reason, counts, strict=True) if n and reason != Reason.KEPT}
         return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
     def task_table(self) -> list[dict[str, Any]]:
@@ -142,27 +141,16 @@ class MixPlan:
         return np.bincount(self.candidates.group[is_chosen], minlength=len(self.context.groups))
 
 
-def plan_mix(
-    config: MixConfig,
-    scores: ScoreFolder,
-    origins: Sequence[Origin],
-    work: Path,
-    report: Report = lambda text: None,
-    start_ray: Callable[[], object] = lambda: None,
-) -> MixPlan:
+def plan_mix(context: Context, origins: Sequence[Origin], work: Path, report: Report = lambda text: None) -> MixPlan:
     """Read every candidate once and decide; `work` is a folder for files, needed until the mix is written.
 
-    `start_ray` is called before the reading, unless there is so little input that none is needed.
+    Ray must run, here and while the mix is written, unless `context.in_process`.
     Raises ConfigError (a source's columns, a budget that can't be met, nothing kept), RunError (damaged scores).
     """
-    num_bytes = sum(file.size for file in scores.files)
-    in_process = num_bytes <= config.resources.in_process_mib << 20
-    context = _context(config, scores, {} if in_process and num_bytes <= reading.KEPT_BYTES else None)
+    config, scores = context.config, context.scores
     chunks = reading.plan_chunks(scores.files, config.resources.chunk_mib << 20)
-    if not in_process:
-        start_ray()
     collected = _Collected(work, config.dedup.near)
-    for table in reading.run_in_order(reading.read_chunk_features, chunks, context, in_process):
+    for table in reading.run_in_order(reading.read_chunk_features, chunks, context):
         collected.add([table])
         report(f"read {collected.offsets[-1]:,} of {scores.num_rows:,} candidates")
     outside_files = []
@@ -174,10 +162,7 @@ def plan_mix(
     row_ids = collected.texts("row_id")
     _check_complete(candidates, row_ids, context)
     decisions = decide(candidates, context.groups, config, collected.near_duplicates(config.dedup.near_threshold))
-    if not decisions.num_kept:
-        dropped = ", ".join(f"{int(n):,} {Reason(i).word}" for i, n in enumerate(np.bincount(decisions.reason)) if n)
-        raise ConfigError(f"the mix would be empty: {len(candidates):,} candidates ({dropped}); raise the budgets")
-    return MixPlan(
+    plan = MixPlan(
         context,
         tuple(chunks),
         tuple(outside_files),
@@ -187,8 +172,11 @@ def plan_mix(
         collected.texts("task"),
         decisions,
         train_size(decisions.num_kept, config.eval_fraction),
-        in_process,
     )
+    if not decisions.num_kept:
+        dropped = ", ".join(f"{number:,} {reason}" for reason, number in plan.dropped().items())
+        raise ConfigError(f"the mix would be empty: {len(candidates):,} candidates ({dropped}); raise the budgets")
+    return plan
 
 
 class _Collected:
@@ -236,7 +224,8 @@ class _Collected:
         return lambda order: dedup.near_duplicates(order, exact_key, table, threshold)
 
 
-def _context(config: MixConfig, scores: ScoreFolder, kept: dict[str, pa.Table] | None) -> Context:
+def make_context(config: MixConfig, scores: ScoreFolder) -> Context:
+    """What both readings need. Raises ConfigError for an unknown evaluation or a file of evaluation texts."""
     families = chosen_families(config.contamination.evaluations, config.contamination.families)
     tasks = [
         Group(
@@ -260,7 +249,8 @@ def _context(config: MixConfig, scores: ScoreFolder, kept: dict[str, pa.Table] |
         for t in scores.tasks
     ]
     columns = [pa.array(list(column), pa.string()) for column in zip(*per_task, strict=True)]
-    return Context(config, scores, (*tasks, *outside), ngrams, kept, *columns)
+    is_small = scores.num_bytes <= min(reading.KEPT_BYTES, config.resources.in_process_mib << 20)
+    return Context(config, scores, (*tasks, *outside), ngrams, {} if is_small else None, *columns)
 
 
 def _check_complete(rows: Candidates, row_ids: pa.Array, context: Context) -> None:

@@ -66,6 +66,11 @@ class Context:
     licenses: pa.Array
     definitions: pa.Array
 
+    @property
+    def in_process(self) -> bool:
+        """Whether there is so little to read that this process does it, without Ray."""
+        return self.scores.num_bytes <= self.config.resources.in_process_mib << 20
+
 
 def plan_chunks(files: Sequence[ScoreFile], chunk_bytes: int) -> list[Chunk]:
     """Neighbouring files together, up to `chunk_bytes` where a single one isn't larger."""
@@ -81,10 +86,10 @@ def plan_chunks(files: Sequence[ScoreFile], chunk_bytes: int) -> list[Chunk]:
 
 
 def run_in_order(
-    function: Callable[[Item, Context], Result], items: Sequence[Item], context: Context, in_process: bool
+    function: Callable[[Item, Context], Result], items: Sequence[Item], context: Context
 ) -> Iterator[Result]:
     """function(item, context) of each item, in the items' order; in this process, or on Ray's CPUs (which must run)."""
-    if in_process:
+    if context.in_process:
         yield from (function(item, context) for item in items)
         return
     import ray
@@ -166,34 +171,32 @@ def read_outside_texts(file: Path, ranks: NDArray[np.int32]) -> Iterator[pa.Tabl
             yield pa.table({"rank": rank[rank >= 0], **columns}, schema=TEXTS)
 
 
-class TextSorter:
-    """Brings TEXTS tables into rank order through files of BUCKET_ROWS ranks each; memory: one of them."""
+def sort_texts(tables: Iterator[pa.Table], num_texts: int, folder: Path, batch_rows: int) -> Iterator[pa.Table]:
+    """The rows of TEXTS tables in rank order, `batch_rows` at a time.
 
-    def __init__(self, folder: Path, num_texts: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.num_texts = num_texts
-        self.files = [folder / f"{number}.arrow" for number in range(-(-num_texts // BUCKET_ROWS))]
-
-    def sort(self, tables: Iterator[pa.Table], batch_rows: int) -> Iterator[pa.Table]:
-        """All tables' rows in rank order, `batch_rows` at a time. Raises RunError unless each rank comes once."""
-        writers = [pa.ipc.new_stream(os.fspath(file), TEXTS) for file in self.files]
-        for table in tables:
-            bucket = table["rank"].to_numpy() // BUCKET_ROWS
-            for number in np.unique(bucket):
-                writers[number].write_table(table.filter(pa.array(bucket == number)))
-        for writer in writers:
-            writer.close()
-        for number, file in enumerate(self.files):
-            with pa.ipc.open_stream(pa.memory_map(os.fspath(file))) as stream:
-                table = stream.read_all().sort_by("rank")
-            first = number * BUCKET_ROWS
-            due = np.arange(first, min(first + BUCKET_ROWS, self.num_texts))
-            if not np.array_equal(table["rank"].to_numpy(), due):
-                raise RunError(
-                    f"{len(due):,} rows were to be written from rank {first:,} on, {len(table):,} arrived; "
-                    "the inputs changed while they were read; run the command again (nothing was written)"
-                )
-            yield from (table.slice(start, batch_rows) for start in range(0, len(table), batch_rows))
+    Goes through files in `folder`, of BUCKET_ROWS ranks each; memory: one of them. Raises RunError unless each of the
+    `num_texts` ranks comes once.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, num_texts, BUCKET_ROWS)
+    files = [os.fspath(folder / f"{start}.arrow") for start in starts]
+    writers = [pa.ipc.new_stream(file, TEXTS) for file in files]
+    for table in tables:
+        bucket = table["rank"].to_numpy() // BUCKET_ROWS
+        for number in np.unique(bucket):
+            writers[number].write_table(table.filter(pa.array(bucket == number)))
+    for writer in writers:
+        writer.close()
+    for first, file in zip(starts, files, strict=True):
+        with pa.ipc.open_stream(pa.memory_map(file)) as stream:
+            table = stream.read_all().sort_by("rank")
+        due = np.arange(first, min(first + BUCKET_ROWS, num_texts))
+        if not np.array_equal(table["rank"].to_numpy(), due):
+            raise RunError(
+                f"{len(due):,} rows were to be written from rank {first:,} on, {len(table):,} arrived; "
+                "the inputs changed while they were read; run the command again (nothing was written)"
+            )
+        yield from (table.slice(start, batch_rows) for start in range(0, len(table), batch_rows))
 
 
 def _scored_block(rows: pa.Table, place: str, context: Context) -> Block:

@@ -77,55 +77,39 @@ OUTSIDE_ROWS = pa.schema(
 
 
 class Reason(IntEnum):
-    """Why a candidate is in the mix or not; the first that applies."""
+    """Why a candidate is in the mix or not; the first that applies. `text` says it in words."""
 
-    KEPT = 0
-    ERROR = 1
-    LLM_WRITTEN = 2
-    SOURCE_FILTER = 3
-    CONTAMINATED_FAMILY = 4
-    CONTAMINATED_NGRAM = 5
-    ANSWERED_CORRECTLY = 6
-    ANSWERED_WELL = 7
-    NOT_DRAWN = 8
-    SEVERAL_REFERENCES = 9
-    TOO_LONG = 10
-    SHORT_INPUT = 11
-    EMPTY_OUTPUT = 12
-    OVER_CAP = 13
-    DUPLICATE = 14
-    NEAR_DUPLICATE = 15
-    OVER_ALLOCATION = 16
-    OVER_SOURCE_LIMIT = 17
-    VALIDATION = 18
+    text: str
+
+    def __new__(cls, value: int, text: str) -> Reason:
+        reason = int.__new__(cls, value)
+        reason._value_, reason.text = value, text
+        return reason
+
+    KEPT = 0, "in the mix"
+    ERROR = 1, "scoring it failed"
+    LLM_WRITTEN = 2, "written by a language model (include_llm_written is false)"
+    SOURCE_FILTER = 3, "left out by its source's own filter"
+    CONTAMINATED_FAMILY = 4, "its task or source belongs to an evaluation"
+    CONTAMINATED_NGRAM = 5, "shares a run of words with an evaluation text"
+    ANSWERED_CORRECTLY = 6, "the model answered it correctly"
+    ANSWERED_WELL = 7, "the model's answer has ROUGE-L 0.8 or more"
+    NOT_DRAWN = 8, "beyond the share drawn from its ROUGE-L band"
+    SEVERAL_REFERENCES = 9, "has more than one reference"
+    TOO_LONG = 10, "instruction and input have too many words"
+    SHORT_INPUT = 11, "the input has too few words"
+    EMPTY_OUTPUT = 12, "the output is empty"
+    OVER_CAP = 13, "beyond the cap of its task's accuracy decile"
+    DUPLICATE = 14, "repeats another row"
+    NEAR_DUPLICATE = 15, "nearly repeats another row's input under the same instruction"
+    OVER_ALLOCATION = 16, "beyond what its task was allocated"
+    OVER_SOURCE_LIMIT = 17, "beyond its source's max_rows"
+    VALIDATION = 18, "kept out to judge mixes by (validation_rows_per_task)"
 
     @property
     def word(self) -> str:
         """As written in files: lower case."""
         return self.name.lower()
-
-
-DESCRIPTIONS = {
-    Reason.KEPT: "in the mix",
-    Reason.ERROR: "scoring it failed",
-    Reason.LLM_WRITTEN: "written by a language model (include_llm_written is false)",
-    Reason.SOURCE_FILTER: "left out by its source's own filter",
-    Reason.CONTAMINATED_FAMILY: "its task or source belongs to an evaluation",
-    Reason.CONTAMINATED_NGRAM: "shares a run of words with an evaluation text",
-    Reason.ANSWERED_CORRECTLY: "the model answered it correctly",
-    Reason.ANSWERED_WELL: "the model's answer has ROUGE-L 0.8 or more",
-    Reason.NOT_DRAWN: "beyond the share drawn from its ROUGE-L band",
-    Reason.SEVERAL_REFERENCES: "has more than one reference",
-    Reason.TOO_LONG: "instruction and input have too many words",
-    Reason.SHORT_INPUT: "the input has too few words",
-    Reason.EMPTY_OUTPUT: "the output is empty",
-    Reason.OVER_CAP: "beyond the cap of its task's accuracy decile",
-    Reason.DUPLICATE: "repeats another row",
-    Reason.NEAR_DUPLICATE: "nearly repeats another row's input under the same instruction",
-    Reason.OVER_ALLOCATION: "beyond what its task was allocated",
-    Reason.OVER_SOURCE_LIMIT: "beyond its source's max_rows",
-    Reason.VALIDATION: "kept out to judge mixes by (validation_rows_per_task)",
-}
 
 
 class Flags(IntFlag):

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from birbal_ray.mix.card import dataset_card
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.datasets import Origin, origin_of
 from birbal_ray.mix.files import sha256_of_file
-from birbal_ray.mix.plan import MixPlan, Report, plan_mix
-from birbal_ray.mix.reading import TextSorter
+from birbal_ray.mix.plan import MixPlan, make_context, plan_mix
+from birbal_ray.mix.reading import Context, sort_texts
 from birbal_ray.mix.rows import MIX_TASKS
 from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.mix.write import BATCH_ROWS, CARD_FILE, OWN_FILES, write_mix
@@ -72,15 +72,16 @@ def mix(config: MixConfig, *, overwrite: bool = False) -> MixResult:
             progress.update(text)
             run.progress(None, None, text=text)
 
-        with _work_folder(run.folder) as work, ExitStack() as stack:
-            plan = _plan(config, scores, origins, work, tell, stack)
+        context = make_context(config, scores)
+        with _work_folder(run.folder) as work, _ray_if_needed(context):
+            plan = plan_mix(context, origins, work, tell)
             total, num_texts = len(plan.candidates), plan.decisions.num_kept + plan.decisions.num_validation
-            texts = TextSorter(work / "texts", num_texts).sort(plan.read_texts(), BATCH_ROWS)
+            texts = sort_texts(plan.read_texts(), num_texts, work / "texts", BATCH_ROWS)
             files, licenses = write_mix(
                 plan, texts, run.folder, lambda rows: tell(f"wrote {rows:,} of {total:,} audit rows")
             )
         progress.close()
-        manifest = _manifest(config, plan, licenses, scores, origins)
+        manifest = _manifest(plan, licenses, origins)
         table = pa.Table.from_pylist(plan.task_table(), schema=MIX_TASKS)
         files[TASKS_FILE] = run.folder.write_parquet(TASKS_FILE, table)
         files[CARD_FILE] = run.folder.write_bytes(CARD_FILE, dataset_card(manifest, identity["settings"]).encode())
@@ -98,10 +99,11 @@ def dry_run(config: MixConfig) -> MixResult:
     """Decide everything and write nothing."""
     progress = ProgressLine()
     scores, origins = _inputs(config, progress)
-    with _work_folder(None) as work, ExitStack() as stack:
-        plan = _plan(config, scores, origins, work, progress.update, stack)
+    context = make_context(config, scores)
+    with _work_folder(None) as work, _ray_if_needed(context):
+        plan = plan_mix(context, origins, work, progress.update)
     progress.close()
-    return MixResult(None, plan.composition(), _manifest(config, plan, {}, scores, origins))
+    return MixResult(None, plan.composition(), _manifest(plan, {}, origins))
 
 
 @contextmanager
@@ -126,23 +128,11 @@ def _inputs(config: MixConfig, progress: ProgressLine) -> tuple[ScoreFolder, lis
     return scores, [origin_of(source) for source in config.sources]
 
 
-def _plan(
-    config: MixConfig,
-    scores: ScoreFolder,
-    origins: Sequence[Origin],
-    work: Path,
-    report: Report,
-    stack: ExitStack,
-) -> MixPlan:
-    num_cpus = config.resources.num_cpus or (os.cpu_count() or 2) + 2
-    return plan_mix(
-        config,
-        scores,
-        origins,
-        work,
-        report,
-        lambda: stack.enter_context(ray_session(num_cpus, about=job_metadata(STEP, config.output))),
-    )
+def _ray_if_needed(context: Context) -> AbstractContextManager[object]:
+    if context.in_process:
+        return nullcontext()
+    num_cpus = context.config.resources.num_cpus or (os.cpu_count() or 2) + 2
+    return ray_session(num_cpus, about=job_metadata(STEP, context.config.output))
 
 
 def _identity(config: MixConfig, scores: ScoreFolder, origins: Sequence[Origin]) -> dict[str, Any]:
@@ -159,10 +149,9 @@ def _identity(config: MixConfig, scores: ScoreFolder, origins: Sequence[Origin])
     }
 
 
-def _manifest(
-    config: MixConfig, plan: MixPlan, licenses: dict[str, set[str]], scores: ScoreFolder, origins: Sequence[Origin]
-) -> dict[str, Any]:
-    kept, ngrams = plan.decisions.num_kept, plan.context.ngrams
+def _manifest(plan: MixPlan, licenses: dict[str, set[str]], origins: Sequence[Origin]) -> dict[str, Any]:
+    config, scores, ngrams = plan.context.config, plan.context.scores, plan.context.ngrams
+    kept = plan.decisions.num_kept
     where = {origin.name: (origin.location, origin.revision) for origin in origins}
     ours = ("Natural Instructions task files", f"score run {scores.identity_hash[:12]}")
     return {

@@ -70,6 +70,11 @@ class ScoreFolder:
         """Rows the run must hold, by its own task table."""
         return sum(task.num_instances for task in self.tasks)
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the files of rows."""
+        return sum(file.size for file in self.files)
+
 
 def open_scores(place: str | os.PathLike[str] | Folder, model: str | None = None) -> ScoreFolder:
     """The finished score run at `place`.

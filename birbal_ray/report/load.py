@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from birbal_ray.evaluate.models import ADAPTER
-from birbal_ray.mix.rows import AUDIT_FILE, DESCRIPTIONS, MIX_TASKS, Reason
+from birbal_ray.mix.rows import AUDIT_FILE, MIX_TASKS, Reason
 from birbal_ray.models import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, adapter_fingerprint
 from birbal_ray.progress import CLOCK_FILE, PLAN_FILE
 from birbal_ray.run import MANIFEST_FILE, RUN_FILE, RunError
@@ -170,7 +170,7 @@ def read_mix(step: StepRun) -> dict[str, Any]:
     dropped = [
         {
             "reason": reason,
-            "meaning": DESCRIPTIONS[Reason[reason.upper()]] if reason.upper() in Reason.__members__ else "",
+            "meaning": Reason[reason.upper()].text if reason.upper() in Reason.__members__ else "",
             "rows": total,
             **{f"source:{source}": counts.get((source, reason), 0) for source in sources},
         }

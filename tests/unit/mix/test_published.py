@@ -15,7 +15,7 @@ import pytest
 
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.features import birbal_2023_score, distinct_word_rouge_l, row_hashes, shuffle_hashes
-from birbal_ray.mix.plan import plan_mix
+from birbal_ray.mix.plan import make_context, plan_mix
 from birbal_ray.mix.rows import Reason
 from birbal_ray.mix.scores import open_scores
 from tests.fixtures.score_folder import made_up_rows, write_score_folder
@@ -121,7 +121,7 @@ def decide(scored, config, work, reverse=False):
     """Row ids by candidate index, the decisions, the groups."""
     folder, _ = scored
     folder = replace(folder, files=folder.files[::-1]) if reverse else folder
-    plan = plan_mix(config, folder, [], work)
+    plan = plan_mix(make_context(config, folder), [], work)
     return plan.row_ids.to_pylist(), plan.decisions, plan.context.groups
 
 

@@ -12,7 +12,7 @@ from birbal_ray.mix import reading
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.inspect import diff, explain
 from birbal_ray.mix.plan import MixPlan
-from birbal_ray.mix.rows import AUDIT, DESCRIPTIONS, MIX_ROWS, Reason
+from birbal_ray.mix.rows import AUDIT, MIX_ROWS, Reason
 from birbal_ray.mix.run import dry_run, mix
 from birbal_ray.mix.scores import read_scored
 from birbal_ray.run import MANIFEST_FILE, RUN_FILE, RunError, RunMismatchError
@@ -125,7 +125,7 @@ def test_every_row_explains_itself(made):
             continue
         seen.add((row["reason"], row["bucket"]))
         answer = explain(made.folder, row["row_id"])
-        assert answer["kept"] == row["kept"] and DESCRIPTIONS[Reason[row["reason"].upper()]] in answer["why"]
+        assert answer["kept"] == row["kept"] and Reason[row["reason"].upper()].text in answer["why"]
         if row["reason"] == "duplicate":
             assert explain(made.folder, answer["repeats"])["row_id"] in answer["why"]
     assert {"kept", "error", "duplicate", "over_allocation", "short_input", "too_long"} <= {
