@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from json.encoder import encode_basestring as quoted
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -94,7 +95,8 @@ def write_mix(
     info: dict[str, Any] = {f"birbal_mix_{s}": {"file_name": f"{s}.json"} for s in splits}
     info |= {f"birbal_text_{s}": {"file_name": f"../{s}.jsonl", "columns": columns} for s in splits}
     written[ALPACA_INFO] = folder.write_json(ALPACA_INFO, info)
-    written[ALPACA_CARD] = folder.write_bytes(ALPACA_CARD, ALPACA_TEXT.encode())
+    # Checked against axolotl's user_defined.py and LLaMA-Factory's template.py; see docs/decisions.
+    written[ALPACA_CARD] = folder.write_bytes(ALPACA_CARD, Path(__file__).with_name("alpaca.md").read_bytes())
     return written, licenses
 
 
@@ -186,37 +188,3 @@ def _mix_rows(texts: pa.Table, view: _View, policy: str) -> pa.Table:
 
 def _named(names: Sequence[str], codes: NDArray[Any], is_missing: NDArray[np.bool_] | None = None) -> pa.Array:
     return pa.array(list(names), pa.string()).take(pa.array(codes, mask=is_missing))
-
-
-# Checked against axolotl's user_defined.py and LLaMA-Factory's template.py; see docs/decisions.
-ALPACA_TEXT = """# Which prompt is the training text?
-
-`birbal train` trains on BOS + question + answer + EOS: `### Instruction:`, `### Input:` and `### Response:`
-without any preamble, and without the instruction part where a row has none. The files here hold the three
-fields alone; each trainer puts its own prompt around them. `../train.jsonl` holds question and answer as they are.
-
-**axolotl**: `type: alpaca` puts a preamble in front. This gives our training text:
-
-```yaml
-datasets:
-  - path: train.jsonl
-    ds_type: json
-    type:
-      field_instruction: question
-      field_output: answer
-      format: "{instruction}"
-      no_input_format: "{instruction}"
-train_on_inputs: false
-```
-
-**LLaMA-Factory**: `template: alpaca` puts a preamble in front and `### Input:` nowhere; `template: empty` adds neither
-BOS nor EOS, so that the model never learns to stop. `dataset_dir` is this folder, `dataset: birbal_text_train`,
-and a template of your own gives our training text (the defaults are the text as it is, and answer + EOS):
-
-```python
-from llamafactory.data.formatter import EmptyFormatter
-from llamafactory.data.template import register_template
-
-register_template(name="birbal", format_prefix=EmptyFormatter(slots=[{"bos_token"}]))
-```
-"""
