@@ -15,8 +15,9 @@ import pickle
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +41,21 @@ from birbal_ray.score.tokens import load_tokenizer, prompt_token_ids, stops
 from birbal_ray.settings import one_line
 from birbal_ray.storage import Folder, input_folder
 
-# What build hands to generate: the rows so far, with the prompts' token ids.
-PROMPT_ROWS = pa.schema(
-    [
-        *(
-            SCORE_ROWS.field(name)
-            for name in ("orig_input", "few_shot_prompt", "answer", "row_id", "instance_id", "error")
-        ),
-        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),  # empty with an error
-        pa.field("num_prompt_tokens", pa.int32()),
-    ]
-)
-COMPLETED_ROWS = pa.schema(
-    [field for field in PROMPT_ROWS if field.name != "token_ids"]
-    + [SCORE_ROWS.field(name) for name in ("prediction", "num_cached_tokens", "num_completion_tokens", "finish_reason")]
-)
 REPORT_SECONDS = 1.0  # between a replica's reports
 LOG_UPLOAD_SECONDS = 10.0
 METADATA_KEY = b"birbal"  # of a file of rows: what its rows were made from
+
+Row = dict[str, Any]  # columns of SCORE_ROWS; between building and generating also token_ids, empty with an error
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRows:
+    """What a stage hands to the next, pickled: a shard's rows, and what all of its prompts have in common."""
+
+    shard: Shard
+    rows: list[Row]
+    prefix_token_ids: list[int]  # what the prompts begin with
+    sampling: Sampling
 
 
 class BuildPrompts:
@@ -72,12 +70,12 @@ class BuildPrompts:
         self._tokenizer = load_tokenizer(config)
         self._chat = models.read_template(self._tokenizer, config.prompt.format, config.prompt.chat_template_arguments)
         strings, ids = stops(self._tokenizer, self._chat)
-        self._sampling = pickle.dumps(Sampling(stop=strings, stop_token_ids=ids))
+        self._sampling = Sampling(stop=strings, stop_token_ids=ids)
         # A task's shards are adjacent: without this each would parse its file again.
         self._ordered_instances = functools.lru_cache(maxsize=4)(self._read)
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """`{"shard"}` → the same with PROMPT_ROWS (Arrow IPC), the ids of what all prompts begin with, the sampling."""
+        """`{"shard"}` → `{"rows": ShardRows}` with prompts."""
         shard: Shard = pickle.loads(row["shard"])  # noqa: S301 (our own source's)
         config = self._config
         task, ordered = self._ordered_instances(shard.path, shard.task, shard.sha256)
@@ -91,7 +89,7 @@ class BuildPrompts:
         prompts = [prompt.render_prompt(task.definition, examples, one.input, **about) for one in instances]
         usable = [text for text, instance in zip(prompts, instances, strict=True) if instance.error is None]
         token_ids = iter(tokens_of(usable))
-        rows = []
+        rows: list[Row] = []
         for instance, text in zip(instances, prompts, strict=True):
             ids = next(token_ids) if instance.error is None else []
             error = instance.error or plan.too_long_reason(
@@ -110,13 +108,7 @@ class BuildPrompts:
                 }
             )
         (shared,) = tokens_of([prompt.render_prefix(task.definition, examples, **about)])
-        table = pa.Table.from_pylist(rows, schema=PROMPT_ROWS)
-        return {
-            "shard": row["shard"],
-            "prefix_token_ids": shared,
-            "sampling": self._sampling,
-            "rows": _to_bytes(table),
-        }
+        return {"rows": pickle.dumps(ShardRows(shard, rows, shared, self._sampling))}
 
     def _read(self, path: str, name: str, sha256: str) -> tuple[Task, list[Instance]]:
         task = plan.read_planned(self._folder, path, name, sha256)
@@ -163,54 +155,50 @@ class Generate:
         ray.get(monitor.ready.remote(self._replica))
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """BuildPrompts' row → `{"shard"}` with COMPLETED_ROWS (Arrow IPC)."""
+        """BuildPrompts' row → the same with completed rows."""
         import ray
 
-        shard: Shard = pickle.loads(row["shard"])  # noqa: S301
-        table = _from_bytes(row["rows"])
+        built: ShardRows = pickle.loads(row["rows"])  # noqa: S301
+        shard, rows = built.shard, built.rows
         os.write(1, f"begins {shard.name}\n".encode())
-        ids, prompts = table["token_ids"].to_pylist(), table["few_shot_prompt"].to_pylist()
-        ready = [index for index, error in enumerate(table["error"].to_pylist()) if error is None]
+        about = shard.max_completion_tokens, shard.variant.adapter or self._adapter, built.sampling
         completions: dict[int, Completion] = {}
-        alone, parts, fatal = ray.get(self._monitor.begin.remote(self._replica, shard.name, table.num_rows))
+        alone, parts, fatal = ray.get(self._monitor.begin.remote(self._replica, shard.name, len(rows)))
         with self._turns.take(alone=alone):
             for first, last in parts:
-                indices = [index for index in ready if first <= index < last]
+                indices = [index for index in range(first, last) if rows[index]["error"] is None]
                 if alone:
                     ray.get(self._monitor.trying.remote(self._replica, shard.name, (first, last)))
-                adapter = shard.variant.adapter or self._adapter
-                about = shard.max_completion_tokens, adapter, pickle.loads(row["sampling"])  # noqa: S301
-                requests = [Request(prompts[index], ids[index], *about) for index in indices]
+                given = (rows[index] for index in indices)
+                requests = [Request(one["few_shot_prompt"], one["token_ids"], *about) for one in given]
                 try:
-                    futures = self._loop.submit(requests, row["prefix_token_ids"])
-                    done = self._collect(futures, [len(ids[index]) for index in indices], shard)
+                    done = self._collect(requests, built.prefix_token_ids)
                 except EngineDeadError as error:
                     self._end(self._monitor.died, str(error))
                 completions |= dict(zip(indices, done, strict=True))
             for index, reason in fatal.items():
                 completions[index] = Completion("", None, 0, None, f"the engine died of it: {reason}")
             self._monitor.completed.remote(self._replica, shard.name)
-        return {"shard": row["shard"], "rows": _to_bytes(_with_completions(table, completions))}
+        return {"rows": pickle.dumps(replace(built, rows=complete_rows(rows, completions)))}
 
-    def _collect(self, futures: Sequence[Any], num_prompt_tokens: Sequence[int], shard: Shard) -> list[Completion]:
+    def _collect(self, requests: Sequence[Request], prefix: Sequence[int]) -> list[Completion]:
+        """The requests' completions in order; the monitor hears of them as they come."""
         completions: list[Completion] = []
-        counts: dict[str, int] = {}
-        reported = time.monotonic()
-        for num_tokens, future in zip(num_prompt_tokens, futures, strict=True):
-            done: Completion = future.result()
+        counts, reported = Counter[str](), time.monotonic()
+        for request, future in zip(requests, self._loop.submit(requests, prefix), strict=True):
+            done = future.result()
             completions.append(done)
-            for name, count in (
-                ("rows", 1),
-                ("errors", int(done.error is not None)),
-                ("prompt_tokens", num_tokens),
-                ("cached_tokens", done.num_cached_tokens or 0),
-                ("completion_tokens", done.num_completion_tokens),
-                ("work", plan.row_work(shard.max_completion_tokens)),
-            ):
-                counts[name] = counts.get(name, 0) + count
-            if time.monotonic() - reported > REPORT_SECONDS or len(completions) == len(futures):
+            counts.update(
+                rows=1,
+                errors=int(done.error is not None),
+                prompt_tokens=len(request.token_ids),
+                cached_tokens=done.num_cached_tokens or 0,
+                completion_tokens=done.num_completion_tokens,
+                work=plan.row_work(request.max_tokens),
+            )
+            if time.monotonic() - reported > REPORT_SECONDS or len(completions) == len(requests):
                 self._monitor.add.remote(self._replica, counts)
-                counts, reported = {}, time.monotonic()
+                counts, reported = Counter(), time.monotonic()
         return completions
 
     def _end(self, report: Any, reason: str) -> None:
@@ -233,13 +221,33 @@ class ScoreAndWrite:
         """Generate's row → the file's name."""
         import ray
 
-        shard: Shard = pickle.loads(row["shard"])  # noqa: S301
-        table = score_table(shard.task, shard.label, _from_bytes(row["rows"]).to_pylist(), self._format)
+        completed: ShardRows = pickle.loads(row["rows"])  # noqa: S301
+        shard = completed.shard
+        table = score_table(shard.task, shard.label, completed.rows, self._format)
         if shard.retry is not None:
             table = replace_rows(self._folder.read_table(shard.name), shard.retry, table)
         file = write_rows(self._folder, shard.name, table, shard, self._failed_below)
         ray.get(self._monitor.written.remote(file))
         return {"file": shard.name}
+
+
+def complete_rows(rows: Iterable[Row], completions: Mapping[int, Completion]) -> list[Row]:
+    """Rows with what the engine made of their prompts, by the row's index; one without a completion has an error."""
+    completed = []
+    for index, row in enumerate(rows):
+        done = completions.get(index) or Completion("", None, 0, None, row["error"])
+        ran = done if done.error is None else None
+        completed.append(
+            {
+                **{name: value for name, value in row.items() if name != "token_ids"},
+                "prediction": done.text,
+                "error": row["error"] or done.error,
+                "num_cached_tokens": ran and ran.num_cached_tokens,
+                "num_completion_tokens": ran and ran.num_completion_tokens,
+                "finish_reason": ran and ran.finish_reason,
+            }
+        )
+    return completed
 
 
 def write_rows(folder: Folder, name: str, table: pa.Table, shard: Shard, failed_below: float) -> WrittenFile:
@@ -269,8 +277,8 @@ def replace_rows(old: pa.Table, positions: Sequence[int], new: pa.Table) -> pa.T
     return both.take(order)
 
 
-def score_table(task: str, label: str, completed: list[dict[str, Any]], prompt_format: str = prompt.BIRBAL) -> pa.Table:
-    """SCORE_ROWS of one task from COMPLETED_ROWS (or SCORE_ROWS, to be scored again); an error row has no score."""
+def score_table(task: str, label: str, completed: list[Row], prompt_format: str = prompt.BIRBAL) -> pa.Table:
+    """SCORE_ROWS of one task from completed rows (or from SCORE_ROWS, scored again); an error row has no score."""
     rows = []
     for row in completed:
         extracted = prompt.extract_answer(row["prediction"], chat=prompt_format == prompt.CHAT)
@@ -364,27 +372,3 @@ def _with_threads(resources: ResourceSettings, replicas_per_node: int) -> Resour
     threads = resources.threads_per_replica or max(1, len(os.sched_getaffinity(0)) // replicas_per_node)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     return resources.model_copy(update={"threads_per_replica": threads})
-
-
-def _with_completions(table: pa.Table, completions: Mapping[int, Completion]) -> pa.Table:
-    rows = table.drop_columns(["token_ids"]).to_pylist()
-    for index, row in enumerate(rows):
-        done = completions.get(index)
-        row["prediction"] = done.text if done else ""
-        row["error"] = row["error"] or (done.error if done else None)
-        ran = done is not None and done.error is None
-        row["num_cached_tokens"] = done.num_cached_tokens if done and ran else None
-        row["num_completion_tokens"] = done.num_completion_tokens if done and ran else None
-        row["finish_reason"] = done.finish_reason if done and ran else None
-    return pa.Table.from_pylist(rows, schema=COMPLETED_ROWS)
-
-
-def _to_bytes(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
-
-
-def _from_bytes(data: bytes) -> pa.Table:
-    return pa.ipc.open_stream(data).read_all()

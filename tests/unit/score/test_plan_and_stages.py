@@ -30,9 +30,9 @@ def make(folder, **flags):
 
 
 def built(settings, folder, shard):
-    """PROMPT_ROWS of a shard."""
+    """A shard's rows with their prompts."""
     row = stages.BuildPrompts(settings, open_folder(folder))({"shard": pickle.dumps(shard)})
-    return stages._from_bytes(row["rows"]).to_pylist()
+    return pickle.loads(row["rows"]).rows
 
 
 def test_shards_cover_every_instance_once_and_tasks_stay_adjacent(write_task):
@@ -213,16 +213,16 @@ def test_chat_prompts_hold_the_examples_as_turns_and_stop_at_the_end_of_turn(wri
     settings = config(folder, **{"prompt.format": "chat", "prompt.num_shots": 1})
     (shard,) = plan_run(settings).shards(10)
     build = stages.BuildPrompts(settings, open_folder(folder))
-    row = build({"shard": pickle.dumps(shard)})
-    (first, *_) = stages._from_bytes(row["rows"]).to_pylist()
+    made = pickle.loads(build({"shard": pickle.dumps(shard)})["rows"])
+    (first, *_) = made.rows
     shared = "<system>\nSay whether the colour is warm.\n<end>\n<user>\nred\n<end>\n<assistant>\nyes\n<end>\n<user>\n"
     assert first["few_shot_prompt"] == f"{shared}{first['orig_input']}\n<end>\n<assistant>\n"
     assert first["token_ids"] == SimulatedTokenizer()([first["few_shot_prompt"]])["input_ids"][0]
-    assert row["prefix_token_ids"] == SimulatedTokenizer()([shared])["input_ids"][0]
+    assert made.prefix_token_ids == SimulatedTokenizer()([shared])["input_ids"][0]
     (end,) = SimulatedTokenizer()(["<end>"])["input_ids"]
-    assert pickle.loads(row["sampling"]) == Sampling(stop=(), stop_token_ids=tuple(end))
+    assert made.sampling == Sampling(stop=(), stop_token_ids=tuple(end))
     zero_shot = replace(shard, variant=replace(shard.variant, prompt_format=ZERO_SHOT))
-    (first, *_) = stages._from_bytes(build({"shard": pickle.dumps(zero_shot)})["rows"]).to_pylist()
+    (first, *_) = pickle.loads(build({"shard": pickle.dumps(zero_shot)})["rows"]).rows
     assert first["few_shot_prompt"] == (
         f"<system>\nSay whether the colour is warm.\n<end>\n<user>\n{first['orig_input']}\n<end>\n<assistant>\n"
     )
