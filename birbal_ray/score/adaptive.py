@@ -12,7 +12,6 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from birbal_ray.mix.allocation import TaskDemand, allocate
 from birbal_ray.ni.metrics import EXACT_MATCH
@@ -34,31 +33,8 @@ class Decision:
     reason: str
 
 
-class Schedule(Protocol):
-    """Decides what is scored next. Calls come one at a time."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether `next` will never give a shard again."""
-
-    def next(self) -> Shard | None:
-        """The next shard, or None for now."""
-
-    def record(self, file: WrittenFile) -> None:
-        """A shard's rows are written."""
-
-    def decided(self) -> list[Decision]:
-        """Decisions made since the last call."""
-
-    def size(self) -> tuple[int, int]:
-        """(rows, work) of all shards that were decided on so far, given out or not."""
-
-    def end(self) -> None:
-        """Time is up: give out nothing more, where that is allowed."""
-
-
 class FixedSchedule:
-    """A list of shards in its order."""
+    """A list of shards in its order. `finished`: `next` will never give a shard again."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._left = iter(shards)
@@ -80,7 +56,7 @@ class FixedSchedule:
         return []
 
     def size(self) -> tuple[int, int]:
-        """Of the whole list."""
+        """(rows, work) of the whole list."""
         return self._size
 
     def end(self) -> None:
@@ -90,9 +66,9 @@ class FixedSchedule:
 class AdaptiveSchedule:
     """Tasks in growing ranges, breadth first, long completions first within one size.
 
-    `found` are the rows that are there already (this adds to it), `tallies` their scores by task. `retries` go
-    first. `log` holds the decisions of earlier sessions in order; they are taken as they are, and only what follows
-    them is decided here. Which rows are scored may depend on the order of `record` calls (a share depends on all
+    `found` are the rows that are there already, `tallies` their scores by task. `retries` go first. `log` holds the
+    decisions of earlier sessions in order; they are taken as they are, and only what follows them is decided here.
+    Which rows are scored may depend on the order of `record` calls (a share depends on all
     tasks' scores so far); the end is checked against all scores, and a task whose share turned out larger is scored
     further.
     """
@@ -107,7 +83,8 @@ class AdaptiveSchedule:
         log: Iterable[Decision] = (),
         retries: Sequence[Shard] = (),
     ) -> None:
-        self._settings, self._shard_rows, self._found = settings, shard_rows, found
+        self._settings, self._shard_rows = settings, shard_rows
+        self._found = RowFiles(found.all_names())  # and what is decided on
         self._tasks = {task.name: task for task in tasks}
         self._tallies = {task.name: tallies.get(task.name, Tally()) for task in tasks}
         self._covered = {task.name: found.num_rows(task.name) for task in tasks}
@@ -165,7 +142,7 @@ class AdaptiveSchedule:
         return given
 
     def size(self) -> tuple[int, int]:
-        """(rows, work) of the ranges decided on so far."""
+        """(rows, work) of the ranges decided on so far, given out or not."""
         return self._rows, self._work
 
     def end(self) -> None:
@@ -266,3 +243,6 @@ class AdaptiveSchedule:
     def _next_size(self, task: PlannedTask, size: int) -> int:
         doubled = (self._settings.first_instances << k for k in itertools.count())
         return min(task.num_instances, next(one for one in doubled if one > size))
+
+
+Schedule = FixedSchedule | AdaptiveSchedule  # decides what is scored next; calls come one at a time

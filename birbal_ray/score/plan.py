@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from pydantic import TypeAdapter
 
 from birbal_ray import models
 from birbal_ray.ni import catalog, labels, prompt, reader
@@ -24,7 +25,7 @@ from birbal_ray.score.config import CompletionSettings, ScoreConfig
 from birbal_ray.score.tokens import Tokenizer, load_tokenizer, prompt_token_ids
 from birbal_ray.settings import canonical_hash
 from birbal_ray.statistics import t_half_width, wilson
-from birbal_ray.storage import FileRecord, Folder, cache_folder, write_json
+from birbal_ray.storage import FileRecord, Folder, cache_folder, write_atomic
 
 FEW_SHOT, ZERO_SHOT = "few_shot", "zero_shot"
 INPUTS_FOLDER = "inputs"  # task files that workers read from the run folder
@@ -81,6 +82,13 @@ class PlannedTask:
         """What decides this task's predictions, beside what decides all rows of the run."""
         return {"sha256": self.sha256, "max_completion_tokens": self.max_completion_tokens}
 
+    def shard(
+        self, first: int, last: int, variant: PromptVariant = PromptVariant(), retry: tuple[int, ...] | None = None
+    ) -> Shard:
+        """The range [first, last) of its hash order."""
+        about = self.name, self.path, self.sha256, self.label.value
+        return Shard(*about, first, last, self.max_completion_tokens, variant, retry)
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -132,12 +140,7 @@ class Tally:
         return cls(len(scores), sum(failed), math.fsum(scores), math.fsum(score * score for score in scores))
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(
-            self.num_scored + other.num_scored,
-            self.num_failed + other.num_failed,
-            self.total + other.total,
-            self.squares + other.squares,
-        )
+        return Tally(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def mean(self) -> float:
@@ -234,14 +237,6 @@ class RowFiles:
         """Count ranges as there."""
         self._ranges[row_folder(task)] = sorted([*self._ranges.get(row_folder(task), ()), *ranges])
 
-    def add_file(self, name: str) -> None:
-        """Count a file as there."""
-        self.add(name.rpartition("/")[0], [self.range_of(name)])
-
-    def copy(self) -> RowFiles:
-        """Another with the same ranges."""
-        return RowFiles(self.all_names())
-
     def all_names(self) -> list[str]:
         """Every file, none that overlaps another."""
         return [name for task in self._ranges for name in self.names(task)]
@@ -320,9 +315,7 @@ def shards_of(
     shards = []
     for first, last in gaps:
         cuts = [first, *range((first // shard_rows + 1) * shard_rows, last, shard_rows), last]
-        for start, end in itertools.pairwise(cuts):
-            about = task.name, task.path, task.sha256, task.label.value
-            shards.append(Shard(*about, start, end, task.max_completion_tokens, variant))
+        shards += [task.shard(start, end, variant) for start, end in itertools.pairwise(cuts)]
     return shards
 
 
@@ -367,19 +360,18 @@ def plan_run(
     planner = _TaskPlanner(config, tokenizer, chat, overrides, excluded, count_tokens)
     tasks, quarantined, left_out = [], [], []
     files = [file for file in files if file.name in chosen]
-    with _PlanCache(config, overrides, excluded, use=not (count_tokens or config.tasks.strict)) as cache:
-        for done, (file, outcome) in enumerate(cache.plan(files, planner), 1):
-            if progress:
-                progress.update(f"reading tasks {done}/{len(files)}: {file.name}")
-            if isinstance(outcome, PlannedTask):
-                limit = config.tasks.instances_per_task or outcome.num_available
-                num_instances = min(limit, outcome.num_available - outcome.num_excluded)
-                path = str(file.path.resolve())
-                tasks.append(replace(outcome, num_instances=num_instances, path=path, member=file.member))
-            elif outcome[0] == "quarantined":
-                quarantined.append((file.label, outcome[1]))
-            else:
-                left_out.append((file.name, outcome[1]))
+    for done, (file, outcome) in enumerate(_outcomes(files, planner), 1):
+        if progress:
+            progress.update(f"reading tasks {done}/{len(files)}: {file.name}")
+        if isinstance(outcome, PlannedTask):
+            limit = config.tasks.instances_per_task or outcome.num_available
+            num_instances = min(limit, outcome.num_available - outcome.num_excluded)
+            path = str(file.path.resolve())
+            tasks.append(replace(outcome, num_instances=num_instances, path=path, member=file.member))
+        elif outcome[0] == "quarantined":
+            quarantined.append((file.label, outcome[1]))
+        else:
+            left_out.append((file.name, outcome[1]))
     if not tasks:
         reasons = "; ".join(reason for _, reason in (quarantined + left_out)[:3])
         raise TaskError(f"{root}: no usable task ({reasons})")
@@ -526,55 +518,44 @@ class _TaskPlanner:
         )
 
 
-class _PlanCache:
-    """What earlier plans found in task files, in the cache folder: one JSON per settings that matter."""
+_CACHED = TypeAdapter(dict[str, _Outcome])  # by the file's path, member, size and time
 
-    def __init__(
-        self, config: ScoreConfig, overrides: Mapping[str, labels.Label], excluded: Collection[str], *, use: bool
-    ) -> None:
-        key = {
-            "format": [PLAN_FORMAT, METRIC_VERSION],
-            "families": config.tasks.exclude_families,
-            "model": [config.model.name, config.model.revision, config.engine.backend],
-            "prompt": config.prompt.model_dump(),
-            "completion": config.completion.model_dump(),
-            "seed": config.seed,
-            "overrides": {name: asdict(label) for name, label in overrides.items()},
-            "excluded": sorted(excluded),
-        }
-        self._file = cache_folder() / "plans" / f"{canonical_hash(key)[:32]}.json"
-        self._use = use
-        self._known: dict[str, Any] = {}
-        self._new: dict[str, Any] = {}
 
-    def __enter__(self) -> _PlanCache:
-        if self._use:
-            try:
-                self._known = dict(json.loads(self._file.read_text(encoding="utf-8")))
-            except (OSError, ValueError):
-                self._known = {}
-        return self
+def _outcomes(files: Sequence[reader.TaskFile], planner: _TaskPlanner) -> Iterator[tuple[reader.TaskFile, _Outcome]]:
+    """What becomes of each file: from the cache, where an earlier plan with the same settings found it out.
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if self._use and kind is None and self._new:
-            try:
-                write_json(self._file, {**self._known, **self._new})
-            except OSError:
-                return  # a cache that can't be written costs time, not the run
-
-    def plan(self, files: Sequence[reader.TaskFile], planner: _TaskPlanner) -> Iterator[tuple[reader.TaskFile, Any]]:
-        """Each file's outcome, read from the cache or made by `planner`."""
-        keys = {}
-        for file in files:
-            stat = file.path.stat() if file.path.exists() else None
-            keys[file] = f"{file.path.resolve()}:{file.member}:{stat and (stat.st_size, stat.st_mtime_ns)}"
-            if keys[file] in self._known:
-                entry = self._known[keys[file]]
-                if isinstance(entry, dict):
-                    texts = {name: tuple(entry[name]) for name in ("categories", "sources", "domains", "licenses")}
-                    entry = PlannedTask(**{**entry, **texts, "label": labels.Label(**entry["label"])})
-                yield file, entry
-        for file, task in reader.read_tasks([file for file in files if keys[file] not in self._known]):
-            outcome = planner(file, task)
-            self._new[keys[file]] = asdict(outcome) if isinstance(outcome, PlannedTask) else outcome
-            yield file, outcome
+    The cache folder holds one JSON for each choice of settings that matter. A cache that can't be read or written
+    costs time, not the run.
+    """
+    config = planner.config
+    key = {
+        "format": [PLAN_FORMAT, METRIC_VERSION],
+        "families": config.tasks.exclude_families,
+        "model": [config.model.name, config.model.revision, config.engine.backend],
+        "prompt": config.prompt.model_dump(),
+        "completion": config.completion.model_dump(),
+        "seed": config.seed,
+        "overrides": {name: asdict(label) for name, label in planner.overrides.items()},
+        "excluded": sorted(planner.excluded),
+    }
+    cache = cache_folder() / "plans" / f"{canonical_hash(key)[:32]}.json"
+    use_cache = not (planner.count_tokens or config.tasks.strict)
+    known: dict[str, _Outcome] = {}
+    if use_cache:
+        with contextlib.suppress(OSError, ValueError):
+            known = _CACHED.validate_json(cache.read_bytes())
+    unknown = {}
+    for file in files:
+        stat = file.path.stat() if file.path.exists() else None
+        name = f"{file.path.resolve()}:{file.member}:{stat and (stat.st_size, stat.st_mtime_ns)}"
+        if name in known:
+            yield file, known[name]
+        else:
+            unknown[file] = name
+    found = {}
+    for file, task in reader.read_tasks(list(unknown)):
+        found[unknown[file]] = outcome = planner(file, task)
+        yield file, outcome
+    if use_cache and found:
+        with contextlib.suppress(OSError, ValueError):
+            write_atomic(cache, _CACHED.dump_json(known | found))

@@ -173,7 +173,7 @@ def find_error_rows(folder: Folder, found: RowFiles, tasks: Sequence[PlannedTask
         for name in found.names(task.name):
             errors = folder.read_table(name, ["error"])["error"].to_pylist()
             if retry := tuple(position for position, error in enumerate(errors) if error is not None):
-                shards.append(_shard_of(task, name, retry))
+                shards.append(task.shard(*RowFiles.range_of(name), retry=retry))
     return shards
 
 
@@ -187,14 +187,9 @@ def rescore(folder: Folder, names: Iterable[str], task: PlannedTask, config: Sco
         old = folder.read_table(name).select(SCORE_ROWS.names)
         new = score_table(task.name, task.label.value, old.to_pylist(), config.prompt.format)
         if not new.equals(old.cast(SCORE_ROWS)):
-            written.append(write_rows(folder, name, new, _shard_of(task, name), config.adaptive.failed_below))
+            shard = task.shard(*RowFiles.range_of(name))
+            written.append(write_rows(folder, name, new, shard, config.adaptive.failed_below))
     return written
-
-
-def _shard_of(task: PlannedTask, name: str, retry: tuple[int, ...] | None = None) -> Shard:
-    first, last = RowFiles.range_of(name)
-    about = task.name, task.path, task.sha256, task.label.value, first, last, task.max_completion_tokens
-    return Shard(*about, retry=retry)
 
 
 def export_published_json(run: str | Path, output: Path) -> tuple[int, int]:

@@ -125,6 +125,7 @@ def score(
             retries = find_error_rows(rows, found, todo.tasks) if retry_errors else []
             new, stops = _score(run, todo, config, fingerprint, found, retries, progress)
             records |= new
+            found = RowFiles({*found.all_names(), *new})
         elif missing := sum(shard.num_rows for shard in plan.shards(CPU_SHARD_ROWS, found)):
             raise RunError(
                 f"{run.folder}: what is there is scored again; {missing} rows have no prediction yet: run the same "
@@ -329,18 +330,16 @@ def _score(
 ) -> tuple[dict[str, FileRecord], dict[str, str]]:
     """Score what is missing and `retries`: (records of the files written, why each task was stopped).
 
-    What is written stays whatever happens. `found` grows by it.
+    What is written stays whatever happens.
     """
     started, shard_rows = time.monotonic(), config.shard_rows or CPU_SHARD_ROWS
     rows_before = sum(found.num_rows(task.name) for task in plan.tasks)
-    stops: dict[str, str] = {}
     log: list[Decision] = []
 
     def keep(decisions: Sequence[Decision]) -> None:
         """For a resume, which replays them."""
         if decisions:
             log.extend(decisions)
-            stops.update((one.task, one.reason) for one in decisions)
             run.folder.write_json(DECISIONS_FILE, [asdict(one) for one in log])
 
     todo = [*plan.shards(shard_rows, found), *retries]
@@ -348,14 +347,13 @@ def _score(
     if config.adaptive.enabled:
         with contextlib.suppress(OSError, RunError, TypeError):
             log = [Decision(**entry) for entry in run.folder.read_json(DECISIONS_FILE)]
-        stops = {one.task: one.reason for one in log}
         tallies = count_scores(run.folder.subfolder(ROWS_FOLDER), found, plan.tasks, config.adaptive.failed_below)
-        schedule = AdaptiveSchedule(plan.tasks, config.adaptive, shard_rows, found.copy(), tallies, log, retries)
+        schedule = AdaptiveSchedule(plan.tasks, config.adaptive, shard_rows, found, tallies, log, retries)
         if rows_before and config.budget is not None and run.wall_seconds + FINISH_SECONDS > config.budget:
             schedule.end()  # no engine is started for what there is no time for
         keep(schedule.decided())
     if schedule.finished:
-        return {}, stops
+        return {}, {one.task: one.reason for one in log}
     if rows_before:
         num_done = len(found.all_names())
         of_all = "" if config.adaptive.enabled else f" of {num_done + len(todo) - len(retries)}"
@@ -378,11 +376,9 @@ def _score(
     finally:
         progress.close()
         run.session({**session.record(), "wall_seconds": round(time.monotonic() - started, 3)})
-    for name in session.files.keys() - set(found.all_names()):
-        found.add_file(name)
     if (rate := session.record()["tokens_per_second"]) and config.engine.backend == "vllm":
         save_throughput(throughput_key(config), rate / replicas)
-    return {name: file.record for name, file in session.files.items()}, stops
+    return {name: file.record for name, file in session.files.items()}, {one.task: one.reason for one in log}
 
 
 def _finish(
