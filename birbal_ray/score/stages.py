@@ -32,8 +32,16 @@ from birbal_ray.run import LOG_FOLDER
 from birbal_ray.schemas import ROWS_FOLDER, SCORE_ROWS
 from birbal_ray.score import plan
 from birbal_ray.score.config import EngineSettings, ResourceSettings, ScoreConfig
-from birbal_ray.score.engine import Adapter, Completion, Engine, Request, Sampling, VllmEngine
-from birbal_ray.score.engine_loop import EngineDeadError, EngineLoop
+from birbal_ray.score.engine import (
+    Adapter,
+    Completion,
+    Engine,
+    EngineDeadError,
+    EngineLoop,
+    Request,
+    Sampling,
+    VllmEngine,
+)
 from birbal_ray.score.plan import ZERO_SHOT, Shard, Tally, WrittenFile
 from birbal_ray.score.reference import check_engine
 from birbal_ray.score.simulated import START_FAILURE, SimulatedEngine

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from birbal_ray import __version__
 from birbal_ray.score import engine
-from birbal_ray.score.engine_loop import EngineDeadError, EngineLoop
+from birbal_ray.score.engine import EngineDeadError, EngineLoop
 from birbal_ray.score.tokens import prompt_token_ids
 from birbal_ray.serve.rules import cut_answer, wrap_prompt
 

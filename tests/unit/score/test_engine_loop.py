@@ -6,8 +6,7 @@ import threading
 
 import pytest
 
-from birbal_ray.score.engine import Completion, Request, RequestRefusedError
-from birbal_ray.score.engine_loop import EngineDeadError, EngineLoop
+from birbal_ray.score.engine import Completion, EngineDeadError, EngineLoop, Request, RequestRefusedError
 from birbal_ray.score.simulated import SimulatedEngine
 
 
