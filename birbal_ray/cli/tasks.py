@@ -192,8 +192,8 @@ def import_tasks(
         write_atomic(folder / f"{name}.json", text)
     written = [row for row in catalog.summarise_tasks(folder) if row["task"] in files]
     print_table(written, output_format, ["task", "label", "label reason", "instances", "shots"])
-    for reason, count in dropped.counts.items():
-        note(f"left out {count:,} of {len(rows):,} rows (the first is row {dropped.first[reason]}): {reason}")
+    for reason, numbers in dropped.items():
+        note(f"left out {len(numbers):,} of {len(rows):,} rows (the first is row {numbers[0]}): {reason}")
     note(f"{len(files)} task files in {folder}; next: birbal tasks validate --tasks {folder}")
 
 

@@ -38,7 +38,6 @@ class ScoredTask:
     license: str
     sources: tuple[str, ...]
     num_instances: int
-    num_errors: int
     task_score: float | None
     unreachable: str | None = None
     stop_reason: str | None = None
@@ -207,7 +206,6 @@ def _tasks(folder: Folder, listed: Mapping[str, str]) -> tuple[ScoredTask, ...]:
                 ", ".join(row["licenses"]) or "unknown",
                 tuple(row["sources"]),
                 score["num_instances"],
-                score["num_errors"],
                 value,
                 unreachable=f"{row.get('unreachable_reason')} (in {fraction:.0%} of its instances)"
                 if fraction > MAX_UNREACHABLE_FRACTION

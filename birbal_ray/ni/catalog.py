@@ -88,16 +88,8 @@ def summarise_tasks(path: Path | None) -> list[dict[str, Any]]:
             rows.append(dict.fromkeys(_SUMMARY_KEYS) | {"task": name, "label reason": str(task)})
             continue
         label = labels.label_task(task, overrides)
-        values = (
-            name,
-            label.value,
-            label.reason,
-            len(task.instances),
-            len(task.positive_examples),
-            ", ".join(task.categories),
-            name in selected,
-            excluded_by(task, FAMILIES),
-        )
+        about = label.value, label.reason, len(task.instances), len(task.positive_examples), ", ".join(task.categories)
+        values = (name, *about, name in selected, excluded_by(task, FAMILIES))
         rows.append(dict(zip(_SUMMARY_KEYS, values, strict=True)))
     return sorted(rows, key=lambda row: str(row["task"]))
 

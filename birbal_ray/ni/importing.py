@@ -9,8 +9,9 @@ import io
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +42,6 @@ class ImportOptions:
     seed: int = 0
 
 
-@dataclass(slots=True)
-class Dropped:
-    """Rows that are in no task, by reason: how many, and the first one's number."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    first: dict[str, int] = field(default_factory=dict)
-
-    def add(self, reason: str, number: int) -> None:
-        """One more row, by its number from 1."""
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        self.first.setdefault(reason, number)
-
-
 def read_rows(file: Path, columns: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
     """(columns found, rows) of a .csv, .tsv, .jsonl or .json file (a list of objects).
 
@@ -81,8 +69,10 @@ def read_rows(file: Path, columns: Sequence[str]) -> tuple[list[str], list[dict[
 
 def make_tasks(
     columns: Sequence[str], rows: Iterable[Mapping[str, Any]], options: ImportOptions
-) -> tuple[dict[str, dict[str, Any]], Dropped]:
-    """(task files by name, rows that are in none). The same rows give the same files, whatever their order in time.
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[int]]]:
+    """(task files by name, reason → numbers from 1 of rows that are in none).
+
+    The same rows give the same files, whatever their order in time.
 
     Rows with the same input become one instance with the outputs of all. Examples are taken in hash
     order from the shorter half of a task's rows, of different outputs as far as there are, at most half
@@ -94,7 +84,7 @@ def make_tasks(
             match = fuzzy.extractOne(column, columns)
             hint = f" (nearest: {match[0]!r})" if match else ""
             raise TaskError(f"{options.source}: no column {column!r}{hint}; it has {', '.join(columns) or 'none'}")
-    dropped = Dropped()
+    dropped: dict[str, list[int]] = defaultdict(list)
     groups: dict[str, dict[str, tuple[int, list[str]]]] = {}  # group → input → (row number, outputs)
     for number, row in enumerate(rows, 1):
         group = _text(row.get(options.group_by)) if options.group_by else ""
@@ -103,37 +93,39 @@ def make_tasks(
         values = [one for cell in cells for one in (cell if isinstance(cell, (list, tuple)) else [cell])]
         outputs = [text for text in map(_text, values) if text is not None and text.strip()]
         if None in row:  # csv's key for what is beyond the header
-            dropped.add("more cells than the header has", number)
+            dropped["more cells than the header has"].append(number)
         elif group is None or (options.group_by and not group.strip()):
-            dropped.add(f"no text in column {options.group_by!r}", number)
+            dropped[f"no text in column {options.group_by!r}"].append(number)
         elif not all(text and text.strip() for text in inputs):
             column = next(
                 name for name, text in zip(options.inputs, inputs, strict=True) if not (text and text.strip())
             )
-            dropped.add(f"no text in column {column!r}", number)
+            dropped[f"no text in column {column!r}"].append(number)
         elif not outputs:
-            dropped.add(f"no text in {' or '.join(f'column {name!r}' for name in options.outputs)}", number)
+            dropped[f"no text in {' or '.join(f'column {name!r}' for name in options.outputs)}"].append(number)
         else:
             lines = (f"{column}: {text}" for column, text in zip(options.inputs, inputs, strict=True))
             one = inputs[0] if len(inputs) == 1 else "\n".join(lines)
             known = groups.setdefault(group, {}).setdefault(str(one), (number, []))[1]
             if known:
                 new = not set(outputs) <= set(known)
-                dropped.add("same input as an earlier row" + (": its output became a reference" if new else ""), number)
+                what = ": its output became a reference" if new else ""
+                dropped[f"same input as an earlier row{what}"].append(number)
             known += [text for text in dict.fromkeys(outputs) if text not in known]
     tasks: dict[str, dict[str, Any]] = {}
     for group, instances in sorted(groups.items()):
         if len(instances) == 1 and options.num_examples:
-            dropped.add(
-                "the only row of its task: nothing is left beside an example", next(iter(instances.values()))[0]
-            )
+            ((number, _),) = instances.values()
+            dropped["the only row of its task: nothing is left beside an example"].append(number)
             continue
         name = _task_name(options.name, group, tasks) if options.group_by else options.name
         tasks[name] = _task_values(name, group, instances, options)
     if not tasks:
-        reasons = "; ".join(f"{count:,} rows: {reason}" for reason, count in dropped.counts.items()) or "it has no rows"
+        reasons = (
+            "; ".join(f"{len(numbers):,} rows: {reason}" for reason, numbers in dropped.items()) or "it has no rows"
+        )
         raise TaskError(f"{options.source}: no task can be made ({reasons})")
-    return tasks, dropped
+    return tasks, dict(dropped)
 
 
 def _task_values(

@@ -24,7 +24,8 @@ from birbal_ray.settings import sha256_of
 from birbal_ray.storage import FileRecord, Folder, RunError, open_folder, write_atomic
 
 PUBLISHED_COLUMNS = ["orig_input", "few_shot_prompt", "answer", "prediction"]
-COLUMNS = ["row_id", "score", "error", "num_prompt_tokens", "num_cached_tokens", "num_completion_tokens"]
+TOKENS = ("prompt", "cached", "completion")
+COLUMNS = ["row_id", "score", "error", *(f"num_{kind}_tokens" for kind in TOKENS)]
 READERS = 8  # at a URL most of the time is waiting
 
 
@@ -36,32 +37,16 @@ class Results:
     """
 
     task_scores: list[dict[str, Any]] = field(default_factory=list)
-    num_scored: int = 0
     errors: Counter[str] = field(default_factory=Counter)
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
+    tokens: Counter[str] = field(default_factory=Counter)  # prompt, cached, completion; of the rows that ran
     files: dict[str, FileRecord] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
 
     @property
     def rows(self) -> dict[str, Any]:
         """Counts that add up."""
-        return {
-            "planned": self.num_scored + self.errors.total(),
-            "scored": self.num_scored,
-            "errors": dict(self.errors),
-        }
-
-    @property
-    def tokens(self) -> dict[str, Any]:
-        """Of the rows that ran."""
-        return {
-            "prompt": self.prompt_tokens,
-            "cached": self.cached_tokens,
-            "completion": self.completion_tokens,
-            "cached_fraction": self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None,
-        }
+        scored = sum(row["num_scored"] for row in self.task_scores)
+        return {"planned": scored + self.errors.total(), "scored": scored, "errors": dict(self.errors)}
 
 
 def read_scores(folder: Folder, names: Iterable[str]) -> dict[str, dict[str, float]]:
@@ -131,12 +116,9 @@ def _add_task(results: Results, task: PlannedTask, rows: pa.Table) -> None:
             "task_score_high": high,
         }
     )
-    results.num_scored += scores.num_scored
     results.errors.update(error.split(":", 1)[0] for error in rows["error"].drop_null().to_pylist())
     ran = rows.filter(pc.is_valid(rows["num_completion_tokens"]))
-    results.prompt_tokens += pc.sum(ran["num_prompt_tokens"]).as_py() or 0
-    results.cached_tokens += pc.sum(ran["num_cached_tokens"]).as_py() or 0
-    results.completion_tokens += pc.sum(ran["num_completion_tokens"]).as_py() or 0
+    results.tokens.update({kind: pc.sum(ran[f"num_{kind}_tokens"]).as_py() or 0 for kind in TOKENS})
 
 
 def _read_file(folder: Folder, name: str, record: FileRecord | None) -> tuple[pa.Table, FileRecord] | None:

@@ -35,7 +35,7 @@ from birbal_ray.score.pipeline import check_cluster, logical_cpus, score_shards
 from birbal_ray.score.plan import RowFiles, ScorePlan, Shard, plan_run, publish_inputs, row_folder
 from birbal_ray.score.results import count_scores, find_error_rows, rescore, summarise
 from birbal_ray.score.stages import METADATA_KEY, find_model
-from birbal_ray.settings import ConfigError, canonical_hash
+from birbal_ray.settings import ConfigError, canonical_hash, require
 from birbal_ray.storage import FileRecord, Folder, RunError, input_folder, is_url, open_folder
 
 STEP = "score"
@@ -141,14 +141,12 @@ def score(
 
 def resolve_config(config: ScoreConfig) -> ScoreConfig:
     """The configuration with `auto` values decided for this machine; raises ConfigError on what is missing."""
-    for key, value in (("--tasks", config.tasks.path), ("--output", config.output)):
-        if not value:
-            raise ConfigError(f"{key} is required (or set it in the --config file)")
-    if not is_url(config.output) and Path(config.output or "").is_file():
-        raise ConfigError(f"--output {config.output}: is a file, expected a folder")
-    if is_url(config.tasks.path):
-        path = str(input_folder(config.tasks.path or ""))
-        config = config.model_copy(update={"tasks": config.tasks.model_copy(update={"path": path})})
+    path, output = require(config.tasks.path, "--tasks"), require(config.output, "--output")
+    if not is_url(output) and Path(output).is_file():
+        raise ConfigError(f"--output {output}: is a file, expected a folder")
+    if is_url(path):
+        tasks = config.tasks.model_copy(update={"path": str(input_folder(path))})
+        config = config.model_copy(update={"tasks": tasks})
     if config.engine.device == "auto":
         if os.environ.get("RAY_ADDRESS"):
             raise ConfigError("engine.device is auto, but RAY_ADDRESS names a cluster of other machines; give --device")
@@ -406,7 +404,7 @@ def _finish(
     table = pa.Table.from_pylist(results.task_scores, schema=TASK_SCORES)
     files[TASK_SCORES_FILE] = run.folder.write_parquet(TASK_SCORES_FILE, table)
     files |= write_plan(run.folder, plan, {task.name: stops.get(task.name, USED_UP) for task in plan.tasks})
-    sessions = run.sessions()
+    sessions, tokens = run.sessions(), results.tokens
     run.progress(plan.num_rows, plan.num_rows, final=True)
     manifest = run.finish(
         {
@@ -421,7 +419,7 @@ def _finish(
             },
             "stops": dict(stops) if config.adaptive.enabled else None,
             "repairs": {task.name: task.repairs for task in plan.tasks if task.repairs},
-            "tokens": results.tokens,
+            "tokens": {**tokens, "cached_fraction": tokens["cached"] / tokens["prompt"] if tokens["prompt"] else None},
             "deaths": [death for one in sessions for death in one["deaths"]],
             "num_sessions": len(sessions),
             "last_session": sessions[-1] if sessions else {},

@@ -262,13 +262,7 @@ def write_rows(folder: Folder, name: str, table: pa.Table, shard: Shard, failed_
     """Publish a shard's SCORE_ROWS below the rows folder, with what they were made from in the file's metadata."""
     if table.num_rows != shard.num_rows:
         raise RuntimeError(f"{name}: {table.num_rows} rows, the plan says {shard.num_rows}")
-    made_from = {
-        "task": shard.task,
-        "first": shard.first,
-        "last": shard.last,
-        "sha256": shard.sha256,
-        "max_completion_tokens": shard.max_completion_tokens,
-    }
+    made_from = {name: getattr(shard, name) for name in ("task", "first", "last", "sha256", "max_completion_tokens")}
     record = folder.write_parquet(name, table.replace_schema_metadata({METADATA_KEY: json.dumps(made_from).encode()}))
     num_errors, scores = table.num_rows - table["error"].null_count, table["score"].drop_null().to_pylist()
     return WrittenFile(

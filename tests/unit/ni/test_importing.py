@@ -23,7 +23,8 @@ def options(**changes):
 def made(rows=ROWS, **changes):
     """(tasks as the reader reads them by name, what was left out by reason)."""
     tasks, dropped = make_tasks(COLUMNS, rows, options(**changes))
-    return {name: parse_task(name, json.dumps(values).encode()) for name, values in tasks.items()}, dropped.counts
+    counts = {reason: len(numbers) for reason, numbers in dropped.items()}
+    return {name: parse_task(name, json.dumps(values).encode()) for name, values in tasks.items()}, counts
 
 
 def test_each_row_is_an_example_or_an_instance():
@@ -88,14 +89,14 @@ def test_what_cannot_be_used_is_left_out_with_its_reason():
         ("a", ["1", "one"]),
         ("5", ["2.5", "true"]),
     ]
-    assert dropped.counts == {
+    assert {reason: len(numbers) for reason, numbers in dropped.items()} == {
         "no text in column 'question'": 3,
         "no text in column 'answer'": 3,
         "same input as an earlier row": 1,
         "same input as an earlier row: its output became a reference": 1,
         "more cells than the header has": 1,
     }
-    assert dropped.first["no text in column 'answer'"] == 5
+    assert dropped["no text in column 'answer'"][0] == 5
 
 
 def test_several_columns():
