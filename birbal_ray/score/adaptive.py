@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,19 +35,20 @@ class Decision:
 
 
 class FixedSchedule:
-    """A list of shards in its order. `finished`: `next` will never give a shard again."""
+    """A list of shards in its order."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
-        self._left = iter(shards)
+        self._left = deque(shards)
         self._size = sum(shard.num_rows for shard in shards), sum(shard.work for shard in shards)
-        self.finished = not shards
-        self._ahead = next(self._left, None)
+
+    @property
+    def finished(self) -> bool:
+        """Whether `next` will never give a shard again."""
+        return not self._left
 
     def next(self) -> Shard | None:
         """The next shard of the list."""
-        shard, self._ahead = self._ahead, next(self._left, None)
-        self.finished = self._ahead is None
-        return shard
+        return self._left.popleft() if self._left else None
 
     def record(self, file: WrittenFile) -> None:
         """Changes nothing."""

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from birbal_ray.progress import ProgressLine, counted, duration
-from birbal_ray.run import RunFailedError
+from birbal_ray.run import LOG_FOLDER, RunFailedError
+from birbal_ray.schemas import ROWS_FOLDER
 from birbal_ray.score.config import ResourceSettings
 from birbal_ray.score.plan import WrittenFile
+from birbal_ray.storage import Folder
 
 if TYPE_CHECKING:
     from birbal_ray.score.adaptive import Decision, Schedule
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 KILLED = "its process was killed (out of memory?)"
 DEATHS_OF_A_SUSPECT = 2  # a shard that was in flight at so many deaths runs alone
 MAX_FATAL_INSTANCES = 16  # beyond that the engine is broken, not the prompts
+SHARED_SECONDS = 120.0  # a network file system's attribute caches are older than a minute at times
 COUNTED = ("rows", "errors", "prompt_tokens", "cached_tokens", "completion_tokens")
 
 Part = tuple[int, int]  # rows of a shard: [first, last)
@@ -252,11 +255,13 @@ class EngineMonitor:
 
 
 class Watchdog:
-    """Fails the run when no engine can start, engines keep dying, or nothing moves."""
+    """Fails the run when no engine can start, engines keep dying, nothing moves, or written files never show here."""
 
-    def __init__(self, resources: ResourceSettings, logs: str) -> None:
-        self._resources, self._logs = resources, logs
+    def __init__(self, resources: ResourceSettings, folder: Folder) -> None:
+        self._resources, self._folder, self._logs = resources, folder, folder.at(LOG_FOLDER)
         self._version, self._moved_at = -1, time.monotonic()
+        self._unseen: list[str] | None = []  # files that writers published, until one is seen
+        self._written_at: float | None = None  # when they published the first
 
     def check(self, seen: Snapshot) -> None:
         """Raise RunFailedError if it is time to stop."""
@@ -281,6 +286,17 @@ class Watchdog:
                 f"no progress for {asked.no_progress_minutes:g} minutes (resources.no_progress_minutes); "
                 f"{seen.num_started} engine(s) started, last seen {state} (logs: {self._logs})"
             )
+        if self._unseen is not None:
+            self._unseen += [f"{ROWS_FOLDER}/{file.name}" for file in seen.files]
+        if self._unseen:
+            self._written_at = self._written_at or time.monotonic()
+            if any(self._folder.is_file(name) for name in self._unseen[:3]):
+                self._unseen = None
+            elif time.monotonic() - self._written_at > SHARED_SECONDS:
+                raise RunFailedError(
+                    f"{self._folder.at(self._unseen[0])}: written on another node and not seen here; --output must be "
+                    "on storage that all nodes see, or an s3:// or gs:// URL"
+                )
 
 
 class Session:

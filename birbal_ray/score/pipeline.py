@@ -14,7 +14,6 @@ import pyarrow as pa
 
 from birbal_ray.cluster import AUTH_MODE, WorkerRequest, can_place
 from birbal_ray.run import LOG_FOLDER, RunError, RunFailedError
-from birbal_ray.schemas import ROWS_FOLDER
 from birbal_ray.score.adaptive import Schedule
 from birbal_ray.score.config import ResourceSettings, ScoreConfig
 from birbal_ray.score.engine import Adapter
@@ -26,7 +25,6 @@ WRITE_CPUS = 0.25  # logical: scoring and writing a shard takes milliseconds
 REPLICAS_PER_WRITER = 4
 MONITOR_ATTEMPTS, MONITOR_PAUSE_SECONDS = 3, 2.0
 ACCELERATOR_LABEL = "ray.io/accelerator-type"  # of a node, set by Ray
-SHARED_SECONDS = 120.0  # a network file system's attribute caches are older than a minute at times
 POLL_SECONDS = 1.0  # each poll costs the cores that may be the engine's a few milliseconds
 IDLE_SECONDS = 0.2  # the source waits so long when there is nothing to give out
 
@@ -105,8 +103,7 @@ def score_shards(
             ended.put(error)
 
     threading.Thread(target=consume, name="ray-data", daemon=True).start()
-    logs = folder.at(LOG_FOLDER)
-    watchdog, rows_seen = Watchdog(resources, logs), _RowsSeen(folder)
+    watchdog = Watchdog(resources, folder)
     while True:
         try:
             error, done = ended.get(timeout=POLL_SECONDS), True
@@ -115,9 +112,8 @@ def score_shards(
         snapshot = ray.get(monitor.snapshot.remote())
         on_poll(snapshot)
         watchdog.check(snapshot)
-        rows_seen.check(snapshot)
         if error is not None:
-            raise RunFailedError(f"{_root_reason(error)} (logs: {logs})") from error
+            raise RunFailedError(f"{_root_reason(error)} (logs: {folder.at(LOG_FOLDER)})") from error
         if done:
             return
 
@@ -229,31 +225,6 @@ def _card(resources: ResourceSettings, gpu: bool) -> dict[str, Any]:
     if resources.avoid_accelerator_types:
         return {"label_selector": {ACCELERATOR_LABEL: f"!in({','.join(resources.avoid_accelerator_types)})"}}
     return {}
-
-
-class _RowsSeen:
-    """Fails the run when files that writers published never show in the run folder as the driver sees it."""
-
-    def __init__(self, folder: Folder) -> None:
-        self._folder = folder
-        self._waiting: list[str] = []
-        self._first_at: float | None = None
-        self._seen = False
-
-    def check(self, snapshot: Snapshot) -> None:
-        """Look for the files until one is seen; raise RunFailedError if none ever is."""
-        if self._seen:
-            return
-        self._waiting += [f"{ROWS_FOLDER}/{file.name}" for file in snapshot.files]
-        if not self._waiting:
-            return
-        self._first_at = self._first_at or time.monotonic()
-        self._seen = any(self._folder.is_file(name) for name in self._waiting[:3])
-        if not self._seen and time.monotonic() - self._first_at > SHARED_SECONDS:
-            raise RunFailedError(
-                f"{self._folder.at(self._waiting[0])}: written on another node and not seen here; --output must be "
-                "on storage that all nodes see, or an s3:// or gs:// URL"
-            )
 
 
 def _root_reason(error: BaseException) -> str:

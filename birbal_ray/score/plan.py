@@ -337,12 +337,10 @@ def plan_run(
     duplicates = {file.name for file, following in itertools.pairwise(files) if file.name == following.name}
     if duplicates:
         raise TaskError(f"{root}: two files named {sorted(duplicates)[0]}.json")
-    names, absent = catalog.choose_names([file.name for file in files], config.tasks.select, root)
-    available = {file.name for file in files}
-    for name in config.tasks.exclude:
-        if name not in available:
-            raise TaskError(catalog.unknown_task(name, sorted(available), root))
-    chosen = set(names) - set(config.tasks.exclude)
+    available = [file.name for file in files]
+    names, absent = catalog.choose_names(available, config.tasks.select, root)
+    unwanted, _ = catalog.choose_names(available, config.tasks.exclude, root)
+    chosen = set(names).difference(unwanted)
     if not chosen:
         raise TaskError(
             f"{root}: none of its {len(files)} tasks is chosen (tasks.select = {config.tasks.select!r}; all takes "
@@ -352,7 +350,7 @@ def plan_run(
     unknown: tuple[str, ...] = ()
     if config.tasks.label_overrides:
         own_labels = labels.read_overrides(Path(config.tasks.label_overrides))
-        unknown = tuple(sorted(own_labels.keys() - available))
+        unknown = tuple(sorted(own_labels.keys() - set(available)))
         overrides |= own_labels
 
     tokenizer = load_tokenizer(config)

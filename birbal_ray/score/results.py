@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,14 +12,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from birbal_ray.manifest import read_manifest
 from birbal_ray.schemas import ROWS_FOLDER, SCORE_ROWS, TASKS_FILE
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.plan import PlannedTask, RowFiles, Shard, Tally, WrittenFile
 from birbal_ray.score.stages import score_table, write_rows
-from birbal_ray.settings import sha256_of
 from birbal_ray.storage import FileRecord, Folder, RunError, open_folder, write_atomic
 
 PUBLISHED_COLUMNS = ["orig_input", "few_shot_prompt", "answer", "prediction"]
@@ -122,15 +119,11 @@ def _add_task(results: Results, task: PlannedTask, rows: pa.Table) -> None:
 
 
 def _read_file(folder: Folder, name: str, record: FileRecord | None) -> tuple[pa.Table, FileRecord] | None:
-    """(COLUMNS, record) of a file, or None where it is damaged. A file without a record is read once, completely."""
+    """(COLUMNS, record) of a file, or None where it is damaged."""
     first, last = RowFiles.range_of(name)
     try:
-        if record is None:
-            data = folder.read_bytes(name)
-            record = FileRecord(sha256_of(data), len(data))
-            table = pq.ParquetFile(io.BytesIO(data)).read(COLUMNS)
-        else:
-            table = folder.read_table(name, COLUMNS)
+        table = folder.read_table(name, COLUMNS)
+        record = record or folder.record_of(name)
     except (pa.ArrowInvalid, OSError, RunError):  # pyarrow raises either
         return None
     return (table, record) if table.num_rows == last - first else None

@@ -196,13 +196,13 @@ def amend(run: Run, plan: ScorePlan, known: Mapping[str, FileRecord]) -> tuple[S
 
     The plan that comes back takes the instances of a file that reaches beyond `instances_per_task`, too.
     """
-    names = [name.removeprefix(f"{ROWS_FOLDER}/") for name in run.files if name.startswith(f"{ROWS_FOLDER}/")]
-    sizes = {name: run.files[f"{ROWS_FOLDER}/{name}"].size for name in names}
-    wrong = {name for name in names if name in known and known[name].size != sizes[name]}
-    found = RowFiles(name for name in names if name not in wrong)
+    prefix = f"{ROWS_FOLDER}/"
+    sizes = {name.removeprefix(prefix): stat.size for name, stat in run.files.items() if name.startswith(prefix)}
+    wrong = sorted(name for name, size in sizes.items() if name in known and known[name].size != size)
+    found = RowFiles(sizes.keys() - set(wrong))
     before = _earlier_tasks(run.folder)
     planned = {row_folder(task.name): task for task in plan.tasks}
-    aside, rescored, limits = [*sorted(wrong), *found.overlapping], [], {}
+    aside, rescored, limits = [*wrong, *found.overlapping], [], {}
     for name in found.tasks:
         task, files = planned.get(name), found.names(name)
         made_from = (task and before.get(task.name)) or (_made_from(run.folder, files[0]) if task else None)
@@ -215,7 +215,7 @@ def amend(run: Run, plan: ScorePlan, known: Mapping[str, FileRecord]) -> tuple[S
         aside += beyond
         ends = [RowFiles.range_of(file)[1] for file in files if file not in beyond]
         limits[task.name] = max([task.num_instances, *ends])
-    kept = RowFiles(set(names) - set(aside))
+    kept = RowFiles(sizes.keys() - set(aside))
     tasks = (replace(task, num_instances=limits.get(task.name, task.num_instances)) for task in plan.tasks)
     return replace(plan, tasks=tuple(tasks)), Amendment(kept, aside, rescored)
 

@@ -31,8 +31,8 @@ def resources(**values):
     return load_config(ScoreConfig, None, [], {f"resources.{key}": value for key, value in values.items()}).resources
 
 
-def watch(**values):
-    return Watchdog(resources(**values), "run/logs")
+def watch(folder="run", **values):
+    return Watchdog(resources(**values), open_folder(folder))
 
 
 def shards(count=4, rows=100):
@@ -92,7 +92,7 @@ def test_a_death_that_every_shard_in_flight_reports_counts_once(clock):
 
 
 def test_an_output_that_this_node_does_not_see_is_reported(clock, tmp_path):
-    seen, board = pipeline._RowsSeen(open_folder(tmp_path)), monitor()
+    seen, board = watch(tmp_path), monitor()
     first, second = shards(2)
     seen.check(board.snapshot())
     board.written(written(first))
