@@ -15,7 +15,6 @@ from typing import Any
 import pyarrow as pa
 
 from birbal_ray.cluster import job_metadata, ray_session
-from birbal_ray.mix.card import dataset_card
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.datasets import Origin, origin_of
 from birbal_ray.mix.files import sha256_of_file
@@ -23,7 +22,7 @@ from birbal_ray.mix.plan import MixPlan, make_context, plan_mix
 from birbal_ray.mix.reading import Context, sort_texts
 from birbal_ray.mix.rows import MIX_TASKS
 from birbal_ray.mix.scores import ScoreFolder, open_scores
-from birbal_ray.mix.write import BATCH_ROWS, CARD_FILE, OWN_FILES, write_mix
+from birbal_ray.mix.write import BATCH_ROWS, CARD_FILE, OWN_FILES, dataset_card, write_mix
 from birbal_ray.progress import ProgressLine, figures_key, save_figures
 from birbal_ray.run import MANIFEST_FILE, RUN_FILE, open_run, sigterm_as_interrupt
 from birbal_ray.schemas import TASKS_FILE

@@ -1,13 +1,15 @@
-"""The files of a mix, written batch by batch in the mix's order, straight to the run folder."""
+"""The files of a mix, its card among them, written batch by batch in the mix's order, straight to the run folder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from json.encoder import encode_basestring as quoted
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,6 +31,8 @@ ALPACA_FOLDER = "alpaca"
 ALPACA_INFO, ALPACA_CARD = f"{ALPACA_FOLDER}/dataset_info.json", f"{ALPACA_FOLDER}/README.md"
 # Everything that a mix may hold beside the standard files of a run.
 OWN_FILES = ("*.parquet", "*.jsonl", CARD_FILE, f"{ALPACA_FOLDER}/*", ".work/**")
+# The Hub's names for sizes: rows below the number.
+SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", float("inf"): "1M<n<10M"}
 BATCH_ROWS = 8192  # rows a Parquet row group; fixed, so that files don't depend on how rows arrive
 
 
@@ -98,6 +102,35 @@ def write_mix(
     # Checked against axolotl's user_defined.py and LLaMA-Factory's template.py; see docs/decisions.
     written[ALPACA_CARD] = folder.write_bytes(ALPACA_CARD, Path(__file__).with_name("alpaca.md").read_bytes())
     return written, licenses
+
+
+def dataset_card(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """README.md: front matter that `datasets.load_dataset` reads, then what the mix is made of.
+
+    Holds nothing that differs between two runs on the same inputs.
+    """
+    environment = jinja2.Environment(  # noqa: S701 (Markdown; `cell` escapes what a table can't hold)
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["cell"] = _cell
+    rows = manifest["rows"]
+    values = {
+        **manifest,
+        "size": next(name for limit, name in SIZES.items() if rows["kept"] < limit),
+        "composition": [{**row, "share": f"{row['share']:.1%}"} for row in manifest["composition"]],
+        "left_out": [
+            {"reason": name, "rows": count, "meaning": Reason[name.upper()].text}
+            for name, count in rows["dropped"].items()
+        ],
+        "columns": MIX_ROWS.names,
+        "settings": settings,
+        "settings_json": json.dumps(settings, indent=1, ensure_ascii=False),
+    }
+    return environment.get_template("card.md.j2").render(values)
 
 
 class _View:
@@ -188,3 +221,10 @@ def _mix_rows(texts: pa.Table, view: _View, policy: str) -> pa.Table:
 
 def _named(names: Sequence[str], codes: NDArray[Any], is_missing: NDArray[np.bool_] | None = None) -> pa.Array:
     return pa.array(list(names), pa.string()).take(pa.array(codes, mask=is_missing))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    text = f"{value:,}" if isinstance(value, int) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
