@@ -127,10 +127,9 @@ def placements(listing: Sequence[Mapping[str, Any]], score: ScoreConfig, train: 
     living = sorted((entry for entry in listing if entry["Alive"]), key=lambda entry: str(entry["NodeManagerAddress"]))
     device = "gpu" if any(entry["Resources"].get("GPU", 0.0) > 0 for entry in living) else "cpu"
     if score.engine.device == "auto":
-        score = score.model_copy(update={"engine": score.engine.model_copy(update={"device": device})})
+        score = score.replace({"engine.device": device})
     if train.resources.device == "auto":
-        decided = "gpu" if train.resources.accelerator_type else device
-        train = train.model_copy(update={"resources": train.resources.model_copy(update={"device": decided})})
+        train = train.replace({"resources.device": "gpu" if train.resources.accelerator_type else device})
 
     def place(work: str, request: WorkerRequest) -> Placement:
         nodes = tuple(nodes_of([entry])[0] for entry in living if request.places_on(entry["Resources"]))

@@ -258,7 +258,7 @@ def settings_of(step: str, config: PipelineConfig, clock: BudgetClock) -> Any:
         return settings
     if step in ("score", "tune"):  # their budget is of all sessions
         budget = clock.decide(f"{step}.budget", lambda: round(clock.spent.get(step, 0.0) + left, 1))
-        return settings.model_copy(update={"budget": budget})
+        return settings.replace({"budget": budget})
     if step == "train":
         least = clock.least("train")
         if not clock.is_decided("train.budget") and left - TRAIN_START_SECONDS < least:
@@ -270,10 +270,9 @@ def settings_of(step: str, config: PipelineConfig, clock: BudgetClock) -> Any:
         # The budget is a part of what the run is made from; interruptions may have left less since it was set.
         budget = clock.decide("train.budget", lambda: round(left - TRAIN_START_SECONDS, 1))
         now = worker_seconds(settings.output or "") + left - TRAIN_START_SECONDS
-        resources = settings.resources.model_copy(update={"shorter_budget": max(1.0, min(budget, now))})
-        return settings.model_copy(update={"budget": budget, "resources": resources})
+        return settings.replace({"budget": budget, "resources.shorter_budget": max(1.0, min(budget, now))})
     most = clock.decide("evaluate.instances_per_task", lambda: instances_that_fit(config, left))
-    return settings.model_copy(update={"tasks": settings.tasks.model_copy(update={"instances_per_task": most})})
+    return settings.replace({"tasks.instances_per_task": most})
 
 
 def worker_seconds(training_run: str) -> float:

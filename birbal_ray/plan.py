@@ -388,7 +388,7 @@ def _prompt_speed(config: ScoreConfig, sizes: Sequence[TaskSizes], gpu: str | No
     """Prompts a second of one engine."""
     own, new, cached = (_mean(sizes, name) for name in ("own_tokens", "completion_tokens", "shared_tokens"))
     device = _device(config.engine.device, gpu)
-    here = config.model_copy(update={"engine": config.engine.model_copy(update={"device": device})})
+    here = config.replace({"engine.device": device})
     if gpu is None and (rate := last_throughput(throughput_key(here))):
         return speeds.measured(rate / (own + new + cached))  # the kept rate counts cached tokens, too
     card, weights = gpu or config.resources.accelerator_type, num_weights(config.model.name)
@@ -410,14 +410,10 @@ def _trial_seconds(config: TuneConfig, gpu: str | None) -> tuple[list[tuple[floa
     if gpu is None and (kept := last_figures(figures_key("tune", config))):
         starts, trials = _around(kept["overhead_seconds"]), _around(kept["trial_seconds"])
         return list(zip(starts, trials, strict=True)), MEASURED
-    resources = config.train.resources.model_copy(
-        update={
-            "device": "gpu" if gpu or config.resources.num_gpus else "cpu",
-            "accelerator_type": config.resources.accelerator_type,
-        }
-    )
-    speed = training_speed(config.train.model_copy(update={"resources": resources}), gpu)
-    load, tokens = LOAD_SECONDS[resources.device], config.proxy.tokens
+    device, card = "gpu" if gpu or config.resources.num_gpus else "cpu", config.resources.accelerator_type
+    train = config.train.replace({"resources.device": device, "resources.accelerator_type": card})
+    speed = training_speed(train, gpu)
+    load, tokens = LOAD_SECONDS[device], config.proxy.tokens
     trials = load[0] / 4 + tokens / speed.high, load[1] + tokens / speed.low
     return list(zip(SEARCH_START_SECONDS, trials, strict=True)), speed.source
 
@@ -442,7 +438,7 @@ def _mix_sizes(config: PipelineConfig, sizes: Sequence[TaskSizes]) -> tuple[floa
 def _on(config: TrainConfig, gpu: str | None) -> TrainConfig:
     """The settings with the device decided."""
     device = "gpu" if config.resources.accelerator_type else _device(config.resources.device, gpu)
-    return config.model_copy(update={"resources": config.resources.model_copy(update={"device": device})})
+    return config.replace({"resources.device": device})
 
 
 def _device(asked: str, gpu: str | None) -> str:

@@ -76,22 +76,21 @@ def join_steps(config: PipelineConfig) -> PipelineConfig:
             values = {**step.tasks.model_dump(), "path": path, **changes.pop("tasks", {})}
             changes["tasks"] = type(step.tasks).model_validate(values)
         if config.model:
-            changes["model"] = step.model.model_copy(update={"name": config.model})
+            changes["model.name"] = config.model
         if config.device:
-            where = "engine" if hasattr(step, "engine") else "resources"
-            changes[where] = getattr(step, where).model_copy(update={"device": config.device})
-        return step.model_copy(update=changes)
+            changes[f"{'engine' if hasattr(step, 'engine') else 'resources'}.device"] = config.device
+        return step.replace(changes)
 
-    shares = config.shares if config.search else config.shares.model_copy(update={"tune": 0.0})
+    shares = config.shares if config.search else config.shares.replace({"tune": 0.0})
     score = config.score
     excluded = sorted({*score.tasks.exclude, *config.held_out_tasks})
     if config.budget:  # only an adaptive run may stop where it is
-        score = score.model_copy(update={"adaptive": score.adaptive.model_copy(update={"enabled": True})})
+        score = score.replace({"adaptive.enabled": True})
     joined = {
         "shares": shares,
         "score": with_shared(score, output=folder["score"], tasks={"exclude": excluded}),
-        "tune": config.tune.model_copy(update={"scores": folder["score"], "output": folder["tune"]}),
-        "mix": config.mix.model_copy(update={"scores": folder["score"], "output": folder["mix"]}),
+        "tune": config.tune.replace({"scores": folder["score"], "output": folder["tune"]}),
+        "mix": config.mix.replace({"scores": folder["score"], "output": folder["mix"]}),
         "train": with_shared(config.train, mix=folder["mix"], output=folder["train"]),
         "evaluate": with_shared(
             config.evaluate,
@@ -100,4 +99,4 @@ def join_steps(config: PipelineConfig) -> PipelineConfig:
             output=folder["evaluate"],
         ),
     }
-    return config.model_copy(update=joined)
+    return config.replace(joined)

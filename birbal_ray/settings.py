@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo, field_validator
@@ -33,6 +33,14 @@ class Settings(BaseModel):
     RENAMED: ClassVar[Mapping[str, str | None]] = {}
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+    def replace(self, changes: Mapping[str, Any]) -> Self:
+        """A copy in which dotted keys have other values. They are not checked: they come from code, not from a user."""
+        copy = self
+        for key, value in changes.items():
+            name, _, rest = key.partition(".")
+            copy = copy.model_copy(update={name: getattr(copy, name).replace({rest: value}) if rest else value})
+        return copy
 
     @field_validator("*", mode="before")
     @classmethod

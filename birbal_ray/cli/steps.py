@@ -684,7 +684,7 @@ def with_files(config: PipelineConfig, files: Mapping[str, str | None]) -> Pipel
         step = name.removesuffix("_config")
         if text:
             sections[step] = load_config(type(getattr(config, step)), find_config(step, text))
-    return config.model_copy(update=sections)
+    return config.replace(sections)
 
 
 def run_recipe(config: PipelineConfig, overwrite: bool) -> None:
@@ -740,7 +740,7 @@ def print_plan(
     from birbal_ray.plan import money, plan_recipe, records_of
     from birbal_ray.progress import duration
 
-    joined = join_steps(config.model_copy(update={"output": config.output or "runs"}))
+    joined = join_steps(config.replace({"output": config.output or "runs"}))
     found = {card: plan_recipe(joined, card) for card in cards}
     rows: list[dict[str, Any]] = []
     for card, steps in found.items():

@@ -98,8 +98,7 @@ class Setup:
 
     def scoring_of(self, path: str) -> ScoreConfig:
         """The settings of an engine that serves another model than the base model."""
-        model = self.scoring.model.model_copy(update={"name": path, "revision": None})
-        return self.scoring.model_copy(update={"model": model})
+        return self.scoring.replace({"model.name": path, "model.revision": None})
 
 
 def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResult:
@@ -146,7 +145,7 @@ def prepare_evaluation(config: EvaluateConfig) -> Setup:
         raise ConfigError(f"primary.model={config.primary.model}: is none of {', '.join(names) or 'the models given'}")
     mixes = find_mixes(found, config.mix)
     if scoring.engine.backend == "vllm":
-        scoring = scoring.model_copy(update={"model": scoring.model.model_copy(update=pin_model(model))})
+        scoring = scoring.replace({"model": scoring.model.replace(pin_model(model))})
     return Setup(config, scoring, found, mixes, union([held_out(mix) for mix in mixes]), model)
 
 

@@ -137,7 +137,7 @@ def load_served(config: ServeConfig) -> Served:
     if engine.device == "auto":
         import torch
 
-        engine = engine.model_copy(update={"device": "gpu" if torch.cuda.is_available() else "cpu"})
+        engine = engine.replace({"device": "gpu" if torch.cuda.is_available() else "cpu"})
     if engine.backend == "simulated":
         return Served("simulated", Path(), NUM_EMBEDDINGS, engine, config.resources)
     name, revision = config.merged or given.name, given.revision
@@ -158,8 +158,8 @@ def load_served(config: ServeConfig) -> Served:
         model.name,
         model.path,
         shape["vocab_size"],
-        engine.model_copy(update={"max_model_len": length}),
-        config.resources.model_copy(update={"threads_per_replica": threads}),
+        engine.replace({"max_model_len": length}),
+        config.resources.replace({"threads_per_replica": threads}),
         (Adapter(found.name, str(found.path), found.rank),) if found else (),
     )
 

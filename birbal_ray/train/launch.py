@@ -114,8 +114,7 @@ def ease(config: TrainConfig, folder: Folder) -> TrainConfig:
     product = config.batch.micro * config.batch.accumulation
     while product % micro:
         micro -= 1
-    batch = config.batch.model_copy(update={"micro": micro, "accumulation": product // micro})
-    return config.model_copy(update={"batch": batch})
+    return config.replace({"batch.micro": micro, "batch.accumulation": product // micro})
 
 
 def _run_worker(

@@ -159,34 +159,24 @@ def total_bytes(parts: list[Part]) -> int:
 
 def smaller(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
     """Ever smaller configurations with what to set for them; the first ones change no result but the time."""
-    changes: list[str] = []
-
-    def changed(section: str | None, **values: Any) -> None:
-        nonlocal config
-        if section is None:
-            config = config.model_copy(update=values)
+    changes: dict[str, Any] = {}
+    while True:
+        batch = config.batch
+        if not config.gradient_checkpointing:
+            change: dict[str, Any] = {"gradient_checkpointing": True}
+        elif batch.micro > 1:
+            micro = batch.micro // 2
+            change = {"batch.micro": micro, "batch.accumulation": batch.accumulation * batch.micro // micro}
+        elif config.model.quantization == "none":
+            change = {"model.quantization": "nf4"}
+        elif batch.sequence_length > 512:
+            change = {"batch.sequence_length": batch.sequence_length // 2}
+        elif config.lora.r > 8:
+            change = {"lora.r": config.lora.r // 2}
         else:
-            config = config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
-        for key, value in values.items():
-            path = f"{section}.{key}" if section else key
-            changes[:] = [one for one in changes if not one.startswith(f"{path}=")] + [f"{path}={value}".lower()]
-
-    if not config.gradient_checkpointing:
-        changed(None, gradient_checkpointing=True)
-        yield " ".join(changes), config
-    while config.batch.micro > 1:
-        micro = config.batch.micro // 2
-        changed("batch", micro=micro, accumulation=config.batch.accumulation * config.batch.micro // micro)
-        yield " ".join(changes), config
-    if config.model.quantization == "none":
-        changed("model", quantization="nf4")
-        yield " ".join(changes), config
-    while config.batch.sequence_length > 512:
-        changed("batch", sequence_length=config.batch.sequence_length // 2)
-        yield " ".join(changes), config
-    while config.lora.r > 8:
-        changed("lora", r=config.lora.r // 2)
-        yield " ".join(changes), config
+            return
+        config, changes = config.replace(change), {**changes, **change}
+        yield " ".join(f"{key}={value}".lower() for key, value in changes.items()), config
 
 
 def change_that_fits(shapes: Shapes, config: TrainConfig, limit_bytes: int, *, gpu: bool, attention: str) -> str | None:

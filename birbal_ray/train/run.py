@@ -129,7 +129,7 @@ def dry_run(config: TrainConfig, *, calibrate: bool = False) -> Preflight:
         )
         if calibrate and found.fits:
             progress.message(f"calibrating: {CALIBRATION_STEPS} steps")
-            short = config.model_copy(update={"budget": None, "max_steps": CALIBRATION_STEPS, "output": None})
+            short = config.replace({"budget": None, "max_steps": CALIBRATION_STEPS, "output": None})
             with sigterm_as_interrupt():
                 train_on_cluster(short, model, open_folder(folder), progress)
             found = run_preflight(config, model, packing)
@@ -159,17 +159,14 @@ def resolve_config(config: TrainConfig, *, weights: bool = True) -> tuple[TrainC
         if importlib.util.find_spec(tracker) is None:
             raise ConfigError(f"trackers: {tracker} is not installed; run: pip install {tracker}")
     model = resolve_model(config.model.name, config.model.revision, weights=weights)
-    lora = config.lora
-    if lora.from_adapter:
-        place = absolute(lora.from_adapter)
+    changes = {"mix": mix, "resources.device": device, "model": config.model.replace(pin_model(model))}
+    if config.lora.from_adapter:
+        place = absolute(config.lora.from_adapter)
         adapter = find_adapter(place, model, "--from-adapter")
-        if adapter.rank != lora.r:
+        if adapter.rank != config.lora.r:
             raise ConfigError(f"--from-adapter {place}: its r is {adapter.rank}; pass --set lora.r={adapter.rank}")
-        lora = lora.model_copy(update={"from_adapter": adapter.place})
-    resources = config.resources.model_copy(update={"device": device})
-    model_settings = config.model.model_copy(update=pin_model(model))
-    changes = {"mix": mix, "resources": resources, "model": model_settings, "lora": lora}
-    return config.model_copy(update=changes), model
+        changes["lora.from_adapter"] = adapter.place
+    return config.replace(changes), model
 
 
 def read_mix(config: TrainConfig) -> tuple[Folder, dict[str, Any]]:

@@ -179,11 +179,10 @@ def resolve_config(config: TuneConfig) -> tuple[TuneConfig, ScoreFolder, Model]:
         num_cpus=resources.num_cpus,
         num_threads=resources.num_threads or max(1, (os.cpu_count() or 1) // resources.max_concurrent),
     )
-    settings = config.train.model.model_copy(update=pin_model(model))
-    train = config.train.model_copy(update={"resources": train_resources, "model": settings})
+    pinned = config.train.model.replace(pin_model(model))
     files = [absolute(file) for file in config.validation.files]
-    validation = config.validation.model_copy(update={"files": files})
-    return config.model_copy(update={"scores": path, "train": train, "validation": validation}), scores, model
+    changes = {"scores": path, "train.resources": train_resources, "train.model": pinned, "validation.files": files}
+    return config.replace(changes), scores, model
 
 
 def _identity(config: TuneConfig, scores: ScoreFolder, model: Model) -> dict[str, Any]:
