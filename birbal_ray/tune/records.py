@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def write_spec(run: Folder, spec: TrialSpec, scores: str) -> None:
     """Write down what a trial is before it starts; its mix as a file that `birbal mix` takes."""
     if spec.mix:
         run.write_bytes(trial_file(spec, MIX_FILE), mix_yaml(spec.mix, scores, [f"Trial {spec.key}."]).encode())
-    run.write_json(trial_file(spec, SPEC_FILE), spec.to_dict())
+    run.write_json(trial_file(spec, SPEC_FILE), asdict(spec))
 
 
 def mix_yaml(mix: dict[str, Any], scores: str, about: Sequence[str]) -> str:
@@ -69,13 +70,13 @@ def read_results(run: Folder) -> tuple[list[TrialResult], list[TrialSpec]]:
         if result in names:
             results.append(TrialResult.from_dict(run.read_json(result)))
         else:
-            started.append(TrialSpec.from_dict(run.read_json(name)))
+            started.append(TrialSpec(**run.read_json(name)))
     return results, started
 
 
 def write_result(run: Folder, result: TrialResult) -> None:
     """Make a trial finished, or, where its loss is no number, failed for good."""
-    run.write_json(trial_file(result.spec, RESULT_FILE), mark_diverged(result).to_dict())
+    run.write_json(trial_file(result.spec, RESULT_FILE), asdict(mark_diverged(result)))
 
 
 def table_of(results: Sequence[TrialResult]) -> pa.Table:

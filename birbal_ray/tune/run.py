@@ -15,11 +15,12 @@ from typing import Any
 from birbal_ray.cluster import MIN_LOGICAL_CPUS, can_place, job_metadata, ray_session
 from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.models import Model, pin_model, resolve_model
-from birbal_ray.progress import ProgressLine, counted, duration, figures_key, save_figures
+from birbal_ray.progress import ProgressLine, counted, duration, figures_key, last_throughput, save_figures
 from birbal_ray.run import LOG_FOLDER, Run, RunError, RunFailedError, open_run, sigterm_as_interrupt
 from birbal_ray.settings import require, sha256_of
 from birbal_ray.storage import Folder, absolute, input_folder
 from birbal_ray.train.config import TrainResources
+from birbal_ray.train.preflight import rate_key
 from birbal_ray.tune.config import TuneConfig, file_group
 from birbal_ray.tune.plots import draw_search, draw_seeds
 from birbal_ray.tune.records import TRIALS_FOLDER, mix_yaml, read_results, table_of, trial_file, write_spec
@@ -161,9 +162,6 @@ def dry_run(config: TuneConfig) -> list[dict[str, Any]]:
 
 
 def _tokens_per_second(config: TuneConfig) -> float | None:
-    from birbal_ray.progress import last_throughput
-    from birbal_ray.train.preflight import rate_key
-
     return config.proxy.tokens_per_second or last_throughput(rate_key(config.train))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,15 +29,6 @@ class TrialSpec:
     mix: dict[str, Any]  # settings of `birbal mix`, the seed's included; empty for the base model
     values: dict[str, float] = field(default_factory=dict)  # ratios; empty where they can't describe the mix
     tokens: int = 0  # training tokens
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrialSpec:
-        """What `to_dict` gave."""
-        return cls(**values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +55,10 @@ class TrialResult:
         """The objective; NaN where there is none."""
         return math.nan if self.objective is None else self.objective
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrialResult:
-        """What `to_dict` gave."""
-        return cls(**{**values, "spec": TrialSpec.from_dict(values["spec"])})
+        """What `asdict` gave."""
+        return cls(**{**values, "spec": TrialSpec(**values["spec"])})
 
 
 def mark_diverged(result: TrialResult) -> TrialResult:

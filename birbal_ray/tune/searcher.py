@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from ray import tune
@@ -57,7 +58,7 @@ class SpecSearcher(NotPickled, Searcher):
         if spec is None:
             return None if self._scheduler.running else Searcher.FINISHED
         self._specs[trial_id] = spec
-        return {"spec": spec.to_dict(), "run": self._run.place, **self._options}
+        return {"spec": asdict(spec), "run": self._run.place, **self._options}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Note a rung."""

@@ -31,7 +31,7 @@ LOG_FILE = "logs/trial.log"
 
 def run_trial(options: dict[str, Any]) -> None:
     """One trial, in a worker process. Only its log and its result go to the run's folder."""
-    spec, settings = TrialSpec.from_dict(options["spec"]), TuneConfig.model_validate(options["settings"])
+    spec, settings = TrialSpec(**options["spec"]), TuneConfig.model_validate(options["settings"])
     run = open_folder(options["run"])
     work = Path(tempfile.mkdtemp(prefix="birbal-trial-"))
     log = run.local / trial_file(spec, LOG_FILE) if run.is_local else work / "trial.log"

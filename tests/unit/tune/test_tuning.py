@@ -1,6 +1,7 @@
 """The search without Ray: what is tried, in which order, what may be concluded."""
 
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -192,7 +193,7 @@ def test_a_diverged_trial_has_failed_for_good_and_the_search_goes_on(tmp_path):
         write_result(folder, result)
         scheduler.tell(result)
     # As a search wrote it that took any number for a loss.
-    folder.write_json(trial_file(specs["search-001"], RESULT_FILE), diverged["search-001"].to_dict())
+    folder.write_json(trial_file(specs["search-001"], RESULT_FILE), asdict(diverged["search-001"]))
     results, started = read_results(folder)
     assert started == []
     again = TrialScheduler(config, results, started)
