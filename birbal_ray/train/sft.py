@@ -48,9 +48,8 @@ from birbal_ray.train.checkpoints import (
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import IGNORED, PackedSamples, load_packs
 from birbal_ray.train.deadline import CLOCK_FILE, Clock, Deadline, learning_rate_factor
-from birbal_ray.train.kernels import apply_kernels
 from birbal_ray.train.preflight import WRITE_BYTES_PER_SECOND
-from birbal_ray.train.self_check import check_model
+from birbal_ray.train.self_check import apply_kernels, check_model
 
 ENDS = ("epochs", "max_steps", "budget")
 REFERENCE_PROMPTS, REFERENCE_TOKENS = 4, 1024

@@ -12,7 +12,14 @@ from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.train import attention
 from birbal_ray.train.attention import choose_attention
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.self_check import check_architecture, check_model, compare, measure_sample
+from birbal_ray.train.self_check import (
+    apply_if_equal,
+    apply_kernels,
+    check_architecture,
+    check_model,
+    compare,
+    measure_sample,
+)
 
 SHAPE = {
     "vocab_size": 96,
@@ -123,8 +130,6 @@ def test_a_config_alone_is_enough_and_hybrid_layers_are_refused_by_name(tmp_path
 
 def test_fused_kernels_stay_only_where_they_compute_the_same():
     """Stand-ins for Liger's: each replaces the norms' forward, as its own functions do."""
-    from birbal_ray.train.kernels import apply_if_equal, apply_kernels
-
     model = adapted()
     norm = model.get_base_model().model.norm
     expected = measure_sample(model, torch.float32)
