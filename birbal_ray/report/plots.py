@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from birbal_ray.progress import counted
 from birbal_ray.report.conclusions import words
 from birbal_ray.report.load import BASE, LABELS, Row
-from birbal_ray.train.card import smoothed
+from birbal_ray.train.card import ADAPTER_COLOUR, INK, MID, plot_losses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,11 +26,9 @@ if TYPE_CHECKING:
 NAMES = ("scores", "mix", "training", "differences")  # and tasks-{prompt format}
 MOST_CANDIDATES = 80  # tasks whose candidates are drawn beside what was kept
 MOST_TASKS = 30  # in a plot with a line per task
-INK = "#22272e"  # of every text; becomes currentColor on the page
-MID = "#8b929a"  # grid and axes: reads on white and on black
-# One meaning each, in every figure; told apart with every common colour blindness (after Okabe and Ito).
+# INK: of every text; becomes currentColor on the page. MID: grid and axes; reads on white and on black.
 LABEL_COLOURS = {"exact_match": "#2b83ba", "generation": "#e07b1a"}
-BASE_COLOUR, ADAPTER_COLOUR, EVAL_COLOUR = MID, "#1b9e77", "#b5559c"
+BASE_COLOUR = MID
 MODEL_COLOURS, MODEL_MARKERS = (ADAPTER_COLOUR, "#7a6fd0", "#c9a227", "#56b4e9", "#d1495b"), "oDs^v"
 WIDTH_INCHES = 4.4  # narrow, so that text keeps its size on a phone
 SMALL = dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 8)
@@ -140,14 +138,7 @@ def training(trained: Mapping[str, Any]) -> Figure | None:
     with _style():
         figure = _figure(3.7)
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
-        at, losses = _columns(steps, "step", "loss")
-        top.plot(at, losses, color=MID, linewidth=0.8, alpha=0.6, label="train, each step")
-        top.plot(at, smoothed(losses), color=INK, linewidth=1.4, label="train, smoothed")
-        evaluated = _columns(evaluations, "step", "eval_loss")
-        top.plot(*evaluated, color=EVAL_COLOUR, marker="o", markersize=4, linewidth=1.4, label="eval")
-        best = result["best_step"], result["best_eval_loss"]
-        top.plot(*best, color=ADAPTER_COLOUR, marker="*", markersize=14, linestyle="none", label="best adapter")
-        top.set_ylabel("loss (nats a token)")
+        plot_losses(top, steps, evaluations, (result["best_step"], result["best_eval_loss"]))
         top.grid(axis="y")
         rated = [line for line in steps if "learning_rate" in line]
         bottom.plot(*_columns(rated, "step", "learning_rate"), color=INK, linewidth=1.2)

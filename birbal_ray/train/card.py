@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from birbal_ray.storage import Folder, RunError
 
 CURVE_FILE, CARD_FILE = "loss_curve.png", "README.md"
 TEMPLATE = "card.md.j2"
+# One meaning each in every figure, also the report's; told apart with every common colour blindness (Okabe and Ito).
+INK, MID, EVAL_COLOUR, ADAPTER_COLOUR = "#22272e", "#8b929a", "#b5559c", "#1b9e77"
+Lines = Sequence[Mapping[str, Any]]  # of metrics.jsonl
 PUSHED_MANIFEST = "birbal_manifest.json"  # the run's, in a repository on the Hub
 ADAPTER_FILES = (CARD_FILE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, REFERENCE_FILE)
 
@@ -117,29 +121,30 @@ def smoothed(values: list[float]) -> list[float]:
     return result
 
 
-def draw_loss_curve(metrics: list[dict[str, Any]], best_step: int | None, sink: Any) -> None:
-    """Write a PNG to a binary file: train and eval loss over steps, the best adapter's evaluation marked."""
+def plot_losses(axes: Any, steps: Lines, evaluations: Lines, best: tuple[int, float]) -> None:
+    """Train loss, each step and smoothed, and eval loss; `best`: step and eval loss of the best adapter."""
+    at, losses = [line["step"] for line in steps], [line["loss"] for line in steps]
+    evaluated = [line["step"] for line in evaluations], [line["eval_loss"] for line in evaluations]
+    axes.plot(at, losses, color=MID, linewidth=0.8, alpha=0.6, label="train, each step")
+    axes.plot(at, smoothed(losses), color=INK, linewidth=1.4, label="train, smoothed")
+    axes.plot(*evaluated, color=EVAL_COLOUR, marker="o", markersize=4, linewidth=1.4, label="eval")
+    axes.plot(*best, color=ADAPTER_COLOUR, marker="*", markersize=14, linestyle="none", label="best adapter")
+    axes.set_ylabel("loss (nats a token)")
+
+
+def draw_loss_curve(metrics: Lines, best: tuple[int, float], sink: Any) -> None:
+    """Write a PNG to a binary file: `plot_losses` of the lines of metrics.jsonl."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    train = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
-    evaluations = [(line["step"], line["eval_loss"]) for line in metrics if "eval_loss" in line]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    if train:
-        steps, losses = [step for step, _ in train], [loss for _, loss in train]
-        axes.plot(steps, losses, color="#9db8d9", linewidth=1, label="train loss, each step")
-        axes.plot(steps, smoothed(losses), color="#1f5fa8", linewidth=1.8, label="train loss, smoothed")
-    if evaluations:
-        axes.plot(*zip(*evaluations, strict=True), color="#d0661b", marker="o", markersize=4, label="eval loss")
-    for step, loss in evaluations:
-        if step == best_step:
-            axes.plot(step, loss, marker="*", markersize=15, color="#2e8b3d", linestyle="none", label="best adapter")
-            axes.annotate(f"{loss:.4f}", (step, loss), textcoords="offset points", xytext=(0, 10), ha="center")
+    steps, evaluations = ([line for line in metrics if name in line] for name in ("loss", "eval_loss"))
+    plot_losses(axes, steps, evaluations, best)
+    axes.annotate(f"{best[1]:.4f}", best, textcoords="offset points", xytext=(0, 10), ha="center")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss per token (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
     FigureCanvasAgg(figure).print_png(sink)

@@ -303,7 +303,7 @@ def _finish(
         },
     }
     with run.folder.writer(CURVE_FILE) as sink:
-        draw_loss_curve(metrics, best["step"], sink)
+        draw_loss_curve(metrics, (best["step"], best["eval_loss"]), sink)
     names = publish_adapter(run.folder, working / best["folder"], manifest, mix_manifest, model)
     files = [*names, CURVE_FILE, METRICS_FILE, BEST_FILE]
     summary = (

@@ -270,7 +270,7 @@ def test_loss_falls_and_the_best_adapter_is_the_lowest_eval(tiny_model, run_fold
     assert [line for line in metrics if "loss" in line][-1]["learning_rate"] < 0.001 * 5e-3
     assert list((run_folder / "tensorboard").rglob("events.out.tfevents.*"))
     with (run_folder / "loss_curve.png").open("wb") as file:
-        draw_loss_curve(metrics, best["step"], file)
+        draw_loss_curve(metrics, (best["step"], best["eval_loss"]), file)
     assert (run_folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
