@@ -18,7 +18,7 @@ from birbal_ray.mix.run import mix
 from birbal_ray.models import ModelError
 from birbal_ray.ni import catalog, reader
 from birbal_ray.plan import LOAD_SECONDS, fitting_instances, least_seconds, plan_recipe, records_of
-from birbal_ray.progress import CLOCK_FILE, PLAN_FILE, duration, save_figures
+from birbal_ray.progress import CLOCK_FILE, PLAN_FILE, duration, repeating, save_figures
 from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps
 from birbal_ray.report.run import report
 from birbal_ray.run import LOG_FOLDER, MANIFEST_FILE, RunFailedError, sigterm_as_interrupt
@@ -90,26 +90,19 @@ class BudgetClock:
         if self.has_ended:
             yield
             return
-        done, before, start = threading.Event(), self.spent.get(step, 0.0), self._now()
+        before, start = self.spent.get(step, 0.0), self._now()
 
         def count() -> None:
             with self._lock:
                 self.spent[step] = before + self._now() - start
-                with contextlib.suppress(OSError, RunError):  # a full disk, an outage: the step itself will say so
-                    self._save()
+                self._save()
 
-        def work() -> None:
-            while not done.wait(LOCAL_BEAT_SECONDS if self._folder.is_local else REMOTE_BEAT_SECONDS):
-                count()
-
-        thread = threading.Thread(target=work, name="budget", daemon=True)
-        thread.start()
         try:
-            yield
+            with repeating(LOCAL_BEAT_SECONDS if self._folder.is_local else REMOTE_BEAT_SECONDS, count):
+                yield
         finally:
-            done.set()
-            thread.join()
-            count()
+            with contextlib.suppress(OSError, RunError):  # a full disk, an outage: the step itself will say so
+                count()
 
     def left(self, step: str) -> float:
         """Seconds from now that `step` may take; infinite without a budget.

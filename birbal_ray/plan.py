@@ -316,9 +316,7 @@ def training_speed(config: TrainConfig, gpu: str | None = None) -> Speed:
         return speeds.measured(rate)
     if (card := gpu or config.resources.accelerator_type) in speeds.CARDS:
         return speeds.training_tokens(card, _flop_per_token(config))
-    _refuse_unknown_card(config.resources.device)
-    slower = SMOLLM2_WEIGHTS / num_weights(config.model.name)
-    return Speed(CPU_TOKENS[0] * slower, CPU_TOKENS[1] * slower, "two CPU cores, SmolLM2-135M, scaled by weights")
+    return _scale_speed(CPU_TOKENS, config.resources.device, config.model.name)
 
 
 def _flop_per_token(config: TrainConfig) -> float:
@@ -391,12 +389,9 @@ def _prompt_speed(config: ScoreConfig, sizes: Sequence[TaskSizes], gpu: str | No
     here = config.replace({"engine.device": device})
     if gpu is None and (rate := last_throughput(throughput_key(here))):
         return speeds.measured(rate / (own + new + cached))  # the kept rate counts cached tokens, too
-    card, weights = gpu or config.resources.accelerator_type, num_weights(config.model.name)
-    if card in speeds.CARDS:
-        return speeds.prompts(card, weights, own, new)
-    _refuse_unknown_card(device)
-    slower = SMOLLM2_WEIGHTS / weights
-    return Speed(CPU_PROMPTS[0] * slower, CPU_PROMPTS[1] * slower, "two CPU cores, SmolLM2-135M, scaled by weights")
+    if (card := gpu or config.resources.accelerator_type) in speeds.CARDS:
+        return speeds.prompts(card, num_weights(config.model.name), own, new)
+    return _scale_speed(CPU_PROMPTS, device, config.model.name)
 
 
 def _mean(sizes: Sequence[TaskSizes], name: str) -> float:
@@ -452,9 +447,12 @@ def _device(asked: str, gpu: str | None) -> str:
     return "gpu" if torch.cuda.is_available() else "cpu"
 
 
-def _refuse_unknown_card(device: str) -> None:
+def _scale_speed(of_smollm2: tuple[float, float], device: str, model: str) -> Speed:
+    """What two CPU cores do per second, by the model's size. Raises ConfigError for a GPU: the card is not known."""
     if device == "gpu":
         raise ConfigError("the card is not known: --gpu NAME, or resources.accelerator_type (`birbal doctor` names it)")
+    slower = SMOLLM2_WEIGHTS / num_weights(model)
+    return Speed(of_smollm2[0] * slower, of_smollm2[1] * slower, "two CPU cores, SmolLM2-135M, scaled by weights")
 
 
 def _around(seconds: float) -> tuple[float, float]:

@@ -6,11 +6,13 @@ import contextlib
 import json
 import shutil
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from birbal_ray.settings import Settings, canonical_hash
-from birbal_ray.storage import cache_folder, write_atomic
+from birbal_ray.storage import RunError, cache_folder, write_atomic
 
 THROUGHPUT_FILE = "throughput.json"
 CLOCK_FILE, PLAN_FILE = "clock.json", "plan.json"  # of a pipeline: time taken and time planned, by step
@@ -66,6 +68,28 @@ class ProgressLine:
             self._stream.write("\r\x1b[2K")
             self._stream.flush()
             self._open = False
+
+
+@contextlib.contextmanager
+def repeating(seconds: float, work: Callable[[], None]) -> Iterator[None]:
+    """Call `work` every so many seconds, in a thread, while the block runs.
+
+    A full disk or an outage is no error here: the work comes again, and the block itself will meet it.
+    """
+    done = threading.Event()
+
+    def run() -> None:
+        while not done.wait(seconds):
+            with contextlib.suppress(OSError, RunError):
+                work()
+
+    thread = threading.Thread(target=run, name="repeating", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def save_throughput(key: str, tokens_per_second: float) -> None:

@@ -614,9 +614,8 @@ def report(run: str, output: str | None, added: tuple[Path, ...]) -> None:
 
 @click.command()
 @click.option("--output", default="runs/demo", show_default=True, help="Where the runs go.")
-@click.option("--resume", is_flag=True, help="Continue (what happens anyway; for scripts that say so).")
 @click.option("--overwrite", is_flag=True, help="Start from scratch instead of continuing.")
-def demo(output: str, resume: bool, overwrite: bool) -> None:
+def demo(output: str, overwrite: bool) -> None:
     """Run the recipe small, for real: vLLM, SmolLM2-135M and QLoRA on the sample tasks that come with birbal.
 
     About ten minutes on two CPU cores. Called again it continues, or says that it is up to date. It is
@@ -626,8 +625,6 @@ def demo(output: str, resume: bool, overwrite: bool) -> None:
     Example:
       birbal demo --output /tmp/demo
     """
-    if resume and overwrite:
-        raise click.UsageError("--resume and --overwrite exclude each other")
     config = load_config(PipelineConfig, find_config("pipeline", "demo"), flags={"output": output})
     run_recipe(config, overwrite)
 

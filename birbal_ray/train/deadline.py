@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from birbal_ray.progress import repeating
 from birbal_ray.storage import write_json
 
 CLOCK_FILE = "clock.json"
@@ -69,22 +70,10 @@ class Clock:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Save every two seconds while the block runs, also while a model loads or a checkpoint is written."""
-        done = threading.Event()
-
-        def work() -> None:
-            while not done.wait(HEARTBEAT_SECONDS):
-                with contextlib.suppress(OSError):  # a full disk; the main thread says so
-                    self.save()
-
-        thread = threading.Thread(target=work, name="clock", daemon=True)
-        thread.start()
-        try:
+        with repeating(HEARTBEAT_SECONDS, self.save):
             self.save(force=True)
             yield
             self.save(force=True)
-        finally:
-            done.set()
-            thread.join()
 
 
 @dataclass(frozen=True, slots=True)
