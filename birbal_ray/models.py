@@ -236,12 +236,10 @@ def quiet_libraries() -> None:
     bitsandbytes says that it could not download a kernel, which it shall not; transformers, that PEFT and TRL ask for
     gradient checkpointing by its old name.
     """
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+        lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
+    )
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
 
 
 def load_with_adapter(base: Path, adapter: Path, dtype: str, device: str = "cpu") -> Any:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args
 
@@ -102,8 +102,9 @@ def load_config(
         if value is not None:
             _assign(values, key, value, f"flag for {key}")
             origins[key] = "command line"
-    for old, new in _renamed_keys(schema):
-        _rename(values, old, new, origins)
+    for prefix, section in _sections(schema).items():
+        for old, new in section.RENAMED.items():
+            _rename(values, f"{prefix}{old}", new and f"{prefix}{new}", origins)
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -187,13 +188,13 @@ def _assign(values: dict[str, Any], path: str, value: Any, origin: str) -> None:
     node[leaf] = value
 
 
-def _renamed_keys(schema: type[Settings], prefix: str = "") -> Iterator[tuple[str, str | None]]:
-    """(old, new) of a schema and of the sections in it, as dotted keys of the schema."""
-    for old, new in schema.RENAMED.items():
-        yield f"{prefix}{old}", new and f"{prefix}{new}"
+def _sections(schema: type[Settings], prefix: str = "") -> dict[str, type[Settings]]:
+    """The schema and the sections in it, by what stands before their keys: "", "engine.", …"""
+    found = {prefix: schema}
     for name, field in schema.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
-            yield from _renamed_keys(field.annotation, f"{prefix}{name}.")
+            found |= _sections(field.annotation, f"{prefix}{name}.")
+    return found
 
 
 def _rename(values: dict[str, Any], old: str, new: str | None, origins: dict[str, str]) -> None:
@@ -286,7 +287,8 @@ def _explain(schema: type[Settings], problem: Any, origins: Mapping[str, str]) -
     prefix = f"{origin}: " if origin else ""
     if problem["type"] == "extra_forbidden":
         *parents, leaf = problem["loc"]
-        return f"{prefix}unknown key {path!r}{nearest(str(leaf), _fields_at(schema, parents))}"
+        section = _sections(schema).get("".join(f"{parent}." for parent in parents))
+        return f"{prefix}unknown key {path!r}{nearest(str(leaf), section.model_fields if section else ())}"
     if problem["type"] == "missing":
         return f"{prefix}{path!r} is required"
     message = problem["msg"].removeprefix("Value error, ")
@@ -298,13 +300,3 @@ def _origin(path: str, origins: Mapping[str, str]) -> str:
         if key == path or key.startswith(f"{path}.") or path.startswith(f"{key}."):
             return origin
     return ""
-
-
-def _fields_at(schema: type[Settings], parents: Iterable[Any]) -> list[str]:
-    node: Any = schema
-    for parent in parents:
-        field = node.model_fields.get(parent) if isinstance(node, type) and issubclass(node, BaseModel) else None
-        if field is None:
-            return []
-        node = field.annotation
-    return list(node.model_fields) if isinstance(node, type) and issubclass(node, BaseModel) else []

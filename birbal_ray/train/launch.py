@@ -323,7 +323,7 @@ def fine_tune_here(config: TrainConfig, fingerprint: str, remote: Remote, starte
     def report(line: dict[str, Any]) -> None:
         # Ray takes one report every two seconds; a second one would hold the training up until then.
         nonlocal reported
-        if reason := mark_diverged(line):
+        if reason := why_diverged(line):
             raise RunError(reason)
         if time.monotonic() - reported > REPORT_SECONDS:
             ray.train.report({name: value for name, value in line.items() if value is not None})
@@ -344,7 +344,7 @@ def measured_speeds(folder: Path) -> dict[str, float]:
     return {"": sum(line["tokens"] for line in steps[1:]) / seconds, **{f" {name}": clock[name] for name in names}}
 
 
-def mark_diverged(line: Mapping[str, Any]) -> str | None:
+def why_diverged(line: Mapping[str, Any]) -> str | None:
     """Why a run can't go on after this line of metrics.jsonl, with the way out; None where its losses are numbers."""
     for name, what in (("eval_loss", "eval loss"), ("loss", "training loss"), ("grad_norm", "gradient's norm")):
         if math.isfinite(line.get(name, 0.0)):

@@ -38,7 +38,7 @@ from birbal_ray.train.checkpoints import (
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import Packing, prepare, text_columns
 from birbal_ray.train.deadline import CLOCK_FILE
-from birbal_ray.train.launch import STEP, mark_diverged, train_on_cluster
+from birbal_ray.train.launch import STEP, train_on_cluster, why_diverged
 from birbal_ray.train.preflight import (
     Preflight,
     describe_preflight,
@@ -271,7 +271,7 @@ def _finish(
     here = open_folder(working)
     metrics = read_metrics(working / METRICS_FILE)
     if not here.is_file(BEST_FILE):
-        reason = next(filter(None, map(mark_diverged, metrics)), "the run made no evaluation")
+        reason = next(filter(None, map(why_diverged, metrics)), "the run made no evaluation")
         raise RunError(f"{run.folder}: no adapter was kept; {reason}")
     best = here.read_json(BEST_FILE)
     base_loss = next(line["eval_loss"] for line in metrics if "eval_loss" in line and line["step"] == 0)

@@ -331,20 +331,18 @@ def test_killed_after_its_last_checkpoint_a_run_has_ended(tiny_model, run_folder
 
 
 def test_a_run_that_diverges_ends_at_once(tiny_model, run_folder):
-    from birbal_ray.train.launch import mark_diverged
+    from birbal_ray.train.launch import why_diverged
     from birbal_ray.train.sft import fine_tune
 
     def report(line):
-        if reason := mark_diverged(line):
+        if reason := why_diverged(line):
             raise RunError(reason)
 
     config = settings(optimizer__learning_rate=1e30, optimizer__warmup_steps=0, max_steps=50)
     with pytest.raises(RunError, match=r"not a number since step (\d): the adapter diverged; lower optimizer.learning"):
         fine_tune(config, tiny_model, run_folder, report)
-    assert mark_diverged({"step": 0, "eval_loss": float("nan")}).startswith(
-        "the base model's eval loss is not a number"
-    )
-    assert mark_diverged({"step": 1, "loss": 2.5, "grad_norm": 0.1, "tokens": 9}) is None
+    assert why_diverged({"step": 0, "eval_loss": float("nan")}).startswith("the base model's eval loss is not a number")
+    assert why_diverged({"step": 1, "loss": 2.5, "grad_norm": 0.1, "tokens": 9}) is None
 
 
 FULL_DISK = """
