@@ -532,7 +532,7 @@ def evaluate(config: EvaluateConfig, per_task: bool, overwrite: bool, dry_run: b
 def print_evaluate(result: EvaluateResult, output_format: str, *, per_task: bool = False) -> None:
     """Comparisons (or every task's scores) on stdout, the conclusions on stderr."""
     from birbal_ray.progress import counted
-    from birbal_ray.report.conclusions import conclusion_of, model_of
+    from birbal_ray.report.conclusions import conclusion_of
 
     if output_format != "text":
         print_table(result.evaluation if per_task else result.comparisons, output_format)
@@ -542,12 +542,12 @@ def print_evaluate(result: EvaluateResult, output_format: str, *, per_task: bool
             about = {"prompts": row["prompt_format"], "task": row["task"], "label": row["label"]}
             cells = tasks.setdefault((row["prompt_format"], row["task"]), {**about, "held out": row["held_out"]})
             cells["n"] = min(cells.get("n", row["num_scored"]), row["num_scored"])
-            cells[model_of(row)] = row["task_score"]
+            cells[row["model"]] = row["task_score"]
         print_table(list(tasks.values()), output_format)
     if output_format == "text" and result.comparisons:
         rows = [
             {
-                "model": model_of(row),
+                "model": row["model"],
                 "prompts": row["prompt_format"],
                 "scope": row["scope"],
                 "tasks": row["num_tasks"],

@@ -109,10 +109,9 @@ def standings(teams: Teams, added: Collection[str] = ()) -> list[Standing]:
         opened, hidden = (geometric_mean([scenarios[name] for name in names]) for names in SCORES.values())
         scored.append((opened / 3 + 2 * hidden / 3, team, scenarios, opened, hidden))
     scored.sort(key=lambda entry: (-entry[0], entry[1]))
-    ascending = [entry[0] for entry in reversed(scored)]
     return [
         Standing(
-            rank=1 + len(scored) - bisect_right(ascending, full),
+            rank=1 + sum(other[0] > full for other in scored),
             team=team,
             win_rates=scenarios,
             score_open=opened,

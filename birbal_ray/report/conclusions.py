@@ -39,7 +39,7 @@ def conclude(sections: Mapping[str, Mapping[str, Any]]) -> list[Conclusion]:
 
 def conclusion_of(row: Row) -> Conclusion:
     """Say what a COMPARISONS row shows: no difference where its interval touches 0, or over too few tasks."""
-    name, low, high = model_of(row), row["difference_low"], row["difference_high"]
+    name, low, high = row["model"], row["difference_low"], row["difference_high"]
     text = (
         f"{words(row['prompt_format']).capitalize()} over {counted(row['num_tasks'], 'task')}, the mean task score is "
         f"{row['score']:.3f}; the base model's is {row['base_score']:.3f}. Difference {signed(row['difference'])}, "
@@ -57,11 +57,6 @@ def conclusion_of(row: Row) -> Conclusion:
         amount = f"{sign * row['difference']:.3f} ({bound} to {far:.3f})"
         return Conclusion(kind, f"{name} is {kind} than the base model by {amount}", text)
     return Conclusion("open", f"{name}: no difference from the base model found; the interval contains 0", text)
-
-
-def model_of(row: Row) -> str:
-    """The model that a row of an evaluation is about; earlier versions called the column `contender`."""
-    return row["model"] if "model" in row else row["contender"]
 
 
 def words(prompt_format: str) -> str:
