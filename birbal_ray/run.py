@@ -355,13 +355,11 @@ def _package_version(name: str) -> str | None:
 def code_version() -> Mapping[str, Any]:
     """Git commit of the checkout this code runs from (None outside one), and whether it was edited; asked once."""
     here = Path(__file__).resolve().parent.parent
-    if not (here / ".git").exists():
-        return {"commit": None, "edited": None}
-    try:
-        commit = _git(here, "rev-parse", "HEAD")
-        return {"commit": commit, "edited": bool(_git(here, "status", "--porcelain", "--", "birbal_ray"))}
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "edited": None}
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        if (here / ".git").exists():
+            edited = bool(_git(here, "status", "--porcelain", "--", "birbal_ray"))
+            return {"commit": _git(here, "rev-parse", "HEAD"), "edited": edited}
+    return {"commit": None, "edited": None}
 
 
 def _git(folder: Path, *arguments: str) -> str:

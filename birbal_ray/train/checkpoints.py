@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import queue
 import re
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray.settings import canonical_hash, one_line
-from birbal_ray.storage import Folder, RunError, absolute, cache_folder
+from birbal_ray.storage import Folder, RunError, absolute, cache_folder, sync
 
 METRICS_FILE = "metrics.jsonl"  # one line for each step or evaluation
 STATUS_FILE = "status.json"  # the worker's state, rewritten every second
@@ -224,12 +223,12 @@ def finish_checkpoint(written: Path, folder: Path) -> Path:
     sizes = {file.relative_to(written).as_posix(): file.stat().st_size for file in files}
     (written / FILES_FILE).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
     for file in (*files, written / FILES_FILE):
-        _sync(file)
-    _sync(written)
+        sync(file)
+    sync(written)
     target = folder / f"step-{int(written.name.rpartition('-')[2]):06d}"
     shutil.rmtree(target, ignore_errors=True)  # of the same step, before a restart
     written.rename(target)
-    _sync(folder)
+    sync(folder)
     return target
 
 
@@ -247,11 +246,3 @@ def _is_whole(checkpoint: Path) -> bool:
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
     except (FileNotFoundError, json.JSONDecodeError):
         return False
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
