@@ -17,9 +17,9 @@ from birbal_ray import __version__
 EXIT_FAILED, EXIT_USAGE = 1, 2
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 COMMANDS = {  # name: its module, its line in `birbal --help`
-    "demo": ("steps", "The whole recipe, small, on this machine."),
-    "plan": ("steps", "Hours and money of the recipe, before it starts."),
-    "pipeline": ("steps", "The whole recipe on your tasks and model, in one budget."),
+    "demo": ("recipe", "The whole recipe, small, on this machine."),
+    "plan": ("recipe", "Hours and money of the recipe, before it starts."),
+    "pipeline": ("recipe", "The whole recipe on your tasks and model, in one budget."),
     "tasks": ("tasks", "List, show, check, label, import, download tasks."),
     "score": ("steps", "Few-shot inference over task files, scored."),
     "mix": ("steps", "A training set from the scores and outside datasets."),
@@ -34,7 +34,7 @@ COMMANDS = {  # name: its module, its line in `birbal --help`
     "leaderboard": ("tools", "Place a model among the challenge's teams."),
     "models": ("tools", "The models that come with birbal."),
     "export-predictions": ("tools", "A score run as the published JSON."),
-    "doctor": ("doctor", "Check versions, CPUs, GPUs, disk, model; or a Ray cluster."),
+    "doctor": ("recipe", "Check versions, CPUs, GPUs, disk, model; or a Ray cluster."),
 }
 
 

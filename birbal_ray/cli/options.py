@@ -35,6 +35,11 @@ overwrite_option = click.option(
 )
 
 
+def dry_run_option(text: str) -> Any:
+    """--dry-run, which says what the command would do."""
+    return click.option("--dry-run", is_flag=True, help=text)
+
+
 def settings_options(
     schema: type[Settings], flags: Mapping[str, str], *, step: str
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -9,8 +9,8 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from birbal_ray.cli.doctor import print_cluster
 from birbal_ray.cli.main import main
+from birbal_ray.cli.recipe import print_cluster
 from birbal_ray.cluster import can_place, nodes_of
 from birbal_ray.doctor import placements
 from birbal_ray.score.config import ScoreConfig

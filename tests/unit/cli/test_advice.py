@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from birbal_ray.cli.main import COMMANDS, main
 from birbal_ray.cli.options import find_config
-from birbal_ray.cli.steps import explain_command
+from birbal_ray.cli.recipe import explain_command
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import mix
 from birbal_ray.settings import load_config

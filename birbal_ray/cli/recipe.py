@@ -1,0 +1,295 @@
+"""The recipe as a whole: what is here (doctor), what it takes (plan), all its steps (pipeline, demo)."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from birbal_ray.cli.main import EXIT_FAILED
+from birbal_ray.cli.options import (
+    dry_run_option,
+    find_config,
+    format_option,
+    note,
+    overwrite_option,
+    print_table,
+    settings_options,
+)
+from birbal_ray.cli.steps import print_evaluate, print_mix, print_score, print_train, print_tune
+from birbal_ray.recipe import PipelineConfig, join_steps
+from birbal_ray.settings import load_config
+
+if TYPE_CHECKING:
+    from birbal_ray.cluster import Node
+    from birbal_ray.doctor import Placement
+
+NOT_GIVEN = ""  # an address, after --cluster
+NUM_NAMED = 6  # nodes in a line of the text table
+
+
+@click.command()
+@click.option("--model", default="smollm2-135m", show_default=True, help="A model whose reachability to check.")
+@click.option("--config", metavar="FILE", help="A pipeline's settings, whose model and outside datasets to check.")
+@click.option("--output", default=".", show_default=True, help="A folder whose disk to check.")
+@click.option(
+    "--cluster",
+    is_flag=False,
+    flag_value=NOT_GIVEN,
+    metavar="[ADDRESS]",
+    help="Look at a Ray cluster instead: host:port; without one RAY_ADDRESS, else the Ray of this machine.",
+)
+@click.option("--score-config", metavar="FILE", help="With --cluster: the scoring to place (default settings).")
+@click.option("--train-config", metavar="FILE", help="With --cluster: the training to place (default settings).")
+@format_option
+@click.pass_context
+def doctor(
+    context: click.Context,
+    model: str,
+    config: str | None,
+    output: str,
+    cluster: str | None,
+    score_config: str | None,
+    train_config: str | None,
+    output_format: str,
+) -> None:
+    """Check this machine: versions, CPUs, GPUs and Ray's names for them, memory, disk, model.
+
+    With --cluster: the nodes of a Ray cluster, and which of them could take a scoring replica or the
+    training worker. Exits 1 when something would keep the recipe from running, and says what.
+
+    \b
+    Examples:
+      birbal doctor --model mistralai/Mistral-7B-v0.1 --output /data/runs
+      birbal doctor --config one-day-mistral-7b
+      birbal doctor --cluster 10.0.0.2:6379 --train-config configs/train/mistral-7b-qlora.yaml
+    """
+    if cluster is not None:
+        problems = _show_cluster(cluster or None, score_config, train_config, output_format)
+    elif score_config or train_config:
+        raise click.UsageError("--score-config and --train-config go with --cluster")
+    else:
+        from birbal_ray.doctor import examine
+
+        recipe = load_config(PipelineConfig, find_config("pipeline", config)) if config else PipelineConfig()
+        checks = examine(recipe.model or model, output, recipe.sources)
+        print_table([{"check": c.name, "state": c.state, "found": c.found} for c in checks], output_format)
+        problems = [f"{check.name}: {check.advice}" for check in checks if check.state == "problem"]
+    for problem in problems:
+        note(problem)
+    if problems:
+        context.exit(EXIT_FAILED)
+
+
+def _show_cluster(
+    address: str | None, score_config: str | None, train_config: str | None, output_format: str
+) -> list[str]:
+    from birbal_ray.cluster import nodes_of
+    from birbal_ray.doctor import cluster_nodes, placements
+    from birbal_ray.score.config import ScoreConfig
+    from birbal_ray.train.config import TrainConfig
+
+    score, train = load_config(ScoreConfig, score_config), load_config(TrainConfig, train_config)
+    listing = cluster_nodes(address)
+    print_cluster(nodes_of(listing), found := placements(listing, score, train), output_format)
+    return [f"{one.work}: {one.missing}" for one in found if not one.fits]
+
+
+def print_cluster(nodes: list[Node], found: list[Placement], output_format: str) -> None:
+    """Two tables, an empty line between them; in JSON one object with `nodes` and `work`."""
+    if output_format == "json":
+        work = [{**asdict(one), "nodes": [node.name for node in one.nodes]} for one in found]
+        click.echo(json.dumps({"nodes": [asdict(node) for node in nodes], "work": work}, indent=1))
+        return
+    print_table([_cells(node) for node in nodes], output_format)
+    click.echo()
+    rows = [{"work": one.work, "wanted": one.wanted, "fits": "yes" if one.fits else "no", "nodes": ""} for one in found]
+    for row, one in zip(rows, found, strict=True):
+        named = [f"{node.name} ({node.ip})" for node in one.nodes[:NUM_NAMED]]
+        more = [f"and {len(one.nodes) - NUM_NAMED} more"] if len(one.nodes) > NUM_NAMED else []
+        row["nodes"] = ", ".join([*named, *more]) or "none"
+    print_table(rows, output_format)
+
+
+def _cells(node: Node) -> dict[str, Any]:
+    return {
+        "node": node.name,
+        "ip": node.ip,
+        "alive": "yes" if node.alive else "no",
+        "head": "yes" if node.head else "no",
+        "CPUs": f"{node.num_cpus:g}",
+        "GPUs": f"{node.num_gpus:g}",
+        "cards": " ".join(node.cards),
+        "memory": f"{node.memory_bytes / 2**30:.1f} GiB",
+        "labels": " ".join(f"{name.removeprefix('ray.io/')}={value}" for name, value in node.labels.items()),
+    }
+
+
+@click.command()
+@click.option("--output", default="runs/demo", show_default=True, help="Where the runs go.")
+@click.option("--overwrite", is_flag=True, help="Start from scratch instead of continuing.")
+def demo(output: str, overwrite: bool) -> None:
+    """Run the recipe small, for real: vLLM, SmolLM2-135M and QLoRA on the sample tasks that come with birbal.
+
+    About ten minutes on two CPU cores. Called again it continues, or says that it is up to date. It is
+    `birbal pipeline --config demo`.
+
+    \b
+    Example:
+      birbal demo --output /tmp/demo
+    """
+    config = load_config(PipelineConfig, find_config("pipeline", "demo"), flags={"output": output})
+    run_recipe(config, overwrite)
+
+
+PIPELINE_FLAGS = {
+    "--tasks PATH": "tasks",
+    "--model NAME": "model",
+    "--output DIR": "output",
+    "--held-out-task NAME": "held_out_tasks",
+    "--budget TIME": "budget",
+    "--tune": "search",
+    "--device": "device",
+}
+
+
+@click.command()
+@settings_options(PipelineConfig, PIPELINE_FLAGS, step="pipeline")
+@click.option("--score-config", metavar="FILE", help="Settings of this step, instead of the section of --config.")
+@click.option("--mix-config", metavar="FILE", help="The same for mix.")
+@click.option("--tune-config", metavar="FILE", help="The same for tune.")
+@click.option("--train-config", metavar="FILE", help="The same for train.")
+@click.option("--evaluate-config", metavar="FILE", help="The same for evaluate.")
+@overwrite_option
+@dry_run_option("Print the plan, and check budget and outside datasets; run nothing.")
+def pipeline(config: PipelineConfig, overwrite: bool, dry_run: bool, **files: str | None) -> None:
+    """Score, tune, mix, train, evaluate, report: in one budget, each step resumable, skipped where it is up to date.
+
+    With --budget each step ends in time: scoring stops where it is and says what it knows, the search ends, training
+    gets all that the others leave and anneals to the deadline. Killed at any moment, the same command continues, and
+    so does its clock. `birbal plan` says beforehand what fits.
+
+    \b
+    Examples:
+      birbal pipeline --config one-day-mistral-7b --tasks natural-instructions/ --budget 24h --output runs/mistral
+      birbal pipeline --config tiny --budget 15m --output runs/tiny
+      birbal pipeline --tasks my-tasks/ --train-config tiny --no-tune --output runs/mine \\
+          --set mix.task_score.allow_shortfall=true
+    """
+    config = with_files(config, files)
+    if dry_run:
+        from birbal_ray.pipeline import check_recipe
+
+        print_plan(config, (None,), None, "text")
+        check_recipe(join_steps(config))
+        note("nothing was started (--dry-run)")
+    else:
+        run_recipe(config, overwrite)
+
+
+def with_files(config: PipelineConfig, files: Mapping[str, str | None]) -> PipelineConfig:
+    """The settings with the sections for which a file of their own was given (`score_config`, …)."""
+    sections = {}
+    for name, text in files.items():
+        step = name.removesuffix("_config")
+        if text:
+            sections[step] = load_config(type(getattr(config, step)), find_config(step, text))
+    return config.replace(sections)
+
+
+def run_recipe(config: PipelineConfig, overwrite: bool) -> None:
+    """Run every step, print what each one found, and how to ask why a row is in the mix."""
+    from birbal_ray.pipeline import run_pipeline
+    from birbal_ray.storage import join
+
+    page = run_pipeline(
+        config,
+        overwrite=overwrite,
+        announce=lambda text: note(f"\n{text}"),
+        show={
+            "score": lambda result: print_score(result, "text"),
+            "tune": lambda result: print_tune(result, "text"),
+            "mix": lambda result: print_mix(result, "text"),
+            "train": lambda result: print_train(result, "text"),
+            "evaluate": lambda result: print_evaluate(result, "text", per_task=True),
+        },
+    )
+    note(f"\nthe adapter is in {config.output}/train/adapter, everything else on one page: {page}")
+    on_path = "" if shutil.which("birbal") else f" (birbal is in {Path(sys.argv[0]).parent}, which is not on the PATH)"
+    note(f"ask why a row is in the mix{on_path}:\n  {explain_command(join(config.output or '', 'mix'))}")
+
+
+@click.command()
+@settings_options(PipelineConfig, PIPELINE_FLAGS, step="pipeline")
+@click.option("--gpu", "cards", multiple=True, metavar="CARD", help="Ray's name, e.g. GeForce-RTX-4090. Repeatable.")
+@click.option("--gpu-price", type=click.FloatRange(min=0), metavar="PRICE", help="What the card costs an hour.")
+@format_option
+def plan(config: PipelineConfig, cards: tuple[str, ...], gpu_price: float | None, output_format: str) -> None:
+    """What the recipe will take before it starts: work, hours and money of each step, as ranges with their source.
+
+    For this machine, from its own earlier runs where there are any, or for one --gpu after the other, from their
+    data sheets. Reads the task files and the model's config; loads no weights.
+
+    Columns: `alone` is what the step takes without a limit, `gets` the most that the budget allows it, `planned` the
+    middle of `alone` or all that it gets, whichever is less, `from` the source of the speed. "2 to 3 fit" are the
+    epochs that training has time for.
+
+    \b
+    Examples:
+      birbal plan --config one-day-mistral-7b --tasks natural-instructions/ --budget 24h --gpu GeForce-RTX-4090
+      birbal plan --config one-day-mistral-7b --tasks natural-instructions/ --gpu GeForce-RTX-4090 --gpu H100 \\
+          --gpu-price 0.40
+    """
+    print_plan(config, cards or (None,), gpu_price, output_format)
+
+
+def print_plan(
+    config: PipelineConfig, cards: Sequence[str | None], gpu_price: float | None, output_format: str
+) -> None:
+    """The plan of a recipe for each card (None: this machine) on stdout, its sums on stderr."""
+    from birbal_ray.plan import money, plan_recipe, records_of
+    from birbal_ray.progress import duration
+
+    joined = join_steps(config.replace({"output": config.output or "runs"}))
+    found = {card: plan_recipe(joined, card) for card in cards}
+    rows: list[dict[str, Any]] = []
+    for card, steps in found.items():
+        where = {"card": card} if len(found) > 1 or output_format != "text" else {}
+        if output_format != "text":
+            rows += [{**where, **record} for record in records_of(steps)]
+            continue
+        rows += [
+            {
+                **where,
+                "step": one.step,
+                "work": one.work,
+                "alone": f"{duration(one.low_seconds)} to {duration(one.high_seconds)}",
+                "gets": duration(one.limit_seconds) if one.limit_seconds else "all it takes",
+                "planned": duration(one.planned_seconds),
+                "from": one.source,
+            }
+            for one in steps
+        ]
+    print_table(rows, output_format)
+    for card, steps in found.items():
+        total = f"{card or 'this machine'}: {duration(sum(one.planned_seconds for one in steps))} planned"
+        if config.budget:
+            total += f" of a budget of {duration(config.budget)}"
+        if gpu_price is not None:
+            total += ", {:.2f} to {:.2f} in money".format(*money(steps, gpu_price))
+        note(total)
+
+
+def explain_command(mix_folder: str) -> str:
+    """The command that explains the first training row of a mix."""
+    from birbal_ray.storage import open_folder
+
+    row_id = open_folder(mix_folder).read_table("train.parquet", ["row_id"])["row_id"][0].as_py()
+    return shlex.join(["birbal", "mix", "explain", row_id, "--mix", mix_folder])
