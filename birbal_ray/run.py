@@ -170,7 +170,7 @@ def open_run(
     the paths and URLs that the step reads.
 
     With `overwrite`, a finished run or one of another identity is deleted, file by file; an unfinished one of the same
-    identity continues, so that a command with --overwrite can be repeated, too.
+    identity continues, so that a command with --overwrite can be repeated, too. SIGTERM ends the block as Ctrl-C does.
 
     Raises RunError when another process holds the folder or it can't be reached, RunMismatchError when it holds a run
     of another identity. Raises ConfigError, whatever `overwrite` says, and leaves everything as it is, when the folder
@@ -183,7 +183,7 @@ def open_run(
                 f"--output {folder}: this folder {'is' if absolute(str(path)) == folder.place else 'holds'} an input "
                 f"({path}); choose another --output"
             )
-    with hold_lock(folder) as lock:
+    with sigterm_as_interrupt(), hold_lock(folder) as lock:
         folder = folder if isinstance(lock, LocalLock) else replace(folder, guard=lock)
         resumed, manifest, files = _claim(folder, step, json.loads(json.dumps(identity)), owns, overwrite)
         run = Run(folder, step, resumed, manifest, files, lock)

@@ -28,7 +28,7 @@ from birbal_ray.evaluate.benchmarks import (
 from birbal_ray.evaluate.models import EvaluatedModel, resolve_models
 from birbal_ray.models import Model, resolve_model
 from birbal_ray.progress import ProgressLine, duration
-from birbal_ray.run import RunError, RunFailedError, open_run, package_versions, sigterm_as_interrupt
+from birbal_ray.run import RunError, RunFailedError, open_run, package_versions
 from birbal_ray.settings import ConfigError, canonical_hash, nearest, one_line, sha256_of
 from birbal_ray.storage import Folder, open_folder
 
@@ -116,10 +116,7 @@ def run(options: HarnessOptions, *, overwrite: bool = False) -> HarnessResult:
     index = _index(options, [one for one in runs if overwrite or not _is_finished(options, one)])
     identity = _identity(options, model, adapter)
     inputs = [str(options.include_path)] if options.include_path else []
-    with (
-        sigterm_as_interrupt(),
-        open_run(options.output or "", STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run,
-    ):
+    with open_run(options.output or "", STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run:
         folder = run.folder
         pending = [one for one in runs if one.file not in run.files]
         if run.manifest is not None and not pending:

@@ -21,7 +21,7 @@ import filelock
 from birbal_ray.evaluate.harness import HarnessOptions, HarnessResult
 from birbal_ray.models import find_adapter, resolve_model
 from birbal_ray.progress import ProgressLine
-from birbal_ray.run import RunError, RunFailedError, open_run, sigterm_as_interrupt
+from birbal_ray.run import RunError, RunFailedError, open_run
 from birbal_ray.settings import ConfigError, one_line
 from birbal_ray.storage import cache_folder
 
@@ -73,7 +73,7 @@ def run_helm(options: HarnessOptions, *, overwrite: bool = False) -> HarnessResu
     identity["adapter"] = adapter.fingerprint if adapter else None
     name = Path(model.name).name
     team = options.team or (f"{name} + {adapter.name}" if adapter else name)
-    with open_run(options.output or "", STEP, identity, owns=OWNS, overwrite=overwrite) as run, sigterm_as_interrupt():
+    with open_run(options.output or "", STEP, identity, owns=OWNS, overwrite=overwrite) as run:
         folder = run.folder.local
         run.withdraw()
         helm = environment(progress)

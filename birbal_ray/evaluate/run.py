@@ -20,7 +20,7 @@ from birbal_ray.evaluate.heldout import HeldOut, find_mixes, held_out, union
 from birbal_ray.evaluate.models import ADAPTER, BASE, EvaluatedModel, resolve_models
 from birbal_ray.models import REFERENCE_FILE, Model, load_with_adapter, merge_adapter, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine, counted, figures_key
-from birbal_ray.run import LOG_FOLDER, Run, RunError, open_run, sigterm_as_interrupt
+from birbal_ray.run import LOG_FOLDER, Run, RunError, open_run
 from birbal_ray.schemas import COMPARISONS, COMPARISONS_FILE, EVALUATION, EVALUATION_FILE, ROWS_FOLDER
 from birbal_ray.score.adaptive import FixedSchedule
 from birbal_ray.score.config import CPU_SHARD_ROWS, ScoreConfig
@@ -111,12 +111,8 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
     setup = prepare_evaluation(config)
     plan = plan_run(setup.scoring, progress, excluded=setup.excluded)
     inputs = [path for path in (config.tasks.path, *setup.mixes, *(one.path for one in setup.models[1:])) if path]
-    with (
-        open_run(
-            setup.config.output or "", STEP, _identity(setup, plan), owns=OWNS, overwrite=overwrite, inputs=inputs
-        ) as run,
-        sigterm_as_interrupt(),
-    ):
+    output, identity = config.output or "", _identity(setup, plan)
+    with open_run(output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run:
         if run.manifest:
             progress.message(f"{run.folder} is up to date; nothing to do")
             return _read(run)

@@ -24,7 +24,7 @@ from birbal_ray.mix.rows import MIX_TASKS
 from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.mix.write import BATCH_ROWS, CARD_FILE, OWN_FILES, dataset_card, write_mix
 from birbal_ray.progress import ProgressLine, figures_key, save_figures
-from birbal_ray.run import MANIFEST_FILE, RUN_FILE, open_run, sigterm_as_interrupt
+from birbal_ray.run import MANIFEST_FILE, RUN_FILE, open_run
 from birbal_ray.schemas import TASKS_FILE
 from birbal_ray.settings import require
 from birbal_ray.storage import Folder, absolute, open_folder
@@ -59,10 +59,7 @@ def mix(config: MixConfig, *, overwrite: bool = False) -> MixResult:
         # A mix appears all at once, so an unfinished one holds nothing that other settings could spoil.
         record = place.read_json(RUN_FILE)
         overwrite = overwrite or (isinstance(record, dict) and record.get("step") == STEP)
-    with (
-        sigterm_as_interrupt(),
-        open_run(output, STEP, identity, owns=OWN_FILES, overwrite=overwrite, inputs=inputs) as run,
-    ):
+    with open_run(output, STEP, identity, owns=OWN_FILES, overwrite=overwrite, inputs=inputs) as run:
         if run.manifest is not None:
             progress.message(f"{run.folder} is up to date: {run.manifest['rows']['kept']:,} rows; nothing to do")
             return MixResult(run.folder, run.manifest["composition"], run.manifest)

@@ -25,7 +25,6 @@ from birbal_ray.run import (
     Run,
     open_run,
     package_versions,
-    sigterm_as_interrupt,
 )
 from birbal_ray.schemas import QUARANTINE_FILE, ROWS_FOLDER, TASK_SCORES, TASK_SCORES_FILE, TASKS_FILE
 from birbal_ray.score.adaptive import TIME_UP, USED_UP, AdaptiveSchedule, Decision, FixedSchedule, Schedule
@@ -87,10 +86,7 @@ def score(
     config, revision, fingerprint = pin_model(config)
     known = _earlier_records(config.output or "")
     identity = identity_of(config, fingerprint)
-    with (
-        open_run(config.output or "", STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run,
-        sigterm_as_interrupt(),
-    ):
+    with open_run(config.output or "", STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run:
         plan, amendment = amend(run, plan, known)
         found, changed = amendment.kept, retry_errors or rescore_all or amendment.set_aside or amendment.rescored
         is_same = run.manifest is not None and run.manifest["plan_hash"] == plan_hash(config, plan)

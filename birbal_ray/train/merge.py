@@ -26,7 +26,7 @@ from birbal_ray.models import (
 )
 from birbal_ray.ni.prompt import BIRBAL, STOP, ChatTemplate, render_prompt
 from birbal_ray.progress import ProgressLine
-from birbal_ray.run import LOG_FOLDER, open_run, sigterm_as_interrupt
+from birbal_ray.run import LOG_FOLDER, open_run
 from birbal_ray.score.config import EngineSettings, ResourceSettings
 from birbal_ray.score.reference import Agreement, compare_with_peft, reference_prompts, why_not_applied
 from birbal_ray.settings import ConfigError, one_line
@@ -76,10 +76,8 @@ def merge(
         "modelfile": modelfile,
         "model_fingerprint": model.fingerprint,
     }
-    with (
-        sigterm_as_interrupt(),
-        open_run(output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=[run, str(model.path)]) as merging,
-    ):
+    inputs = [run, str(model.path)]
+    with open_run(output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as merging:
         folder = merging.folder
         if merging.manifest:
             progress.message(f"{folder} is up to date; nothing to do")

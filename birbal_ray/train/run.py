@@ -72,10 +72,7 @@ def train(config: TrainConfig, *, overwrite: bool = False) -> TrainResult:
     mix, mix_manifest = read_mix(config)
     identity = _identity(config, model, mix_manifest)
     inputs = [mix.place, str(model.path), *filter(None, [config.lora.from_adapter])]
-    with (
-        sigterm_as_interrupt(),
-        open_run(output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run,
-    ):
+    with open_run(output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run:
         if run.manifest:
             progress.message(f"{run.folder} is up to date; nothing to do")
             return TrainResult(run.folder, run.manifest)

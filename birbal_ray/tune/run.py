@@ -16,7 +16,7 @@ from birbal_ray.cluster import MIN_LOGICAL_CPUS, can_place, job_metadata, ray_se
 from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.models import Model, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine, counted, duration, figures_key, last_throughput, save_figures
-from birbal_ray.run import LOG_FOLDER, Run, RunError, RunFailedError, open_run, sigterm_as_interrupt
+from birbal_ray.run import LOG_FOLDER, Run, RunError, RunFailedError, open_run
 from birbal_ray.settings import require, sha256_of
 from birbal_ray.storage import Folder, absolute, input_folder
 from birbal_ray.train.config import TrainResources
@@ -63,12 +63,8 @@ def tune(config: TuneConfig, *, overwrite: bool = False) -> TuneResult:
     config, scores, model = resolve_config(config)
     inputs = [config.scores or "", *config.validation.files]
     identity = _identity(config, scores, model)
-    with (
-        sigterm_as_interrupt(),
-        open_run(
-            require(config.output, "--output"), STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs
-        ) as run,
-    ):
+    output = require(config.output, "--output")
+    with open_run(output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run:
         if run.manifest is not None:
             progress.message(f"{run.folder} is up to date; nothing to do")
             return TuneResult(run.folder, run.manifest)
