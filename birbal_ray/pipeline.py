@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from birbal_ray.cluster import job_metadata, ray_session
+from birbal_ray.cluster import job_metadata, ray_log_file, ray_session
 from birbal_ray.evaluate.run import evaluate
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.datasets import source_problem
@@ -21,11 +21,11 @@ from birbal_ray.plan import LOAD_SECONDS, fitting_instances, least_seconds, plan
 from birbal_ray.progress import CLOCK_FILE, PLAN_FILE, duration, repeating, save_figures
 from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps
 from birbal_ray.report.run import report
-from birbal_ray.run import LOG_FOLDER, MANIFEST_FILE, RunFailedError, sigterm_as_interrupt
+from birbal_ray.run import MANIFEST_FILE, RunFailedError, sigterm_as_interrupt
 from birbal_ray.score.pipeline import logical_cpus
 from birbal_ray.score.run import score
 from birbal_ray.settings import ConfigError, one_line
-from birbal_ray.storage import Folder, RunError, cache_folder, input_folder, open_folder
+from birbal_ray.storage import Folder, RunError, input_folder, open_folder
 from birbal_ray.train.deadline import CLOCK_FILE as WORKER_CLOCK_FILE
 from birbal_ray.train.launch import logical_cpus as train_logical_cpus
 from birbal_ray.train.run import train
@@ -177,7 +177,6 @@ def run_pipeline(
     num_pages, reported = 0, clock.spent.get("report", 0.0)
     with ExitStack() as stack:
         if not is_done:
-            here = folder.local if folder.is_local else cache_folder() / "pipeline"
             stack.enter_context(sigterm_as_interrupt())
             about = job_metadata("pipeline", config.output)
             resources = config.tune.resources
@@ -187,7 +186,7 @@ def run_pipeline(
                 train_logical_cpus(config.train),
                 resources.num_cpus * resources.max_concurrent + 1 if config.search else 0.0,
             )
-            stack.enter_context(ray_session(cpus, here / LOG_FOLDER / "ray.log", about=about))
+            stack.enter_context(ray_session(cpus, ray_log_file(folder), about=about))
         for number, step in enumerate(steps, 1):
             left = clock.left(step)
             time_left = "" if math.isinf(left) else f" (at most {duration(max(0.0, left))})"

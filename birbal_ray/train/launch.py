@@ -15,12 +15,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.cluster import MIN_LOGICAL_CPUS, WorkerRequest, can_place, job_metadata, log_to, ray_session
+from birbal_ray.cluster import WorkerRequest, can_place, job_metadata, log_to, ray_log_file, ray_session
 from birbal_ray.models import Model, ModelError, quiet_libraries, resolve_model
 from birbal_ray.progress import ProgressLine, duration, save_throughput
 from birbal_ray.run import LOG_FOLDER, Run, RunFailedError
 from birbal_ray.settings import ConfigError, one_line
-from birbal_ray.storage import Folder, RunError, cache_folder, read_json, write_json
+from birbal_ray.storage import Folder, RunError, read_json, write_json
 from birbal_ray.train.checkpoints import (
     CHECKPOINTS_FOLDER,
     EASED_FILE,
@@ -56,7 +56,7 @@ _WORLD = (
 
 def logical_cpus(config: TrainConfig) -> float:
     """Logical CPUs that a run needs at once."""
-    return max(MIN_LOGICAL_CPUS, config.resources.num_cpus + 2)
+    return config.resources.num_cpus + 2
 
 
 def worker_request(config: TrainConfig) -> WorkerRequest:
@@ -75,8 +75,7 @@ def train_on_cluster(
     times; then RunFailedError is raised. Errors that would only come again end the run at once, by RunError. A worker
     whose card is full is replaced by one with a smaller micro batch. `run` gets progress.json.
     """
-    logs = (folder.local if folder.is_local else cache_folder()) / LOG_FOLDER
-    with ray_session(logical_cpus(config), logs / "ray.log", about=job_metadata(STEP, config.output)):
+    with ray_session(logical_cpus(config), ray_log_file(folder), about=job_metadata(STEP, config.output)):
         import ray
 
         def missing() -> str | None:
@@ -204,10 +203,6 @@ def _fit(config: TrainConfig, model: Model, folder: Folder, done: concurrent.fut
 
     gpu = config.resources.device == "gpu"
     folder.delete([SESSION_FILE])
-    # Ray keeps its own record of sessions here; checkpoints are ours (docs/decisions/0021).
-    storage: dict[str, Any] = {"storage_path": folder.path(RAY_FOLDER)}
-    if not folder.is_local:
-        storage["storage_filesystem"] = folder.filesystem
     trainer = TorchTrainer(
         train_on_worker,
         train_loop_config={
@@ -224,7 +219,9 @@ def _fit(config: TrainConfig, model: Model, folder: Folder, done: concurrent.fut
         ),
         run_config=RunConfig(
             name=f"session-{os.getpid()}-{os.urandom(3).hex()}",
-            **storage,
+            # Ray keeps its own record of sessions here; checkpoints are ours (docs/decisions/0021).
+            storage_path=folder.path(RAY_FOLDER),
+            storage_filesystem=None if folder.is_local else folder.filesystem,
             failure_config=FailureConfig(max_failures=config.resources.max_failures),
         ),
     )

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from birbal_ray.cluster import MIN_LOGICAL_CPUS, can_place, job_metadata, ray_session
+from birbal_ray.cluster import can_place, job_metadata, ray_log_file, ray_session
 from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.models import Model, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine, counted, duration, figures_key, last_throughput, save_figures
-from birbal_ray.run import LOG_FOLDER, Run, RunError, RunFailedError, open_run
+from birbal_ray.run import Run, RunError, RunFailedError, open_run
 from birbal_ray.settings import require, sha256_of
 from birbal_ray.storage import Folder, absolute, input_folder
 from birbal_ray.train.config import TrainResources
@@ -208,11 +205,9 @@ def search(
     seconds_left: float = math.inf,
 ) -> None:
     """Run what the scheduler hands out on the connected cluster, or on a local one made for it."""
-    logical = max(MIN_LOGICAL_CPUS, config.resources.num_cpus * config.resources.max_concurrent + 1)
-    with ExitStack() as stack:
-        logs = folder.local if folder.is_local else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        log = logs / LOG_FOLDER / "ray.log"
-        dashboard = stack.enter_context(ray_session(logical, log, dashboard=True, about=job_metadata(STEP, folder)))
+    logical = config.resources.num_cpus * config.resources.max_concurrent + 1
+    about = job_metadata(STEP, folder)
+    with ray_session(logical, ray_log_file(folder), dashboard=True, about=about) as dashboard:
         import ray
 
         from birbal_ray.train.launch import worker_request

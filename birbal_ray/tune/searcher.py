@@ -142,9 +142,6 @@ def run_trials(
     are in the run's folder before anything else happens.
     """
     os.environ.update(ENVIRONMENT)
-    storage: dict[str, Any] = {"storage_path": run.path(RAY_FOLDER)}
-    if not run.is_local:
-        storage["storage_filesystem"] = run.filesystem
     resources, rungs = config.resources, config.validation.num_rungs
     wanted = {"cpu": resources.num_cpus, "gpu": resources.num_gpus}
     if resources.accelerator_type:
@@ -173,7 +170,8 @@ def run_trials(
         ),
         run_config=tune.RunConfig(
             name=f"session-{int(time.time())}",
-            **storage,
+            storage_path=run.path(RAY_FOLDER),
+            storage_filesystem=None if run.is_local else run.filesystem,
             # A loss that is no number stays one: training on changes nothing.
             stop=lambda trial_id, result: not math.isfinite(result.get(OBJECTIVE, 0.0)),
             failure_config=tune.FailureConfig(max_failures=resources.max_failures),
