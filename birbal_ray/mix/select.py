@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,24 +51,6 @@ class Candidates:
         return len(self.group)
 
 
-@dataclass(frozen=True, slots=True)
-class Decisions:
-    """What was decided: arrays of shape (candidates,) in the candidates' order, and (groups,) for the last two.
-
-    `rank` is the row's place in the audit: kept rows first, in the mix's order, then validation rows.
-    """
-
-    reason: NDArray[np.uint8]  # Reason
-    bucket: NDArray[np.uint8]  # index into BUCKETS
-    duplicate_of: NDArray[np.int64]  # candidate index, NO_DUPLICATE for none
-    rank: NDArray[np.int64]
-    num_kept: int
-    num_validation: int
-    usable: NDArray[np.int64]  # rows that the policy could draw from
-    allocated: NDArray[np.int64]  # rows that it asked for
-    allocations: dict[str, Allocation] = field(default_factory=dict)
-
-
 def decide(
     candidates: Candidates, groups: Sequence[Group], config: MixConfig, near: NearDuplicates | None = None
 ) -> Decisions:
@@ -77,36 +59,40 @@ def decide(
     `near` maps candidate indices (best first) to `{dropped: the row it resembles}`. Raises ConfigError
     when a budget can't be met and task_score.allow_shortfall is false.
     """
-    table = _Table(candidates, groups, config)
-    table.drop_unusable()
-    allocations: dict[str, Allocation] = {}
+    decisions = Decisions(candidates, groups, config)
+    decisions.drop_unusable()
     if config.policy == allocation.BIRBAL_2023:
-        table.keep_out_validation()
-        table.take_published_exact_match()
-        table.take_published_generation()
-        table.limit_sources()
-        table.drop_texts()
-        table.drop_repeats(near)
+        decisions.keep_out_validation()
+        decisions.take_published_exact_match()
+        decisions.take_published_generation()
+        decisions.limit_sources()
+        decisions.drop_texts()
+        decisions.drop_repeats(near)
     else:
-        table.drop_texts()
-        table.keep_out_validation()
-        table.drop_repeats(near)
-        allocations = table.take_by_budget()
-        table.limit_sources()
-    return table.close(allocations)
+        decisions.drop_texts()
+        decisions.keep_out_validation()
+        decisions.drop_repeats(near)
+        decisions.take_by_budget()
+        decisions.limit_sources()
+    decisions.close()
+    return decisions
 
 
-class _Table:
-    """Decisions as they fall; a decided row is never touched again. Index arrays hold candidate indices."""
+class Decisions:
+    """What is decided of each candidate, as it falls; a decided row is never touched again.
+
+    Public arrays have shape (candidates,), in the candidates' order, or (groups,). Index arrays hold candidate indices.
+    """
 
     def __init__(self, candidates: Candidates, groups: Sequence[Group], config: MixConfig) -> None:
         self.rows, self.groups, self.config = candidates, groups, config
         count = len(candidates)
-        self.reason = np.full(count, UNDECIDED, np.uint8)
-        self.bucket = np.zeros(count, np.uint8)
-        self.duplicate_of = np.full(count, NO_DUPLICATE, np.int64)
-        self.usable = np.zeros(len(groups), np.int64)
-        self.allocated = np.zeros(len(groups), np.int64)
+        self.reason = np.full(count, UNDECIDED, np.uint8)  # Reason
+        self.bucket = np.zeros(count, np.uint8)  # index into BUCKETS
+        self.duplicate_of = np.full(count, NO_DUPLICATE, np.int64)  # candidate index
+        self.usable = np.zeros(len(groups), np.int64)  # rows of the group that the policy could draw from
+        self.allocated = np.zeros(len(groups), np.int64)  # rows that it asked for
+        self.allocations: dict[str, Allocation] = {}  # by label
         self.is_label = {  # label → (groups,)
             label: np.array([group.label == label for group in groups], bool)
             for label in (EXACT_MATCH, GENERATION, None)
@@ -170,7 +156,7 @@ class _Table:
             for row, other in found.items():
                 self.reason[row], self.duplicate_of[row] = Reason.NEAR_DUPLICATE, other
 
-    def take_by_budget(self) -> dict[str, Allocation]:
+    def take_by_budget(self) -> None:
         """Fill the budgets; under task_score one for each label, and inside a task failed rows come first."""
         settings, rows = self.config.task_score, self.rows
         alive = self._alive()
@@ -182,10 +168,10 @@ class _Table:
         if not by_score:
             budgets = {ANY_LABEL: sum(budgets.values())}
             members = {ANY_LABEL: np.flatnonzero(~self.is_label[None])}
-        allocations = {label: self._allocate(label, budget, members[label]) for label, budget in budgets.items()}
-        for label, numbers in members.items():
-            for number in numbers:
-                self.allocated[number] = allocations[label].counts.get(self.groups[number].name, 0)
+        for label, budget in budgets.items():
+            self.allocations[label] = self._allocate(label, budget, members[label])
+            for number in members[label]:
+                self.allocated[number] = self.allocations[label].counts.get(self.groups[number].name, 0)
         is_later = None
         if by_score:
             score, is_exact = rows.score[alive], self.is_label[EXACT_MATCH][rows.group[alive]]
@@ -195,7 +181,6 @@ class _Table:
         else:
             self.bucket[alive] = BUCKET_OF["all"]
         self._drop(self._beyond(alive, rows.group[alive], self.allocated, is_later), Reason.OVER_ALLOCATION)
-        return allocations
 
     def take_published_exact_match(self) -> None:
         """The published caps by accuracy decile."""
@@ -246,27 +231,19 @@ class _Table:
         self.allocated[outside] = np.minimum(limits, self.usable)[outside]
         self._drop(self._beyond(alive, self.rows.group[alive], self.allocated), Reason.OVER_SOURCE_LIMIT)
 
-    def close(self, allocations: dict[str, Allocation]) -> Decisions:
-        """Everything still undecided is kept."""
+    def close(self) -> None:
+        """Everything still undecided is kept.
+
+        `rank` is a row's place in the audit: kept rows first, in the mix's order, then validation rows.
+        """
         self.reason[self.reason == UNDECIDED] = Reason.KEPT
         is_validation = self.reason == Reason.VALIDATION
         place = np.where(is_validation, self.rows.key, self.rows.shuffle_hash)  # whatever the seed, the same order
         part = np.where(self.reason == Reason.KEPT, 0, np.where(is_validation, 1, 2)).astype(np.uint8)
         order = np.lexsort((self.rows.row_hash, place, part))
-        rank = np.empty(len(order), np.int64)
-        rank[order] = np.arange(len(order))
-        counts = np.bincount(part, minlength=3)
-        return Decisions(
-            self.reason,
-            self.bucket,
-            self.duplicate_of,
-            rank,
-            int(counts[0]),
-            int(counts[1]),
-            self.usable,
-            self.allocated,
-            allocations,
-        )
+        self.rank = np.empty(len(order), np.int64)
+        self.rank[order] = np.arange(len(order))
+        self.num_kept, self.num_validation, _ = np.bincount(part, minlength=3).tolist()
 
     def _allocate(self, label: str, budget: int, members: NDArray[np.int64]) -> Allocation:
         policy, settings = self.config.policy, self.config.task_score
