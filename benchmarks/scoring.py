@@ -93,7 +93,7 @@ def prompts_of(config: ScoreConfig, *, longest_first: bool = False) -> tuple[lis
     by_name = {planned.name: planned for planned in plan.tasks}
     ordered = dict.fromkeys(shard.task for shard in plan.shards(1 << 16)) if longest_first else by_name
     for planned in (by_name[name] for name in ordered):
-        task = reader.read_task(Path(planned.path))
+        task = reader.parse_task(planned.name, Path(planned.path).read_bytes())
         for instance in take_first(task, config.tasks.instances_per_task, config.seed):
             texts.append(prompt.render_prompt(task.definition, prompt.examples_of(task), instance.input))
             limits.append(planned.max_completion_tokens)

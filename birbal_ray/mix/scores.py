@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -81,9 +80,10 @@ def open_scores(place: str | os.PathLike[str] | Folder, model: str | None = None
     Raises RunError when it is missing, unfinished, of another step, lacks a table, or holds one that was
     edited or makes no sense; ConfigError when `model` is given and another model made the scores.
     """
-    folder = place if isinstance(place, Folder) else open_folder(place)
+    folder = open_folder(place)
     manifest = read_manifest(folder, "score")
-    made_by = model_of(manifest)
+    named = manifest.get("model")
+    made_by = named.get("name") if isinstance(named, Mapping) else None
     if model is not None and made_by != model:
         raise ConfigError(
             f"{folder}: scored by {made_by or 'an unnamed model'}, the configuration says model = {model!r}; "
@@ -103,12 +103,6 @@ def open_scores(place: str | os.PathLike[str] | Folder, model: str | None = None
     content = canonical_hash([[file.name, file.sha256 or file.size] for file in files])
     tasks = _tasks(folder, listed)
     return ScoreFolder(folder, made_by, str(manifest.get("identity_hash", "")), content, tasks, files)
-
-
-def model_of(manifest: Mapping[str, Any]) -> str | None:
-    """The model's name in a score manifest, None where it has none."""
-    model = manifest.get("model")
-    return model.get("name") if isinstance(model, Mapping) else None
 
 
 def read_table(

@@ -98,11 +98,6 @@ def read_files(files: list[TaskFile]) -> Iterator[tuple[TaskFile, bytes | OSErro
             yield wanted[member], data
 
 
-def read_task(path: Path) -> Task:
-    """The task in one file."""
-    return parse_task(path.stem, path.read_bytes())
-
-
 def parse_task(name: str, data: bytes | OSError) -> Task:
     """A task from a file's bytes; raises TaskError naming the file and the reason.
 

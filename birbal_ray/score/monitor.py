@@ -323,8 +323,7 @@ class Session:
         text = self._name + progress_text(snapshot, self._rows_before)
         self._progress.update(text)
         if self._report:
-            fields = rates(snapshot, self._rows_before)
-            self._report(fields.pop("done"), fields.pop("total"), text=text, **fields)
+            self._report(text=text, **rates(snapshot, self._rows_before))
 
     def record(self) -> dict[str, Any]:
         """For sessions/ and the manifest: rows, seconds by phase, rates, every death with its reason.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-import queue
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future, wait
 from typing import Any
 
 import pyarrow as pa
@@ -91,30 +91,27 @@ def score_shards(
     # Enough that every engine has its shards and the next one, and the stages around it theirs.
     limit = resources.num_replicas * (resources.shards_in_flight + 2) + 2 * resources.num_prepare_workers + 2
     monitor = _start_monitor(schedule, limit, resources, seconds)
-    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+    ended: Future[None] = Future()
 
     def consume() -> None:
         try:
             dataset = _dataset(config, (config, model_fingerprint, tuple(adapters), monitor, folder), folder, excluded)
             for _ in dataset.iter_internal_ref_bundles():  # their content came through the monitor
                 pass
-            ended.put(None)
+            ended.set_result(None)
         except BaseException as error:  # handed to the main thread, which raises it
-            ended.put(error)
+            ended.set_exception(error)
 
     threading.Thread(target=consume, name="ray-data", daemon=True).start()
     watchdog = Watchdog(resources, folder)
     while True:
-        try:
-            error, done = ended.get(timeout=POLL_SECONDS), True
-        except queue.Empty:
-            error, done = None, False
+        is_last = bool(wait([ended], POLL_SECONDS).done)
         snapshot = ray.get(monitor.snapshot.remote())
         on_poll(snapshot)
         watchdog.check(snapshot)
-        if error is not None:
-            raise RunFailedError(f"{_root_reason(error)} (logs: {folder.at(LOG_FOLDER)})") from error
-        if done:
+        if is_last:
+            if error := ended.exception():
+                raise RunFailedError(f"{_root_reason(error)} (logs: {folder.at(LOG_FOLDER)})") from error
             return
 
 

@@ -122,7 +122,7 @@ def score(
             new, stops = _score(run, todo, config, fingerprint, found, retries, progress)
             records |= new
             found = RowFiles({*found.all_names(), *new})
-        elif missing := sum(shard.num_rows for shard in plan.shards(CPU_SHARD_ROWS, found)):
+        elif missing := plan.num_rows - found.total_rows:
             raise RunError(
                 f"{run.folder}: what is there is scored again; {missing} rows have no prediction yet: run the same "
                 "command without --rescore"
@@ -327,7 +327,7 @@ def _score(
     What is written stays whatever happens.
     """
     started, shard_rows = time.monotonic(), config.shard_rows or CPU_SHARD_ROWS
-    rows_before = sum(found.num_rows(task.name) for task in plan.tasks)
+    rows_before = found.total_rows
     log: list[Decision] = []
 
     def keep(decisions: Sequence[Decision]) -> None:

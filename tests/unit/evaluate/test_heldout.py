@@ -14,7 +14,7 @@ from birbal_ray.evaluate.run import SIMULATED, prepare_evaluation
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import mix
 from birbal_ray.models import Model
-from birbal_ray.ni.reader import read_task
+from birbal_ray.ni.reader import parse_task
 from birbal_ray.ni.schema import take_first, text_key
 from birbal_ray.run import RunError
 from birbal_ray.settings import ConfigError
@@ -52,7 +52,7 @@ def test_a_text_that_was_trained_on_is_left_out_under_any_id(made, write_task):
         {"id": "new-2", "input": "something else", "output": ["x"]},
     ]
     folder = write_task("another", Definition=[trained["instruction"]], Instances=instances)
-    task = read_task(folder / "another.json")
+    task = parse_task("another", (folder / "another.json").read_bytes())
     assert text_key(trained["instruction"], trained["input"]) in held_out(made).keys
     assert [one.instance_id for one in take_first(task, None, 0, held_out(made).keys)] == ["new-2"]
     assert len(take_first(task, None, 0)) == 2
