@@ -16,6 +16,7 @@ from birbal_ray.mix.allocation import TASK_SCORE, train_size
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.contamination import build_index, chosen_families, families_of
 from birbal_ray.mix.datasets import Origin, read_source
+from birbal_ray.mix.features import NEAR_FEATURES
 from birbal_ray.mix.reading import Chunk, Context
 from birbal_ray.mix.rows import NATURAL_INSTRUCTIONS, Flags, Reason
 from birbal_ray.mix.scores import AGAIN, ScoreFolder
@@ -158,8 +159,9 @@ def plan_mix(context: Context, origins: Sequence[Origin], work: Path, report: Re
         report(f"reading source {source.name} ({origin.location})")
         outside_files.append(work / f"{source.name}.parquet")
         collected.add(reading.keep_outside_rows(read_source(source, origin), number, context, outside_files[-1]))
-    candidates = Candidates(**{name: collected.column(name) for name in Candidates.__dataclass_fields__})
-    row_ids = collected.texts("row_id")
+    candidates = Candidates(**{name: collected.take(name).to_numpy() for name in Candidates.__dataclass_fields__})
+    # 64-bit offsets: the texts of all candidates together may be larger than 2 GiB.
+    row_ids, subtasks = (collected.take(name).cast(pa.large_string()).combine_chunks() for name in ("row_id", "task"))
     _check_complete(candidates, row_ids, context)
     decisions = decide(candidates, context.groups, config, collected.near_duplicates(config.dedup.near_threshold))
     plan = MixPlan(
@@ -169,7 +171,7 @@ def plan_mix(context: Context, origins: Sequence[Origin], work: Path, report: Re
         np.array(collected.offsets),
         candidates,
         row_ids,
-        collected.texts("task"),
+        subtasks,
         decisions,
         train_size(decisions.num_kept, config.eval_fraction),
     )
@@ -203,23 +205,17 @@ class _Collected:
             self.tables.append(table)
         self.offsets.append(self.offsets[-1] + count)
 
-    def column(self, name: str) -> NDArray[Any]:
-        """One numeric column, shape (candidates,); it is dropped from the tables."""
-        values = np.concatenate([table[name].to_numpy() for table in self.tables])
-        self.tables = [table.drop_columns(name) for table in self.tables]
-        return values
-
-    def texts(self, name: str) -> pa.Array:
-        """One text column, shape (candidates,); it is dropped from the tables."""
+    def take(self, name: str) -> pa.ChunkedArray:
+        """One column, shape (candidates,); it is dropped from the tables."""
         pieces = [piece for table in self.tables for piece in table[name].chunks]
         self.tables = [table.drop_columns(name) for table in self.tables]
-        return pa.chunked_array(pieces, pa.string()).cast(pa.large_string()).combine_chunks()
+        return pa.chunked_array(pieces, NEAR_FEATURES.field(name).type)
 
     def near_duplicates(self, threshold: float) -> Callable[[NDArray[np.int64]], dict[int, int]] | None:
         """`dedup.near_duplicates` of these candidates, None where none are sought."""
         if self.signatures is None:
             return None
-        exact_key = self.column("exact_key")
+        exact_key = self.take("exact_key").to_numpy()
         table = np.memmap(self.signatures, np.uint32, "r", shape=(len(exact_key), dedup.NUM_HASHES))
         return lambda order: dedup.near_duplicates(order, exact_key, table, threshold)
 

@@ -24,7 +24,7 @@ from birbal_ray.mix.allocation import BIRBAL_2023
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.contamination import NgramIndex
 from birbal_ray.mix.features import Block, extract_features
-from birbal_ray.mix.rows import OUTSIDE_ROWS, Flags
+from birbal_ray.mix.rows import MIX_ROWS, OUTSIDE_ROWS, Flags
 from birbal_ray.mix.scores import AGAIN, ScoreFile, ScoreFolder, check_rows, read_scored
 from birbal_ray.mix.select import Group
 from birbal_ray.storage import RunError
@@ -38,10 +38,7 @@ BUCKET_ROWS = 1 << 15  # texts sorted at a time; a multiple of the writer's BATC
 TEXTS = pa.schema(
     [
         pa.field("rank", pa.int32(), nullable=False),
-        pa.field("instruction", pa.string(), nullable=False),
-        pa.field("input", pa.string(), nullable=False),
-        pa.field("output", pa.string(), nullable=False),
-        pa.field("license", pa.string(), nullable=False),
+        *(MIX_ROWS.field(name) for name in ("instruction", "input", "output", "license")),
     ]
 )
 

@@ -64,12 +64,7 @@ MIX_TASKS = pa.schema(
 # An outside dataset after its adapter; kept in a work folder while the mix is made.
 OUTSIDE_ROWS = pa.schema(
     [
-        pa.field("instruction", pa.string(), nullable=False),
-        pa.field("input", pa.string(), nullable=False),
-        pa.field("output", pa.string(), nullable=False),
-        pa.field("task", pa.string(), nullable=False),
-        pa.field("row_id", pa.string(), nullable=False),
-        pa.field("license", pa.string(), nullable=False),
+        *(MIX_ROWS.field(name) for name in ("instruction", "input", "output", "task", "row_id", "license")),
         pa.field("llm_written", pa.bool_(), nullable=False),
         pa.field("unwanted", pa.bool_(), nullable=False),  # the adapter's own filter
     ]
