@@ -101,6 +101,7 @@ def score(
 def print_score(result: ScoreResult, output_format: str) -> None:
     """The table per task on stdout, totals on stderr."""
     from birbal_ray.progress import counted
+    from birbal_ray.report.load import label_means
 
     rows: list[dict[str, Any]] = result.task_scores
     stops = result.manifest.get("stops") or {}
@@ -121,10 +122,9 @@ def print_score(result: ScoreResult, output_format: str) -> None:
         ]
     print_table(rows, output_format)
     counts, tokens, session = (result.manifest[key] for key in ("rows", "tokens", "last_session"))
-    for label in ("exact_match", "generation"):
-        scores = [row["task_score"] for row in result.task_scores if row["label"] == label]
-        if known := [score for score in scores if score is not None]:
-            note(f"mean {label} task score: {sum(known) / len(known):.3f} over {counted(len(known), 'task')}")
+    for mean in label_means(result.task_scores):
+        over = counted(mean["num_tasks"], "task")
+        note(f"mean {mean['label']} task score: {mean['mean_task_score']:.3f} over {over}")
     errors = ", ".join(f"{count} {kind}" for kind, count in counts["errors"].items()) or "no errors"
     note(f"{counted(counts['scored'], 'row')} scored of {counts['planned']:,}, {errors}")
     if tokens["cached"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,14 +145,19 @@ def models_of(manifest: Row) -> list[dict[str, Any]]:
 
 
 def read_score(step: StepRun) -> dict[str, Any]:
-    """The manifest, `tasks` (TASK_SCORES rows) and `labels`: label, num_tasks, mean_task_score of scored tasks."""
+    """The manifest, `tasks` (TASK_SCORES rows) and `labels` (`label_means` of these)."""
     tasks = _read_rows(step, TASK_SCORES_FILE, TASK_SCORES)
-    labels = []
+    return {**step.manifest, "tasks": tasks, "labels": label_means(tasks)}
+
+
+def label_means(tasks: Sequence[Row]) -> list[dict[str, Any]]:
+    """Of each label that has scored tasks among these TASK_SCORES rows: label, num_tasks, mean_task_score."""
+    found = []
     for label in LABELS:
         values = [row["task_score"] for row in tasks if row["label"] == label and row["task_score"] is not None]
         if values:
-            labels.append({"label": label, "num_tasks": len(values), "mean_task_score": sum(values) / len(values)})
-    return {**step.manifest, "tasks": tasks, "labels": labels}
+            found.append({"label": label, "num_tasks": len(values), "mean_task_score": sum(values) / len(values)})
+    return found
 
 
 def read_mix(step: StepRun) -> dict[str, Any]:
