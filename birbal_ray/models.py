@@ -276,7 +276,9 @@ def merge_adapter(model: Any, base: Path, folder: Path) -> None:
 def _embedded_folder(model: EmbeddedModel) -> Path:
     target = make_cache_folder("models") / f"{model.name}-{model.sha256[:12]}"
     with filelock.FileLock(target.with_suffix(".lock")):
-        if _checks_out(target):
+        record = target / "checksums.json"
+        sums = json.loads(record.read_text(encoding="utf-8"))["files"] if record.exists() else {}
+        if sums and all((target / name).is_file() and sha256_of(target / name) == sha for name, sha in sums.items()):
             return target
         source = _embedded_file(model)
         working = target.with_suffix(".tmp")
@@ -307,14 +309,6 @@ def _embedded_file(model: EmbeddedModel) -> Path:
                 raise ModelError(f"{path}: sha256 is {found}, expected {model.sha256}; reinstall: {EMBEDDED_INSTALL}")
             return path
     raise ModelError(f"{EMBEDDED_DISTRIBUTION} is installed without {model.file_name}; run: {EMBEDDED_INSTALL}")
-
-
-def _checks_out(folder: Path) -> bool:
-    record = folder / "checksums.json"
-    if not record.exists():
-        return False
-    sums = json.loads(record.read_text(encoding="utf-8"))["files"]
-    return all((folder / name).is_file() and sha256_of(folder / name) == sha for name, sha in sums.items())
 
 
 def _from_hub(name: str, revision: str | None, *, weights: bool) -> Model:

@@ -156,12 +156,17 @@ def run(options: HarnessOptions, *, overwrite: bool = False) -> HarnessResult:
         return HarnessResult(folder, finished, _rows(folder))
 
 
-def check_options(options: HarnessOptions) -> HarnessOptions:
-    """The options with an absolute --include-path. Raises ConfigError for what is missing or out of range."""
-    check_installed(options.backend)
+def require_places(options: HarnessOptions) -> None:
+    """Raise ConfigError without a model or a folder for the run."""
     for flag, value in (("--model", options.model), ("--output", options.output)):
         if value is None:
             raise ConfigError(f"{flag} is required")
+
+
+def check_options(options: HarnessOptions) -> HarnessOptions:
+    """The options with an absolute --include-path. Raises ConfigError for what is missing or out of range."""
+    check_installed(options.backend)
+    require_places(options)
     if not re.fullmatch(r"auto|[1-9][0-9]*", options.batch_size):
         raise ConfigError(f"--batch-size {options.batch_size}: expected a number from 1, or auto")
     if options.include_path is None:
@@ -268,9 +273,7 @@ def manager(include: Path | None, wanted: Collection[str]) -> Any:
 
     Its own 14,000 are left out when all that is wanted is in `include`: indexing them takes 20 s.
     """
-    if include is not None and set(wanted) <= local_tasks(include):
-        return _manager(include, with_defaults=False)
-    return _manager(include, with_defaults=True)
+    return _manager(include, with_defaults=include is None or not set(wanted) <= local_tasks(include))
 
 
 def check_known(index: Any, names: Collection[str]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import filelock
 
-from birbal_ray.evaluate.harness import HarnessOptions, HarnessResult
+from birbal_ray.evaluate.harness import HarnessOptions, HarnessResult, require_places
 from birbal_ray.models import find_adapter, resolve_model
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import RunError, RunFailedError, open_run
@@ -101,9 +101,7 @@ def run_helm(options: HarnessOptions, *, overwrite: bool = False) -> HarnessResu
 
 def check_options(options: HarnessOptions, *, dry_run: bool = False) -> None:
     """Raise ConfigError for what is missing, or means nothing to HELM."""
-    for flag, value in (("--model", options.model), ("--output", options.output)):
-        if value is None:
-            raise ConfigError(f"{flag} is required")
+    require_places(options)
     unused = {"--benchmark": options.benchmarks, "--num-fewshot": options.num_fewshot is not None, "--dry-run": dry_run}
     for flag, given in unused.items():
         if given:
