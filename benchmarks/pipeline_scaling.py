@@ -127,7 +127,7 @@ def measure_driver(work: Path, rows: int, replicas: int) -> dict[str, Any]:
     from birbal_ray.score import pipeline
     from birbal_ray.score.adaptive import FixedSchedule
     from birbal_ray.score.monitor import Session
-    from birbal_ray.score.plan import Shard
+    from birbal_ray.score.shards import Shard
     from birbal_ray.storage import open_folder
 
     class Build:
@@ -164,7 +164,7 @@ def measure_driver(work: Path, rows: int, replicas: int) -> dict[str, Any]:
         def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
             import ray
 
-            from birbal_ray.score.plan import Tally, WrittenFile
+            from birbal_ray.score.shards import Tally, WrittenFile
             from birbal_ray.storage import FileRecord
 
             shard = pickle.loads(row["shard"])
@@ -246,8 +246,9 @@ def make_rows(schedule: Any, config: Any, _: str, folder: Any, on_poll: Any, **_
 def measure_folder(work: Path, num_shards: int, _: int) -> dict[str, Any]:
     """A finished run of `num_shards` files, made without an engine; then the parts of `birbal score` on it."""
     from birbal_ray.score import run as score_run
-    from birbal_ray.score.plan import RowFiles, plan_run
+    from birbal_ray.score.plan import plan_run
     from birbal_ray.score.results import summarise
+    from birbal_ray.score.shards import RowFiles
     from birbal_ray.storage import open_folder
 
     rows = num_shards * FOLDER_SHARD_ROWS

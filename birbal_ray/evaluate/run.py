@@ -27,9 +27,10 @@ from birbal_ray.score.config import CPU_SHARD_ROWS, ScoreConfig
 from birbal_ray.score.engine import Adapter
 from birbal_ray.score.monitor import Session
 from birbal_ray.score.pipeline import check_cluster, logical_cpus, score_shards
-from birbal_ray.score.plan import PromptVariant, RowFiles, ScorePlan, plan_run, publish_inputs
+from birbal_ray.score.plan import ScorePlan, plan_run, publish_inputs
 from birbal_ray.score.results import read_scores, summarise
 from birbal_ray.score.run import describe_plan, identity_of, keep_figures, plan_hash, resolve_config, write_plan
+from birbal_ray.score.shards import PromptVariant, RowFiles
 from birbal_ray.settings import ConfigError, canonical_hash
 from birbal_ray.statistics import MIN_TASKS, detectable_difference
 from birbal_ray.storage import FileRecord, Folder, cache_folder, is_url

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from birbal_ray.mix.allocation import TaskDemand, allocate
 from birbal_ray.ni.metrics import EXACT_MATCH
 from birbal_ray.score.config import AdaptiveSettings
-from birbal_ray.score.plan import PlannedTask, RowFiles, Shard, Tally, WrittenFile, shards_of
+from birbal_ray.score.plan import PlannedTask, shards_of
+from birbal_ray.score.shards import RowFiles, Shard, Tally, WrittenFile
 
 GROW, STOP = "grow", "stop"
 USED_UP = "all instances are scored"

@@ -14,7 +14,7 @@ from birbal_ray.progress import ProgressLine, counted, duration
 from birbal_ray.run import LOG_FOLDER, RunFailedError
 from birbal_ray.schemas import ROWS_FOLDER
 from birbal_ray.score.config import ResourceSettings
-from birbal_ray.score.plan import WrittenFile
+from birbal_ray.score.shards import WrittenFile
 from birbal_ray.storage import Folder
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 from birbal_ray.manifest import read_manifest
 from birbal_ray.schemas import ROWS_FOLDER, SCORE_ROWS, TASKS_FILE
 from birbal_ray.score.config import ScoreConfig
-from birbal_ray.score.plan import PlannedTask, RowFiles, Shard, Tally, WrittenFile
+from birbal_ray.score.plan import PlannedTask
+from birbal_ray.score.shards import RowFiles, Shard, Tally, WrittenFile
 from birbal_ray.score.stages import score_table, write_rows
 from birbal_ray.storage import FileRecord, Folder, RunError, open_folder, write_atomic
 

@@ -31,8 +31,9 @@ from birbal_ray.score.adaptive import TIME_UP, USED_UP, AdaptiveSchedule, Decisi
 from birbal_ray.score.config import CPU_SHARD_ROWS, GPU_SHARD_ROWS, ScoreConfig
 from birbal_ray.score.monitor import Session, Snapshot
 from birbal_ray.score.pipeline import check_cluster, logical_cpus, score_shards
-from birbal_ray.score.plan import RowFiles, ScorePlan, Shard, plan_run, publish_inputs, row_folder
+from birbal_ray.score.plan import ScorePlan, plan_run, publish_inputs
 from birbal_ray.score.results import count_scores, find_error_rows, rescore, summarise
+from birbal_ray.score.shards import RowFiles, Shard, row_folder
 from birbal_ray.score.stages import METADATA_KEY, find_model
 from birbal_ray.settings import ConfigError, canonical_hash, require
 from birbal_ray.storage import FileRecord, Folder, RunError, input_folder, is_url, open_folder

@@ -42,8 +42,8 @@ from birbal_ray.score.engine import (
     Sampling,
     VllmEngine,
 )
-from birbal_ray.score.plan import ZERO_SHOT, Shard, Tally, WrittenFile
 from birbal_ray.score.reference import check_engine
+from birbal_ray.score.shards import ZERO_SHOT, Shard, Tally, WrittenFile, row_work
 from birbal_ray.score.simulated import START_FAILURE, SimulatedEngine
 from birbal_ray.score.tokens import load_tokenizer, prompt_token_ids, stops
 from birbal_ray.settings import one_line
@@ -202,7 +202,7 @@ class Generate:
                 prompt_tokens=len(request.token_ids),
                 cached_tokens=done.num_cached_tokens or 0,
                 completion_tokens=done.num_completion_tokens,
-                work=plan.row_work(request.max_tokens),
+                work=row_work(request.max_tokens),
             )
             if time.monotonic() - reported > REPORT_SECONDS or len(completions) == len(requests):
                 self._monitor.add.remote(self._replica, counts)

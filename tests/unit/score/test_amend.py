@@ -13,6 +13,7 @@ from birbal_ray.score import plan as planning
 from birbal_ray.score import results, run, stages
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.run import score
+from birbal_ray.score.shards import RowFiles
 from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.storage import RunError
 from tests.conftest import task_values
@@ -268,7 +269,7 @@ def test_task_by_task_results_name_the_task_whose_rows_are_not_its_own(scored, t
     for wrong in (other, first.slice(0, 1).take([0] * 5)):
         folder.write_parquet("task_a/000005-000010.parquet", wrong)
         with pytest.raises(RunError, match=r"task task_a: 20 rows with .* not its 20 planned ones"):
-            results.summarise(folder, planning.RowFiles(folder.files()), plan.tasks)
+            results.summarise(folder, RowFiles(folder.files()), plan.tasks)
 
 
 def test_adaptive_decisions_are_kept_replayed_and_said_in_tasks_parquet(scored, write_task, tmp_path, inline_scoring):

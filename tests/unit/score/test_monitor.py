@@ -15,7 +15,7 @@ from birbal_ray.score import pipeline
 from birbal_ray.score.adaptive import FixedSchedule
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.monitor import MAX_FATAL_INSTANCES, EngineMonitor, Session, Watchdog
-from birbal_ray.score.plan import Shard, Tally, WrittenFile
+from birbal_ray.score.shards import Shard, Tally, WrittenFile
 from birbal_ray.settings import load_config
 from birbal_ray.storage import FileRecord, open_folder
 

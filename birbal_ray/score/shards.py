@@ -1,0 +1,196 @@
+"""Ranges of a task's hash order: what is scored as one, the file it is written to, and what its scores add up to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import astuple, dataclass
+
+from birbal_ray.ni.metrics import EXACT_MATCH
+from birbal_ray.statistics import t_half_width, wilson
+from birbal_ray.storage import FileRecord
+
+FEW_SHOT, ZERO_SHOT = "few_shot", "zero_shot"
+# What a prompt's own tokens cost, in decoded tokens. By the arithmetic of `birbal_ray.speeds` the 58 of a mean prompt
+# cost as much as 22 to 28 on an RTX 4090, 12 to 16 on an H100. Only the estimate of the time left depends on it.
+PREFILL_WORK = 16
+
+
+@dataclass(frozen=True, slots=True)
+class PromptVariant:
+    """One way to ask a task's instances. `model` is empty in a score run; `adapter`: of the engine, or none."""
+
+    model: str = ""
+    prompt_format: str = FEW_SHOT  # zero_shot: the training text
+    adapter: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Where its rows go, below the rows folder."""
+        return f"{self.model}/{self.prompt_format}/" if self.model else ""
+
+
+SCORED = PromptVariant()  # of a score run
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A range of one task's hash order, `first` included, `last` not: the unit of work, of output, of resuming.
+
+    `retry`: rows of the range that are scored again; the file's other rows stay as they are.
+    """
+
+    task: str
+    path: str  # of the task file: on every node, or below the run folder
+    sha256: str
+    label: str
+    first: int
+    last: int
+    max_completion_tokens: int
+    variant: PromptVariant = SCORED
+    retry: tuple[int, ...] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of its file."""
+        return self.last - self.first
+
+    @property
+    def name(self) -> str:
+        """Its Parquet file, below the rows folder."""
+        return row_file(f"{self.variant.folder}{self.task}", self.first, self.last)
+
+    @property
+    def work(self) -> int:
+        """What it costs, in decoded tokens at most."""
+        rows = self.num_rows if self.retry is None else len(self.retry)
+        return rows * row_work(self.max_completion_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Sums over a task's scored rows; `num_failed` are those with score 0 (exact match) or below a limit."""
+
+    num_scored: int = 0
+    num_failed: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    @classmethod
+    def of(cls, scores: Collection[float], label: str, failed_below: float = 0.0) -> Tally:
+        """Sums over these scores."""
+        failed = (score == 0 if label == EXACT_MATCH else score < failed_below for score in scores)
+        return cls(len(scores), sum(failed), math.fsum(scores), math.fsum(score * score for score in scores))
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def mean(self) -> float:
+        """Of at least one score."""
+        return self.total / self.num_scored
+
+    def half_width(self, label: str) -> float:
+        """Half the width of the mean's 95 % interval: Wilson's for exact match, Student's t otherwise."""
+        n = self.num_scored
+        if n < 2:
+            return math.inf
+        if label == EXACT_MATCH:
+            return wilson(self.mean, n)[1]
+        return t_half_width(math.sqrt(max(0.0, self.squares - self.total**2 / n) / (n - 1)), n)
+
+    def interval(self, label: str) -> tuple[float, float]:
+        """The same interval, (low, high) in [0, 1], of at least one score. One ROUGE-L score tells nothing: (0, 1)."""
+        exact = label == EXACT_MATCH
+        centre, half = wilson(self.mean, self.num_scored) if exact else (self.mean, self.half_width(label))
+        return max(0.0, min(centre - half, self.mean)), min(1.0, max(centre + half, self.mean))
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """What a writer published. `name` is below the rows folder."""
+
+    name: str
+    task: str
+    num_rows: int
+    num_errors: int
+    record: FileRecord
+    tally: Tally
+
+
+def row_folder(task: str) -> str:
+    """A task's folder of rows (`task` may have a variant's folder in front). Names that begin with a dot are hidden."""
+    above, slash, name = task.rpartition("/")
+    return f"{above}{slash}%2E{name[1:]}" if name.startswith(".") else task
+
+
+def row_file(task: str, first: int, last: int) -> str:
+    """The file of rows [first, last) of a task's hash order, below the rows folder."""
+    return f"{row_folder(task)}/{first:06d}-{last:06d}.parquet"
+
+
+class RowFiles:
+    """Ranges of hash order that are on disk: `{variant folder}{task}` → [(first, last)], sorted, none overlapping.
+
+    `overlapping` names files whose rows are in others too (two sessions cut a task differently at the same time).
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._ranges: dict[str, list[tuple[int, int]]] = {}
+        self.overlapping: list[str] = []
+        for name in sorted(name for name in names if name.endswith(".parquet")):
+            task, _, stem = name.removesuffix(".parquet").rpartition("/")
+            first, _, last = stem.partition("-")
+            if not (task and first.isdigit() and last.isdigit()):
+                continue
+            ranges = self._ranges.setdefault(task, [])
+            if ranges and int(first) < ranges[-1][1]:
+                self.overlapping.append(name)
+            else:
+                ranges.append((int(first), int(last)))
+
+    @property
+    def tasks(self) -> list[str]:
+        """`{variant folder}{row_folder(task)}` of all that has rows."""
+        return list(self._ranges)
+
+    def names(self, task: str) -> list[str]:
+        """The task's files below the rows folder, in hash order."""
+        return [row_file(task, first, last) for first, last in self._ranges.get(row_folder(task), ())]
+
+    def num_rows(self, task: str) -> int:
+        """Rows of a task."""
+        return sum(last - first for first, last in self._ranges.get(row_folder(task), ()))
+
+    @property
+    def total_rows(self) -> int:
+        """Rows of all tasks."""
+        return sum(self.num_rows(task) for task in self._ranges)
+
+    def gaps(self, task: str, end: int) -> list[tuple[int, int]]:
+        """The ranges below `end` that are in no file."""
+        gaps, position = [], 0
+        for first, last in [*self._ranges.get(row_folder(task), ()), (end, end)]:
+            if position < min(first, end):
+                gaps.append((position, min(first, end)))
+            position = max(position, last)
+        return gaps
+
+    def add(self, task: str, ranges: Iterable[tuple[int, int]]) -> None:
+        """Count ranges as there."""
+        self._ranges[row_folder(task)] = sorted([*self._ranges.get(row_folder(task), ()), *ranges])
+
+    def all_names(self) -> list[str]:
+        """Every file, none that overlaps another."""
+        return [name for task in self._ranges for name in self.names(task)]
+
+    @staticmethod
+    def range_of(name: str) -> tuple[int, int]:
+        """[first, last) of a file."""
+        first, last = name.removesuffix(".parquet").rpartition("/")[2].split("-")
+        return int(first), int(last)
+
+
+def row_work(max_completion_tokens: int) -> int:
+    """What one row costs, in decoded tokens at most."""
+    return max_completion_tokens + PREFILL_WORK
