@@ -18,6 +18,7 @@ from birbal_ray.cli.main import main
 from birbal_ray.evaluate.leaderboard import METRICS
 from birbal_ray.models import adapter_fingerprint
 from birbal_ray.report.conclusions import conclusion_of
+from birbal_ray.report.plots import draw
 from birbal_ray.report.run import report
 from birbal_ray.run import MANIFEST_FILE, RunError
 from birbal_ray.schemas import EVALUATION
@@ -70,10 +71,18 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = make_run(tmp_path_factory.mktemp("made") / "run")
-    report(folder)
-    return folder
+def run_and_plots(tmp_path_factory):
+    """A run with its report, and the plots as they were drawn for it."""
+    folder, drawn = make_run(tmp_path_factory.mktemp("made") / "run"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("birbal_ray.report.run.draw", lambda sections: drawn.update(draw(sections)) or drawn)
+        report(folder)
+    return folder, drawn
+
+
+@pytest.fixture(scope="module")
+def run(run_and_plots):
+    return run_and_plots[0]
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +96,14 @@ def copy(run, tmp_path):
 
 
 @pytest.fixture
+def same_plots(run_and_plots, monkeypatch):
+    """Those of `run` are taken again: drawing them takes 2.4 s, and these tests look at where they go."""
+    monkeypatch.setattr("birbal_ray.report.run.draw", lambda sections: run_and_plots[1])
+
+
+@pytest.fixture
 def without_plots(monkeypatch):
-    """They take a second, and these tests look at the text."""
+    """These tests look at the text."""
     monkeypatch.setattr("birbal_ray.report.run.draw", lambda *sections: {})
 
 
@@ -282,7 +297,7 @@ def test_an_evaluation_of_another_adapter_than_train_holds_is_pointed_out(copy, 
     assert "don't belong together" not in Page((copy / "report.html").read_text()).text, "no adapter was asked"
 
 
-def test_an_added_model_is_placed(run, tmp_path):
+def test_an_added_model_is_placed(run, same_plots, tmp_path):
     name = "<b>mine</b>"
     results = tmp_path / "results.json"
     results.write_text(json.dumps({"team": name, "metrics": dict.fromkeys(list(METRICS)[:20], 0.5)}))
@@ -396,7 +411,7 @@ def test_results_of_the_harness_are_placed_with_their_caveat(copy, without_plots
     assert "harness-base/manifest.json" in page.text
 
 
-def test_a_run_at_a_url_gives_the_same_page_there(run, s3):
+def test_a_run_at_a_url_gives_the_same_page_there(run, same_plots, s3):
     folder = open_folder(f"s3://{BUCKET}/report/run")
     for file in run.rglob("*"):
         if file.is_file() and not file.is_relative_to(run / "report"):
