@@ -11,9 +11,10 @@ from collections import Counter
 import pytest
 
 from birbal_ray.ni import catalog, labels, metrics, prompt, reader
-from birbal_ray.ni.schema import Example
+from birbal_ray.ni.schema import Example, hash_order
+from tests.conftest import SLOW
 
-NUM_PAIRS = 20_000
+NUM_PAIRS = 20_000 if SLOW else 5_000
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +106,14 @@ def test_published_example_to_the_byte(shared_data):
     assert metrics.exact_match(prompt.extract_answer(record["prediction"]), record["answer"]) == 1.0
 
 
-def test_rouge_l_is_rouge_scores_on_20000_real_ascii_pairs(tasks):
+def test_rouge_l_is_rouge_scores_on_real_ascii_pairs(tasks):
     pairs = []
     overrides = labels.default_overrides()
     for task in tasks:
         if labels.label_task(task, overrides).value == metrics.GENERATION:
             texts = [i.references[0] for i in task.instances if i.references and i.references[0].isascii()][:300]
             pairs += zip(texts, texts[1:] + texts[:1], strict=True)
+    pairs = sorted(pairs, key=lambda pair: hash_order(pair[0], 0))  # some of every task
     from rouge_score import rouge_scorer
 
     oracle = rouge_scorer.RougeScorer(["rougeL"])
