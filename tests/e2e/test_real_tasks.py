@@ -9,7 +9,7 @@ import pytest
 
 from birbal_ray.manifest import read_manifest
 from birbal_ray.ni.schema import hash_order
-from tests.conftest import SLOW
+from tests.conftest import SLOW, slow
 from tests.e2e.processes import NUM_THREADS, birbal, finish, kill_whole, rows_of, wait_for
 
 pytestmark = pytest.mark.vllm
@@ -81,3 +81,35 @@ def test_real_tasks_killed_and_run_again_agree_with_transformers(shared_data, tm
             differing.append((row["row_id"], row["extracted"], text))
     print(f"{NUM_COMPARED - len(differing)} of {NUM_COMPARED} answers agree with transformers; differing: {differing}")
     assert len(differing) <= 0.02 * NUM_COMPARED, differing
+
+
+@slow
+def test_chat_prompts_are_answered_as_transformers_answers_them(tmp_path):
+    """prompt.format chat: the model's own template, its end of turn as the stop, one Ray Data run on real vLLM."""
+    run = tmp_path / "chat"
+    options = ["--tasks", "sample-tasks", "--output", run, "--device", "cpu", "--instances-per-task", 3]
+    options += ["--set", f"resources.threads_per_replica={NUM_THREADS}", "--set", "prompt.format=chat"]
+    finish(birbal("score", *options, "--set", "completion.max_completion_tokens=64"))
+    rows = rows_of(run)
+    assert len(rows) == 24 and not any(row["error"] for row in rows)
+    assert "stop" in {row["finish_reason"] for row in rows}, "some answer reaches its end of turn"
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from birbal_ray.models import resolve_model
+
+    path = resolve_model("smollm2-135m").path
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    differing = []
+    for row in rows:
+        assert row["few_shot_prompt"].endswith("<|im_start|>assistant\n")
+        ids = tokenizer(row["few_shot_prompt"], add_special_tokens=False, return_tensors="pt").input_ids
+        made = model.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+        text = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+        assert "<|im_" not in row["prediction"]
+        if text.strip() != row["prediction"].strip():
+            differing.append((row["row_id"], row["prediction"], text))
+    print(f"{len(rows) - len(differing)} of {len(rows)} chat answers agree with transformers; differing: {differing}")
+    assert len(differing) <= 2, differing  # a near-tie between two tokens may fall the other way
