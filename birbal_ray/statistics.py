@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-CONFIDENCE, POWER = 0.95, 0.8
+CONFIDENCE, SIGNIFICANCE, POWER = 0.95, 0.05, 0.8
 MIN_TASKS = 6  # below, no interval keeps its promise on skewed differences
 MOST_PAIRS = 1_000_000
 BETTER, WORSE, NO_DIFFERENCE, TOO_FEW = "better", "worse", "no difference", "too few"
@@ -36,14 +36,22 @@ class Difference:
     detectable: float
 
     def outcome(self, min_pairs: int = MIN_TASKS) -> str:
-        """BETTER (the interval lies above 0), WORSE, NO_DIFFERENCE, or TOO_FEW pairs for a verdict."""
-        return outcome(self.low, self.high, self.num_pairs, min_pairs)
+        """The verdict on this difference alone."""
+        return outcome(self.low, self.high, self.num_pairs, min_pairs=min_pairs)
 
 
-def outcome(low: float, high: float, num_pairs: int, min_pairs: int = MIN_TASKS) -> str:
-    """The verdict that an interval allows; the wording is the caller's."""
+def outcome(
+    low: float, high: float, num_pairs: int, p_adjusted: float | None = None, *, min_pairs: int = MIN_TASKS
+) -> str:
+    """BETTER (the interval lies above 0), WORSE, NO_DIFFERENCE, or TOO_FEW pairs for a verdict.
+
+    `p_adjusted`: of one comparison among several, by `holm`; then a verdict also needs it below 0.05. The wording is
+    the caller's.
+    """
     if num_pairs < min_pairs:
         return TOO_FEW
+    if p_adjusted is not None and p_adjusted >= SIGNIFICANCE:
+        return NO_DIFFERENCE
     return BETTER if low > 0 else WORSE if high < 0 else NO_DIFFERENCE
 
 

@@ -38,7 +38,7 @@ def conclude(sections: Mapping[str, Mapping[str, Any]]) -> list[Conclusion]:
 
 
 def conclusion_of(row: Row) -> Conclusion:
-    """Say what a COMPARISONS row shows: no difference where its interval touches 0, or over too few tasks."""
+    """Say what a COMPARISONS row shows: what Holm's p and the interval leave open, and too few tasks, included."""
     name, low, high = row["model"], row["difference_low"], row["difference_high"]
     text = (
         f"{words(row['prompt_format']).capitalize()} over {counted(row['num_tasks'], 'task')}, the mean task score is "
@@ -46,7 +46,7 @@ def conclusion_of(row: Row) -> Conclusion:
         f"95 % interval {signed(low)} to {signed(high)}. Better on {row['num_wins']}, worse on {row['num_losses']}, "
         f"the same on {row['num_ties']}."
     )
-    kind = outcome(low, high, row["num_tasks"])
+    kind = outcome(low, high, row["num_tasks"], row.get("p_adjusted"))
     if kind == TOO_FEW:
         few = "one task" if row["num_tasks"] == 1 else f"{row['num_tasks']} tasks"
         return Conclusion("open", f"{name}: {few} can't tell whether it is better than the base model", text)
@@ -56,7 +56,9 @@ def conclusion_of(row: Row) -> Conclusion:
         bound = f"{near:.3f}" if near >= 0.0005 else "less than 0.001"  # never 0.000: the interval excludes 0
         amount = f"{sign * row['difference']:.3f} ({bound} to {far:.3f})"
         return Conclusion(kind, f"{name} is {kind} than the base model by {amount}", text)
-    return Conclusion("open", f"{name}: no difference from the base model found; the interval contains 0", text)
+    alone = outcome(low, high, row["num_tasks"]) in (BETTER, WORSE)
+    why = "one of several comparisons, p ≥ 0.05 by Holm" if alone else "the interval contains 0"
+    return Conclusion("open", f"{name}: no difference from the base model found; {why}", text)
 
 
 def words(prompt_format: str) -> str:

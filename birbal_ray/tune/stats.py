@@ -34,16 +34,17 @@ class SeedComparison:
         """The farther end's distance from the mean; infinite with one seed."""
         return max(self.high - self.difference, self.difference - self.low)
 
-    @property
-    def outcome(self) -> str:
-        """better | worse | no difference."""
-        return outcome(self.low, self.high, self.num_seeds, min_pairs=2) if self.num_seeds > 1 else NO_DIFFERENCE
+    def outcome(self, p_adjusted: float | None = None) -> str:
+        """better | worse | no difference; `p_adjusted` where it is one comparison among several."""
+        if self.num_seeds == 1:
+            return NO_DIFFERENCE
+        return outcome(self.low, self.high, self.num_seeds, p_adjusted, min_pairs=2)
 
-    def sentence(self) -> str:
+    def sentence(self, p_adjusted: float | None = None) -> str:
         """What may be said."""
         figures = f"{abs(self.difference):.4f} ± {self.margin:.4f} ({self.num_seeds} seeds)"
-        if self.outcome != NO_DIFFERENCE:
-            return f"{self.name} is {self.outcome} than the baseline {self.baseline} by {figures}"
+        if (verdict := self.outcome(p_adjusted)) != NO_DIFFERENCE:
+            return f"{self.name} is {verdict} than the baseline {self.baseline} by {figures}"
         needed = f"; showing it would take about {self.seeds_needed} seeds" if self.seeds_needed else ""
         return (
             f"no difference found between {self.name} and the baseline {self.baseline}: "
@@ -80,21 +81,22 @@ def compare_seeds(name: str, baseline: str, objectives: Objectives) -> SeedCompa
 def describe_comparisons(found: Sequence[SeedComparison], primary: tuple[str, str]) -> list[dict[str, Any]]:
     """For the manifest. `primary`, a mix and a baseline, was named beforehand; the others' p-values are Holm's."""
     others = iter(holm([one.p_value for one in found if (one.name, one.baseline) != primary]))
+    adjusted = [one.p_value if (one.name, one.baseline) == primary else next(others) for one in found]
     return [
         {
             "mix": one.name,
             "baseline": one.baseline,
             "is_primary": (one.name, one.baseline) == primary,
-            "outcome": one.outcome,
+            "outcome": one.outcome(p_adjusted),
             "difference": one.difference,
             "margin": one.margin if math.isfinite(one.margin) else None,
             "p_value": one.p_value,
-            "p_adjusted": one.p_value if (one.name, one.baseline) == primary else next(others),
+            "p_adjusted": p_adjusted,
             "num_seeds": one.num_seeds,
             "seeds_needed": one.seeds_needed,
-            "sentence": one.sentence(),
+            "sentence": one.sentence(p_adjusted),
         }
-        for one in found
+        for one, p_adjusted in zip(found, adjusted, strict=True)
     ]
 
 

@@ -345,6 +345,27 @@ def test_the_conclusion_is_honest(low, difference, high, num_tasks, kind, title)
     assert found.text.startswith("Zero-shot over ")
 
 
+@pytest.mark.parametrize(
+    ("p_adjusted", "title"),
+    [
+        (0.049, "a is better than the base model by 0.050 (0.010 to 0.090)"),
+        (
+            0.05,
+            "a: no difference from the base model found; one of several comparisons, p ≥ 0.05 by Holm",
+        ),
+    ],
+)
+def test_one_of_several_comparisons_needs_its_adjusted_p_value(p_adjusted, title):
+    found = conclusion_of(
+        {
+            **{"model": "a", "prompt_format": "few_shot", "scope": "all", "num_tasks": 30, "p_adjusted": p_adjusted},
+            **{"base_score": 0.3, "score": 0.35, "difference": 0.05, "difference_low": 0.01, "difference_high": 0.09},
+            **{"num_wins": 20, "num_losses": 5, "num_ties": 5},
+        }
+    )
+    assert found.title == title
+
+
 def test_each_model_gets_a_conclusion(tmp_path, without_plots):
     folder = make_run(tmp_path / "run", num_tasks=4, adapters=("first", "second"))
     result = report(folder)
