@@ -35,7 +35,7 @@ from birbal_ray.ni.schema import Task, TaskError, take_first
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.run import score
 from birbal_ray.settings import load_config
-from birbal_ray.statistics import holm, paired_difference
+from birbal_ray.statistics import holm, outcome, paired_difference
 from birbal_ray.storage import input_folder, open_folder
 from birbal_ray.tune.config import TuneConfig
 from birbal_ray.tune.records import ADAPTER_FOLDER, read_results, trial_file
@@ -116,9 +116,10 @@ def tune_config(work: Path, files: list[str], seeds: int | None) -> TuneConfig:
 
 def judge(tasks: str, names: list[str], config: TuneConfig, work: Path) -> None:
     """Task scores of every seed whose cells have all finished; instances that any mix could have held are left out."""
-    candidates = mix(
-        MixConfig.model_validate({**config.mix.model_dump(), "scores": config.scores, "output": str(work / "mix")})
-    )
+    # Of a task that this mix samples, evaluation skips every candidate. `proportional` samples them all; task_score
+    # leaves out a task whose metric can't reach 1, which other mixes train on.
+    values = {**config.mix.model_dump(), "policy": "proportional", "scores": config.scores, "output": str(work / "mix")}
+    candidates = mix(MixConfig.model_validate(values))
     results, _ = read_results(open_folder(str(work / "tune")))
     for seed, cells in sorted(finished_seeds(results, config).items()):
         adapters = [
@@ -192,20 +193,25 @@ def compare_measure(by_mix: Mapping[str, Mapping[int, Mapping[str, float]]], aga
         over_tasks, over_seeds = paired_difference(table.mean(axis=0)), paired_difference(table.mean(axis=1))
         rows.append(
             means
-            | {"over_tasks": asdict(over_tasks), "outcome": over_tasks.outcome(), "over_seeds": asdict(over_seeds)}
+            | {"over_tasks": asdict(over_tasks), "over_seeds": asdict(over_seeds)}
             | {"better_tasks": int((table.mean(axis=0) > 0).sum())}
         )
     return sorted(rows, key=lambda row: -row["mean"])
 
 
 def adjust(found: Mapping[str, list[dict[str, Any]]], primary: str) -> None:
-    """Mark the one comparison named beforehand, `primary` by PRIMARY_MEASURE; Holm over all others of all measures."""
+    """Mark the one comparison named beforehand, `primary` by PRIMARY_MEASURE; Holm over all others of all measures.
+
+    Every row gets its adjusted p-value and the verdict that this allows.
+    """
     compared = [(measure, row) for measure, rows in found.items() for row in rows if "over_tasks" in row]
     for measure, row in compared:
         row["is_primary"] = (measure, row["mix"]) == (PRIMARY_MEASURE, primary)
     others = iter(holm([row["over_tasks"]["p_value"] for _, row in compared if not row["is_primary"]]))
     for _, row in compared:
-        row["p_adjusted"] = row["over_tasks"]["p_value"] if row["is_primary"] else next(others)
+        tasks = row["over_tasks"]
+        row["p_adjusted"] = tasks["p_value"] if row["is_primary"] else next(others)
+        row["outcome"] = outcome(tasks["low"], tasks["high"], tasks["num_pairs"], row["p_adjusted"])
 
 
 def report(config: TuneConfig, work: Path, json_file: Path | None, plot_file: Path | None) -> None:
