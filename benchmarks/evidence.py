@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -233,13 +234,23 @@ def report(config: TuneConfig, work: Path, json_file: Path | None, plot_file: Pa
                 print(f"| {row['mix']} | {row['mean']:+.4f} | | | | | |")
                 continue
             print(f"| {row['mix']}{' (primary)' * row['is_primary']} | {row['mean']:+.4f} | " + " | ".join(_cells(row)))
+    explained = {name: explain(config, work, name, primary[1]) for name in config.mixes}
+    for name, one in explained.items():
+        print(
+            f"\n{name} against {primary[1]}, by task: loss difference and rows; correlation {one['correlation']:.2f}\n"
+        )
+        print(f"| task | task score | rows | rows under {primary[1]} | better by |")
+        print("|---|---|---|---|---|")
+        for row in one["tasks"]:
+            figures = f"{row['num_rows']:.1f} | {row['num_rows_baseline']:.1f} | {row['difference']:+.3f}"
+            print(f"| {row['task']} | {row['task_score']:.3f} | {figures} |")
     if json_file:
         content = {
             "primary": [*primary, PRIMARY_MEASURE],
             "settings": config.model_dump(mode="json"),
             "comparisons": found,
         }
-        content |= {"base": base, "measures": measures}
+        content |= {"base": base, "measures": measures, "by_task": explained}
         for path in (str(work), str(work.resolve())):  # no paths of this machine
             content = json.loads(json.dumps(content).replace(path, "WORK"))
         json_file.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
@@ -259,6 +270,39 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['better_tasks']} of {tasks['num_pairs']}",
         f"{tasks['detectable']:.4f} |",
     ]
+
+
+def explain(config: TuneConfig, work: Path, name: str, baseline: str) -> dict[str, Any]:
+    """Where a mix wins and loses: task → task score, rows of it in both mixes, loss difference; means over seeds.
+
+    `correlation`: of a task's loss difference with the difference of the logarithms of its rows + 1, over tasks and
+    seeds. The mixes are made again, from the settings that each cell kept; a mix is the same every time.
+    """
+    results, _ = read_results(open_folder(str(work / "tune")))
+    scores = pq.read_table(work / "score" / "task_scores.parquet", columns=["task", "task_score"]).to_pydict()
+    tasks = scores["task"]
+    losses, rows = [], []  # each of shape (num_seeds, num_tasks)
+    for seed, cells in finished_seeds(results, config).items():
+        counts = {}
+        for one in (name, baseline):
+            values = {
+                **cells[one].spec.mix,
+                "scores": config.scores,
+                "output": str(work / "mixes" / f"{one}-seed{seed}"),
+            }
+            made = mix(MixConfig.model_validate(values)).folder.read_table("train.parquet", columns=["task"])
+            counts[one] = Counter(made["task"].to_pylist())
+        losses.append([cells[baseline].tasks[task] - cells[name].tasks[task] for task in tasks])
+        rows.append([[counts[one][task] for one in (name, baseline)] for task in tasks])
+    difference, num_rows = np.array(losses), np.array(rows)  # (seeds, tasks), (seeds, tasks, 2)
+    logs = np.log1p(num_rows)
+    correlation = np.corrcoef(difference.ravel(), (logs[..., 0] - logs[..., 1]).ravel())[0, 1]
+    table = [
+        {"task": task, "task_score": scores["task_score"][i], "num_rows": float(num_rows[:, i, 0].mean())}
+        | {"num_rows_baseline": float(num_rows[:, i, 1].mean()), "difference": float(difference[:, i].mean())}
+        for i, task in enumerate(tasks)
+    ]
+    return {"correlation": float(correlation), "tasks": sorted(table, key=lambda row: row["difference"])}
 
 
 def draw(found: Mapping[str, list[dict[str, Any]]], baseline: str, file: Path) -> None:
