@@ -1,4 +1,4 @@
-"""Does choosing data by what the model gets wrong help? Six mixes, equal training tokens, fresh paired seeds.
+"""Does choosing data by what the model gets wrong help? Eight mixes, equal training tokens, fresh paired seeds.
 
     python benchmarks/evidence.py --tasks natural-instructions-subset.tar.gz --work runs/evidence
     python benchmarks/evidence.py --work runs/evidence --only report --json docs/evidence.json --plot docs/evidence.png

@@ -62,17 +62,20 @@ class Allocation:
         return self.capped_tasks if self.shortfall else ()
 
 
-def allocate(budget: int, demands: Sequence[TaskDemand], gamma: float = 1.0) -> Allocation:
+def allocate(budget: int, demands: Sequence[TaskDemand], gamma: float = 1.0, even_fraction: float = 0.0) -> Allocation:
     """Spread `budget` rows over tasks by weight, (1 − task_score)^gamma or given, no task above its candidates.
 
+    `even_fraction` in [0, 1] of the weight goes to all tasks alike, those of weight 0 included.
     The real-valued shares min(candidates, λ·weight) sum to the budget exactly (water-filling);
     whole counts come from them by largest remainder, ties by task name. All in exact integers, to
     which the float weights are scaled, so no platform rounds differently. The order of `demands` doesn't matter.
     A task with weight 0 gets nothing. Raises ValueError on a repeated name, a negative budget, or a
-    score outside [0, 1].
+    score or fraction outside [0, 1].
     """
     if budget < 0:
         raise ValueError(f"budget is {budget}, expected 0 or more")
+    if not 0.0 <= even_fraction <= 1.0:
+        raise ValueError(f"even_fraction is {even_fraction}, expected 0 to 1")
     names = [demand.name for demand in demands]
     if len(set(names)) != len(names):
         raise ValueError(f"task {next(n for n in names if names.count(n) > 1)!r} is named twice")
@@ -81,6 +84,7 @@ def allocate(budget: int, demands: Sequence[TaskDemand], gamma: float = 1.0) -> 
             raise ValueError(f"task {demand.name!r}: task score {demand.task_score}, expected 0 to 1")
     ordered = sorted(demands, key=lambda demand: demand.name)
     weights = _as_integers({d.name: (1.0 - d.task_score) ** gamma if d.weight is None else d.weight for d in ordered})
+    weights = _with_even_part(weights, even_fraction)
     limits = {d.name: d.num_candidates if weights[d.name] else 0 for d in ordered}
     capped, total = [], sum(weights.values())
     wanted = _spread(budget if total else 0, weights, total or 1)
@@ -126,6 +130,15 @@ def _as_integers(weights: dict[str, float]) -> dict[str, int]:
     ratios = {name: weight.as_integer_ratio() for name, weight in weights.items()}
     scale = max((denominator for _, denominator in ratios.values()), default=1)
     return {name: numerator * (scale // denominator) for name, (numerator, denominator) in ratios.items()}
+
+
+def _with_even_part(weights: dict[str, int], fraction: float) -> dict[str, int]:
+    """fraction / n + (1 − fraction) · weight / total for n tasks, times n · total · the fraction's denominator."""
+    part, of = fraction.as_integer_ratio()
+    total, n = sum(weights.values()), len(weights)
+    if not total:
+        return dict.fromkeys(weights, part)
+    return {name: part * total + (of - part) * n * weight for name, weight in weights.items()}
 
 
 def _water_fill(budget: int, limits: dict[str, int], weights: dict[str, int]) -> dict[str, int]:

@@ -20,6 +20,12 @@ class TaskScoreSettings(Settings):
     exact_match_budget: int = Field(50_000, ge=0, description="rows from exact-match tasks")
     generation_budget: int = Field(50_000, ge=0, description="rows from generation tasks")
     gamma: float = Field(1.0, ge=0, le=16, description="0 spreads evenly; larger leans towards badly answered tasks")
+    even_fraction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="of each budget, spread evenly over all tasks, solved ones included",
+    )
     failed_first: bool = Field(True, description="inside a task, rows the model failed are drawn before others")
     failed_below: float = Field(0.2, ge=0, le=1, description="generation rows under this ROUGE-L count as failed")
     allow_shortfall: bool = Field(False, description="take what is there when the candidates don't fill a budget")

@@ -252,7 +252,8 @@ class Decisions:
             group, usable = self.groups[number], int(self.usable[number])
             weight = {allocation.UNIFORM: 1, allocation.PROPORTIONAL: usable}.get(policy, 0 if group.unfit else None)
             demands.append(TaskDemand(group.name, usable, group.task_score or 0.0, weight))
-        result = allocation.allocate(budget, demands, settings.gamma)
+        even = settings.even_fraction if policy == allocation.TASK_SCORE else 0.0
+        result = allocation.allocate(budget, demands, settings.gamma, even)
         if result.shortfall and not settings.allow_shortfall:
             there = budget - result.shortfall
             if label == ANY_LABEL:

@@ -98,6 +98,19 @@ def test_a_mix_of_one_row_trains_on_it():
     assert [train_size(n, fraction) for n in (1, 2) for fraction in (0.02, 0.5, 0.99)] == [1] * 6
 
 
+def test_an_even_part_reaches_the_tasks_that_the_scores_leave_out():
+    demands = [TaskDemand("bad", 900, 0.0), TaskDemand("half", 900, 0.5), TaskDemand("solved", 900, 1.0)]
+    demands.append(TaskDemand("unfit", 900, 0.0, 0))
+    assert allocate(600, demands).counts == {"bad": 400, "half": 200, "solved": 0, "unfit": 0}
+    # Half of 600: 75 to each of the four, the other half as before.
+    assert allocate(600, demands, even_fraction=0.5).counts == {"bad": 275, "half": 175, "solved": 75, "unfit": 75}
+    assert set(allocate(600, demands, even_fraction=1.0).counts.values()) == {150}
+    assert allocate(10, demands[2:]).counts == {"solved": 0, "unfit": 0}
+    assert allocate(10, demands[2:], even_fraction=0.1).counts == {"solved": 5, "unfit": 5}
+    with pytest.raises(ValueError, match=r"even_fraction is 1\.5"):
+        allocate(10, demands, even_fraction=1.5)
+
+
 demand_lists = st.lists(st.tuples(st.integers(0, 400), st.floats(0, 1)), min_size=1, max_size=30).map(
     lambda pairs: [TaskDemand(f"task{i:03d}", n, s) for i, (n, s) in enumerate(pairs)]
 )

@@ -91,6 +91,10 @@ def test_no_error_driven_share_where_no_answer_can_score_1(tmp_path):
     assert note in explain(tmp_path / "m", dropped["row_id"])["why"]
     make(folder, tmp_path / "u", policy="uniform")
     assert {task["task"]: task["num_kept"] for task in table(tmp_path / "u")}[names[0]] > 0
+    budgets = {"exact_match_budget": 20, "generation_budget": 20, "even_fraction": 0.5}
+    make(folder, tmp_path / "e", task_score=budgets)
+    (even,) = (task for task in table(tmp_path / "e") if task["task"] == names[0])
+    assert (even["num_kept"], even["note"]) == (5, note), "a quarter of the label's budget: its part of the even half"
 
 
 def test_a_share_that_stopped_scoring_left_unfilled_is_said(tmp_path):
