@@ -317,7 +317,8 @@ def draw(found: Mapping[str, list[dict[str, Any]]], baseline: str, file: Path) -
     for axis, (measure, rows) in zip(axes[0], found.items(), strict=True):
         by_mix = {row["mix"]: row["over_tasks"] for row in rows if "over_tasks" in row}
         for place, name in enumerate(order):
-            one = by_mix[name]
+            if not (one := by_mix.get(name)):
+                continue
             axis.plot([one["low"], one["high"]], [place, place], color="tab:blue")
             axis.plot(one["mean"], place, "o", color="tab:blue")
         axis.axvline(0, color="gray", linewidth=0.8)
