@@ -116,13 +116,15 @@ def tune_config(work: Path, files: list[str], seeds: int | None) -> TuneConfig:
 
 
 def judge(tasks: str, names: list[str], config: TuneConfig, work: Path) -> None:
-    """Task scores of every seed whose cells have all finished; instances that any mix could have held are left out."""
+    """Task scores of every seed whose cells have all finished, once; instances that a mix may hold are left out."""
     # Of a task that this mix samples, evaluation skips every candidate. `proportional` samples them all; task_score
     # leaves out a task whose metric can't reach 1, which other mixes train on.
     values = {**config.mix.model_dump(), "policy": "proportional", "scores": config.scores, "output": str(work / "mix")}
     candidates = mix(MixConfig.model_validate(values))
     results, _ = read_results(open_folder(str(work / "tune")))
-    for seed, cells in sorted(finished_seeds(results, config).items()):
+    for seed, cells in finished_cells(results).items():
+        if cells.keys() != {*config.baselines, *config.mixes}:
+            continue
         adapters = [
             f"{name}={work / 'tune' / trial_file(cell.spec, ADAPTER_FOLDER)}" for name, cell in sorted(cells.items())
         ]
@@ -132,23 +134,22 @@ def judge(tasks: str, names: list[str], config: TuneConfig, work: Path) -> None:
         evaluate(load_config(EvaluateConfig, None, [], {**flags, "output": str(work / "judge" / f"seed{seed}")}))
 
 
-def finished_seeds(results: list[TrialResult], config: TuneConfig) -> dict[int, dict[str, TrialResult]]:
-    """Seed → mix → its cell, for the seeds of which every mix has one."""
+def finished_cells(results: list[TrialResult]) -> dict[int, dict[str, TrialResult]]:
+    """Seed → mix → its cell."""
     seeds: dict[int, dict[str, TrialResult]] = {}
     for one in results:
         if one.spec.kind == REPEAT and one.status == FINISHED:
             seeds.setdefault(one.spec.seed, {})[one.spec.name] = one
-    wanted = {*config.baselines, *config.mixes}
-    return {seed: cells for seed, cells in sorted(seeds.items()) if cells.keys() == wanted}
+    return dict(sorted(seeds.items()))
 
 
 Measures = dict[str, dict[str, dict[int, dict[str, float]]]]  # measure → mix → seed → task → value, higher is better
 
 
-def read_measures(config: TuneConfig, work: Path) -> tuple[Measures, dict[str, dict[str, float]]]:
+def read_measures(work: Path) -> tuple[Measures, dict[str, dict[str, float]]]:
     """What is judged: minus the loss, and the task score; and the base model's, measure → task → value."""
     results, _ = read_results(open_folder(str(work / "tune")))
-    seeds = finished_seeds(results, config)
+    seeds = finished_cells(results)
     measures: Measures = {}
     base: dict[str, dict[str, float]] = {}
 
@@ -184,6 +185,8 @@ def compare_measure(by_mix: Mapping[str, Mapping[int, Mapping[str, float]]], aga
     rows = []
     for name, cells in by_mix.items():
         seeds = sorted(cells.keys() & baseline.keys())
+        if not seeds:
+            continue
         means = {"mix": name, "mean": fmean(fmean(cells[seed].values()) for seed in seeds), "num_seeds": len(seeds)}
         if name == against:
             rows.append(means)
@@ -218,23 +221,24 @@ def adjust(found: Mapping[str, list[dict[str, Any]]], primary: str) -> None:
 def report(config: TuneConfig, work: Path, json_file: Path | None, plot_file: Path | None) -> None:
     """Print tables; write JSON and a plot."""
     primary = (next(iter(config.mixes)), config.repeats.primary or config.baselines[0])
-    measures, base = read_measures(config, work)
-    if not measures:
-        raise SystemExit(f"{work}: no seed has all its cells yet; run the stage tune")
+    measures, base = read_measures(work)
+    if primary[1] not in measures.get(PRIMARY_MEASURE, {}):
+        raise SystemExit(f"{work}: no cell of {primary[1]} has finished yet; run the stage tune")
     found = {measure: compare_measure(by_mix, primary[1]) for measure, by_mix in measures.items()}
     adjust(found, primary[0])
     for measure, rows in found.items():
         untrained = fmean(base[measure].values()) if measure in base else math.nan
-        seeds = max(row["num_seeds"] for row in rows)
-        print(f"\n{measure} ({seeds} seeds; base model {untrained:+.4f}; higher is better)\n")
-        print(f"| mix | mean | against {primary[1]}, over tasks | p (Holm) | over seeds | tasks better | detectable |")
-        print("|---|---|---|---|---|---|---|")
+        print(f"\n{measure} (base model {untrained:+.4f}; higher is better)\n")
+        print(f"| mix | seeds | mean | less {primary[1]}, over tasks | p | over seeds | tasks better | detectable |")
+        print("|---|---|---|---|---|---|---|---|")
         for row in rows:
             if "over_tasks" not in row:
-                print(f"| {row['mix']} | {row['mean']:+.4f} | | | | | |")
+                print(f"| {row['mix']} | {row['num_seeds']} | {row['mean']:+.4f} | | | | | |")
                 continue
-            print(f"| {row['mix']}{' (primary)' * row['is_primary']} | {row['mean']:+.4f} | " + " | ".join(_cells(row)))
-    explained = {name: explain(config, work, name, primary[1]) for name in config.mixes}
+            name = f"{row['mix']}{' (primary)' * row['is_primary']}"
+            print(f"| {name} | {row['num_seeds']} | {row['mean']:+.4f} | {' | '.join(_cells(row))}")
+    others = [row["mix"] for row in found[PRIMARY_MEASURE] if row["mix"] != primary[1]]
+    explained = {name: explain(config, work, name, primary[1]) for name in others}
     for name, one in explained.items():
         print(
             f"\n{name} against {primary[1]}, by task: loss difference and rows; correlation {one['correlation']:.2f}\n"
@@ -282,7 +286,9 @@ def explain(config: TuneConfig, work: Path, name: str, baseline: str) -> dict[st
     scores = pq.read_table(work / "score" / "task_scores.parquet", columns=["task", "task_score"]).to_pydict()
     tasks = scores["task"]
     losses, rows = [], []  # each of shape (num_seeds, num_tasks)
-    for seed, cells in finished_seeds(results, config).items():
+    for seed, cells in finished_cells(results).items():
+        if not {name, baseline} <= cells.keys():
+            continue
         counts = {}
         for one in (name, baseline):
             values = {
