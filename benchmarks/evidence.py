@@ -238,7 +238,11 @@ def report(config: TuneConfig, work: Path, json_file: Path | None, plot_file: Pa
             name = f"{row['mix']}{' (primary)' * row['is_primary']}"
             print(f"| {name} | {row['num_seeds']} | {row['mean']:+.4f} | {' | '.join(_cells(row))}")
     others = [row["mix"] for row in found[PRIMARY_MEASURE] if row["mix"] != primary[1]]
-    explained = {name: explain(config, work, name, primary[1]) for name in others}
+    cells = finished_cells(read_results(open_folder(str(work / "tune")))[0])
+    counts = count_rows(config, work, cells)
+    scores = pq.read_table(work / "score" / "task_scores.parquet", columns=["task", "task_score"]).to_pydict()
+    task_scores = dict(zip(scores["task"], scores["task_score"], strict=True))
+    explained = {name: explain(cells, counts, task_scores, name, primary[1]) for name in others}
     for name, one in explained.items():
         print(
             f"\n{name} against {primary[1]}, by task: loss difference and rows; correlation {one['correlation']:.2f}\n"
@@ -276,35 +280,39 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def explain(config: TuneConfig, work: Path, name: str, baseline: str) -> dict[str, Any]:
+def count_rows(
+    config: TuneConfig, work: Path, cells: Mapping[int, Mapping[str, TrialResult]]
+) -> dict[str, Counter[str]]:
+    """Key of a cell → rows of each task in its mix, which is made again from the settings that the cell kept."""
+    counts = {}
+    for cell in (cell for by_mix in cells.values() for cell in by_mix.values()):
+        output = str(work / "mixes" / cell.spec.key)
+        made = mix(MixConfig.model_validate({**cell.spec.mix, "scores": config.scores, "output": output}))
+        counts[cell.spec.key] = Counter(made.folder.read_table("train.parquet", columns=["task"])["task"].to_pylist())
+    return counts
+
+
+def explain(
+    cells: Mapping[int, Mapping[str, TrialResult]],
+    counts: Mapping[str, Mapping[str, int]],
+    task_scores: Mapping[str, float],
+    name: str,
+    baseline: str,
+) -> dict[str, Any]:
     """Where a mix wins and loses: task → task score, rows of it in both mixes, loss difference; means over seeds.
 
     `correlation`: of a task's loss difference with the difference of the logarithms of its rows + 1, over tasks and
-    seeds. The mixes are made again, from the settings that each cell kept; a mix is the same every time.
+    seeds that both mixes have.
     """
-    results, _ = read_results(open_folder(str(work / "tune")))
-    scores = pq.read_table(work / "score" / "task_scores.parquet", columns=["task", "task_score"]).to_pydict()
-    tasks = scores["task"]
-    losses, rows = [], []  # each of shape (num_seeds, num_tasks)
-    for seed, cells in finished_cells(results).items():
-        if not {name, baseline} <= cells.keys():
-            continue
-        counts = {}
-        for one in (name, baseline):
-            values = {
-                **cells[one].spec.mix,
-                "scores": config.scores,
-                "output": str(work / "mixes" / f"{one}-seed{seed}"),
-            }
-            made = mix(MixConfig.model_validate(values)).folder.read_table("train.parquet", columns=["task"])
-            counts[one] = Counter(made["task"].to_pylist())
-        losses.append([cells[baseline].tasks[task] - cells[name].tasks[task] for task in tasks])
-        rows.append([[counts[one][task] for one in (name, baseline)] for task in tasks])
-    difference, num_rows = np.array(losses), np.array(rows)  # (seeds, tasks), (seeds, tasks, 2)
+    tasks = list(task_scores)
+    pairs = [(by_mix[name], by_mix[baseline]) for by_mix in cells.values() if {name, baseline} <= by_mix.keys()]
+    # (seeds, tasks), (seeds, tasks, 2)
+    difference = np.array([[other.tasks[task] - mine.tasks[task] for task in tasks] for mine, other in pairs])
+    num_rows = np.array([[[counts[one.spec.key][task] for one in pair] for task in tasks] for pair in pairs])
     logs = np.log1p(num_rows)
     correlation = np.corrcoef(difference.ravel(), (logs[..., 0] - logs[..., 1]).ravel())[0, 1]
     table = [
-        {"task": task, "task_score": scores["task_score"][i], "num_rows": float(num_rows[:, i, 0].mean())}
+        {"task": task, "task_score": task_scores[task], "num_rows": float(num_rows[:, i, 0].mean())}
         | {"num_rows_baseline": float(num_rows[:, i, 1].mean()), "difference": float(difference[:, i].mean())}
         for i, task in enumerate(tasks)
     ]
