@@ -263,7 +263,8 @@ class Decisions:
             of = int(np.isin(self.rows.group, members).sum())
             raise ConfigError(
                 f"task_score.{what} = {budget}: only {there} {kind} candidates can be drawn (of {of} scored; the rest "
-                f"are filtered, repeats, or of tasks with score 1); lower it to at most {there}, or set "
+                "are filtered, repeats, or of tasks that are due no share: score 1, or a metric that can't reach it); "
+                f"lower it to at most {there}, or set "
                 "task_score.allow_shortfall=true"
             )
         return result
