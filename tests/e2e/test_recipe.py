@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from birbal_ray.cli.options import find_config
 from birbal_ray.storage import read_json
-from tests.conftest import slow
+from tests.conftest import SLOW, slow
 from tests.e2e.processes import NUM_THREADS, birbal, finish, kill_whole, rows_of, wait_for
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
-NUM_SCORED, NUM_ASKED, NUM_STEPS = 10, 2, 3
+NUM_SCORED, NUM_ASKED, NUM_STEPS, EVERY = (10, 3, 4, 2) if SLOW else (10, 2, 3, 3)
 ONE_ENGINE = {"resources.threads_per_replica": NUM_THREADS}
 HELD_OUT_TASKS = yaml.safe_load(find_config("pipeline", "demo").read_text())["held_out_tasks"]
 SMALLER = {
@@ -27,7 +27,7 @@ SMALLER = {
     | ONE_ENGINE,
     "mix": {"task_score.exact_match_budget": 24, "task_score.generation_budget": 24, "eval_fraction": 0.2},
     "train": {"batch.sequence_length": 512, "lora.r": 8, "lora.alpha": 16, "max_steps": NUM_STEPS, "epochs": 5}
-    | {"evaluation.every_steps": NUM_STEPS, "checkpoint.every_steps": NUM_STEPS, "resources.num_threads": NUM_THREADS},
+    | {"evaluation.every_steps": EVERY, "checkpoint.every_steps": EVERY, "resources.num_threads": NUM_THREADS},
     "evaluate": {"tasks.instances_per_task": NUM_ASKED, "completion.max_completion_tokens": 16} | ONE_ENGINE,
 }
 

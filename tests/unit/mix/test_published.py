@@ -18,9 +18,10 @@ from birbal_ray.mix.features import birbal_2023_score, distinct_word_rouge_l, ro
 from birbal_ray.mix.plan import make_context, plan_mix
 from birbal_ray.mix.rows import Reason
 from birbal_ray.mix.scores import open_scores
+from tests.conftest import SLOW
 from tests.fixtures.score_folder import made_up_rows, write_score_folder
 
-NUM_TASKS, ROWS_PER_TASK = 30, 1000  # a task gives up to 350 rows that were answered wrongly
+NUM_TASKS, ROWS_PER_TASK = 100 if SLOW else 30, 1000  # a task gives up to 350 rows that were answered wrongly
 SEED = 7
 
 
@@ -212,7 +213,9 @@ def test_corrected_defects_change_only_what_they_should(scored, compat, tmp_path
 
 @pytest.mark.parametrize("policy", ["task_score", "birbal_2023"])
 def test_file_order_changes_nothing(scored, policy, tmp_path):
-    config = MixConfig(policy=policy, seed=SEED, task_score={"exact_match_budget": 1_080, "generation_budget": 960})
+    config = MixConfig(
+        policy=policy, seed=SEED, task_score={"exact_match_budget": 36 * NUM_TASKS, "generation_budget": 32 * NUM_TASKS}
+    )
     ids, decisions, _ = decide(scored, config, tmp_path)
     other_ids, other, _ = decide(scored, config, tmp_path, reverse=True)
     ours = [(ids[i], decisions.reason[i], decisions.bucket[i]) for i in decisions.rank.argsort()]
