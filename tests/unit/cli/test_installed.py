@@ -62,7 +62,8 @@ def test_the_wheel_finds_its_settings_and_tasks_from_anywhere(installed, tmp_pat
         step: sorted(f.stem for f in (REPOSITORY / "configs" / step).glob("*.yaml")) for step in STEPS
     }
     assert found["tasks"] == str(installed / "birbal_ray" / "sample_tasks")
-    for name in ("report/report.html.j2", "report/report.css", "ni/data/selected_tasks.txt"):
+    templates = ("report/report.html.j2", "report/report.css", "mix/card.md.j2", "mix/alpaca.md", "train/card.md.j2")
+    for name in (*templates, "ni/data/selected_tasks.txt"):
         assert (installed / "birbal_ray" / name).is_file()
     (metadata,) = installed.glob("*.dist-info/METADATA")
     assert f"Version: {__version__}\n" in metadata.read_text(encoding="utf-8")
