@@ -115,15 +115,15 @@ def tune_config(work: Path, files: list[str], seeds: int | None) -> TuneConfig:
     return load_config(TuneConfig, CONFIG, [], flags)
 
 
-def judge(tasks: str, names: list[str], config: TuneConfig, work: Path) -> None:
-    """Task scores of every seed whose cells have all finished, once; instances that a mix may hold are left out."""
+def judge(tasks: str, names: list[str], config: TuneConfig, work: Path, only_seed: int | None) -> None:
+    """Task scores of each seed whose cells have all finished, once; instances that a mix may hold are left out."""
     # Of a task that this mix samples, evaluation skips every candidate. `proportional` samples them all; task_score
     # leaves out a task whose metric can't reach 1, which other mixes train on.
     values = {**config.mix.model_dump(), "policy": "proportional", "scores": config.scores, "output": str(work / "mix")}
     candidates = mix(MixConfig.model_validate(values))
     results, _ = read_results(open_folder(str(work / "tune")))
     for seed, cells in finished_cells(results).items():
-        if cells.keys() != {*config.baselines, *config.mixes}:
+        if only_seed not in (None, seed) or cells.keys() != {*config.baselines, *config.mixes}:
             continue
         adapters = [
             f"{name}={work / 'tune' / trial_file(cell.spec, ADAPTER_FOLDER)}" for name, cell in sorted(cells.items())
@@ -350,6 +350,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the run; the same command goes on there")
     parser.add_argument("--only", choices=STAGES, help="one stage, whose earlier ones are done")
     parser.add_argument("--seeds", type=int, help="instead of the configuration's")
+    parser.add_argument("--seed", type=int, help="judge this one alone: two commands use two cores (an engine, one)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
@@ -367,7 +368,7 @@ def main() -> None:
     if "tune" in stages:
         tune(config)
     if "judge" in stages:
-        judge(chosen["tasks"], [*chosen["scored"], *chosen["held_out"]], config, work)
+        judge(chosen["tasks"], [*chosen["scored"], *chosen["held_out"]], config, work, options.seed)
     if "report" in stages:
         report(config, work, options.json, options.plot)
 

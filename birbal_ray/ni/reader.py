@@ -235,34 +235,35 @@ def _instances(name: str, value: Any, repairs: Counter[str]) -> tuple[Instance, 
     seen_ids: set[str] = set()
     instances: list[Instance] = []
     for position, entry in enumerate(value):
-        instance = _instance(position, entry, repairs)
-        first = by_input.get(instance.input) if instance.error is None else None
+        instance_id, text, references, error = _instance(position, entry, repairs)
+        first = by_input.get(text) if error is None else None
         if first is not None:
-            merged = dict.fromkeys(instances[first].references + instance.references)
+            merged = dict.fromkeys(instances[first].references + references)
             instances[first] = replace(instances[first], references=tuple(merged))
             repairs["instance merged into one with the same input"] += 1
             continue
-        row_id, count = f"{name}:{instance.instance_id}", 1
+        row_id, count = f"{name}:{instance_id}", 1
         while row_id in seen_ids:
             count += 1
-            row_id = f"{name}:{instance.instance_id}#{count}"
+            row_id = f"{name}:{instance_id}#{count}"
         if count > 1:
             repairs["repeated instance id given a suffix"] += 1
         seen_ids.add(row_id)
-        if instance.error is None:
-            by_input[instance.input] = len(instances)
-        instances.append(replace(instance, row_id=row_id))
+        if error is None:
+            by_input[text] = len(instances)
+        instances.append(Instance(row_id, instance_id, text, references, error))
     return tuple(instances)
 
 
-def _instance(position: int, entry: Any, repairs: Counter[str]) -> Instance:
+def _instance(position: int, entry: Any, repairs: Counter[str]) -> tuple[str, str, tuple[str, ...], str | None]:
+    """(id, input, references, error) of an entry."""
     if not isinstance(entry, dict):
-        return Instance("", str(position), "", (), f"not an object: instance {position} is {_kind(entry)}")
+        return str(position), "", (), f"not an object: instance {position} is {_kind(entry)}"
     given = entry.get("id")
     instance_id = _clean(str(given), repairs) if given not in (None, "") else str(position)
     text = entry.get("input")
     if not isinstance(text, str):
-        return Instance("", instance_id, "", (), f"'input' is {_kind(text)}, expected a text")
+        return instance_id, "", (), f"'input' is {_kind(text)}, expected a text"
     text = _clean(text, repairs)
     output = entry.get("output")
     if output is not None and not isinstance(output, list):
@@ -274,10 +275,10 @@ def _instance(position: int, entry: Any, repairs: Counter[str]) -> Instance:
     filled = tuple(reference for reference in unique if reference.strip())
     if not filled:
         reason = "no reference: every 'output' is empty" if unique else "no reference: 'output' holds no text"
-        return Instance("", instance_id, text, unique, reason)
+        return instance_id, text, unique, reason
     if len(filled) < len(unique):
         repairs["empty reference beside others dropped"] += 1
-    return Instance("", instance_id, text, filled)
+    return instance_id, text, filled, None
 
 
 def _texts(value: Any, repairs: Counter[str]) -> Iterator[str]:
@@ -305,6 +306,8 @@ def _strings(value: Any) -> tuple[str, ...]:
 
 def _clean(text: str, repairs: Counter[str]) -> str:
     """Text that can be written as UTF-8: unpaired surrogates become U+FFFD."""
+    if text.isascii():
+        return text
     try:
         text.encode()
         return text

@@ -23,7 +23,7 @@ from birbal_ray.progress import ProgressLine
 from birbal_ray.schemas import TASKS
 from birbal_ray.score.config import CompletionSettings, ScoreConfig
 from birbal_ray.score.shards import SCORED, PromptVariant, RowFiles, Shard
-from birbal_ray.score.tokens import Tokenizer, load_tokenizer, prompt_token_ids
+from birbal_ray.score.tokens import Tokenizer, count_tokens, load_tokenizer, prompt_token_ids
 from birbal_ray.settings import canonical_hash
 from birbal_ray.storage import Folder, cache_folder, write_atomic
 
@@ -285,10 +285,10 @@ class _TaskPlanner:
             return "left out", f"none of its {len(task.instances):,} instances is held out"
         # All references, not those of the instances taken: more instances must not change the rows that exist.
         references = sorted({reference for instance in task.instances for reference in instance.references})
-        ids = self.tokenizer(references, add_special_tokens=False)["input_ids"] if references else []
+        lengths = count_tokens(self.tokenizer, references)
         label = labels.label_task(task, self.overrides)
-        max_tokens = completion_tokens(label.value, [len(one) for one in ids], config.completion)
-        too_long = {text for text, one in zip(references, ids, strict=True) if len(one) > max_tokens}
+        max_tokens = completion_tokens(label.value, lengths, config.completion)
+        too_long = {text for text, length in zip(references, lengths, strict=True) if length > max_tokens}
         extract = functools.partial(prompt.extract_answer, chat=self.chat is not None)
         unreachable = find_unreachable(task, label.value, extract, lambda text: text not in too_long)
         planned = PlannedTask(
@@ -323,7 +323,7 @@ class _TaskPlanner:
         (shared,) = prompt_token_ids(self.tokenizer, [prefix], chat=self.chat)
         usable = (one.input for one in taken if one.error is None)
         own = [prompt.render_prompt(*about, text, self.chat)[len(prefix) :] for text in usable]
-        lengths = [len(ids) for ids in self.tokenizer(own, add_special_tokens=False)["input_ids"]] if own else []
+        lengths = count_tokens(self.tokenizer, own)
         limit, room = planned.max_completion_tokens, config.engine.max_model_len
         too_long = [length for length in lengths if too_long_reason(len(shared) + length, limit, room)]
         return replace(

@@ -50,6 +50,20 @@ def prompt_token_ids(
     return [leading + ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
+def count_tokens(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
+    """Tokens of each text, without special ones.
+
+    A plan counts millions of references: the Rust tokenizer is asked itself, where there is one, since transformers
+    makes lists of everything else that it knows about each text (36 µs a text, beside 42 for the tokens).
+    """
+    if not texts:
+        return []
+    # In either case a call of transformers: it sets truncation, padding and the meaning of special tokens in a text.
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    ids = tokenizer(texts[:1] if backend else texts, add_special_tokens=False)["input_ids"]
+    return list(map(len, backend.encode_batch_fast(texts, add_special_tokens=False) if backend else ids))
+
+
 def stops(tokenizer: Any, chat: ChatTemplate | None) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """(stop strings, stop token ids) of completions: the blank line, or what ends a turn in the chat template.
 

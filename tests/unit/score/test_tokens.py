@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from birbal_ray.score.tokens import prompt_token_ids
+from birbal_ray.score.tokens import count_tokens, prompt_token_ids
 
 BOS, EOS, MASK = 1, 2, 3
 
@@ -45,3 +45,26 @@ def test_without_a_bos_and_without_texts():
     tokenizer.bos_token_id = None
     assert prompt_token_ids(tokenizer, ["ab"], as_trained=True) == [[97, 98]]
     assert prompt_token_ids(tokenizer, []) == []
+
+
+@pytest.mark.parametrize("split_special_tokens", [False, True])
+def test_counts_are_those_of_the_tokenizer_s_own_ids(split_special_tokens):
+    """Special tokens inside a text, no text at all, scripts; and truncation, which a tokenizer's file may ask for."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordPiece
+    from tokenizers.pre_tokenizers import BertPreTokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(WordPiece({"[UNK]": 0, "a": 1, "b": 2, "##b": 3, "[": 4, "end": 5, "]": 6}, unk_token="[UNK]"))
+    backend.pre_tokenizer = BertPreTokenizer()
+    backend.enable_truncation(2)
+    backend.enable_padding(length=5)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="[end]", bos_token="a", split_special_tokens=split_special_tokens
+    )
+    texts = ["a b ab", "", "a[end]b", "абв 漢字", "a" * 200]
+    expected = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    assert count_tokens(tokenizer, texts) == expected
+    assert expected[:2] == [4, 0], "neither cut nor padded"
+    assert count_tokens(tokenizer, []) == [] == count_tokens(Letters(), [])
+    assert count_tokens(Letters([BOS]), ["ab", ""]) == [2, 0]
