@@ -23,7 +23,7 @@ from birbal_ray.progress import ProgressLine
 from birbal_ray.schemas import TASKS
 from birbal_ray.score.config import CompletionSettings, ScoreConfig
 from birbal_ray.score.shards import SCORED, PromptVariant, RowFiles, Shard
-from birbal_ray.score.tokens import Tokenizer, count_tokens, load_tokenizer, prompt_token_ids
+from birbal_ray.score.tokens import Tokenizer, encode, load_tokenizer, prompt_token_ids
 from birbal_ray.settings import canonical_hash
 from birbal_ray.storage import Folder, cache_folder, write_atomic
 
@@ -285,7 +285,7 @@ class _TaskPlanner:
             return "left out", f"none of its {len(task.instances):,} instances is held out"
         # All references, not those of the instances taken: more instances must not change the rows that exist.
         references = sorted({reference for instance in task.instances for reference in instance.references})
-        lengths = count_tokens(self.tokenizer, references)
+        lengths = list(map(len, encode(self.tokenizer, references)))
         label = labels.label_task(task, self.overrides)
         max_tokens = completion_tokens(label.value, lengths, config.completion)
         too_long = {text for text, length in zip(references, lengths, strict=True) if length > max_tokens}
@@ -323,7 +323,7 @@ class _TaskPlanner:
         (shared,) = prompt_token_ids(self.tokenizer, [prefix], chat=self.chat)
         usable = (one.input for one in taken if one.error is None)
         own = [prompt.render_prompt(*about, text, self.chat)[len(prefix) :] for text in usable]
-        lengths = count_tokens(self.tokenizer, own)
+        lengths = list(map(len, encode(self.tokenizer, own)))
         limit, room = planned.max_completion_tokens, config.engine.max_model_len
         too_long = [length for length in lengths if too_long_reason(len(shared) + length, limit, room)]
         return replace(

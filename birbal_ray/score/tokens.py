@@ -47,11 +47,11 @@ def prompt_token_ids(
         (marked,), (plain,) = tokenizer(["x"])["input_ids"], tokenizer(["x"], add_special_tokens=False)["input_ids"]
         starts = (start for start in range(len(marked)) if marked[start : start + len(plain)] == plain)
         leading = list(dict.fromkeys(marked[: next(starts, 0)]))
-    return [leading + ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    return [leading + ids for ids in encode(tokenizer, texts)]
 
 
-def count_tokens(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
-    """Tokens of each text, without special ones.
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens around it.
 
     A plan counts millions of references: the Rust tokenizer is asked itself, where there is one, since transformers
     makes lists of everything else that it knows about each text (36 µs a text, beside 42 for the tokens).
@@ -61,7 +61,7 @@ def count_tokens(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
     # In either case a call of transformers: it sets truncation, padding and the meaning of special tokens in a text.
     backend = getattr(tokenizer, "backend_tokenizer", None)
     ids = tokenizer(texts[:1] if backend else texts, add_special_tokens=False)["input_ids"]
-    return list(map(len, backend.encode_batch_fast(texts, add_special_tokens=False) if backend else ids))
+    return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)] if backend else ids
 
 
 def stops(tokenizer: Any, chat: ChatTemplate | None) -> tuple[tuple[str, ...], tuple[int, ...]]:

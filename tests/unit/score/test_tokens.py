@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from birbal_ray.score.tokens import count_tokens, prompt_token_ids
+from birbal_ray.score.tokens import encode, prompt_token_ids
 
 BOS, EOS, MASK = 1, 2, 3
 
@@ -48,7 +48,7 @@ def test_without_a_bos_and_without_texts():
 
 
 @pytest.mark.parametrize("split_special_tokens", [False, True])
-def test_counts_are_those_of_the_tokenizer_s_own_ids(split_special_tokens):
+def test_ids_are_those_of_the_tokenizer_s_own_ids(split_special_tokens):
     """Special tokens inside a text, no text at all, scripts; and truncation, which a tokenizer's file may ask for."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordPiece
@@ -63,8 +63,8 @@ def test_counts_are_those_of_the_tokenizer_s_own_ids(split_special_tokens):
         tokenizer_object=backend, eos_token="[end]", bos_token="a", split_special_tokens=split_special_tokens
     )
     texts = ["a b ab", "", "a[end]b", "абв 漢字", "a" * 200]
-    expected = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    assert count_tokens(tokenizer, texts) == expected
-    assert expected[:2] == [4, 0], "neither cut nor padded"
-    assert count_tokens(tokenizer, []) == [] == count_tokens(Letters(), [])
-    assert count_tokens(Letters([BOS]), ["ab", ""]) == [2, 0]
+    expected = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert encode(tokenizer, texts) == expected
+    assert list(map(len, expected[:2])) == [4, 0], "neither cut nor padded"
+    assert encode(tokenizer, []) == [] == encode(Letters(), [])
+    assert encode(Letters([BOS]), ["ab", ""]) == [[97, 98], []]
