@@ -31,7 +31,7 @@ from birbal_ray.train.launch import logical_cpus as train_logical_cpus
 from birbal_ray.train.run import train
 from birbal_ray.tune.config import changed_mix
 from birbal_ray.tune.run import tune
-from birbal_ray.tune.space import mix_of, point_of
+from birbal_ray.tune.space import mix_of, ratios_of
 
 ABOUT = {
     "score": "what does the model get wrong?",
@@ -313,7 +313,7 @@ def _mix_settings(config: PipelineConfig) -> MixConfig:
         if best["mix"] in config.tune.mixes:
             settings = changed_mix(config.mix, config.tune.mixes[best["mix"]]).model_dump()
         else:
-            settings |= mix_of(config.mix, point_of(config.mix).moved(best["ratios"] or {}))
+            settings |= mix_of(config.mix, ratios_of(config.mix) | (best["ratios"] or {}))
         if best["is_baseline"]:
             settings["policy"] = best["mix"]
     if config.budget is not None:

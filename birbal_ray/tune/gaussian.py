@@ -51,21 +51,17 @@ def predicted_best(points: Any, losses: Any, is_binary: Any, seed: int) -> np.nd
     candidates[:, is_binary] = candidates[:, is_binary].round()
     best = candidates[int(np.argmin(mean(candidates)))]
     free = ~np.asarray(is_binary)
+
+    def with_free(values: np.ndarray) -> np.ndarray:  # `best` with other values where a coordinate is free
+        moved = best.copy()
+        moved[free] = values
+        return moved
+
     if free.any():
-        refined = minimize(
-            lambda at: float(mean(np.where(free, _spread(at, free), best)[None])[0]),
-            best[free],
-            method="L-BFGS-B",
-            bounds=[(0.0, 1.0)] * int(free.sum()),
-        )
-        best = np.where(free, _spread(refined.x, free), best)
+        bounds = [(0.0, 1.0)] * int(free.sum())
+        found = minimize(lambda at: float(mean(with_free(at)[None])[0]), best[free], method="L-BFGS-B", bounds=bounds)
+        return with_free(found.x)
     return np.asarray(best)
-
-
-def _spread(values: np.ndarray, where: np.ndarray) -> np.ndarray:
-    whole = np.zeros(len(where))
-    whole[where] = values
-    return whole
 
 
 def _kernel(a: np.ndarray, b: np.ndarray, theta: np.ndarray) -> np.ndarray:

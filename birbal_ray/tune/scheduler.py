@@ -11,7 +11,7 @@ import numpy as np
 
 from birbal_ray.tune.config import BASE_MODEL, TuneConfig, changed_mix
 from birbal_ray.tune.gaussian import predicted_best
-from birbal_ray.tune.space import Point, baseline_mix, mix_of, point_of, searched_ratios
+from birbal_ray.tune.space import baseline_mix, mix_of, ratios_of, searched_ratios
 
 BASE, BASELINE, MIX, SEARCH, PREDICTED = "base", "baseline", "mix", "search", "predicted"
 REPEAT, TRANSFER = "repeat", "transfer"
@@ -96,11 +96,11 @@ class TrialScheduler:
         self.left_out = ""  # why there is no predicted trial, once that is known
         self.cut_short = ""  # what the budget left no time for
         self._ratios = searched_ratios(config.search)
-        self._start = point_of(config.mix)
+        self._start = ratios_of(config.mix)
         base = TrialSpec(BASE_MODEL, BASE, BASE_MODEL, config.seed, {})
         self._named: dict[str, TrialSpec] = {}  # what the settings name: baselines, then mixes
         for name in config.baselines:
-            values = self._start.values() if name == "task_score" else {}
+            values = self._start if name == "task_score" else {}
             self._named[name] = self._spec(BASELINE, name, baseline_mix(name, config.mix), values)
         for mine, changes in config.mixes.items():
             mix = changed_mix(config.mix, changes).model_dump(mode="json", exclude={"scores", "output", "resources"})
@@ -258,9 +258,9 @@ class TrialScheduler:
         return [float(asked[ratio.name]) for ratio in self._ratios]
 
     def _at(self, kind: str, name: str, place: Sequence[float] | np.ndarray) -> TrialSpec:
-        values = {ratio.name: ratio.at(float(at)) for ratio, at in zip(self._ratios, place, strict=True)}
-        point: Point = self._start.moved(values)
-        return self._spec(kind, name, mix_of(self.config.mix, point), point.values())
+        moved = {ratio.name: ratio.at(float(at)) for ratio, at in zip(self._ratios, place, strict=True)}
+        values = self._start | moved
+        return self._spec(kind, name, mix_of(self.config.mix, values), values)
 
     def _repeats(self) -> list[TrialSpec]:
         names, config = self.finalists(), self.config
@@ -306,9 +306,5 @@ class TrialScheduler:
 
 def best_so_far(results: Sequence[TrialResult]) -> list[float]:
     """The lowest objective of finished trials up to each result, NaN before the first."""
-    best, found = math.nan, []
-    for result in results:
-        if result.status == FINISHED and result.objective is not None and not result.objective >= best:
-            best = result.objective
-        found.append(best)
-    return found
+    losses = [result.loss if result.status == FINISHED else math.nan for result in results]
+    return [float(best) for best in np.fmin.accumulate(losses)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from birbal_ray.mix.config import MixConfig
@@ -31,41 +31,8 @@ class Ratio:
         return (value - self.low) / (self.high - self.low)
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """Sampling ratios. Fractions in [0, 1]: of the rows from tasks, and, per source, of the whole mix."""
-
-    gamma: float
-    exact_match_fraction: float
-    failed_first: bool
-    source_fractions: dict[str, float] = field(default_factory=dict)
-
-    def values(self) -> dict[str, float]:
-        """One number per ratio, as tables, plots and the Gaussian process take them."""
-        sources = {f"{SOURCE_PREFIX}{name}": value for name, value in sorted(self.source_fractions.items())}
-        return {
-            "gamma": self.gamma,
-            "exact_match_fraction": self.exact_match_fraction,
-            "failed_first": float(self.failed_first),
-        } | sources
-
-    def moved(self, values: Mapping[str, float]) -> Point:
-        """This point with the ratios that `values` names."""
-        sources = {
-            name.removeprefix(SOURCE_PREFIX): float(value)
-            for name, value in values.items()
-            if name.startswith(SOURCE_PREFIX)
-        }
-        return Point(
-            float(values.get("gamma", self.gamma)),
-            float(values.get("exact_match_fraction", self.exact_match_fraction)),
-            bool(values.get("failed_first", self.failed_first)),
-            self.source_fractions | sources,
-        )
-
-
 def searched_ratios(search: SearchSettings) -> list[Ratio]:
-    """The ratios that a search moves, by the names that `Point.values` uses; sources by name, last."""
+    """The ratios that a search moves, by the names that `ratios_of` uses; sources by name, last."""
     found = []
     for name in ("gamma", "exact_match_fraction"):
         if range_ := getattr(search, name):
@@ -84,36 +51,40 @@ def num_rows(mix: MixConfig) -> int:
     return mix.task_score.exact_match_budget + mix.task_score.generation_budget + sources
 
 
-def point_of(mix: MixConfig) -> Point:
-    """The ratios that a configuration has."""
+def ratios_of(mix: MixConfig) -> dict[str, float]:
+    """The ratios that a configuration has, by name: one number each, as tables, plots and the Gaussian process take it.
+
+    Fractions in [0, 1]: of the rows from tasks, and, per source, of the whole mix. `failed_first` is 0 or 1.
+    """
     settings = mix.task_score
     from_tasks = settings.exact_match_budget + settings.generation_budget
     if not from_tasks:
         raise ConfigError("mix.task_score: both budgets are 0; they say how many rows a trial's mix has")
-    return Point(
-        settings.gamma,
-        settings.exact_match_budget / from_tasks,
-        settings.failed_first,
-        {source.name: source.max_rows / num_rows(mix) for source in mix.sources if source.max_rows},
-    )
+    sources = {f"{SOURCE_PREFIX}{one.name}": one.max_rows / num_rows(mix) for one in mix.sources if one.max_rows}
+    return {
+        "gamma": settings.gamma,
+        "exact_match_fraction": settings.exact_match_budget / from_tasks,
+        "failed_first": float(settings.failed_first),
+        **dict(sorted(sources.items())),
+    }
 
 
-def mix_of(base: MixConfig, point: Point) -> dict[str, Any]:
-    """`base` with the point's ratios and as many rows, as what a YAML file would say."""
+def mix_of(base: MixConfig, ratios: Mapping[str, float]) -> dict[str, Any]:
+    """`base` with these ratios (all that `ratios_of` names) and as many rows, as what a YAML file would say."""
     total = num_rows(base)
-    rows = {name: round(fraction * total) for name, fraction in point.source_fractions.items()}
+    rows = {name: round(at * total) for name, at in ratios.items() if name.startswith(SOURCE_PREFIX)}
     from_tasks = total - sum(rows.values())
-    exact_match = round(point.exact_match_fraction * from_tasks)
+    exact_match = round(ratios["exact_match_fraction"] * from_tasks)
     settings = base.model_dump(mode="json", exclude={"scores", "output", "resources"})
     settings["task_score"] |= {
-        "gamma": point.gamma,
-        "failed_first": point.failed_first,
+        "gamma": ratios["gamma"],
+        "failed_first": bool(ratios["failed_first"]),
         "exact_match_budget": exact_match,
         "generation_budget": from_tasks - exact_match,
         "allow_shortfall": True,
     }
     for source in settings["sources"]:
-        source["max_rows"] = rows.get(source["name"], source["max_rows"])
+        source["max_rows"] = rows.get(f"{SOURCE_PREFIX}{source['name']}", source["max_rows"])
     return settings
 
 
@@ -122,4 +93,4 @@ def baseline_mix(name: str, base: MixConfig) -> dict[str, Any]:
 
     task_score is `base` itself; birbal_2023 decides its number of rows alone.
     """
-    return mix_of(base, point_of(base)) | {"policy": name}
+    return mix_of(base, ratios_of(base)) | {"policy": name}

@@ -136,16 +136,9 @@ def judge(
     num_rungs = config.validation.num_rungs
     num_steps = max(num_rungs, round(spec.tokens / per_step))
     epochs = math.ceil(num_steps * train.batch.micro * train.batch.accumulation / packing.num_packs) + 1
-    never = num_steps + 1
-    short = train.model_copy(
-        update={
-            "seed": spec.seed,
-            "max_steps": num_steps,
-            "epochs": float(epochs),
-            "evaluation": train.evaluation.model_copy(update={"every_steps": never}),
-            "checkpoint": train.checkpoint.model_copy(update={"every_steps": never, "every_minutes": math.inf}),
-        }
-    )
+    lasting = {"seed": spec.seed, "max_steps": num_steps, "epochs": float(epochs)}
+    never = dict.fromkeys(("evaluation.every_steps", "checkpoint.every_steps"), num_steps + 1)
+    short = train.replace({**lasting, **never, "checkpoint.every_minutes": math.inf})
     rungs = {round(num_steps * (k + 1) / num_rungs) for k in range(num_rungs)}
     num_tokens = round(num_steps * per_step)
 
@@ -155,8 +148,7 @@ def judge(
             reporter.keep(work / ADAPTER_FOLDER)
         report(step, trained, num_tokens=num_tokens)
 
-    at_rungs = AtSteps(rungs, look)
-    fine_tune(short, model.path, work / "train", callbacks=[at_rungs])
+    fine_tune(short, model.path, work / "train", callbacks=[AtSteps(rungs, look)])
 
 
 def read_questions(file: str) -> dict[str, list[str]]:

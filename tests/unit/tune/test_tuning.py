@@ -43,7 +43,7 @@ from birbal_ray.tune.scheduler import (
     TrialSpec,
     best_so_far,
 )
-from birbal_ray.tune.space import Point, baseline_mix, mix_of, num_rows, point_of
+from birbal_ray.tune.space import baseline_mix, mix_of, num_rows, ratios_of
 from birbal_ray.tune.stats import by_name, compare_seeds, describe_comparisons, rank_agreement, winner
 from birbal_ray.tune.trial import group_losses, make_mix, read_questions, weighted_mean
 from tests.conftest import slow
@@ -325,8 +325,10 @@ def test_every_trial_has_as_many_rows():
     sources = [{"name": "lima", "max_rows": 40}, {"name": "quac", "max_rows": 20}]
     base = MixConfig(task_score={"exact_match_budget": 100, "generation_budget": 40}, sources=sources)
     assert num_rows(base) == 200
-    assert point_of(base).source_fractions == {"lima": 0.2, "quac": 0.1}
-    made = MixConfig(**mix_of(base, Point(2.0, 0.25, False, {"lima": 0.5, "quac": 0.1})))
+    ratios = ratios_of(base)
+    assert (ratios["source:lima"], ratios["source:quac"]) == (0.2, 0.1)
+    moved = {"gamma": 2.0, "exact_match_fraction": 0.25, "failed_first": 0.0, "source:lima": 0.5}
+    made = MixConfig(**mix_of(base, ratios | moved))
     assert num_rows(made) == 200
     assert [source.max_rows for source in made.sources] == [100, 20]
     assert (made.task_score.exact_match_budget, made.task_score.generation_budget) == (20, 60)
