@@ -20,10 +20,10 @@ from pydantic import AfterValidator, BaseModel, Field
 from birbal_ray import __version__
 from birbal_ray.score import engine
 from birbal_ray.score.engine import EngineDeadError, EngineLoop
-from birbal_ray.score.tokens import prompt_token_ids
+from birbal_ray.score.monitor import COUNTED
+from birbal_ray.score.tokens import Tokenizer, prompt_token_ids
 from birbal_ray.serve.rules import cut_answer, wrap_prompt
 
-COUNTED = ("rows", "errors", "prompt_tokens", "cached_tokens", "completion_tokens")  # as a scoring replica counts
 CLIENT_GONE = 499  # nobody reads it
 
 
@@ -93,11 +93,8 @@ class DecodeResponse(BaseModel):
     request_time: float
 
 
-class ServedTokenizer(Protocol):
+class ServedTokenizer(Tokenizer, Protocol):
     """The part of a transformers tokenizer that the server uses."""
-
-    def __call__(self, text: list[str], *, add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
-        """`{"input_ids": …}`, one list of token ids per text."""
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids."""
@@ -287,9 +284,8 @@ class Guard:
             return None if right else JSONResponse({"detail": "wrong token"}, 403)
         if self._allow_anyone:
             return None
-        name = headers.get(b"host", b"").decode("latin-1").rpartition(":")[0] or headers.get(b"host", b"").decode(
-            "latin-1"
-        )
+        host = headers.get(b"host", b"").decode("latin-1")
+        name = host.rpartition(":")[0] or host
         if is_loopback((scope.get("client") or ("",))[0]) and is_loopback(name.strip("[]")):
             return None
         return JSONResponse({"detail": "this server answers its own machine only; start it with --token"}, 403)

@@ -134,7 +134,6 @@ def plot_losses(axes: Any, steps: Lines, evaluations: Lines, best: tuple[int, fl
 
 def draw_loss_curve(metrics: Lines, best: tuple[int, float], sink: Any) -> None:
     """Write a PNG to a binary file: `plot_losses` of the lines of metrics.jsonl."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -147,4 +146,4 @@ def draw_loss_curve(metrics: Lines, best: tuple[int, float], sink: Any) -> None:
     axes.set_xlabel("optimizer step")
     axes.grid(alpha=0.3)
     axes.legend()
-    FigureCanvasAgg(figure).print_png(sink)
+    figure.savefig(sink, format="png")

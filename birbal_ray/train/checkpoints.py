@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import queue
 import re
 import shutil
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,41 +59,40 @@ class Remote:
 
     A thread uploads, one way, while the work goes on. A name may be a file or a folder, whose files go up in the order
     in which they were written (a marker that says "complete" is written last). An error is reported once and tried
-    again; `wait`, and leaving the block, blocks until everything is there. Nothing is deleted but by `prune`.
+    again. Leaving the block waits for what was added, and raises RunError naming what could not be uploaded. Nothing is
+    deleted but by `prune`.
     """
 
     def __init__(self, folder: Folder, working: Path) -> None:
         self.folder, self.working = folder, working
         self._is_here = folder.place == absolute(working)
         self._asked = -math.inf  # when `stop_requested` asked last
-        self._names: queue.Queue[str | None] = queue.Queue()
+        self._uploads = ThreadPoolExecutor(1, "upload")
         self._failed: dict[str, str] = {}  # name → why it could not be uploaded
         self._sent: dict[str, tuple[int, int]] = {}  # name → size and time of what was uploaded
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
 
     def __enter__(self) -> Remote:
-        self._thread.start()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         self._closing.set()  # what fails from now on is not tried again
-        self._names.put(None)
-        self._thread.join()
+        self._uploads.shutdown()
+        if not self._failed:
+            return
+        name, reason = next(iter(self._failed.items()))
+        missing = (
+            f"{self.folder}: {len(self._failed)} file(s) are not uploaded (first: {name}: {reason}); they are kept in "
+            f"{self.working}, and the same command on this machine uploads them"
+        )
         if kind is None:
-            self._refuse_failed()
-        elif self._failed:
-            print(self._missing(), file=sys.stderr, flush=True)
+            raise RunError(missing)
+        print(missing, file=sys.stderr, flush=True)
 
     def add(self, *names: str) -> None:
         """Upload these files and folders, soon, in this order. A name may be given again when it has changed."""
         for name in () if self._is_here else names:
-            self._names.put(name)
-
-    def wait(self) -> None:
-        """Block until everything added is uploaded. Raises RunError naming what is not."""
-        self._names.join()
-        self._refuse_failed()
+            self._uploads.submit(self._upload_tree, name)
 
     def prune(self, keep: int) -> None:
         """Delete what was uploaded and is superseded: complete checkpoints but the latest `keep`, older best adapters.
@@ -129,24 +128,11 @@ class Remote:
             return self.folder.is_file(STOP_FILE)
         return False
 
-    def _refuse_failed(self) -> None:
-        if self._failed:
-            raise RunError(self._missing())
-
-    def _missing(self) -> str:
-        name, reason = next(iter(self._failed.items()))
-        return (
-            f"{self.folder}: {len(self._failed)} file(s) are not uploaded (first: {name}: {reason}); they are kept in "
-            f"{self.working}, and the same command on this machine uploads them"
-        )
-
-    def _work(self) -> None:
-        while (name := self._names.get()) is not None:
-            top = self.working / name
-            files = [file for file in top.rglob("*") if file.is_file()] if top.is_dir() else [top]
-            for file in sorted(files, key=lambda file: file.stat().st_mtime_ns if file.is_file() else 0):
-                self._upload(file.relative_to(self.working).as_posix())
-            self._names.task_done()
+    def _upload_tree(self, name: str) -> None:
+        top = self.working / name
+        files = [file for file in top.rglob("*") if file.is_file()] if top.is_dir() else [top]
+        for file in sorted(files, key=lambda file: file.stat().st_mtime_ns if file.is_file() else 0):
+            self._upload(file.relative_to(self.working).as_posix())
 
     def _upload(self, name: str) -> None:
         pause = FIRST_RETRY_SECONDS
@@ -205,8 +191,7 @@ def download_state(folder: Folder, working: Path) -> None:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the highest step, or None."""
-    found = all_checkpoints(folder)
-    return found[-1] if found else None
+    return next(reversed(all_checkpoints(folder)), None)
 
 
 def all_checkpoints(folder: Path) -> list[Path]:

@@ -9,8 +9,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from birbal_ray.progress import repeating
 from birbal_ray.storage import write_json
@@ -76,15 +76,6 @@ class Clock:
             self.save(force=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """What will fit."""
-
-    num_steps: int  # in all, those done included
-    epochs: float
-    by_budget: bool  # the deadline comes before the last epoch's end
-
-
 class Deadline:
     """Says how far a run is (0 to 1), whether another step fits, how many will.
 
@@ -141,15 +132,22 @@ class Deadline:
 
     def forecast(
         self, steps_done: int, steps_per_epoch: float, steps_per_eval: int, steps_per_save: int
-    ) -> Forecast | None:
-        """Steps and epochs that will fit, evaluations and checkpoints counted; None before any step was timed."""
+    ) -> dict[str, Any] | None:
+        """What will fit, evaluations and checkpoints counted; None before any step was timed.
+
+        `num_steps` in all, those done included; `epochs`; `by_budget`: the deadline comes before the last epoch's end.
+        """
         if not self._steps:
             return None
         mean = sum(self._steps) / len(self._steps)
         mean += self.clock.eval_seconds / steps_per_eval + self.clock.save_seconds / steps_per_save
         fitting = steps_done + self.remaining_seconds() / mean if self.budget_seconds is not None else math.inf
         num_steps = int(max(steps_done, min(self.total_steps, fitting)))
-        return Forecast(num_steps, num_steps / steps_per_epoch, fitting < self.total_steps)
+        return {
+            "num_steps": num_steps,
+            "epochs": num_steps / steps_per_epoch,
+            "by_budget": fitting < self.total_steps,
+        }
 
 
 def learning_rate_factor(step: int, progress: float, warmup_steps: int, floor_fraction: float) -> float:

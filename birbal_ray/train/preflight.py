@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,10 +156,13 @@ def total_bytes(parts: list[Part]) -> int:
     return sum(part.num_bytes for part in parts)
 
 
-def smaller(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
-    """Ever smaller configurations with what to set for them; the first ones change no result but the time."""
+def change_that_fits(shapes: Shapes, config: TrainConfig, limit_bytes: int, *, gpu: bool, attention: str) -> str | None:
+    """`key=value …` of the first smaller configuration whose estimate is within the limit, or None.
+
+    The first ones that are tried change no result but the time.
+    """
     changes: dict[str, Any] = {}
-    while True:
+    while total_bytes(estimate(shapes, config, gpu=gpu, attention=attention)) > limit_bytes:
         batch = config.batch
         if not config.gradient_checkpointing:
             change: dict[str, Any] = {"gradient_checkpointing": True}
@@ -174,17 +176,9 @@ def smaller(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
         elif config.lora.r > 8:
             change = {"lora.r": config.lora.r // 2}
         else:
-            return
+            return None
         config, changes = config.replace(change), {**changes, **change}
-        yield " ".join(f"{key}={value}".lower() for key, value in changes.items()), config
-
-
-def change_that_fits(shapes: Shapes, config: TrainConfig, limit_bytes: int, *, gpu: bool, attention: str) -> str | None:
-    """`key=value …` of the first smaller configuration whose estimate is within the limit, or None."""
-    for change, candidate in smaller(config):
-        if total_bytes(estimate(shapes, candidate, gpu=gpu, attention=attention)) <= limit_bytes:
-            return change
-    return None
+    return " ".join(f"{key}={value}".lower() for key, value in changes.items())
 
 
 def device_memory_bytes(config: TrainConfig) -> int | None:

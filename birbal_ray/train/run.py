@@ -275,9 +275,8 @@ def _finish(
     if best["eval_loss"] >= base_loss:
         progress.message(f"warning: no adapter beats the base model's eval loss of {base_loss:.4f}")
     clock = here.read_json(CLOCK_FILE)
-    settings = config.model_dump(mode="json")
     manifest = {
-        "settings": settings,
+        "settings": config.model_dump(mode="json"),
         "seed": config.seed,
         "model": {"name": config.model.name, "revision": model.revision, "path": str(model.path)},
         "mix": {"path": config.mix, "identity_hash": mix_manifest["identity_hash"]},

@@ -43,6 +43,7 @@ from birbal_ray.train.checkpoints import (
     Remote,
     finish_checkpoint,
     latest_checkpoint,
+    read_metrics,
     remove_old,
 )
 from birbal_ray.train.config import TrainConfig
@@ -424,26 +425,23 @@ class SftCallback(TrainerCallback):
         self._step_seconds = 0.0
         self._tokens_before = 0
         self._status_written = -math.inf
-        self._train: dict[str, Any] | None = None  # the latest lines of metrics.jsonl
-        self._evaluation: dict[str, Any] | None = None
+        self._latest: dict[str, Any] = {"train": None, "evaluation": None}  # lines of metrics.jsonl
         best = self._folder / BEST_FILE
-        self._best = json.loads(best.read_text())["eval_loss"] if best.exists() else math.inf
+        self._best = read_json(best)["eval_loss"] if best.exists() else math.inf
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Forget what a killed session measured after its last checkpoint; go no further where no step fits."""
         file = self._folder / METRICS_FILE
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-        if state.global_step == 0:
-            lines = []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
-        write_atomic(file, "".join(kept).encode())
+        lines = read_metrics(file) if state.global_step > 0 else []
+        kept = [line for line in lines if line["step"] <= state.global_step]
+        write_atomic(file, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
         if state.global_step == 0:
             return
         trainer = self._trainer
         trainer.end_after(state.global_step, resumed=True)
         control.should_training_stop = trainer.ended_by is not None
         if trainer.ended_by in ENDS:
-            measured = any("eval_loss" in line and line["step"] == state.global_step for line in map(json.loads, kept))
+            measured = any("eval_loss" in line and line["step"] == state.global_step for line in kept)
             wanted = self._best == math.inf or trainer.deadline.evaluation_fits()
             args.eval_on_start = not measured and wanted
 
@@ -490,10 +488,7 @@ class SftCallback(TrainerCallback):
         else:
             return  # the summary at the end
         line["elapsed_seconds"] = clock.elapsed_seconds
-        if "eval_loss" in line:
-            self._evaluation = line
-        else:
-            self._train = line
+        self._latest["evaluation" if "eval_loss" in line else "train"] = line
         with (self._folder / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         due = time.monotonic() - self._status_written > self._trainer.remote.status_seconds
@@ -518,12 +513,8 @@ class SftCallback(TrainerCallback):
         every = settings.evaluation.every_steps, settings.checkpoint.every_steps
         forecast = deadline.forecast(state.global_step, steps_per_epoch, *every)
         status = {"step": state.global_step, "max_steps": state.max_steps, "epoch": state.epoch or 0.0}
-        clock = deadline.clock
-        status |= {"elapsed_seconds": clock.elapsed_seconds, "step_seconds": clock.step_seconds}
-        status |= {"eval_seconds": clock.eval_seconds, "save_seconds": clock.save_seconds}
-        status["forecast"] = asdict(forecast) if forecast else None
-        status |= {"train": self._train, "evaluation": self._evaluation}
-        write_json(self._folder / STATUS_FILE, status)
+        status |= {"step_seconds": deadline.clock.step_seconds, "forecast": forecast}
+        write_json(self._folder / STATUS_FILE, status | self._latest)
         self._trainer.remote.add(STATUS_FILE, CLOCK_FILE)  # the time of a killed session counts elsewhere, too
 
 

@@ -93,8 +93,9 @@ def test_uploads_go_up_in_order_the_marker_last(folder, tmp_path):
             return upload(self, file, name)
 
     with Remote(Watched(folder.place, folder.filesystem, folder.root), working) as remote:
-        remote.add("step-1", "metrics.jsonl", "absent")
-        remote.wait()
+        remote.add("step-1", "absent", "metrics.jsonl")
+        while not folder.is_file("metrics.jsonl"):
+            pass
         (working / "metrics.jsonl").write_text("1\n2\n")
         remote.add("metrics.jsonl")
         remote.add("step-1")
@@ -116,7 +117,8 @@ def test_uploads_go_on_through_an_outage_and_what_never_went_up_is_said(s3, monk
             while "tried again" not in capsys.readouterr().err:
                 pass
             away.clear()
-            remote.wait()
+            while not folder.is_file("a"):
+                pass
         assert folder.read_text("a") == "a"
         (tmp_path / "b").write_text("b")
         away.set()

@@ -114,15 +114,15 @@ def test_forecast_counts_evaluations_and_stops_at_the_wanted_steps(tmp_path):
     assert deadline.forecast(0, 100, 64, 64) is None
     deadline.step_took(10.0)
     forecast = deadline.forecast(0, 100, 64, 64)
-    assert forecast.by_budget
-    assert forecast.num_steps == 99
-    assert forecast.epochs == pytest.approx(0.99)
+    assert forecast["by_budget"]
+    assert forecast["num_steps"] == 99
+    assert forecast["epochs"] == pytest.approx(0.99)
     deadline.clock.eval_seconds = 640.0
-    assert deadline.forecast(0, 100, 64, 64).num_steps == math.floor((1000 - 1.1 * 640 - 1) / 20)
+    assert deadline.forecast(0, 100, 64, 64)["num_steps"] == math.floor((1000 - 1.1 * 640 - 1) / 20)
     unlimited = Deadline(None, 500, Clock(tmp_path / "other.json", time))
     unlimited.step_took(10.0)
-    assert unlimited.forecast(3, 100, 64, 64).num_steps == 500
-    assert not unlimited.forecast(3, 100, 64, 64).by_budget
+    assert unlimited.forecast(3, 100, 64, 64)["num_steps"] == 500
+    assert not unlimited.forecast(3, 100, 64, 64)["by_budget"]
 
 
 def test_learning_rate_warms_up_then_falls_to_its_floor():
