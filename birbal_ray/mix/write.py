@@ -9,7 +9,6 @@ from json.encoder import encode_basestring as quoted
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,6 +19,7 @@ from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.rows import AUDIT, AUDIT_FILE, BUCKETS, MIX_ROWS, NATURAL_INSTRUCTIONS, Flags, Reason, question_of
 from birbal_ray.mix.select import NO_DUPLICATE
 from birbal_ray.storage import FileRecord, Folder
+from birbal_ray.templates import render
 
 if TYPE_CHECKING:
     from birbal_ray.mix.plan import MixPlan
@@ -109,14 +109,6 @@ def dataset_card(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> st
 
     Holds nothing that differs between two runs on the same inputs.
     """
-    environment = jinja2.Environment(  # noqa: S701 (Markdown; `cell` escapes what a table can't hold)
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["cell"] = _cell
     rows = manifest["rows"]
     values = {
         **manifest,
@@ -130,7 +122,7 @@ def dataset_card(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> st
         "settings": settings,
         "settings_json": json.dumps(settings, indent=1, ensure_ascii=False),
     }
-    return environment.get_template("card.md.j2").render(values)
+    return render(Path(__file__).with_name("card.md.j2"), values, cell=_cell)
 
 
 class _View:
@@ -224,6 +216,7 @@ def _named(names: Sequence[str], codes: NDArray[Any], is_missing: NDArray[np.boo
 
 
 def _cell(value: Any) -> str:
+    """A value in a Markdown table, which can't hold every sign."""
     if value is None:
         return ""
     text = f"{value:,}" if isinstance(value, int) else str(value)

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
+from birbal_ray import templates
 from birbal_ray.evaluate.leaderboard import (
     Standing,
     load_added,
@@ -23,12 +23,11 @@ from birbal_ray.evaluate.leaderboard import (
 )
 from birbal_ray.progress import duration
 from birbal_ray.report.conclusions import Conclusion, conclude, model_name, signed, words
-from birbal_ray.report.load import READERS, Row, find_steps, mismatches, read_times
+from birbal_ray.report.load import READERS, find_steps, mismatches, read_times
 from birbal_ray.report.plots import NAMES, Plot, draw, tasks_name
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import input_folder, open_folder
 
-TEMPLATE = "report.html.j2"
 REPORT_FILE, PLOTS_FOLDER, RESULTS_FILE = "report.html", "report", "results.json"
 
 
@@ -103,27 +102,21 @@ def rank_models(added: Sequence[Path]) -> tuple[list[Standing], list[str]]:
 
 def render(plots: Mapping[str, Plot], **values: Any) -> str:
     """The page: no script, nothing from outside, every text from data escaped; the same for the same values."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "shown": shown,
-        "exact": repr,
-        "words": words,
-        # A browser may break the line after these; the cell's text stays what it is.
-        "breakable": lambda text: Markup("_<wbr>").join(text.split("_")),
-        "duration": duration,
-        "percent": lambda fraction: f"{100 * fraction:.1f} %",
-        "model_name": model_name,
-    }
-    environment.tests |= {"numeric": lambda value: isinstance(value, (int, float)), "numbers": has_numbers}
     drawings = {name: {"drawing": Markup(plot.inline), "caption": plot.caption} for name, plot in plots.items()}  # noqa: S704 (our own SVG)
-    return environment.get_template(TEMPLATE).render(plots=drawings, tasks_name=tasks_name, **values)
+    return templates.render(
+        Path(__file__).with_name("report.html.j2"),
+        {"plots": drawings, "tasks_name": tasks_name, **values},
+        shown=shown,
+        exact=repr,
+        words=words,
+        # A browser may break the line after these; the cell's text stays what it is.
+        breakable=lambda text: Markup("_<wbr>").join(text.split("_")),
+        duration=duration,
+        percent=lambda fraction: f"{100 * fraction:.1f} %",
+        model_name=model_name,
+        # Whether a column's values are numbers, where there are any.
+        has_numbers=lambda rows, key: any(isinstance(row.get(key), (int, float)) for row in rows),
+    )
 
 
 def shown(value: Any, with_sign: bool = False) -> str:
@@ -135,8 +128,3 @@ def shown(value: Any, with_sign: bool = False) -> str:
     if isinstance(value, float):
         return signed(value) if with_sign else f"{value:.3f}".replace("-", "\u2212")
     return str(value)
-
-
-def has_numbers(rows: Sequence[Row], key: str) -> bool:
-    """Whether a column's values are numbers, where there are any."""
-    return any(isinstance(row.get(key), (int, float)) for row in rows)

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 
 from birbal_ray.models import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, REFERENCE_FILE, Model
@@ -16,9 +15,9 @@ from birbal_ray.ni.prompt import CHAT
 from birbal_ray.run import MANIFEST_FILE
 from birbal_ray.settings import one_line
 from birbal_ray.storage import Folder, RunError
+from birbal_ray.templates import render
 
 CURVE_FILE, CARD_FILE = "loss_curve.png", "README.md"
-TEMPLATE = "card.md.j2"
 # One meaning each in every figure, also the report's; told apart with every common colour blindness (Okabe and Ito).
 INK, MID, EVAL_COLOUR, ADAPTER_COLOUR = "#22272e", "#8b929a", "#b5559c", "#1b9e77"
 Lines = Sequence[Mapping[str, Any]]  # of metrics.jsonl
@@ -92,15 +91,14 @@ def adapter_card(manifest: dict[str, Any], mix: dict[str, Any]) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["lora", "qlora", "sft", "trl", "birbal_ray"],
     }
-    options: dict[str, Any] = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "keep_trailing_newline": True}
-    template = jinja2.Template(Path(__file__).with_name(TEMPLATE).read_text(encoding="utf-8"), **options)
     on_hub = model["revision"] and "/" in model["name"]
-    return template.render(
-        {**manifest, "mix": mix},
-        head=yaml.safe_dump(head, sort_keys=False).strip(),
-        base=repr(model["name" if on_hub else "path"]),
-        is_chat=settings["prompt"]["format"] == CHAT,
-    )
+    values = {
+        "mix": mix,
+        "head": yaml.safe_dump(head, sort_keys=False).strip(),
+        "base": repr(model["name" if on_hub else "path"]),
+        "is_chat": settings["prompt"]["format"] == CHAT,
+    }
+    return render(Path(__file__).with_name("card.md.j2"), {**manifest, **values})
 
 
 def merged_card(card: str, dtype: str) -> str:
