@@ -490,24 +490,27 @@ def evaluate(config: EvaluateConfig, per_task: bool, overwrite: bool, dry_run: b
           --adapter mine=runs/train --adapter theirs=adapters/other --mix runs/mix --output runs/evaluate
     """
     from birbal_ray.evaluate import run as step
+    from birbal_ray.evaluate.compare import gate_failures
     from birbal_ray.plan import plan_evaluate
     from birbal_ray.progress import ProgressLine
     from birbal_ray.score.run import plan_run
+    from birbal_ray.storage import RunError
 
     if not dry_run:
         result = step.evaluate(config, overwrite=overwrite)
         print_evaluate(result, output_format, per_task=per_task)
-        step.check_gate(result, config.gate)
+        if config.gate is not None and (failures := gate_failures(result.comparisons, config.gate)):
+            raise RunError("; ".join(failures))
         return
     progress = ProgressLine()
     setup = step.prepare_evaluation(config)
-    plan = plan_run(setup.scoring, progress, excluded=setup.excluded)
+    plan = plan_run(setup.scoring, progress, excluded=setup.held_out.keys)
     step.describe_evaluation(setup, plan, progress)
     rows = [
         {
             "task": task.name,
             "label": task.label.value,
-            "held out": setup.kind(task.name),
+            "held out": setup.held_out.kind(task.name),
             "instances": task.num_instances,
             "left out": task.num_excluded,
         }

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +12,9 @@ from birbal_ray.evaluate.leaderboard import METRICS
 from birbal_ray.run import RunError
 from birbal_ray.settings import ConfigError, nearest
 
-HARNESS, SCRIPT, FILE = "harness", "script", "file"
-SCRIPT_REMARK = "its data is a loading script, which datasets 5 refuses: needs a task file of this name"
-FILE_REMARK = "no such task in the harness: needs a task file of this name that generates text"
+# Why a benchmark needs a task file of its own.
+SCRIPT = "its data is a loading script, which datasets 5 refuses: needs a task file of this name"
+FILE = "no such task in the harness: needs a task file of this name that generates text"
 SAMPLES = "samples"  # in place of a filter: computed here from the harness's samples
 
 Raw = Mapping[str, Mapping[str, Any]]  # benchmark or task name → what the harness returned for it
@@ -25,8 +23,6 @@ COMPARABLE_NOTE = (
     "measured through lm-evaluation-harness, whose prompts, splits and scoring are not HELM's, by which the "
     "published figures were made: an indication, not the published measurement"
 )
-_ARTICLE = re.compile(r"\b(a|an|the)\b")
-_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +32,7 @@ class Benchmark:
     `tasks`: tasks or groups of the harness; the value is the plain mean of `measure` over them.
     `measure`: `metric,filter` as in the harness's results, in [0, 1].
     `num_fewshot`: None leaves it to the harness's task.
-    `source`: HARNESS has the task; SCRIPT has it, but can't load its data set; FILE: to be given.
+    `lacks`: SCRIPT or FILE, where the harness alone can't run it.
     """
 
     name: str
@@ -44,20 +40,8 @@ class Benchmark:
     tasks: tuple[str, ...]
     measure: str
     num_fewshot: int | None = None
-    source: str = HARNESS
+    lacks: str = ""
     remark: str = ""
-
-    @property
-    def row(self) -> dict[str, Any]:
-        """For a table."""
-        return {
-            "metric": self.metric,
-            "benchmark": self.name,
-            "tasks": " ".join(self.tasks),
-            "measure": self.measure,
-            "needs": "" if self.source == HARNESS else "a task file",
-            "remark": self.remark,
-        }
 
 
 # The organisers' preliminary list, run_specs_full_coarse_600_budget.conf at commit 2f4ffcd, names 18 tasks.
@@ -68,9 +52,7 @@ BIG_BENCH = (
     *("strange_stories", "strategyqa", "symbol_interpretation", "vitaminc_fact_verification", "winowhy"),
 )
 BIG_BENCH_LEFT_OUT = ("auto_debugging", "linguistics_puzzles", "operators", "repeat_copy_logic")
-_ETHICS = {"justice": "justice", "commonsense": "cm", "virtue": "virtue", "deontology": "deontology"} | {
-    "utilitarianism": "utilitarianism"
-}
+_ETHICS = ("justice", "commonsense", "virtue", "deontology", "utilitarianism")
 
 BENCHMARKS = {
     benchmark.name: benchmark
@@ -93,10 +75,8 @@ BENCHMARKS = {
         ),
         Benchmark("gsm8k", "GSM8K - EM", ("gsm8k",), "exact_match,strict-match", remark="the number after ####"),
         Benchmark("bbq", "BBQ - EM", ("bbq",), "acc,none", remark="likeliest of the answers in full, no examples"),
-        Benchmark("sam_sum", "sam_sum - ROUGE-2", ("sam_sum",), f"rouge_2,{SAMPLES}", source=FILE, remark=FILE_REMARK),
-        Benchmark(
-            "corr2cause", "corr2cause - EM", ("corr2cause",), f"exact_match,{SAMPLES}", source=FILE, remark=FILE_REMARK
-        ),
+        Benchmark("sam_sum", "sam_sum - ROUGE-2", ("sam_sum",), f"rouge_2,{SAMPLES}", lacks=FILE),
+        Benchmark("corr2cause", "corr2cause - EM", ("corr2cause",), f"exact_match,{SAMPLES}", lacks=FILE),
         Benchmark(
             "math",
             "MATH (chain-of-thoughts) - Equivalent (chain of thought)",
@@ -105,15 +85,9 @@ BENCHMARKS = {
             remark="four fixed examples; answers compared by sympy",
         ),
         *(
-            Benchmark(
-                f"ethics_{subset}",
-                f"ethics_{subset} - EM",
-                (f"ethics_{task}",),
-                "acc,none",
-                source=SCRIPT,
-                remark=SCRIPT_REMARK,
-            )
-            for subset, task in _ETHICS.items()
+            Benchmark(f"ethics_{subset}", f"ethics_{subset} - EM", (f"ethics_{task}",), "acc,none", lacks=SCRIPT)
+            for subset in _ETHICS
+            for task in ("cm" if subset == "commonsense" else subset,)
         ),
     )
 }
@@ -133,13 +107,20 @@ def not_measured() -> dict[str, str]:
 
 def listing() -> list[dict[str, Any]]:
     """One row per metric of the leaderboard, in published order: what measures it, or why nothing does."""
-    by_metric = {benchmark.metric: benchmark.row for benchmark in BENCHMARKS.values()}
+    rows: dict[str, dict[str, Any]] = {
+        one.metric: {
+            "metric": one.metric,
+            "benchmark": one.name,
+            "tasks": " ".join(one.tasks),
+            "measure": one.measure,
+            "needs": "a task file" if one.lacks else "",
+            "remark": one.lacks or one.remark,
+        }
+        for one in BENCHMARKS.values()
+    }
     empty = dict.fromkeys(("benchmark", "tasks", "measure", "needs"))
-    reasons = not_measured()
-    return [
-        by_metric.get(metric) or {"metric": metric, **empty, "remark": f"not measured: {reasons[metric]}"}
-        for metric in METRICS
-    ]
+    rows |= {name: {"metric": name, **empty, "remark": f"not measured: {why}"} for name, why in not_measured().items()}
+    return [rows[metric] for metric in METRICS]
 
 
 def choose(names: Sequence[str]) -> list[Benchmark]:
@@ -254,21 +235,6 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
     return float(bool(stripped) and stripped in {reference.strip() for reference in references})
 
 
-def quasi_exact_match(answer: str, references: Sequence[str]) -> float:
-    """1.0 if the answer equals a reference once both are `normalised`; else 0.0. An empty answer scores 0.0."""
-    return float(
-        bool(answer.strip()) and normalised(answer) in {normalised(reference) for reference in references},
-    )
-
-
-def normalised(text: str) -> str:
-    """Lower case, without ASCII punctuation, then without the words a, an, the; white space is one blank.
-
-    The order matters: "the-cat" becomes "thecat". The rule is HELM's, which has it from the QuAC scorer.
-    """
-    return " ".join(_ARTICLE.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())
-
-
 def rouge_2(answer: str, references: Sequence[str]) -> float:
     """Largest ROUGE-2 F1 in [0, 1] over the references: shared pairs of neighbouring words, stemmed (as in HELM).
 
@@ -285,4 +251,4 @@ def _rouge_2_scorer() -> Any:
     return RougeScorer(["rouge2"], use_stemmer=True)
 
 
-_SAMPLE_MEASURES = {"exact_match": exact_match, "quasi_exact_match": quasi_exact_match, "rouge_2": rouge_2}
+_SAMPLE_MEASURES = {"exact_match": exact_match, "rouge_2": rouge_2}

@@ -16,7 +16,6 @@ from typing import Any
 
 from birbal_ray.evaluate.benchmarks import (
     BENCHMARKS,
-    HARNESS,
     SAMPLES,
     Benchmark,
     choose,
@@ -181,7 +180,7 @@ def select_runs(options: HarnessOptions) -> list[BenchmarkRun]:
     found = choose(options.benchmarks)
     if not options.benchmarks and not options.tasks:
         local = local_tasks(options.include_path) if options.include_path else frozenset()
-        found = [one for one in BENCHMARKS.values() if one.source == HARNESS or set(one.tasks) <= local]
+        found = [one for one in BENCHMARKS.values() if not one.lacks or set(one.tasks) <= local]
     runs = []
     for one in found:
         shots = one.num_fewshot if options.num_fewshot is None else options.num_fewshot

@@ -21,14 +21,14 @@ from birbal_ray.storage import Folder, open_folder
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """`keys`: row ids and text keys to leave out. `sampled`: tasks of which a mix holds rows."""
+    """`keys`: row ids and text keys to leave out. `sampled`: tasks of which a mix holds rows; None: no mix is known."""
 
     keys: frozenset[str]
-    sampled: frozenset[str]
+    sampled: frozenset[str] | None
 
     def kind(self, task: str) -> str:
-        """`instances` where other rows of the task were trained on, else `task`."""
-        return "instances" if task in self.sampled else "task"
+        """`instances` where other rows of the task were trained on, else `task`; `unknown` without a mix."""
+        return "unknown" if self.sampled is None else "instances" if task in self.sampled else "task"
 
 
 def find_mixes(models: Sequence[EvaluatedModel], given: str | None) -> list[str]:
@@ -57,35 +57,31 @@ def find_mixes(models: Sequence[EvaluatedModel], given: str | None) -> list[str]
     return list(found.values())
 
 
-def union(found: Sequence[HeldOut]) -> HeldOut | None:
-    """What none of the mixes considered; None without a mix."""
-    if not found:
-        return None
-    return HeldOut(frozenset().union(*(one.keys for one in found)), frozenset().union(*(one.sampled for one in found)))
-
-
-def held_out(place: str | os.PathLike[str]) -> HeldOut:
-    """What the finished mix at a path or URL leaves for an honest test. Raises RunError when it is none.
+def held_out(*places: str | os.PathLike[str]) -> HeldOut:
+    """What the finished mixes at paths or URLs leave for an honest test. Raises RunError where one is none.
 
     Of a task that was sampled, every candidate is left out, not only the chosen rows: what was not
     chosen is what the base model got right, which would favour it (docs/decisions/0032). Rows of any
     task whose text was trained on under another id are left out too.
     """
-    mix = open_folder(place)
-    read_manifest(mix, "mix")
-    sampled: set[str] = set()
-    candidates: dict[str, list[str]] = {}
-    for batch in _batches(mix, AUDIT_FILE, ["row_id", "source", "task", "kept"]):
-        ours = batch.filter(pc.equal(batch["source"], NATURAL_INSTRUCTIONS))
-        sampled |= set(ours.filter(ours["kept"])["task"].to_pylist())
-        for task, row_id in zip(ours["task"].to_pylist(), ours["row_id"].to_pylist(), strict=True):
-            candidates.setdefault(task, []).append(row_id)
-    keys = {row_id for task in sampled for row_id in candidates[task]}
-    for split in ("train", "eval"):
-        for batch in _batches(mix, f"{split}.parquet", ["instruction", "input"]):
-            texts = zip(batch["instruction"].to_pylist(), batch["input"].to_pylist(), strict=True)
-            keys.update(text_key(instruction, text) for instruction, text in texts)
-    return HeldOut(frozenset(keys), frozenset(sampled))
+    keys: set[str] = set()
+    all_sampled: set[str] = set()
+    for mix in map(open_folder, places):
+        read_manifest(mix, "mix")
+        sampled: set[str] = set()
+        candidates: dict[str, list[str]] = {}
+        for batch in _batches(mix, AUDIT_FILE, ["row_id", "source", "task", "kept"]):
+            ours = batch.filter(pc.equal(batch["source"], NATURAL_INSTRUCTIONS))
+            sampled |= set(ours.filter(ours["kept"])["task"].to_pylist())
+            for task, row_id in zip(ours["task"].to_pylist(), ours["row_id"].to_pylist(), strict=True):
+                candidates.setdefault(task, []).append(row_id)
+        keys.update(row_id for task in sampled for row_id in candidates[task])
+        all_sampled |= sampled
+        for split in ("train", "eval"):
+            for batch in _batches(mix, f"{split}.parquet", ["instruction", "input"]):
+                texts = zip(batch["instruction"].to_pylist(), batch["input"].to_pylist(), strict=True)
+                keys.update(text_key(instruction, text) for instruction, text in texts)
+    return HeldOut(frozenset(keys), frozenset(all_sampled) if places else None)
 
 
 def _batches(mix: Folder, name: str, columns: list[str]) -> Iterator[pa.Table]:

@@ -14,9 +14,9 @@ from typing import Any
 import pyarrow as pa
 
 from birbal_ray.cluster import job_metadata, ray_log_file, ray_session
-from birbal_ray.evaluate.compare import adjust, compare, gate_failures, pair_tasks, scopes
+from birbal_ray.evaluate.compare import adjust, compare, pair_tasks, scopes
 from birbal_ray.evaluate.config import EvaluateConfig
-from birbal_ray.evaluate.heldout import HeldOut, find_mixes, held_out, union
+from birbal_ray.evaluate.heldout import HeldOut, find_mixes, held_out
 from birbal_ray.evaluate.models import ADAPTER, BASE, EvaluatedModel, resolve_models
 from birbal_ray.models import REFERENCE_FILE, Model, load_with_adapter, merge_adapter, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine, counted, figures_key
@@ -31,13 +31,13 @@ from birbal_ray.score.plan import ScorePlan, plan_run, publish_inputs
 from birbal_ray.score.results import read_scores, summarise
 from birbal_ray.score.run import describe_plan, identity_of, keep_figures, plan_hash, resolve_config, write_plan
 from birbal_ray.score.shards import PromptVariant, RowFiles
+from birbal_ray.score.stages import find_model
 from birbal_ray.settings import ConfigError, canonical_hash
 from birbal_ray.statistics import MIN_TASKS, detectable_difference
 from birbal_ray.storage import FileRecord, Folder, cache_folder, is_url
 
 STEP = "evaluate"
 OWNS = ("rows/*.parquet", "inputs/*", "tasks.parquet", "quarantine.jsonl", EVALUATION_FILE, COMPARISONS_FILE)
-SIMULATED = Model("simulated", Path("simulated"), None, "simulated")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Setup:
     scoring: ScoreConfig  # of the base model
     models: list[EvaluatedModel]  # the base model first
     mixes: list[str]
-    held_out: HeldOut | None  # None: no mix is known
+    held_out: HeldOut
     model: Model
 
     @property
@@ -68,15 +68,6 @@ class Setup:
         # vLLM's LoRA layers cost little on a GPU; on two CPU cores they took 4.5 to 1.1 rows/s.
         simulated = self.scoring.engine.backend == "simulated"
         return how == "lora" or (how == "auto" and (simulated or self.scoring.engine.device == "gpu"))
-
-    @property
-    def excluded(self) -> frozenset[str]:
-        """Row ids and text keys that are left out."""
-        return self.held_out.keys if self.held_out else frozenset()
-
-    def kind(self, task: str) -> str:
-        """How a task is held out."""
-        return self.held_out.kind(task) if self.held_out else "unknown"
 
     def engines(self) -> list[list[EvaluatedModel]]:
         """The models by the engine that serves them."""
@@ -110,7 +101,7 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
     """
     progress, started = ProgressLine(), time.monotonic()
     setup = prepare_evaluation(config)
-    plan = plan_run(setup.scoring, progress, excluded=setup.excluded)
+    plan = plan_run(setup.scoring, progress, excluded=setup.held_out.keys)
     inputs = [path for path in (config.tasks.path, *setup.mixes, *(one.path for one in setup.models[1:])) if path]
     output, identity = config.output or "", _identity(setup, plan)
     with open_run(output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run:
@@ -135,7 +126,7 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
 def prepare_evaluation(config: EvaluateConfig) -> Setup:
     """Everything decided that can be without reading a task. Raises ConfigError, ModelError, RunError."""
     scoring = resolve_config(config.scoring())
-    model = resolve_model(config.model.name, config.model.revision) if scoring.engine.backend == "vllm" else SIMULATED
+    model, *_ = find_model(scoring)
     found = resolve_models(model, config.adapters, config.merged)
     names = [one.name for one in found[1:]]
     if config.primary.model is not None and config.primary.model not in names:
@@ -143,13 +134,13 @@ def prepare_evaluation(config: EvaluateConfig) -> Setup:
     mixes = find_mixes(found, config.mix)
     if scoring.engine.backend == "vllm":
         scoring = scoring.replace({"model": scoring.model.replace(pin_model(model))})
-    return Setup(config, scoring, found, mixes, union([held_out(mix) for mix in mixes]), model)
+    return Setup(config, scoring, found, mixes, held_out(*mixes), model)
 
 
 def describe_evaluation(setup: Setup, plan: ScorePlan, progress: ProgressLine) -> None:
     """Say on stderr who is compared on what."""
     describe_plan(plan, setup.scoring, progress)
-    if setup.held_out is None:
+    if not setup.mixes:
         progress.message("no mix is known (--mix DIR): nothing is left out, an adapter may have seen these instances")
     else:
         left_out = sum(task.num_excluded for task in plan.tasks)
@@ -182,7 +173,7 @@ def _identity(setup: Setup, plan: ScorePlan) -> dict[str, Any]:
     identity["adapters_served_as"] = "lora" if setup.lora else "merged"
     identity["prompt_formats"] = sorted(setup.config.prompt_formats)
     identity["models"] = {one.name: f"{one.kind} {one.fingerprint}" for one in setup.models}
-    identity["excluded"] = canonical_hash(sorted(setup.excluded))
+    identity["excluded"] = canonical_hash(sorted(setup.held_out.keys))
     return identity
 
 
@@ -211,9 +202,9 @@ def _score(setup: Setup, plan: ScorePlan, run: Run, progress: ProgressLine) -> N
                 logs = run.folder.at(LOG_FOLDER)
                 progress.update(f"{names}: starting {config.resources.num_replicas} engine(s); logs in {logs}")
                 adapters = [Adapter(one.name, one.origin, one.rank or 0) for one in served[1:]]
-                work = FixedSchedule(shards), config, fingerprint, run.folder, session.see, adapters, setup.excluded
+                schedule, excluded = FixedSchedule(shards), setup.held_out.keys
                 try:
-                    score_shards(*work)
+                    score_shards(schedule, config, fingerprint, run.folder, session.see, adapters, excluded)
                 finally:
                     progress.close()
                     run.session({**session.record(), "wall_seconds": round(time.monotonic() - started, 3)})
@@ -269,7 +260,7 @@ def _finish(setup: Setup, plan: ScorePlan, run: Run) -> EvaluateResult:
                     "the same command again, which scores these rows again"
                 )
             for row in results.task_scores:
-                where = {"held_out": setup.kind(row["task"]), "model": one.name, "kind": one.kind}
+                where = {"held_out": setup.held_out.kind(row["task"]), "model": one.name, "kind": one.kind}
                 evaluation.append({**row, **where, "prompt_format": variant.prompt_format})
             scores[one.name, variant.prompt_format] = read_scores(rows_folder, results.files)
             files |= {f"{ROWS_FOLDER}/{name}": record for name, record in results.files.items()}
@@ -305,7 +296,7 @@ def compare_models(
 ) -> list[dict[str, Any]]:
     """COMPARISONS rows. `scores`: (model, prompt format) → task → row id → score."""
     rows: list[dict[str, Any]] = []
-    about = {task.name: (task.label.value, setup.kind(task.name)) for task in plan.tasks}
+    about = {task.name: (task.label.value, setup.held_out.kind(task.name)) for task in plan.tasks}
     for one in setup.models[1:]:
         for prompt_format in setup.config.prompt_formats:
             pairs = pair_tasks(scores[BASE, prompt_format], scores[one.name, prompt_format], about)
@@ -313,13 +304,6 @@ def compare_models(
                 if members:
                     rows.append({"model": one.name, "prompt_format": prompt_format, "scope": scope, **compare(members)})
     return adjust(rows, setup.primary())
-
-
-def check_gate(result: EvaluateResult, delta: float | None) -> None:
-    """Raise RunError where a model is worse than the base model by more than `delta` on any scope."""
-    failures = [] if delta is None else gate_failures(result.comparisons, delta)
-    if failures:
-        raise RunError("; ".join(failures))
 
 
 def _read(run: Run) -> EvaluateResult:

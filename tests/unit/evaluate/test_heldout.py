@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from birbal_ray.evaluate.config import EvaluateConfig
-from birbal_ray.evaluate.heldout import held_out
+from birbal_ray.evaluate.heldout import HeldOut, held_out
 from birbal_ray.evaluate.models import resolve_models
-from birbal_ray.evaluate.run import SIMULATED, prepare_evaluation
+from birbal_ray.evaluate.run import prepare_evaluation
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import mix
 from birbal_ray.models import Model
@@ -69,7 +69,7 @@ def other_mix(made, tmp_path_factory):
 
 def trained_on(mix_folder, folder):
     """A training run's folder whose manifest names the mix as it is now."""
-    run = adapter(folder, SIMULATED.fingerprint)
+    run = adapter(folder, "simulated")
     manifest = read_json(run / "manifest.json")
     identity_hash = read_json(mix_folder / "manifest.json")["identity_hash"]
     write_json(run / "manifest.json", {**manifest, "mix": {"path": str(mix_folder), "identity_hash": identity_hash}})
@@ -90,12 +90,12 @@ def test_of_several_mixes_the_union_is_left_out(made, other_mix, tmp_path):
     assert held_out(other_mix).keys - held_out(made).keys
     assert held_out(made).keys - held_out(other_mix).keys
     for setup in (setup_of(one, two), setup_of(one, two, mix=made), setup_of(two, mix=made)):
-        assert setup.excluded == both
+        assert setup.held_out.keys == both
         assert set(setup.mixes) == {str(made), str(other_mix)}
         assert setup.held_out.sampled == held_out(made).sampled | held_out(other_mix).sampled
     assert setup_of(one).mixes == setup_of(one, mix=made).mixes == [str(made)]
-    assert setup_of(mix=made).excluded == held_out(made).keys
-    assert setup_of().held_out is None
+    assert setup_of(mix=made).held_out.keys == held_out(made).keys
+    assert setup_of().held_out == HeldOut(frozenset(), None) and setup_of().held_out.kind("task0") == "unknown"
 
 
 def test_an_adapter_whose_mix_is_not_there_any_more(made, other_mix, tmp_path):

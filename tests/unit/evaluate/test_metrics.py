@@ -1,4 +1,4 @@
-"""Exact match, quasi exact match and ROUGE-2, against values worked out by hand."""
+"""Exact match and ROUGE-2, against values worked out by hand."""
 
 from __future__ import annotations
 
@@ -6,41 +6,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from birbal_ray.evaluate.benchmarks import exact_match, normalised, quasi_exact_match, rouge_2
+from birbal_ray.evaluate.benchmarks import exact_match, rouge_2
 
 
 @pytest.mark.parametrize(
-    ("answer", "references", "plain", "quasi"),
+    ("answer", "references", "expected"),
     [
-        ("Paris", ["Paris"], 1, 1),
-        (" Paris\n", ["Paris"], 1, 1),
-        ("Paris", ["Rome", "Paris "], 1, 1),
-        ("paris", ["Paris"], 0, 1),
-        ("Paris.", ["Paris"], 0, 1),
-        ("the  city of an  angel", ["City of angel!"], 0, 1),
-        ("a b", ["b"], 0, 1),
-        ("ab", ["b"], 0, 0),
-        ("the-cat", ["cat"], 0, 0),  # punctuation goes first, so no article is left to remove
-        ("there", ["re"], 0, 0),  # an article is a word, not the beginning of one
-        ("3.5", ["35"], 0, 1),  # what the normalisation costs
-        ("“Paris”", ["Paris"], 0, 0),  # only ASCII punctuation is removed
-        ("The.", ["?"], 0, 1),  # nothing is left of either
-        ("", [""], 0, 0),
-        (" ", [""], 0, 0),
-        ("x", [], 0, 0),
+        ("Paris", ["Paris"], 1),
+        (" Paris\n", ["Paris"], 1),
+        ("Paris", ["Rome", "Paris "], 1),
+        ("paris", ["Paris"], 0),
+        ("Paris.", ["Paris"], 0),
+        ("the  city of an  angel", ["City of angel!"], 0),
+        ("a b", ["b"], 0),
+        ("ab", ["b"], 0),
+        ("the-cat", ["cat"], 0),
+        ("there", ["re"], 0),
+        ("3.5", ["35"], 0),
+        ("“Paris”", ["Paris"], 0),
+        ("The.", ["?"], 0),
+        ("", [""], 0),
+        (" ", [""], 0),
+        ("x", [], 0),
     ],
 )
-def test_exact_match_plain_and_quasi(answer, references, plain, quasi):
-    assert (exact_match(answer, references), quasi_exact_match(answer, references)) == (plain, quasi)
-
-
-def test_normalisation():
-    assert normalised("  The Cat, an ANIMAL;\tsat on a mat. ") == "cat animal sat on mat"
+def test_exact_match(answer, references, expected):
+    assert exact_match(answer, references) == expected
 
 
 @given(st.text(max_size=30))
-def test_what_matches_exactly_matches_quasi_exactly(text):
-    assert quasi_exact_match(f" {text}\n", [text]) == exact_match(text, [text]) == bool(text.strip())
+def test_only_an_empty_text_does_not_match_itself(text):
+    assert exact_match(f" {text}\n", [text]) == bool(text.strip())
 
 
 @pytest.mark.parametrize(
