@@ -86,6 +86,10 @@ def join_steps(config: PipelineConfig) -> PipelineConfig:
     excluded = sorted({*score.tasks.exclude, *config.held_out_tasks})
     if config.budget:  # only an adaptive run may stop where it is
         score = score.replace({"adaptive.enabled": True})
+    # Adaptive scoring fills the shares of this mix, unless it was given others.
+    own, given = score.adaptive.model_fields_set, config.mix.task_score
+    shared = {"exact_match_budget", "generation_budget", "gamma"} - own
+    score = score.replace({f"adaptive.{name}": getattr(given, name) for name in sorted(shared)})
     joined = {
         "shares": shares,
         "score": with_shared(score, output=folder["score"], tasks={"exclude": excluded}),

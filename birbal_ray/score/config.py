@@ -176,7 +176,7 @@ def vllm_argument_names() -> frozenset[str]:
 
 
 class AdaptiveSettings(Settings):
-    """When a task has been scored enough (see `score.adaptive`)."""
+    """When a task has been scored enough (see `score.adaptive`). A pipeline takes budgets and gamma from its mix."""
 
     enabled: bool = Field(False, description="stop each task when its score is known and its share is filled")
     score_margin: float = Field(0.05, gt=0, lt=1, description="half-width of the 95 % interval of a task's score")

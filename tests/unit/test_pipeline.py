@@ -165,6 +165,15 @@ def test_an_evaluation_asks_what_its_time_allows(tmp_path):
     assert pipeline.instances_that_fit(config, 500.0) >= 2
 
 
+def test_adaptive_scoring_fills_the_shares_of_the_pipeline_s_mix():
+    """What scoring is given itself stays."""
+    mix = {"task_score": {"exact_match_budget": 70, "generation_budget": 80, "gamma": 2.0}}
+    score = {"adaptive": {"enabled": True, "generation_budget": 5}}
+    config = PipelineConfig.model_validate({"output": "o", "tasks": "t", "mix": mix, "score": score})
+    adaptive = join_steps(config).score.adaptive
+    assert (adaptive.exact_match_budget, adaptive.generation_budget, adaptive.gamma) == (70, 5, 2.0)
+
+
 def test_without_a_budget_nothing_is_limited(tmp_path):
     config = join_steps(PipelineConfig(output=str(tmp_path), tasks="t"))
     clock = clock_in(tmp_path, budget=None)
