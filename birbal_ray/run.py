@@ -152,6 +152,14 @@ class Run:
         return [self.folder.read_json(name) for name in sorted(names, key=lambda name: (len(name), name))]
 
 
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a finished run left, to be read by who called its step."""
+
+    folder: Folder
+    manifest: dict[str, Any]
+
+
 @contextlib.contextmanager
 def open_run(
     output: str | os.PathLike[str] | Folder,

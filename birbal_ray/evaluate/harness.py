@@ -27,7 +27,7 @@ from birbal_ray.evaluate.benchmarks import (
 from birbal_ray.evaluate.models import EvaluatedModel, resolve_models
 from birbal_ray.models import Model, resolve_model
 from birbal_ray.progress import ProgressLine, duration
-from birbal_ray.run import RunError, RunFailedError, open_run, package_versions
+from birbal_ray.run import RunError, RunFailedError, StepResult, open_run, package_versions
 from birbal_ray.settings import ConfigError, canonical_hash, nearest, one_line, sha256_of
 from birbal_ray.storage import Folder, open_folder
 
@@ -74,11 +74,9 @@ class BenchmarkRun:
 
 
 @dataclass(frozen=True, slots=True)
-class HarnessResult:
+class HarnessResult(StepResult):
     """A run's folder, its manifest, one row per finished benchmark or task."""
 
-    folder: Folder
-    manifest: dict[str, Any]
     rows: list[dict[str, Any]]
 
 

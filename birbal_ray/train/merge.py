@@ -8,7 +8,7 @@ import itertools
 import multiprocessing
 import re
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,11 @@ from birbal_ray.models import (
 )
 from birbal_ray.ni.prompt import BIRBAL, STOP, ChatTemplate, render_prompt
 from birbal_ray.progress import ProgressLine
-from birbal_ray.run import LOG_FOLDER, open_run
+from birbal_ray.run import LOG_FOLDER, StepResult, open_run
 from birbal_ray.score.config import EngineSettings, ResourceSettings
 from birbal_ray.score.reference import Agreement, compare_with_peft, reference_prompts, why_not_applied
 from birbal_ray.settings import ConfigError, one_line
-from birbal_ray.storage import Folder, RunError, cache_folder, input_folder, open_folder
+from birbal_ray.storage import RunError, cache_folder, input_folder, open_folder
 from birbal_ray.train.card import CARD_FILE, PUSHED_MANIFEST, merged_card
 from birbal_ray.train.data import IGNORED, encode_rows, text_columns
 
@@ -41,12 +41,8 @@ MODELFILE = "Modelfile"
 ENGINE_LOG = f"{LOG_FOLDER}/engine.log"
 
 
-@dataclass(frozen=True, slots=True)
-class MergeResult:
+class MergeResult(StepResult):
     """A model folder and how it compares."""
-
-    folder: Folder
-    manifest: dict[str, Any]
 
 
 def merge(

@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from birbal_ray.manifest import check_input, read_manifest
 from birbal_ray.models import Model, find_adapter, load_tokenizer, pin_model, read_template, resolve_model
 from birbal_ray.ni.prompt import CHAT
 from birbal_ray.progress import ProgressLine, save_figures
-from birbal_ray.run import Run, open_run, package_versions, sigterm_as_interrupt
+from birbal_ray.run import Run, StepResult, open_run, package_versions, sigterm_as_interrupt
 from birbal_ray.settings import ConfigError, require
 from birbal_ray.storage import Folder, RunError, absolute, is_url, open_folder
 from birbal_ray.train.card import CURVE_FILE, draw_loss_curve, publish_adapter
@@ -52,12 +52,8 @@ CALIBRATION_STEPS = 4
 TEXT_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
-@dataclass(frozen=True, slots=True)
-class TrainResult:
+class TrainResult(StepResult):
     """A finished run."""
-
-    folder: Folder
-    manifest: dict[str, Any]
 
 
 def train(config: TrainConfig, *, overwrite: bool = False) -> TrainResult:

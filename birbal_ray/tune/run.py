@@ -6,14 +6,14 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from birbal_ray.cluster import can_place, job_metadata, ray_log_file, ray_session
 from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.models import Model, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine, counted, duration, figures_key, last_throughput, save_figures
-from birbal_ray.run import Run, RunError, RunFailedError, open_run
+from birbal_ray.run import Run, RunError, RunFailedError, StepResult, open_run
 from birbal_ray.settings import require, sha256_of
 from birbal_ray.storage import Folder, absolute, input_folder
 from birbal_ray.train.config import TrainResources
@@ -42,12 +42,8 @@ SEARCH_PICTURE, SEEDS_PICTURE = "search.png", "verdict.png"
 OWNS = (TRIALS_FILE, BEST_FILE, SEARCH_PICTURE, SEEDS_PICTURE, f"{TRIALS_FOLDER}/*", "ray_tune/*")
 
 
-@dataclass(frozen=True, slots=True)
-class TuneResult:
+class TuneResult(StepResult):
     """What a search left: its folder and its manifest."""
-
-    folder: Folder
-    manifest: dict[str, Any]
 
 
 def tune(config: TuneConfig, *, overwrite: bool = False) -> TuneResult:
