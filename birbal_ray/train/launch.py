@@ -69,7 +69,7 @@ def worker_request(config: TrainConfig) -> WorkerRequest:
 def train_on_cluster(
     config: TrainConfig, model: Model, folder: Folder, progress: ProgressLine, run: Run | None = None
 ) -> dict[str, Any]:
-    """Run one worker, show its progress, return its outcome (see `sft.Outcome`). SIGTERM and Ctrl-C let it save first.
+    """Run one worker, show its progress, return its outcome (see `Outcome`). SIGTERM and Ctrl-C let it save first.
 
     A worker that dies is replaced and continues from the latest checkpoint, `resources.max_failures`
     times; then RunFailedError is raised. Errors that would only come again end the run at once, by RunError. A worker

@@ -65,7 +65,8 @@ def make_trainer(config, model, folder, train, evaluation):
     from transformers import AutoTokenizer
 
     from birbal_ray.train.deadline import Clock
-    from birbal_ray.train.sft import BudgetTrainer, load_base, sft_config
+    from birbal_ray.train.sft import load_base, sft_config
+    from birbal_ray.train.trainer import BudgetTrainer
 
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     return BudgetTrainer(
@@ -515,7 +516,7 @@ class PagedOptimizer:
 def test_paged_optimizer_state_stays_paged_after_a_resume():
     import torch
 
-    from birbal_ray.train.sft import load_paged_state
+    from birbal_ray.train.trainer import load_paged_state
 
     optimizer = PagedOptimizer([torch.zeros(3, 5), torch.zeros(2)])
     saved = {0: {"step": 7, "state1": torch.rand(3, 5), "state2": torch.rand(3, 5), "qmap1": torch.rand(4)}, 1: {}}

@@ -16,6 +16,7 @@ from birbal_ray.train import card, launch, sft
 from birbal_ray.train import run as step
 from birbal_ray.train.checkpoints import Remote, download_state, working_folder
 from birbal_ray.train.config import TrainConfig
+from birbal_ray.train.deadline import Clock, Deadline
 from tests.fixtures.s3_server import BUCKET
 from tests.fixtures.small_training import SMALL_TRAINING
 
@@ -197,7 +198,7 @@ def test_an_adapter_is_pushed_with_card_and_manifest(tiny_model, tiny_mix, tmp_p
 def test_the_clock_goes_to_the_url_with_the_status(tmp_path):
     """So that a continuation on another machine, and the pipeline, count what a killed session took."""
     added = []
-    deadline = sft.Deadline(100.0, 10, sft.Clock(tmp_path / "clock.json"))
+    deadline = Deadline(100.0, 10, Clock(tmp_path / "clock.json"))
     remote = SimpleNamespace(add=lambda *names: added.extend(names))
     trainer = SimpleNamespace(folder=tmp_path, remote=remote, settings=TrainConfig(), deadline=deadline)
     state = SimpleNamespace(global_step=3, max_steps=10, num_train_epochs=1, epoch=0.3)
