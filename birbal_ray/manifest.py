@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from birbal_ray.schemas import MANIFEST_FILE
-from birbal_ray.settings import sha256_of
 from birbal_ray.storage import FileStat, Folder, RunError, open_folder
 
 RUN_FILE = "run.json"
@@ -50,35 +49,18 @@ def read_manifest(place: str | os.PathLike[str] | Folder, step: str, *, oldest: 
     return manifest
 
 
-def read_input(folder: Folder, manifest: Mapping[str, Any], name: str) -> bytes:
-    """A file of a finished run, checked against its manifest's sha256. Raises RunError when it was edited since."""
-    try:
-        data = folder.read_bytes(name)
-    except FileNotFoundError:
-        raise RunError(f"{folder.at(name)}: missing; {_remake(manifest)}") from None
-    _compare(folder, manifest, name, sha256_of(data))
-    return data
-
-
 def check_input(folder: Folder, manifest: Mapping[str, Any], names: Iterable[str]) -> None:
     """Check files of a finished run against its manifest's sha256. Raises RunError when one was edited since."""
+    remake = f"put the original back, or run `birbal {manifest.get('step')}` again with another --output"
     for name in names:
         try:
-            found = folder.record_of(name)
+            found = folder.record_of(name).sha256
         except FileNotFoundError:
-            raise RunError(f"{folder.at(name)}: missing; {_remake(manifest)}") from None
-        _compare(folder, manifest, name, found.sha256)
-
-
-def _compare(folder: Folder, manifest: Mapping[str, Any], name: str, found: str) -> None:
-    record = manifest.get("files", {}).get(name)
-    expected = record["sha256"] if isinstance(record, Mapping) else record  # version 0.1's mix: the hash alone
-    if isinstance(expected, str) and expected != found:
-        raise RunError(f"{folder.at(name)}: edited since its run finished (its sha256 is another); {_remake(manifest)}")
-
-
-def _remake(manifest: Mapping[str, Any]) -> str:
-    return f"put the original back, or run `birbal {manifest.get('step')}` again with another --output"
+            raise RunError(f"{folder.at(name)}: missing; {remake}") from None
+        record = manifest.get("files", {}).get(name)
+        expected = record["sha256"] if isinstance(record, Mapping) else record  # version 0.1's mix: the hash alone
+        if isinstance(expected, str) and expected != found:
+            raise RunError(f"{folder.at(name)}: edited since its run finished (its sha256 is another); {remake}")
 
 
 def wrong_files(manifest: Mapping[str, Any], files: Mapping[str, FileStat]) -> list[str]:

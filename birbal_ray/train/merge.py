@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray.cluster import log_to
-from birbal_ray.manifest import read_input, read_manifest
+from birbal_ray.manifest import check_input, read_manifest
 from birbal_ray.models import (
     ADAPTER_FOLDER,
     TOKENIZER_FILES,
@@ -176,12 +176,7 @@ def _ollama_template(chat: ChatTemplate | None, begin: str) -> str:
 def _read_prompts(mix: str, tokenizer: Any, chat: ChatTemplate | None, count: int) -> list[list[int]]:
     """Token ids of the first eval rows' prompts, as in training."""
     folder = open_folder(mix)
-    try:
-        read_input(folder, read_manifest(folder, "mix"), "eval.parquet")
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{folder.at('eval.parquet')}: missing; the comparison takes its prompts from the mix that was trained on"
-        ) from None
+    check_input(folder, read_manifest(folder, "mix"), ["eval.parquet"])
     rows = folder.read_table("eval.parquet", columns=text_columns(chat=chat is not None)).slice(0, count).to_pydict()
     return [ids[: sum(label == IGNORED for label in labels)] for ids, labels in encode_rows(tokenizer, rows, chat)]
 
