@@ -59,13 +59,31 @@ def _boot() -> str:
 
 
 @contextlib.contextmanager
-def hold_lock(folder: Folder) -> Iterator[LocalLock | RemoteLock]:
-    """Be the only process that writes into the folder. Raises RunError at once when another live process does."""
-    lock = LocalLock(folder) if folder.is_local else RemoteLock(folder)
-    lock.acquire()
+def hold_lock(folder: Folder) -> Iterator[RemoteLock | None]:
+    """Be the only process that writes into the folder. Raises RunError at once when another live process does.
+
+    On a disk a file lock, which the kernel keeps until the process ends, however it ends. A folder at a URL gives its
+    RemoteLock, which can be lost.
+    """
+    if not folder.is_local:
+        remote = RemoteLock(folder)
+        remote.acquire()
+        try:
+            yield remote
+        finally:
+            remote.release()
+        return
+    folder.local.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder.local / LOCK_FILE, blocking=False)
     try:
-        yield lock
+        lock.acquire()
+    except filelock.Timeout:
+        raise _held(folder, lock_holder(folder) or {}) from None
+    try:
+        folder.write_json(LOCK_RECORD, this_process())
+        yield None
     finally:
+        folder.delete([LOCK_RECORD])
         lock.release()
 
 
@@ -79,31 +97,6 @@ def lock_holder(folder: Folder) -> dict[str, Any] | None:
         return None if holder.get("released") or is_alive(holder) is False else holder
     except (FileNotFoundError, RunError, AttributeError, KeyError, TypeError):
         return None
-
-
-class LocalLock:
-    """A file lock, which falls with the process, however it ends."""
-
-    lost = ""  # can't be lost
-
-    def __init__(self, folder: Folder) -> None:
-        self._folder = folder
-        folder.local.mkdir(parents=True, exist_ok=True)
-        self._lock = filelock.FileLock(folder.local / LOCK_FILE, blocking=False)
-
-    def acquire(self) -> None:
-        try:
-            self._lock.acquire()
-        except filelock.Timeout:
-            raise _held(self._folder, lock_holder(self._folder) or {}) from None
-        self._folder.write_json(LOCK_RECORD, this_process())
-
-    def check(self) -> None:
-        """Nothing to check: the kernel keeps the lock."""
-
-    def release(self) -> None:
-        self._folder.delete([LOCK_RECORD])
-        self._lock.release()
 
 
 class RemoteLock:
@@ -133,13 +126,13 @@ class RemoteLock:
         """Take the lock. Raises RunError when a living process holds it, after at most LEASE_SECONDS."""
         deadline, seen = time.monotonic() + LEASE_SECONDS, None
         while not self._write(seen):
-            holder, version = self._read()
+            holder, version = _read(self._folder)
             if seen is not None and version != seen:
                 raise _held(self._folder, holder)
             seen = version
             while not (holder.get("released") or is_alive(holder) is False or time.monotonic() > deadline):
                 self._done.wait(min(1.0, RENEW_SECONDS / 4))
-                holder, version = self._read()
+                holder, version = _read(self._folder)
                 if version != seen:
                     raise _held(self._folder, holder)
         self._thread.start()
@@ -185,7 +178,7 @@ class RemoteLock:
 
     def _renew(self) -> None:
         if not self._write(self._version):
-            holder, _ = self._read()
+            holder, _ = _read(self._folder)
             self.lost = _lost(self._folder, holder)
 
     def _write(self, expected: Version | None, **fields: Any) -> bool:
@@ -195,15 +188,11 @@ class RemoteLock:
         version = self._folder.write_version(LOCK_RECORD, json.dumps(record).encode(), expected)
         if version is None:  # by another process, or by this request's first try, whose answer was lost
             with contextlib.suppress(FileNotFoundError):
-                found, version = self._read()
+                found, version = _read(self._folder)
                 version = version if found == record else None
         if version is not None:
             self._version, self._valid_until = version, start + LEASE_SECONDS - LEASE_MARGIN_SECONDS
         return version is not None
-
-    def _read(self) -> tuple[dict[str, Any], Version]:
-        data, version = self._folder.read_version(LOCK_RECORD)
-        return _parse(data), version
 
 
 class LockView:
@@ -221,18 +210,19 @@ class LockView:
         now = time.monotonic()
         if now - self._asked < CHECK_SECONDS:
             return
-        holder = _parse(self._folder.read_version(LOCK_RECORD, patient=True)[0])
+        holder, _ = _read(self._folder, patient=True)
         if holder.get("token") != self._token or holder.get("released"):
             raise RunError(_lost(self._folder, holder))
         self._asked = now
 
 
-def _parse(data: bytes) -> dict[str, Any]:
-    """A lock's record; made-up values, which are no one's, where another program wrote it."""
+def _read(folder: Folder, *, patient: bool = False) -> tuple[dict[str, Any], Version]:
+    """A remote lock's record, and its version; made-up values, which are no one's, where another program wrote it."""
+    data, version = folder.read_version(LOCK_RECORD, patient=patient)
     try:
-        return dict(json.loads(data))
+        return dict(json.loads(data)), version
     except (ValueError, TypeError):
-        return {"host": "?", "boot": "?", "pid": "?"}
+        return {"host": "?", "boot": "?", "pid": "?"}, version
 
 
 def _lost(folder: Folder, holder: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.lock import LOCK_RECORD, LocalLock, RemoteLock, hold_lock
+from birbal_ray.lock import LOCK_RECORD, hold_lock
 from birbal_ray.manifest import FORMAT, RUN_FILE, wrong_files
 from birbal_ray.schemas import MANIFEST_FILE
 from birbal_ray.settings import ConfigError, canonical_hash, flatten, format_value, one_line
@@ -77,8 +77,8 @@ class Run:
     step: str
     resumed: bool  # an earlier session of the same identity was here
     manifest: dict[str, Any] | None  # of a complete run whose files are all there: there is nothing to do
-    files: dict[str, FileStat]  # what the folder held when it was opened, by name
-    _lock: LocalLock | RemoteLock
+    files: dict[str, FileStat] = field(default_factory=dict)  # what the folder held when it was opened, by name
+    listed: dict[str, Any] = field(default_factory=dict)  # what a manifest said of them then, complete or not
     _started: float = field(default_factory=time.time)
     _earlier_seconds: float = 0.0  # of the sessions before this one
     _last_progress: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +88,8 @@ class Run:
 
     def check(self) -> None:
         """Raise RunError unless this process still holds the folder. At a URL, every write to `folder` asks first."""
-        self._lock.check()
+        if self.folder.guard:
+            self.folder.guard.check()
 
     def progress(self, done: int | None, total: int | None, *, final: bool = False, **fields: Any) -> None:
         """Write progress.json, at most every 2 s (5 s at a URL) unless `final`.
@@ -135,7 +136,7 @@ class Run:
             "summary": summary,
             "files": {name: FileRecord(*records[name])._asdict() for name in sorted(records)},
             "code": dict(code_version()),
-            "packages": package_versions(),
+            "packages": dict(package_versions()),
             "python": platform.python_version(),
         }
         self.folder.write_json(MANIFEST_FILE, content)
@@ -192,16 +193,15 @@ def open_run(
                 f"({path}); choose another --output"
             )
     with sigterm_as_interrupt(), hold_lock(folder) as lock:
-        folder = folder if isinstance(lock, LocalLock) else replace(folder, guard=lock)
-        resumed, manifest, files = _claim(folder, step, json.loads(json.dumps(identity)), owns, overwrite)
-        run = Run(folder, step, resumed, manifest, files, lock)
+        folder = replace(folder, guard=lock)
+        run = _claim(folder, step, json.loads(json.dumps(identity)), owns, overwrite)
         with contextlib.suppress(FileNotFoundError, RunError, KeyError, TypeError, ValueError, AttributeError):
-            run._earlier_seconds = float(folder.read_json(PROGRESS_FILE)["wall_seconds"]) if resumed else 0.0
+            run._earlier_seconds = float(folder.read_json(PROGRESS_FILE)["wall_seconds"]) if run.resumed else 0.0
         error: BaseException | None = None
         try:
             yield run
         except BaseException as raised:
-            if lock.lost:
+            if lock and lock.lost:
                 error = RunError(lock.lost)
                 raise error from None
             error = raised
@@ -214,10 +214,8 @@ def open_run(
             run._writer.shutdown()
 
 
-def _claim(
-    folder: Folder, step: str, identity: dict[str, Any], owns: Sequence[str], overwrite: bool
-) -> tuple[bool, dict[str, Any] | None, dict[str, FileStat]]:
-    """Whether the run continues, its manifest if it is complete, the folder's files. A new one gets its run.json."""
+def _claim(folder: Folder, step: str, identity: dict[str, Any], owns: Sequence[str], overwrite: bool) -> Run:
+    """The run that continues in a folder, or a new one, which gets its run.json."""
     files = folder.files(hidden=True)
     names = [RUN_FILE, LOCK_RECORD] if RUN_FILE not in files else [r"[^/]+"]
     leftover = re.compile(rf"(.+/)?\.tmp-\d+-\d+-({'|'.join(names)})")  # of processes killed while they wrote
@@ -237,17 +235,18 @@ def _claim(
             )
         folder.delete(leftovers)
         folder.write_json(RUN_FILE, record)
-        return False, None, {}
+        return Run(folder, step, resumed=False, manifest=None)
     earlier = _earlier_record(folder, step, overwrite)
+    listed: dict[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError, RunError, AttributeError, KeyError, TypeError, ValueError):
+        listed = dict(folder.read_json(MANIFEST_FILE)["files"])
     same = earlier.get("identity") == identity and earlier.get("format") == FORMAT
     if same and not (overwrite and MANIFEST_FILE in visible):
         folder.delete(leftovers)
-        return True, _complete_manifest(folder, files) if MANIFEST_FILE in visible else None, visible
+        manifest = _complete_manifest(folder, files) if MANIFEST_FILE in visible else None
+        return Run(folder, step, True, manifest, visible, listed)
     if not overwrite:
         raise RunMismatchError(folder, identity_differences(earlier, record))
-    listed: set[str] = set()
-    with contextlib.suppress(FileNotFoundError, RunError, AttributeError, KeyError, TypeError):
-        listed = set(folder.read_json(MANIFEST_FILE)["files"])
     linked = {name for name in files if folder.is_local and _is_behind_link(folder.local, name)}
     patterns = (*owns, *STANDARD_FILES)  # one without a `/` means files directly in the run folder
     made = {
@@ -255,7 +254,7 @@ def _claim(
         for name in files
         if any(fnmatch.fnmatchcase(name, glob) for glob in patterns if "/" in glob or "/" not in name)
     }
-    ours = made.union(listed.intersection(files)) - linked
+    ours = made.union(listed.keys() & files) - linked
     if unknown := sorted(visible.keys() - ours):
         raise ConfigError(
             f"{folder}: --overwrite deletes nothing here, because the folder holds {len(unknown)} file(s) that "
@@ -266,7 +265,7 @@ def _claim(
     folder.delete(sorted(ours & {MANIFEST_FILE}))
     folder.delete(sorted(ours.difference(leftovers) - {MANIFEST_FILE, RUN_FILE}))
     folder.write_json(RUN_FILE, record)
-    return False, None, {}
+    return Run(folder, step, resumed=False, manifest=None)
 
 
 def _is_behind_link(folder: Path, name: str) -> bool:
@@ -319,14 +318,10 @@ def identity_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
     """Lines `key: old → new` for the leaves in which two run records differ."""
     before, after = (flatten({"step": record.get("step"), **record.get("identity", {})}) for record in (old, new))
     return [
-        f"{key}: {_shown(before, key)} → {_shown(after, key)}"
+        f"{key}: {format_value(before.get(key, '(none)'))} → {format_value(after.get(key, '(none)'))}"
         for key in sorted(before.keys() | after.keys())
         if (key in before, before.get(key)) != (key in after, after.get(key))
     ]
-
-
-def _shown(values: Mapping[str, Any], key: str) -> str:
-    return format_value(values[key]) if key in values else "(none)"
 
 
 @contextlib.contextmanager
@@ -346,31 +341,24 @@ def sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that shape a run's rows."""
-    return {name: version for name in VERSIONED_PACKAGES if (version := _package_version(name))}
-
-
 @functools.cache
-def _package_version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def package_versions() -> Mapping[str, str]:
+    """Installed versions of the packages that shape a run's rows."""
+    versions = {}
+    for name in VERSIONED_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 @functools.cache
 def code_version() -> Mapping[str, Any]:
     """Git commit of the checkout this code runs from (None outside one), and whether it was edited; asked once."""
     here = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(here), "status", "--porcelain=v2", "--branch", "--", "birbal_ray"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         if (here / ".git").exists():
-            edited = bool(_git(here, "status", "--porcelain", "--", "birbal_ray"))
-            return {"commit": _git(here, "rev-parse", "HEAD"), "edited": edited}
+            lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+            edited = any(not line.startswith("#") for line in lines)
+            return {"commit": lines[0].removeprefix("# branch.oid "), "edited": edited}
     return {"commit": None, "edited": None}
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    return subprocess.run(
-        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
-    ).stdout.strip()

@@ -19,14 +19,7 @@ from birbal_ray import models
 from birbal_ray.cluster import job_metadata, ray_log_file, ray_session
 from birbal_ray.ni.metrics import METRIC_VERSION
 from birbal_ray.progress import ProgressLine, counted, figures_key, save_figures, save_throughput
-from birbal_ray.run import (
-    LOG_FOLDER,
-    MANIFEST_FILE,
-    Run,
-    StepResult,
-    open_run,
-    package_versions,
-)
+from birbal_ray.run import LOG_FOLDER, Run, StepResult, open_run, package_versions
 from birbal_ray.schemas import QUARANTINE_FILE, ROWS_FOLDER, TASK_SCORES, TASK_SCORES_FILE, TASKS_FILE
 from birbal_ray.score.adaptive import TIME_UP, USED_UP, AdaptiveSchedule, Decision, FixedSchedule, Schedule
 from birbal_ray.score.config import CPU_SHARD_ROWS, GPU_SHARD_ROWS, ScoreConfig
@@ -37,7 +30,7 @@ from birbal_ray.score.results import count_scores, find_error_rows, rescore, sum
 from birbal_ray.score.shards import RowFiles, Shard, row_folder
 from birbal_ray.score.stages import METADATA_KEY, find_model
 from birbal_ray.settings import ConfigError, canonical_hash, require
-from birbal_ray.storage import FileRecord, Folder, RunError, input_folder, is_url, open_folder
+from birbal_ray.storage import FileRecord, Folder, RunError, input_folder, is_url
 
 STEP = "score"
 OWNS = ("rows/*.parquet", TASKS_FILE, TASK_SCORES_FILE, QUARANTINE_FILE, "decisions.json", "inputs/*", "set_aside/*")
@@ -60,6 +53,7 @@ class Amendment:
     """What must happen to the files that are there before anything is scored. Names are below the rows folder."""
 
     kept: RowFiles
+    records: dict[str, FileRecord]  # of kept files, as the last manifest has them
     set_aside: list[str]  # of dropped and changed tasks, damaged, beyond the instances asked for
     rescored: list[str]  # tasks whose predictions stand and whose label or metric is another
 
@@ -84,10 +78,9 @@ def score(
     config = resolve_config(config)
     plan = plan_run(config, progress)
     config, revision, fingerprint = pin_model(config)
-    known = _earlier_records(config.output or "")
     identity = identity_of(config, fingerprint)
     with open_run(config.output or "", STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run:
-        plan, amendment = amend(run, plan, known)
+        plan, amendment = amend(run, plan)
         found, changed = amendment.kept, retry_errors or rescore_all or amendment.set_aside or amendment.rescored
         is_same = run.manifest is not None and run.manifest["plan_hash"] == plan_hash(config, plan)
         has_time_again = False  # that a run which its budget ended has now
@@ -104,10 +97,7 @@ def score(
                 f"{len(amendment.set_aside)} files of rows are damaged or not what is asked for now "
                 f"(first: {amendment.set_aside[0]}) and were moved to {target}"
             )
-        rows = run.folder.subfolder(ROWS_FOLDER)
-        records = {
-            name: known[f"{ROWS_FOLDER}/{name}"] for name in found.all_names() if f"{ROWS_FOLDER}/{name}" in known
-        }
+        rows, records = run.folder.subfolder(ROWS_FOLDER), dict(amendment.records)
         for task in plan.tasks:
             if rescore_all or task.name in amendment.rescored:
                 written = rescore(rows, found.names(task.name), task, config)
@@ -141,26 +131,24 @@ def resolve_config(config: ScoreConfig) -> ScoreConfig:
     if not is_url(output) and Path(output).is_file():
         raise ConfigError(f"--output {output}: is a file, expected a folder")
     if is_url(path):
-        tasks = config.tasks.model_copy(update={"path": str(input_folder(path))})
-        config = config.model_copy(update={"tasks": tasks})
+        config = config.replace({"tasks.path": str(input_folder(path))})
     if config.engine.device == "auto":
         if os.environ.get("RAY_ADDRESS"):
             raise ConfigError("engine.device is auto, but RAY_ADDRESS names a cluster of other machines; give --device")
         import torch
 
-        device = "gpu" if torch.cuda.is_available() else "cpu"
-        config = config.model_copy(update={"engine": config.engine.model_copy(update={"device": device})})
+        config = config.replace({"engine.device": "gpu" if torch.cuda.is_available() else "cpu"})
     shard_rows = config.shard_rows or (GPU_SHARD_ROWS if config.engine.device == "gpu" else CPU_SHARD_ROWS)
-    return config.model_copy(update={"shard_rows": shard_rows})
+    return config.replace({"shard_rows": shard_rows})
 
 
 def pin_model(config: ScoreConfig) -> tuple[ScoreConfig, str | None, str]:
     """(config whose model and adapter mean the same on every worker and day, its revision, their fingerprint)."""
     model, adapter, fingerprint = find_model(config)
-    update = {} if config.engine.backend == "simulated" else models.pin_model(model)
+    changes = {} if config.engine.backend == "simulated" else models.pin_model(model)
     if adapter:
-        update = {**update, "adapter": adapter.place}
-    return config.model_copy(update={"model": config.model.model_copy(update=update)}), model.revision, fingerprint
+        changes["adapter"] = adapter.place
+    return config.replace({"model": config.model.replace(changes)}), model.revision, fingerprint
 
 
 def identity_of(config: ScoreConfig, model_fingerprint: str) -> dict[str, Any]:
@@ -187,13 +175,18 @@ def plan_hash(config: ScoreConfig, plan: ScorePlan) -> str:
     return canonical_hash({"tasks": tasks, "adaptive": adaptive, "max_model_len": config.engine.max_model_len})
 
 
-def amend(run: Run, plan: ScorePlan, known: Mapping[str, FileRecord]) -> tuple[ScorePlan, Amendment]:
+def amend(run: Run, plan: ScorePlan) -> tuple[ScorePlan, Amendment]:
     """Compare the rows that are there with the plan. Reads tasks.parquet, and a row file only where that is missing.
 
     The plan that comes back takes the instances of a file that reaches beyond `instances_per_task`, too.
     """
     prefix = f"{ROWS_FOLDER}/"
     sizes = {name.removeprefix(prefix): stat.size for name, stat in run.files.items() if name.startswith(prefix)}
+    known = {
+        name.removeprefix(prefix): FileRecord(record.get("sha256", ""), record.get("size", -1))
+        for name, record in run.listed.items()
+        if name.startswith(prefix) and isinstance(record, Mapping)
+    }
     wrong = sorted(name for name, size in sizes.items() if name in known and known[name].size != size)
     found = RowFiles(sizes.keys() - set(wrong))
     before = _earlier_tasks(run.folder)
@@ -212,8 +205,9 @@ def amend(run: Run, plan: ScorePlan, known: Mapping[str, FileRecord]) -> tuple[S
         ends = [RowFiles.range_of(file)[1] for file in files if file not in beyond]
         limits[task.name] = max([task.num_instances, *ends])
     kept = RowFiles(sizes.keys() - set(aside))
+    records = {name: known[name] for name in kept.all_names() if name in known}
     tasks = (replace(task, num_instances=limits.get(task.name, task.num_instances)) for task in plan.tasks)
-    return replace(plan, tasks=tuple(tasks)), Amendment(kept, aside, rescored)
+    return replace(plan, tasks=tuple(tasks)), Amendment(kept, records, aside, rescored)
 
 
 def write_plan(folder: Folder, plan: ScorePlan, stops: Mapping[str, str] | None = None) -> dict[str, FileRecord]:
@@ -268,19 +262,6 @@ def keep_figures(key: str, sessions: Sequence[Mapping[str, Any]], seconds: float
     if steady and rows >= MIN_ROWS:
         figures = {"load_seconds": load / len(sessions), "rows_per_second": rows / steady, **more}
         save_figures(key, overhead_seconds=seconds - load - steady, **figures)
-
-
-def _earlier_records(output: str) -> dict[str, FileRecord]:
-    """What the manifest says of the row files, before `open_run` withdraws it because files have changed."""
-    try:
-        files = open_folder(output).read_json(MANIFEST_FILE)["files"]
-        return {
-            name.removeprefix(f"{ROWS_FOLDER}/"): FileRecord(record["sha256"], record["size"])
-            for name, record in files.items()
-            if name.startswith(f"{ROWS_FOLDER}/")
-        }
-    except (OSError, RunError, AttributeError, KeyError, TypeError):
-        return {}
 
 
 def _earlier_tasks(folder: Folder) -> dict[str, dict[str, Any]]:

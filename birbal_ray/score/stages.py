@@ -373,4 +373,4 @@ def _with_threads(resources: ResourceSettings, replicas_per_node: int) -> Resour
     """
     threads = resources.threads_per_replica or max(1, len(os.sched_getaffinity(0)) // replicas_per_node)
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    return resources.model_copy(update={"threads_per_replica": threads})
+    return resources.replace({"threads_per_replica": threads})

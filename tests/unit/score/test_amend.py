@@ -64,6 +64,15 @@ def texts(some):
     return {key: {**row, "num_cached_tokens": None} for key, row in some.items()}
 
 
+def test_a_grown_run_keeps_the_hashes_of_the_files_it_had(scored, tmp_path, write_task, monkeypatch):
+    before = scored().manifest["files"]
+    write_task("task_c", 3)
+    hashed = []
+    monkeypatch.setattr(results.Folder, "record_of", lambda folder, name: hashed.append(name))
+    after = scored().manifest["files"]
+    assert hashed == [] and {name: after[name] for name in before if name.startswith("rows/")}.items() <= before.items()
+
+
 def test_a_run_says_what_it_holds_and_then_that_it_is_up_to_date(scored, tmp_path, capsys):
     result = scored()
     assert result.manifest["rows"] == {"available": 32, "planned": 32, "scored": 32, "errors": {}}
@@ -264,7 +273,7 @@ def test_task_by_task_results_name_the_task_whose_rows_are_not_its_own(scored, t
     plan = planning.plan_run(
         load_config(ScoreConfig, None, [], {"tasks.path": str(tmp_path / "tasks"), "engine.backend": "simulated"})
     )
-    folder = run.open_folder(tmp_path / "run" / "rows")
+    folder = results.open_folder(tmp_path / "run" / "rows")
     first, other = folder.read_table("task_a/000000-000005.parquet"), folder.read_table("task_b/000000-000005.parquet")
     for wrong in (other, first.slice(0, 1).take([0] * 5)):
         folder.write_parquet("task_a/000005-000010.parquet", wrong)
