@@ -185,8 +185,7 @@ def adapter_fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
         with (folder / name).open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)  # goes on with it
     return digest.hexdigest()
 
 
@@ -322,21 +321,18 @@ def _from_hub(name: str, revision: str | None, *, weights: bool) -> Model:
         RevisionNotFoundError,
     )
 
+    reasons = {  # a subclass before its base
+        GatedRepoError: "the Hub asks for its licence to be accepted; do so there and set HF_TOKEN",
+        RepositoryNotFoundError: "no such folder, and the Hub has no such model (or it is private: set HF_TOKEN)",
+        RevisionNotFoundError: f"the Hub has it, but no revision {revision!r}",
+        HFValidationError: "not a Hub id (owner/name)",
+    }
     patterns = ["*.json", "tokenizer*", "*.model", "*.jinja"] + (["*.safetensors"] if weights else [])
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except GatedRepoError:
-        raise ModelError(
-            f"model {name!r}: the Hub asks for its licence to be accepted; do so there and set HF_TOKEN"
-        ) from None
-    except RepositoryNotFoundError:
-        raise ModelError(
-            f"model {name!r}: no such folder, and the Hub has no such model (or it is private: set HF_TOKEN)"
-        ) from None
-    except RevisionNotFoundError:
-        raise ModelError(f"model {name!r}: the Hub has it, but no revision {revision!r}") from None
-    except HFValidationError:
-        raise ModelError(f"model {name!r}: not a Hub id (owner/name)") from None
+    except tuple(reasons) as error:
+        reason = next(text for kind, text in reasons.items() if isinstance(error, kind))
+        raise ModelError(f"model {name!r}: {reason}") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         raise ModelError(
             f"model {name!r}: no such folder; the Hub can't be reached and no copy is in its cache "

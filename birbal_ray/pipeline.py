@@ -74,7 +74,7 @@ class BudgetClock:
         self.spent: dict[str, float] = dict(earlier.get("spent_seconds", {}))
         # Another budget is another plan: what was decided for the old one does not bind it.
         same = earlier.get("budget_seconds") == budget
-        self._decided: dict[str, Any] = dict(earlier.get("decided", {})) if same else {}
+        self.decided: dict[str, Any] = dict(earlier.get("decided", {})) if same else {}
         self.is_new = not earlier or not same
         self.has_ended = False
         self._lock = threading.Lock()
@@ -127,17 +127,13 @@ class BudgetClock:
         """Seconds that `step` took beyond its share."""
         return 0.0 if self.budget is None or step == "train" else self.spent.get(step, 0.0) - self._share(step)
 
-    def is_decided(self, key: str) -> bool:
-        """Whether an earlier session has decided on `key`."""
-        return key in self._decided
-
     def decide(self, key: str, make: Callable[[], Any]) -> Any:
         """What was decided for `key` in an earlier session, else `make()`, which is kept."""
-        if key not in self._decided:
+        if key not in self.decided:
             with self._lock:
-                self._decided[key] = make()
+                self.decided[key] = make()
                 self._save()
-        return self._decided[key]
+        return self.decided[key]
 
     def _share(self, step: str) -> float:
         return (self.budget or 0.0) * self._shares.get(step, 0.0)
@@ -145,7 +141,7 @@ class BudgetClock:
     def _save(self) -> None:
         spent = {step: round(seconds, 2) for step, seconds in self.spent.items()}
         record: dict[str, Any] = {"budget_seconds": self.budget, "shares": self._shares, "spent_seconds": spent}
-        self._folder.write_json(CLOCK_FILE, {**record, "decided": self._decided})
+        self._folder.write_json(CLOCK_FILE, {**record, "decided": self.decided})
 
 
 def run_pipeline(
@@ -253,7 +249,7 @@ def settings_of(step: str, config: PipelineConfig, clock: BudgetClock) -> Any:
         return settings.replace({"budget": budget})
     if step == "train":
         least = clock.least("train")
-        if not clock.is_decided("train.budget") and left - TRAIN_START_SECONDS < least:
+        if "train.budget" not in clock.decided and left - TRAIN_START_SECONDS < least:
             raise ConfigError(
                 f"the other steps have used {duration(clock.total)} of the budget, which leaves training "
                 f"{duration(max(0.0, left))}; it needs {duration(least + TRAIN_START_SECONDS)}: give the same command "

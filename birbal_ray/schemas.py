@@ -80,12 +80,7 @@ EVALUATION = pa.schema(
         pa.field("task", pa.string(), nullable=False),
         pa.field("label", pa.string(), nullable=False),
         pa.field("held_out", pa.string(), nullable=False),  # task: none sampled | instances: others were | unknown
-        pa.field("num_instances", pa.int64(), nullable=False),
-        pa.field("num_scored", pa.int64(), nullable=False),
-        pa.field("num_errors", pa.int64(), nullable=False),
-        pa.field("task_score", pa.float64()),  # null when no row was scored
-        pa.field("task_score_low", pa.float64()),  # 95 %
-        pa.field("task_score_high", pa.float64()),
+        *(field for field in TASK_SCORES if field.name not in ("task", "label")),
     ]
 )
 

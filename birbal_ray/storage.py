@@ -238,12 +238,9 @@ class Folder:
 
     def record_of(self, name: str) -> FileRecord:
         """Hash and size of a file, read once in pieces."""
-        digest, size = hashlib.sha256(), 0
         with self.open_input(name) as source:
-            while block := source.read(CHUNK_BYTES):
-                digest.update(block)
-                size += len(block)
-        return FileRecord(digest.hexdigest(), size)
+            buffered = io.BufferedReader(source, CHUNK_BYTES)
+            return FileRecord(hashlib.file_digest(buffered, "sha256").hexdigest(), source.size())
 
     @contextlib.contextmanager
     def writer(self, name: str) -> Iterator[Sink]:

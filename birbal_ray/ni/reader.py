@@ -54,7 +54,7 @@ def find_task_files(path: Path) -> list[TaskFile]:
     if path.is_dir():
         folder = path / "tasks" if (path / "tasks").is_dir() else path
         files = [TaskFile(file.stem, file) for file in folder.glob("*.json") if not file.name.startswith(".")]
-    elif is_archive(path):
+    elif path.name.endswith(ARCHIVE_SUFFIXES):
         members = [PurePosixPath(member) for member, _ in _members(path)]
         inside = [member for member in members if member.parent.name == "tasks"]
         depth = min((len(member.parts) for member in members), default=0)
@@ -67,11 +67,6 @@ def find_task_files(path: Path) -> list[TaskFile]:
     if not files:
         raise TaskError(f"{path}: holds no task files (*.json, or tasks/*.json)")
     return sorted(files, key=lambda file: file.name)
-
-
-def is_archive(path: Path) -> bool:
-    """Whether the name is that of a tar archive we read."""
-    return path.name.endswith(ARCHIVE_SUFFIXES)
 
 
 def read_tasks(files: list[TaskFile]) -> Iterator[tuple[TaskFile, Task | TaskError]]:

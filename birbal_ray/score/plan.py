@@ -29,6 +29,10 @@ from birbal_ray.storage import Folder, cache_folder, write_atomic
 
 INPUTS_FOLDER = "inputs"  # task files that workers read from the run folder
 PLAN_FORMAT = 2  # of the cached plans
+KEPT_OF_A_TASK = (
+    *("name", "sha256", "repairs", "definition", "definition_is_text"),
+    *("categories", "sources", "domains", "licenses"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,26 +295,19 @@ class _TaskPlanner:
         too_long = {text for text, length in zip(references, lengths, strict=True) if length > max_tokens}
         extract = functools.partial(prompt.extract_answer, chat=self.chat is not None)
         unreachable = find_unreachable(task, label.value, extract, lambda text: text not in too_long)
+        of_the_file = {name: getattr(task, name) for name in KEPT_OF_A_TASK}
         planned = PlannedTask(
-            name=task.name,
+            **of_the_file,
             path=str(file.path),
             member=file.member,
-            sha256=task.sha256,
             label=label,
             num_available=len(task.instances),
             num_instances=0,
             num_shots=min(config.prompt.num_shots, len(task.positive_examples)),
             max_completion_tokens=max_tokens,
-            repairs=task.repairs,
-            definition=task.definition,
-            categories=task.categories,
-            sources=task.sources,
-            domains=task.domains,
-            licenses=task.licenses,
             num_excluded=len(task.instances) - len(allowed),
             unreachable_fraction=unreachable.fraction,
             unreachable_reason=unreachable.reason,
-            definition_is_text=task.definition_is_text,
         )
         return (
             self._counted(planned, task, allowed[: config.tasks.instances_per_task]) if self.count_tokens else planned
