@@ -342,10 +342,10 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 
 @functools.cache
-def package_versions() -> Mapping[str, str]:
-    """Installed versions of the packages that shape a run's rows."""
+def package_versions(names: tuple[str, ...] = VERSIONED_PACKAGES) -> Mapping[str, str]:
+    """Installed versions of packages; of those that shape a run's rows."""
     versions = {}
-    for name in VERSIONED_PACKAGES:
+    for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions

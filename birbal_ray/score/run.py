@@ -156,7 +156,6 @@ def identity_of(config: ScoreConfig, model_fingerprint: str) -> dict[str, Any]:
 
     The longest prompt that fits only decides which rows are errors, and resources decide nothing.
     """
-    versions = package_versions()
     return {
         "model_fingerprint": model_fingerprint,
         "prompt": config.prompt.model_dump(),
@@ -164,7 +163,7 @@ def identity_of(config: ScoreConfig, model_fingerprint: str) -> dict[str, Any]:
         "engine": config.engine.model_dump(exclude={"max_model_len"}),
         "seed": config.seed,
         "row_format": ROW_FORMAT,
-        "packages": {name: versions[name] for name in TEXT_PACKAGES if name in versions},
+        "packages": package_versions(TEXT_PACKAGES),
     }
 
 

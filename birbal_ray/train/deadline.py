@@ -40,8 +40,7 @@ class Clock:
         self.best_seconds: float = earlier.get("best_seconds", 0.0)  # to keep the adapter of the lowest eval loss
         self.step_seconds: float = earlier.get("step_seconds", 0.0)  # the longest of the latest
         self._lock = threading.Lock()
-        self._saved_at = now()
-        self._started = self._saved_at if started is None else started
+        self._started = now() if started is None else started
         self._stepping_since: float | None = None
 
     @property
@@ -58,22 +57,19 @@ class Clock:
         """The session's set-up is over."""
         self._stepping_since = self._now()
 
-    def save(self, *, force: bool = False) -> None:
-        """Write the time down, at most every two seconds."""
+    def save(self) -> None:
+        """Write the time down."""
+        names = ("elapsed_seconds", "setup_seconds", "eval_seconds", "save_seconds", "best_seconds", "step_seconds")
         with self._lock:
-            if force or self._now() - self._saved_at >= HEARTBEAT_SECONDS:
-                self._saved_at = self._now()
-                spent = {"elapsed_seconds": self.elapsed_seconds, "setup_seconds": self.setup_seconds}
-                names = ("eval_seconds", "save_seconds", "best_seconds", "step_seconds")
-                write_json(self._file, spent | {name: getattr(self, name) for name in names})
+            write_json(self._file, {name: getattr(self, name) for name in names})
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Save every two seconds while the block runs, also while a model loads or a checkpoint is written."""
         with repeating(HEARTBEAT_SECONDS, self.save):
-            self.save(force=True)
+            self.save()
             yield
-            self.save(force=True)
+            self.save()
 
 
 class Deadline:

@@ -242,12 +242,11 @@ def _identity(config: TrainConfig, model: Model, mix_manifest: dict[str, Any]) -
     batch["sequences_per_step"] = batch.pop("micro") * batch.pop("accumulation")
     if config.lora.from_adapter:
         settings["lora"]["from_adapter"] = find_adapter(config.lora.from_adapter, model).fingerprint
-    versions = package_versions()
     return {
         "settings": settings,
         "model_fingerprint": model.fingerprint,
         "mix": {name: mix_manifest["files"][name] for name in ("train.parquet", "eval.parquet")},
-        "packages": {name: versions[name] for name in TEXT_PACKAGES if name in versions},
+        "packages": package_versions(TEXT_PACKAGES),
     }
 
 

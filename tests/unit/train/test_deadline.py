@@ -39,7 +39,7 @@ def test_what_was_imported_before_the_clock_was_made_counts(tmp_path):
     time.now += 2.0
     clock.start_stepping()
     time.now += 1.0
-    clock.save(force=True)
+    clock.save()
     assert (clock.elapsed_seconds, clock.setup_seconds) == (11.0, 10.0)
     assert Clock(tmp_path / "clock.json", time).elapsed_seconds == 11.0
 
@@ -85,7 +85,7 @@ def test_time_survives_restarts(tmp_path):
     time.now += 3
     assert second.elapsed_seconds == 43
     assert second.setup_seconds == 10
-    second.save(force=True)
+    second.save()
     assert json.loads((tmp_path / "clock.json").read_text())["elapsed_seconds"] == 43
 
 
@@ -96,7 +96,7 @@ def test_what_the_end_takes_is_held_back_after_a_restart_too(tmp_path):
     first.step_took(5.0)
     time.now += 60
     assert first.progress(10) < 1.0
-    first.clock.save(force=True)
+    first.clock.save()
     second = Deadline(100, 1000, Clock(tmp_path / "clock.json", time))
     assert second.reserve_seconds == first.reserve_seconds == pytest.approx(34)
     time.now += 1.0
