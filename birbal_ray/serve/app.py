@@ -1,10 +1,14 @@
-"""The submission server of the LLM Efficiency Challenge as a FastAPI app: schemas, routes, who may call."""
+"""The submission server of the LLM Efficiency Challenge as a FastAPI app: schemas, routes, who may call.
+
+`wrap_prompt` and `cut_answer` are what the challenge's server does to prompts and answers, pure.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import ipaddress
+import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +26,11 @@ from birbal_ray.score import engine
 from birbal_ray.score.engine import EngineDeadError, EngineLoop
 from birbal_ray.score.monitor import COUNTED
 from birbal_ray.score.tokens import Tokenizer, prompt_token_ids
-from birbal_ray.serve.rules import cut_answer, wrap_prompt
 
 CLIENT_GONE = 499  # nobody reads it
+BLANK_LINE = "\n\n"
+ANSWER_WORDS = "the answer is"
+_ANSWER = re.compile(rf"\s*{ANSWER_WORDS}(?:\s*:\s*|\s+)([^\W\d_])(?!\w)", re.IGNORECASE)
 
 
 # A length makes pydantic look at the text: half a surrogate pair, which JSON can spell, is read by no tokenizer.
@@ -292,3 +298,24 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def wrap_prompt(prompt: str) -> str:
+    """The prompt as the model was trained to see it; one that has two blank lines or more has its own form."""
+    if prompt.count(BLANK_LINE) >= 2:
+        return prompt
+    return f"### Input:\n{prompt}\n\n### Response:\n"
+
+
+def cut_answer(completion: str, *, compat: bool = False) -> str:
+    """The completion up to its first blank line; of "The answer is: B, …" the letter alone.
+
+    Only a letter that stands by itself counts: "The answer is Paris" stays whole. With `compat`, the published
+    server's rule: the first character that is no white space after the words, so ":" for "The answer is: B".
+    """
+    text = completion.split(BLANK_LINE, 1)[0]
+    if compat:
+        begins = text.lower().startswith(ANSWER_WORDS)
+        return text[len(ANSWER_WORDS) :].strip()[:1] if begins else text
+    found = _ANSWER.match(text)
+    return found[1] if found else text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from birbal_ray.serve.rules import cut_answer, wrap_prompt
+from birbal_ray.serve.app import cut_answer, wrap_prompt
 
 
 @pytest.mark.parametrize(
