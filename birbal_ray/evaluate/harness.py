@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def dry_run(options: HarnessOptions) -> list[dict[str, Any]]:
     """What would run, its names checked; loads no model and writes nothing."""
     options = check_options(options)
     runs = select_runs(options)
-    _index(options, runs)
+    task_index(options.include_path, runs)
     return [
         {
             "benchmark": one.name,
@@ -110,7 +110,7 @@ def run(options: HarnessOptions, *, overwrite: bool = False) -> HarnessResult:
     adapter = resolve_models(model, [options.adapter], [])[1] if options.adapter else None
     name = Path(model.name).name
     team = options.team or (f"{name} + {adapter.name}" if adapter else name)
-    index = _index(options, [one for one in runs if overwrite or not _is_finished(options, one)])
+    index = task_index(options.include_path, [one for one in runs if overwrite or not _is_finished(options, one)])
     identity = _identity(options, model, adapter)
     inputs = [str(options.include_path)] if options.include_path else []
     with open_run(options.output or "", STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run:
@@ -194,15 +194,6 @@ def _is_finished(options: HarnessOptions, one: BenchmarkRun) -> bool:
     return open_folder(options.output or "").is_file(one.file)
 
 
-def _index(options: HarnessOptions, pending: Sequence[BenchmarkRun]) -> Any:
-    names = [task for one in pending for task in one.tasks]
-    if not names:
-        return None
-    index = manager(options.include_path, names)
-    check_known(index, names)
-    return index
-
-
 def _load(
     index: Any, pending: Sequence[BenchmarkRun], progress: ProgressLine
 ) -> tuple[dict[str, list[Any]], dict[str, str]]:
@@ -249,7 +240,7 @@ def _rows(folder: Folder) -> list[dict[str, Any]]:
     return result_rows(_raw(folder, BENCHMARKS_FOLDER), _raw(folder, TASKS_FOLDER))
 
 
-def check_installed(backend: str = "hf") -> None:
+def check_installed(backend: str) -> None:
     """Raises ConfigError that names the extra without lm-eval, or where its vLLM backend can't start."""
     versions = package_versions()
     if "lm_eval" not in versions:
@@ -265,16 +256,16 @@ def local_tasks(include: Path) -> frozenset[str]:
     return frozenset(_manager(include, with_defaults=False).all_subtasks)
 
 
-def manager(include: Path | None, wanted: Collection[str]) -> Any:
-    """The harness's index of tasks, those of `include` before its own of the same name.
+def task_index(include: Path | None, runs: Sequence[BenchmarkRun]) -> Any:
+    """The harness's index of tasks, those of `include` before its own of the same name; None where nothing is to run.
 
-    Its own 14,000 are left out when all that is wanted is in `include`: indexing them takes 20 s.
+    Its own 14,000 are left out when all tasks of `runs` are in `include`: indexing them takes 20 s. Raises ConfigError
+    for a name that is no task, group or tag.
     """
-    return _manager(include, with_defaults=include is None or not set(wanted) <= local_tasks(include))
-
-
-def check_known(index: Any, names: Collection[str]) -> None:
-    """Raises ConfigError for a name that is no task, group or tag."""
+    names = [task for one in runs for task in one.tasks]
+    if not names:
+        return None
+    index = _manager(include, with_defaults=include is None or not set(names) <= local_tasks(include))
     known = set(index.all_tasks)
     for name in names:
         if name not in known:
@@ -282,6 +273,7 @@ def check_known(index: Any, names: Collection[str]) -> None:
                 f"task {name!r}: lm-evaluation-harness has none of that name{nearest(name, known)}; "
                 "give a task file that defines it with --include-path"
             )
+    return index
 
 
 def load_tasks(index: Any, names: Sequence[str]) -> list[Any]:
@@ -379,7 +371,6 @@ def go_offline_without_hub() -> bool:
 
 
 def _manager(include: Path | None, *, with_defaults: bool) -> Any:
-    check_installed()
     from lm_eval.tasks import TaskManager
 
     with _quiet():

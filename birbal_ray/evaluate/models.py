@@ -40,7 +40,12 @@ def resolve_models(model: Model, adapters: Sequence[str], merged: Sequence[str])
     base model, or a name given twice; ModelError for a merged model that can't be had.
     """
     found = [EvaluatedModel(BASE, BASE, str(model.path), model.fingerprint, origin=str(model.path))]
-    found += [_adapter(*_named(given), model) for given in adapters]
+    for given in adapters:
+        name, path = _named(given)
+        one = find_adapter(path, model)
+        mix, origin = one.run.get("mix", {}), one.place
+        own = name or one.name, ADAPTER, str(one.path), one.fingerprint, one.rank
+        found.append(EvaluatedModel(*own, mix.get("path"), origin, mix.get("identity_hash")))
     for given in merged:
         name, path = _named(given)
         other = resolve_model(path)
@@ -58,18 +63,3 @@ def resolve_models(model: Model, adapters: Sequence[str], merged: Sequence[str])
 def _named(given: str) -> tuple[str | None, str]:
     name, equals, path = given.partition("=")
     return (name, path) if equals and "/" not in name else (None, given)
-
-
-def _adapter(name: str | None, path: str, model: Model) -> EvaluatedModel:
-    found = find_adapter(path, model)
-    mix = found.run.get("mix", {})
-    return EvaluatedModel(
-        name or found.name,
-        ADAPTER,
-        str(found.path),
-        found.fingerprint,
-        found.rank,
-        mix.get("path"),
-        found.place,
-        mix.get("identity_hash"),
-    )

@@ -70,7 +70,7 @@ class NgramIndex:
 
     size: int
     runs: NDArray[np.uint64]  # sorted, distinct
-    short_texts: NDArray[np.uint64]  # sorted, distinct
+    short_texts: frozenset[int]
     num_texts: int
 
     def overlaps(self, rows: Sequence[Sequence[str]]) -> NDArray[np.bool_]:
@@ -81,7 +81,7 @@ class NgramIndex:
         words = [_word_hashes(text) for texts in rows for text in texts]
         if len(words):
             runs, text = _runs(words, self.size)
-            hit = np.isin(np.array([_hash_all(w) for w in words], np.uint64), self.short_texts)
+            hit = np.array([len(w) < self.size and _hash_of(w) in self.short_texts for w in words], bool)
             if len(self.runs):
                 place = np.minimum(np.searchsorted(self.runs, runs), len(self.runs) - 1)
                 hit[text[self.runs[place] == runs]] = True
@@ -90,32 +90,28 @@ class NgramIndex:
 
 
 def build_index(files: Sequence[str], size: int) -> NgramIndex:
-    """The index of evaluation texts in files. Raises ConfigError for a file that can't be used."""
+    """The index of the texts in files: lines of .txt, every string inside the records of .json, .jsonl and .parquet.
+
+    Raises ConfigError for a file that can't be used.
+    """
     runs: list[NDArray[np.uint64]] = [np.empty(0, np.uint64)]
-    short: list[np.uint64] = []
+    short: set[int] = set()
     count = 0
-    for file in files:
-        for text in evaluation_texts(str(file)):
-            words = _word_hashes(text)
+    for file in map(str, files):
+        setting = "contamination.files"
+        lines = read_lines(file, setting) if file.endswith(".txt") else read_records(file, setting, also=".txt")
+        for words in (_word_hashes(text) for _, value in lines for text in _strings(value)):
             if len(words) >= SHORTEST_TEXT_WORDS:
                 count += 1
                 if len(words) < size:
-                    short.append(_hash_all(words))
+                    short.add(_hash_of(words))
                 else:
                     runs.append(_runs([words], size)[0])
-    return NgramIndex(size, np.unique(np.concatenate(runs)), np.unique(np.array(short, np.uint64)), count)
-
-
-def evaluation_texts(file: str) -> Iterator[str]:
-    """Texts of one file: lines of .txt, every string inside the records of .json, .jsonl and .parquet."""
-    if file.endswith(".txt"):
-        yield from (line for _, line in read_lines(file, "contamination.files") if line.strip())
-    else:
-        for _, record in read_records(file, "contamination.files", also=".txt"):
-            yield from _strings(record)
+    return NgramIndex(size, np.unique(np.concatenate(runs)), frozenset(short), count)
 
 
 def _strings(value: Any) -> Iterator[str]:
+    """Every text inside a value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (Mapping, list, tuple)):
@@ -129,12 +125,9 @@ def _word_hashes(text: str) -> NDArray[np.uint64]:
     return np.array([int.from_bytes(hashlib.blake2b(word, digest_size=8).digest(), "big") for word in words], np.uint64)
 
 
-def _hash_all(words: NDArray[np.uint64]) -> np.uint64:
-    value = np.uint64(len(words))
-    with np.errstate(over="ignore"):
-        for word in words[: 1 << 10]:
-            value = value * _FACTOR + word
-    return value
+def _hash_of(words: NDArray[np.uint64]) -> int:
+    """Of a text that has words, as one run."""
+    return int(_runs([words], len(words))[0][0]) if len(words) else 0
 
 
 def _runs(words: Sequence[NDArray[np.uint64]], size: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:

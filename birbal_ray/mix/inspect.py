@@ -73,9 +73,10 @@ def diff(a: str | os.PathLike[str] | Folder, b: str | os.PathLike[str] | Folder)
     first, second = open_folder(a), open_folder(b)
     for folder in (first, second):
         read_manifest(folder, "mix")
-    ours, theirs = kept_by_task(first), kept_by_task(second)
-    ids = pa.chunked_array([t["row_id"].combine_chunks() for t in _kept(second, ["row_id"])], pa.string())
-    both = sum(pc.sum(pc.is_in(table["row_id"], ids)).as_py() or 0 for table in _kept(first, ["row_id"]))
+    kept = [_kept(folder) for folder in (first, second)]
+    both = pc.sum(pc.is_in(kept[0]["row_id"], kept[1]["row_id"])).as_py()
+    # (source, task) → rows kept; outside rows under the task their source names
+    ours, theirs = (Counter(zip(one["source"].to_pylist(), one["task"].to_pylist(), strict=True)) for one in kept)
     tasks: list[dict[str, Any]] = [
         {"source": source, "task": task, "a": ours[source, task], "b": theirs[source, task]}
         for source, task in sorted(ours.keys() | theirs.keys())
@@ -98,15 +99,6 @@ def diff(a: str | os.PathLike[str] | Folder, b: str | os.PathLike[str] | Folder)
         "sources": [{**row, "difference": row["b"] - row["a"]} for row in sources.values()],
         "tasks": sorted(changed, key=lambda row: (-abs(row["difference"]), row["source"], row["task"])),
     }
-
-
-def kept_by_task(folder: Folder) -> Counter[tuple[str, str]]:
-    """(source, task) → rows kept; outside rows under the task their source names."""
-    counts: Counter[tuple[str, str]] = Counter()
-    for table in _kept(folder, ["source", "task"]):
-        for row in table.group_by(["source", "task"]).aggregate([([], "count_all")]).to_pylist():
-            counts[row["source"], row["task"]] += row["count_all"]
-    return counts
 
 
 def _why(
@@ -138,9 +130,8 @@ def _find(folder: Folder, row_id: str) -> dict[str, Any] | None:
     return None
 
 
-def _kept(folder: Folder, columns: list[str]) -> Iterator[pa.Table]:
-    for table in _audit(folder, [*columns, "kept"]):
-        yield table.filter(table["kept"])
+def _kept(folder: Folder) -> pa.Table:
+    return pa.concat_tables(t.filter(t["kept"]) for t in _audit(folder, ["row_id", "source", "task", "kept"]))
 
 
 def _audit(folder: Folder, columns: list[str]) -> Iterator[pa.Table]:

@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.rows import AUDIT, AUDIT_FILE, BUCKETS, MIX_ROWS, NATURAL_INSTRUCTIONS, Flags, Reason, question_of
 from birbal_ray.mix.select import NO_DUPLICATE
 from birbal_ray.storage import FileRecord, Folder
@@ -36,11 +35,6 @@ SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "1
 BATCH_ROWS = 8192  # rows a Parquet row group; fixed, so that files don't depend on how rows arrive
 
 
-def splits_of(config: MixConfig) -> tuple[str, ...]:
-    """The splits that a mix has."""
-    return (*SPLITS, VALIDATION) if config.validation_rows_per_task else SPLITS
-
-
 def mix_files(splits: Sequence[str] = SPLITS) -> list[str]:
     """Relative paths of everything written here besides the small tables, cards and the manifest."""
     return [AUDIT_FILE, *(name for s in splits for name in (f"{s}.parquet", f"{s}.jsonl", f"{ALPACA_FOLDER}/{s}.json"))]
@@ -56,7 +50,7 @@ def write_mix(
     """
     licenses: dict[str, set[str]] = {}
     config, view = plan.context.config, _View(plan)
-    splits = splits_of(config)
+    splits = (*SPLITS, VALIDATION) if config.validation_rows_per_task else SPLITS
     with ExitStack() as stack:
         sinks = {name: stack.enter_context(folder.writer(name)) for name in mix_files(splits)}
 
@@ -149,7 +143,7 @@ class _View:
         row = self.order[start:end]
         rank = np.arange(start, start + len(row))
         other = decided.duplicate_of[row]
-        split: list[NDArray[np.bool_]] = [(rank >= first) & (rank < last) for _, first, last in self.split_ranges]
+        split = np.searchsorted([last for *_, last in self.split_ranges], rank, side="right")
         return (
             pa.table(
                 {
@@ -158,9 +152,7 @@ class _View:
                     "kept": decided.reason[row] == Reason.KEPT,
                     "reason": _named([reason.word for reason in Reason], decided.reason[row]),
                     "bucket": _named(BUCKETS, decided.bucket[row]),
-                    "split": _named(
-                        [s for s, *_ in self.split_ranges], np.argmax(split, axis=0), ~np.any(split, axis=0)
-                    ),
+                    "split": _named([name for name, *_ in self.split_ranges], split, split == len(self.split_ranges)),
                     "contamination": self._contamination(row),
                     "duplicate_of": plan.row_ids.take(pa.array(other, mask=other == NO_DUPLICATE)).cast(pa.string()),
                 }

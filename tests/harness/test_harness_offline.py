@@ -267,8 +267,10 @@ def test_dry_run_shows_what_would_run(tiny_model, include, tmp_path):
 def test_every_mapped_task_and_measure_is_in_the_installed_harness():
     from birbal_ray.evaluate import harness
 
-    index = harness.manager(None, ["mmlu"])
-    entries = index.task_index
+    def runs(*names):
+        return harness.select_runs(harness.HarnessOptions("m", "o", tasks=names))
+
+    entries = harness.task_index(None, runs("mmlu")).task_index
     for benchmark in BENCHMARKS.values():
         metric, _, chosen_filter = benchmark.measure.partition(",")
         for task in benchmark.tasks:
@@ -281,4 +283,4 @@ def test_every_mapped_task_and_measure_is_in_the_installed_harness():
             filters = [one["name"] for one in config.get("filter_list", [])] or ["none"]
             assert chosen_filter in filters, task
     with pytest.raises(ValueError, match=r"task 'gsm9k'.*did you mean 'gsm8k'"):
-        harness.check_known(index, ["gsm8k", "gsm9k"])
+        harness.task_index(None, runs("gsm8k", "gsm9k"))

@@ -118,7 +118,7 @@ def test_own_measures_from_samples():
         sample_measure("rouge_2", [])
 
 
-def test_unknown_names_are_named_with_the_nearest():
+def test_unknown_names_are_named_with_the_nearest(monkeypatch):
     assert [one.name for one in choose(["gsm8k", "mmlu", "gsm8k"])] == ["gsm8k", "mmlu"]
     with pytest.raises(ConfigError, match=r"unknown benchmark 'ethics_cm'.*see birbal harness --list"):
         choose(["ethics_cm"])
@@ -126,9 +126,14 @@ def test_unknown_names_are_named_with_the_nearest():
     class Index:
         all_tasks = ("gsm8k", "mmlu")
 
-    harness.check_known(Index(), ["mmlu"])
+    def runs(*names):
+        return harness.select_runs(harness.HarnessOptions("m", "o", tasks=names))
+
+    monkeypatch.setattr(harness, "_manager", lambda include, with_defaults: Index())
+    assert harness.task_index(None, runs("mmlu")).all_tasks == Index.all_tasks
+    assert harness.task_index(None, []) is None
     with pytest.raises(ConfigError, match=r"task 'gsm9k'.*did you mean 'gsm8k'.*--include-path"):
-        harness.check_known(Index(), ["mmlu", "gsm9k"])
+        harness.task_index(None, runs("mmlu", "gsm9k"))
 
 
 def test_list_needs_no_harness():
