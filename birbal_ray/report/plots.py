@@ -58,22 +58,25 @@ class Plot:
 
 def draw(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Plot]:
     """Plots by name, those that the finished steps have something for. `sections`: step → what load's readers give."""
-    plots: list[Plot | None] = []
+    with _style():
+        return {name: _plot(name, caption, figure) for name, caption, figure in _figures(sections) if figure}
+
+
+def _figures(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, Figure | None]]:
+    """(name, caption, figure); no figure where there is nothing to draw."""
     if scored := sections.get("score"):
-        caption = "How many tasks got which task score; the dashed line is the mean."
-        plots.append(_plot("scores", caption, scores(scored)))
+        yield "scores", "How many tasks got which task score; the dashed line is the mean.", scores(scored)
     if mixed := sections.get("mix"):
-        plots.append(_plot("mix", "Rows of each task in the mix against its task score.", mix(mixed["tasks"])))
+        yield "mix", "Rows of each task in the mix against its task score.", mix(mixed["tasks"])
     if trained := sections.get("train"):
-        plots.append(_plot("training", "Loss over optimizer steps, the best adapter marked.", training(trained)))
+        yield "training", "Loss over optimizer steps, the best adapter marked.", training(trained)
     if evaluated := sections.get("evaluate"):
         caption = "Differences from the base model, their 95 % intervals, the number of tasks; right of 0 is better."
-        plots.append(_plot("differences", caption, differences(evaluated["comparisons"], evaluated["names"])))
+        yield "differences", caption, differences(evaluated["comparisons"], evaluated["names"])
         for prompt_format, rows in evaluated["formats"].items():
             most = f"; the {MOST_TASKS} tasks that changed most" if len(rows) > MOST_TASKS else ""
             caption = f"Task scores {words(prompt_format)}, base model and evaluated models, largest gain first{most}."
-            plots.append(_plot(tasks_name(prompt_format), caption, tasks(rows, evaluated["names"], prompt_format)))
-    return {plot.name: plot for plot in plots if plot}
+            yield tasks_name(prompt_format), caption, tasks(rows, evaluated["names"], prompt_format)
 
 
 def tasks_name(prompt_format: str) -> str:
@@ -86,18 +89,17 @@ def scores(scored: Mapping[str, Any]) -> Figure | None:
     labels = scored["labels"]
     if not labels:
         return None
-    with _style():
-        figure = _figure(1.35 * len(labels) + 0.5)
-        panels = figure.subplots(len(labels), 1, sharex=True, squeeze=False)[:, 0]
-        for axes, label in zip(panels, labels, strict=True):
-            name, mean = label["label"], label["mean_task_score"]
-            values = [r["task_score"] for r in scored["tasks"] if r["label"] == name and r["task_score"] is not None]
-            axes.hist(values, bins=[edge / 10 for edge in range(11)], color=LABEL_COLOURS[name], rwidth=0.92)
-            axes.axvline(mean, color=INK, linestyle="--", linewidth=1)
-            axes.set_title(f"{name.replace('_', ' ')}: {counted(len(values), 'task')}, mean {mean:.3f}")
-            axes.set(ylabel="tasks", xlim=(0, 1))
-            _whole_numbers(axes.yaxis)
-        panels[-1].set_xlabel("task score of the base model")
+    figure = _figure(1.35 * len(labels) + 0.5)
+    panels = figure.subplots(len(labels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, label in zip(panels, labels, strict=True):
+        name, mean = label["label"], label["mean_task_score"]
+        values = [r["task_score"] for r in scored["tasks"] if r["label"] == name and r["task_score"] is not None]
+        axes.hist(values, bins=[edge / 10 for edge in range(11)], color=LABEL_COLOURS[name], rwidth=0.92)
+        axes.axvline(mean, color=INK, linestyle="--", linewidth=1)
+        axes.set_title(f"{name.replace('_', ' ')}: {counted(len(values), 'task')}, mean {mean:.3f}")
+        axes.set(ylabel="tasks", xlim=(0, 1))
+        _whole_numbers(axes.yaxis)
+    panels[-1].set_xlabel("task score of the base model")
     return figure
 
 
@@ -106,27 +108,26 @@ def mix(tasks: Sequence[Row]) -> Figure | None:
     rows = [row for row in tasks if row["task_score"] is not None]
     if not rows:
         return None
-    with _style():
-        figure = _figure(3.1)
-        axes = figure.add_subplot()
-        with_candidates = len(rows) <= MOST_CANDIDATES
-        open_circle: dict[str, Any] = {"s": 26, "facecolors": "none", "linewidths": 1.1}
-        for label in LABELS:
-            mine = [row for row in rows if row["label"] == label]
-            x, kept, candidates = _columns(mine, "task_score", "num_kept", "num_candidates")
-            colour = LABEL_COLOURS[label]
-            if mine and with_candidates:
-                axes.vlines(x, kept, candidates, color=colour, alpha=0.35, linewidth=1)
-                axes.scatter(x, candidates, edgecolors=colour, **open_circle)
-            if mine:
-                axes.scatter(x, kept, s=30, color=colour, linewidths=0, label=f"{label.replace('_', ' ')}, kept")
-        if with_candidates:
-            axes.scatter([], [], edgecolors=INK, label="candidates", **open_circle)
-        axes.set(xlabel="task score of the base model", ylabel="rows", xlim=(-0.02, 1.02))
-        axes.set_ylim(bottom=0)
-        axes.grid(axis="y")
-        _whole_numbers(axes.yaxis)
-        figure.legend(loc="outside upper left", ncols=3, handletextpad=0.2, columnspacing=1.0)
+    figure = _figure(3.1)
+    axes = figure.add_subplot()
+    with_candidates = len(rows) <= MOST_CANDIDATES
+    open_circle: dict[str, Any] = {"s": 26, "facecolors": "none", "linewidths": 1.1}
+    for label in LABELS:
+        mine = [row for row in rows if row["label"] == label]
+        x, kept, candidates = _columns(mine, "task_score", "num_kept", "num_candidates")
+        colour = LABEL_COLOURS[label]
+        if mine and with_candidates:
+            axes.vlines(x, kept, candidates, color=colour, alpha=0.35, linewidth=1)
+            axes.scatter(x, candidates, edgecolors=colour, **open_circle)
+        if mine:
+            axes.scatter(x, kept, s=30, color=colour, linewidths=0, label=f"{label.replace('_', ' ')}, kept")
+    if with_candidates:
+        axes.scatter([], [], edgecolors=INK, label="candidates", **open_circle)
+    axes.set(xlabel="task score of the base model", ylabel="rows", xlim=(-0.02, 1.02))
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y")
+    _whole_numbers(axes.yaxis)
+    figure.legend(loc="outside upper left", ncols=3, handletextpad=0.2, columnspacing=1.0)
     return figure
 
 
@@ -135,18 +136,17 @@ def training(trained: Mapping[str, Any]) -> Figure | None:
     steps, evaluations, result = trained["steps"], trained["evaluations"], trained["result"]
     if not steps and not evaluations:
         return None
-    with _style():
-        figure = _figure(3.7)
-        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
-        plot_losses(top, steps, evaluations, (result["best_step"], result["best_eval_loss"]))
-        top.grid(axis="y")
-        rated = [line for line in steps if "learning_rate" in line]
-        bottom.plot(*_columns(rated, "step", "learning_rate"), color=INK, linewidth=1.2)
-        bottom.set_ylim(bottom=0)
-        bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-        bottom.set(xlabel="optimizer step", ylabel="learning rate")
-        _whole_numbers(bottom.xaxis)
-        figure.legend(loc="outside upper left", ncols=4, handletextpad=0.4, columnspacing=1.0, handlelength=1.4)
+    figure = _figure(3.7)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
+    plot_losses(top, steps, evaluations, (result["best_step"], result["best_eval_loss"]))
+    top.grid(axis="y")
+    rated = [line for line in steps if "learning_rate" in line]
+    bottom.plot(*_columns(rated, "step", "learning_rate"), color=INK, linewidth=1.2)
+    bottom.set_ylim(bottom=0)
+    bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    bottom.set(xlabel="optimizer step", ylabel="learning rate")
+    _whole_numbers(bottom.xaxis)
+    figure.legend(loc="outside upper left", ncols=4, handletextpad=0.4, columnspacing=1.0, handlelength=1.4)
     return figure
 
 
@@ -158,29 +158,28 @@ def differences(comparisons: Sequence[Row], names: Sequence[str]) -> Figure | No
     places = {line: place for place, line in enumerate(sizes)}
     several = len(names) > 1
     spread = min(0.22, 0.6 / max(1, len(names)))
-    with _style():
-        figure = _figure((0.34 if several else 0.23) * len(sizes) + (0.9 if several else 0.6))
-        axes = figure.add_subplot()
-        for number, name in enumerate(names):
-            colour, marker = _colour_and_marker(names, name)
-            shift = spread * (number - (len(names) - 1) / 2)
-            for row in (row for row in comparisons if row["model"] == name):
-                place = places[row["prompt_format"], row["scope"]] + shift
-                axes.plot([row["difference_low"], row["difference_high"]], [place] * 2, color=colour, linewidth=1.8)
-                axes.plot(row["difference"], place, color=colour, marker=marker, markersize=5.5)
-            axes.plot([], [], color=colour, marker=marker, markersize=5.5, label=_short(name))
-        lines = [f"{words(how)}, {scope.replace('_', ' ')} ({size})" for (how, scope), size in sizes.items()]
-        axes.set_yticks(range(len(lines)), lines)
-        axes.set_ylim(len(lines) - 0.4, -0.6)
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
-        axes.axvline(0, color=BASE_COLOUR, linewidth=1.2, zorder=1)
-        axes.grid(axis="x")
-        axes.locator_params(axis="x", nbins=5)
-        axes.set_xlabel("difference in mean task score", loc="right")
-        axes.margins(x=0.06)
-        if several:
-            figure.legend(loc="outside upper left", ncols=2, handletextpad=0.4, columnspacing=1.2)
+    figure = _figure((0.34 if several else 0.23) * len(sizes) + (0.9 if several else 0.6))
+    axes = figure.add_subplot()
+    for number, name in enumerate(names):
+        colour, marker = _colour_and_marker(names, name)
+        shift = spread * (number - (len(names) - 1) / 2)
+        for row in (row for row in comparisons if row["model"] == name):
+            place = places[row["prompt_format"], row["scope"]] + shift
+            axes.plot([row["difference_low"], row["difference_high"]], [place] * 2, color=colour, linewidth=1.8)
+            axes.plot(row["difference"], place, color=colour, marker=marker, markersize=5.5)
+        axes.plot([], [], color=colour, marker=marker, markersize=5.5, label=_short(name))
+    lines = [f"{words(how)}, {scope.replace('_', ' ')} ({size})" for (how, scope), size in sizes.items()]
+    axes.set_yticks(range(len(lines)), lines)
+    axes.set_ylim(len(lines) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.axvline(0, color=BASE_COLOUR, linewidth=1.2, zorder=1)
+    axes.grid(axis="x")
+    axes.locator_params(axis="x", nbins=5)
+    axes.set_xlabel("difference in mean task score", loc="right")
+    axes.margins(x=0.06)
+    if several:
+        figure.legend(loc="outside upper left", ncols=2, handletextpad=0.4, columnspacing=1.2)
     return figure
 
 
@@ -197,35 +196,34 @@ def tasks(rows: Sequence[Row], names: Sequence[str], prompt_format: str) -> Figu
         return None
     most = sorted(gains, key=lambda task: (-abs(gains[task]), task))[:MOST_TASKS]
     chosen = sorted((row for row in rows if row["task"] in most), key=lambda row: (-gains[row["task"]], row["task"]))
-    with _style():
-        figure = _figure(0.36 * len(chosen) + 1.0)
-        axes: Axes = figure.add_subplot()
-        axes.set_ylim(len(chosen) - 0.55, -0.85)
-        axes.set_yticks([])
-        axes.spines["left"].set_visible(False)
-        axes.grid(axis="x")
-        for place, row in enumerate(chosen):
-            points = {n: row[f"{n}:task_score"] for n in (BASE, *names) if row.get(f"{n}:task_score") is not None}
-            span = min(points.values()), max(points.values())
-            axes.plot(span, [place] * 2, color=MID, linewidth=2, alpha=0.5, zorder=1)
-            for name, value in points.items():
-                colour, marker = _colour_and_marker(names, name)
-                size = 9 if name == BASE else 6.5  # equal scores: the base model's shows behind
-                axes.plot(value, place, color=colour, marker=marker, markersize=size, linestyle="none", zorder=2)
-            # The name of a line stands above it, not left of it: tasks have long names, phones are narrow.
-            text = _short(row["task"]) + (" \u00b7 held out" if row["held_out"] == "task" else "")
-            above: dict[str, Any] = {
-                "transform": axes.get_yaxis_transform(),
-                "fontsize": 8,
-                "verticalalignment": "bottom",
-            }
-            axes.text(0, place - 0.28, text, **above)
-        for name in (BASE, *names):
+    figure = _figure(0.36 * len(chosen) + 1.0)
+    axes: Axes = figure.add_subplot()
+    axes.set_ylim(len(chosen) - 0.55, -0.85)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x")
+    for place, row in enumerate(chosen):
+        points = {n: row[f"{n}:task_score"] for n in (BASE, *names) if row.get(f"{n}:task_score") is not None}
+        span = min(points.values()), max(points.values())
+        axes.plot(span, [place] * 2, color=MID, linewidth=2, alpha=0.5, zorder=1)
+        for name, value in points.items():
             colour, marker = _colour_and_marker(names, name)
-            label = "base model" if name == BASE else _short(name)
-            axes.plot([], [], color=colour, marker=marker, markersize=7, linestyle="none", label=label)
-        axes.set(xlim=(-0.02, 1.02), xlabel=f"task score, {words(prompt_format)}")
-        figure.legend(loc="outside upper left", ncols=3, handletextpad=0.2, columnspacing=1.2)
+            size = 9 if name == BASE else 6.5  # equal scores: the base model's shows behind
+            axes.plot(value, place, color=colour, marker=marker, markersize=size, linestyle="none", zorder=2)
+        # The name of a line stands above it, not left of it: tasks have long names, phones are narrow.
+        text = _short(row["task"]) + (" \u00b7 held out" if row["held_out"] == "task" else "")
+        above: dict[str, Any] = {
+            "transform": axes.get_yaxis_transform(),
+            "fontsize": 8,
+            "verticalalignment": "bottom",
+        }
+        axes.text(0, place - 0.28, text, **above)
+    for name in (BASE, *names):
+        colour, marker = _colour_and_marker(names, name)
+        label = "base model" if name == BASE else _short(name)
+        axes.plot([], [], color=colour, marker=marker, markersize=7, linestyle="none", label=label)
+    axes.set(xlim=(-0.02, 1.02), xlabel=f"task score, {words(prompt_format)}")
+    figure.legend(loc="outside upper left", ncols=3, handletextpad=0.2, columnspacing=1.2)
     return figure
 
 
@@ -245,10 +243,8 @@ def _figure(height_inches: float) -> Figure:
     return Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
 
 
-def _plot(name: str, caption: str, figure: Figure | None) -> Plot | None:
+def _plot(name: str, caption: str, figure: Figure) -> Plot:
     """The figure in its three forms: SVG 1.1 with texts as text, transparent, without a date; PNG on white, 160 dpi."""
-    if figure is None:
-        return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
@@ -257,9 +253,8 @@ def _plot(name: str, caption: str, figure: Figure | None) -> Plot | None:
         FigureCanvasSVG(figure)
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(text, format="svg", transparent=True, metadata=nothing)
-    with _style():
-        FigureCanvasAgg(figure)
-        figure.savefig(data, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+    FigureCanvasAgg(figure)
+    figure.savefig(data, format="png", dpi=160, facecolor="white", metadata={"Software": None})
     drawing = text.getvalue()
     # A file of its own: ink that reads on a light and on a dark page.
     alone = _in_tags(drawing, lambda tag: tag.replace(INK, "#747c85"))
