@@ -49,16 +49,8 @@ NUM_NAMED = 6  # nodes in a line of the text table
 @click.option("--score-config", metavar="FILE", help="With --cluster: the scoring to place (default settings).")
 @click.option("--train-config", metavar="FILE", help="With --cluster: the training to place (default settings).")
 @format_option
-@click.pass_context
 def doctor(
-    context: click.Context,
-    model: str,
-    config: str | None,
-    output: str,
-    cluster: str | None,
-    score_config: str | None,
-    train_config: str | None,
-    output_format: str,
+    model: str, config: str | None, output: str, cluster: str | None, output_format: str, **steps: str | None
 ) -> None:
     """Check this machine: versions, CPUs, GPUs and Ray's names for them, memory, disk, model.
 
@@ -72,8 +64,8 @@ def doctor(
       birbal doctor --cluster 10.0.0.2:6379 --train-config configs/train/mistral-7b-qlora.yaml
     """
     if cluster is not None:
-        problems = _show_cluster(cluster or None, score_config, train_config, output_format)
-    elif score_config or train_config:
+        problems = _show_cluster(cluster or None, output_format, **steps)
+    elif any(steps.values()):
         raise click.UsageError("--score-config and --train-config go with --cluster")
     else:
         from birbal_ray.doctor import examine
@@ -85,11 +77,11 @@ def doctor(
     for problem in problems:
         note(problem)
     if problems:
-        context.exit(EXIT_FAILED)
+        raise click.exceptions.Exit(EXIT_FAILED)
 
 
 def _show_cluster(
-    address: str | None, score_config: str | None, train_config: str | None, output_format: str
+    address: str | None, output_format: str, score_config: str | None, train_config: str | None
 ) -> list[str]:
     from birbal_ray.cluster import nodes_of
     from birbal_ray.doctor import cluster_nodes, placements
@@ -110,11 +102,12 @@ def print_cluster(nodes: list[Node], found: list[Placement], output_format: str)
         return
     print_table([_cells(node) for node in nodes], output_format)
     click.echo()
-    rows = [{"work": one.work, "wanted": one.wanted, "fits": "yes" if one.fits else "no", "nodes": ""} for one in found]
-    for row, one in zip(rows, found, strict=True):
+    rows = []
+    for one in found:
         named = [f"{node.name} ({node.ip})" for node in one.nodes[:NUM_NAMED]]
         more = [f"and {len(one.nodes) - NUM_NAMED} more"] if len(one.nodes) > NUM_NAMED else []
-        row["nodes"] = ", ".join([*named, *more]) or "none"
+        on = ", ".join([*named, *more]) or "none"
+        rows.append({"work": one.work, "wanted": one.wanted, "fits": "yes" if one.fits else "no", "nodes": on})
     print_table(rows, output_format)
 
 

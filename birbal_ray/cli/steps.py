@@ -33,7 +33,16 @@ if TYPE_CHECKING:
     from birbal_ray.train.run import TrainResult
     from birbal_ray.tune.run import TuneResult
 
-MIX_COLUMNS = ["source", "label", "tasks", "candidates", "kept", "train", "eval", "share"]
+# Of the steps that ask a model about tasks.
+ASKING_FLAGS = {
+    "--tasks PATH": "tasks.path",
+    "--model NAME": "model.name",
+    "--output DIR": "output",
+    "--instances-per-task": "tasks.instances_per_task",
+    "--select WHICH": "tasks.select",
+    "--replicas": "resources.num_replicas",
+    "--device": "engine.device",
+}
 
 
 def note_hours(plan: Callable[[], StepPlan]) -> None:
@@ -55,14 +64,8 @@ def note_hours(plan: Callable[[], StepPlan]) -> None:
 @settings_options(
     ScoreConfig,
     {
-        "--tasks PATH": "tasks.path",
-        "--model NAME": "model.name",
-        "--output DIR": "output",
-        "--instances-per-task": "tasks.instances_per_task",
-        "--select WHICH": "tasks.select",
+        **ASKING_FLAGS,
         "--num-shots": "prompt.num_shots",
-        "--replicas": "resources.num_replicas",
-        "--device": "engine.device",
         "--strict": "tasks.strict",
         "--adaptive": "adaptive.enabled",
     },
@@ -281,7 +284,7 @@ def print_mix(result: MixResult, output_format: str) -> None:
     rows, counts = result.composition, result.manifest["rows"]
     if output_format == "text":
         rows = [{**row, "share": f"{row['share']:.1%}"} for row in rows]
-    print_table(rows, output_format, MIX_COLUMNS)
+    print_table(rows, output_format)
     note(
         f"{counts['kept']:,} rows kept ({counts['train']:,} train, {counts['eval']:,} eval) "
         f"of {counts['candidates']:,} candidates"
@@ -458,16 +461,10 @@ def print_train(result: TrainResult, output_format: str) -> None:
 @settings_options(
     EvaluateConfig,
     {
-        "--tasks PATH": "tasks.path",
-        "--model NAME": "model.name",
         "--adapter DIR": "adapters",
         "--merged DIR": "merged",
         "--mix DIR": "mix",
-        "--output DIR": "output",
-        "--instances-per-task": "tasks.instances_per_task",
-        "--select WHICH": "tasks.select",
-        "--replicas": "resources.num_replicas",
-        "--device": "engine.device",
+        **ASKING_FLAGS,
         "--gate DELTA": "gate",
     },
     step="evaluate",

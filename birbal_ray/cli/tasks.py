@@ -76,8 +76,7 @@ def show(name: str, path: Path | None, num_shots: int) -> None:
 @tasks.command()
 @tasks_option
 @format_option
-@click.pass_context
-def validate(context: click.Context, path: Path | None, output_format: str) -> None:
+def validate(path: Path | None, output_format: str) -> None:
     """Read every task file; say what was repaired, what can't be used and what can't score 1.
 
     The exit code is 1 if a file can't be used.
@@ -92,7 +91,7 @@ def validate(context: click.Context, path: Path | None, output_format: str) -> N
     print_table(rows, output_format, ["file", "kind", "count", "finding"])
     note(f"{num_files} files read, {num_bad} can't be used")
     if num_bad:
-        context.exit(EXIT_FAILED)
+        raise click.exceptions.Exit(EXIT_FAILED)
 
 
 @tasks.command("label")
@@ -151,15 +150,7 @@ def label_tasks(path: Path | None, compare: Path | None, output_format: str) -> 
 @click.option("--overwrite", is_flag=True, help="Replace task files of the same names.")
 @format_option
 def import_tasks(
-    source: str,
-    name: str | None,
-    folder: Path,
-    split: str,
-    subset: str | None,
-    revision: str | None,
-    overwrite: bool,
-    output_format: str,
-    **options: Any,
+    source: str, name: str | None, folder: Path, overwrite: bool, output_format: str, **options: Any
 ) -> None:
     """Make task files of your own rows: a CSV, TSV, JSONL, JSON or Parquet file, or a dataset on the Hub.
 
@@ -180,8 +171,9 @@ def import_tasks(
     from birbal_ray.storage import write_atomic
 
     name = name or Path(source).name.split(".")[0]
+    on_hub = {name: options.pop(name) for name in ("split", "subset", "revision")}
     settings = ImportOptions(name=name, source=source, **options)
-    columns, rows = _read_source(source, settings, split, subset, revision)
+    columns, rows = _read_source(source, settings, **on_hub)
     files, dropped = make_tasks(columns, rows, settings)
     texts = {name: json.dumps(values, indent=1, ensure_ascii=False).encode() for name, values in files.items()}
     for name, text in texts.items():

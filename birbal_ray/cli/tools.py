@@ -31,25 +31,14 @@ WATCH_SECONDS, IDLE_LOOKS = 5.0, 4  # a pipeline pauses between two steps
 @click.option("--run", metavar="DIR", required=True, help="Output folder of `birbal train`.")
 @click.option("--output", metavar="DIR", required=True, help="The merged model's folder.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", help="Of the merged weights.")
-@click.option("--prompts", type=click.IntRange(min=1), default=8, help="Eval rows to compare on.")
+@click.option("--prompts", "num_prompts", type=click.IntRange(min=1), default=8, help="Eval rows to compare on.")
 @click.option("--modelfile", is_flag=True, help="Also write a Modelfile, for `ollama create`.")
 @click.option("--engine/--no-engine", default=True, help="Also compare vLLM on the merged model with PEFT.")
 @click.option("--push", metavar="REPO", help="Then upload the model to this Hub repository (private; HF_TOKEN).")
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="List the files that it would make and --push upload; load no model.")
 @format_option
-def merge(
-    run: str,
-    output: str,
-    dtype: str,
-    prompts: int,
-    modelfile: bool,
-    engine: bool,
-    push: str | None,
-    overwrite: bool,
-    dry_run: bool,
-    output_format: str,
-) -> None:
+def merge(run: str, output: str, push: str | None, dry_run: bool, output_format: str, **options: Any) -> None:
     """Merge the adapter of a training run into unquantised base weights, and compare before with after.
 
     The output is a model folder (safetensors) that `birbal score --model DIR`, vLLM and transformers load.
@@ -61,10 +50,9 @@ def merge(
     from birbal_ray.train import merge as step
 
     if dry_run:
-        print_table([{"file": name} for name in step.plan_merge(run, modelfile=modelfile)], output_format)
+        print_table([{"file": name} for name in step.plan_merge(run, modelfile=options["modelfile"])], output_format)
         return
-    options: dict[str, Any] = {"dtype": dtype, "num_prompts": prompts, "modelfile": modelfile, "engine": engine}
-    result = step.merge(run, output, **options, overwrite=overwrite)
+    result = step.merge(run, output, **options)
     print_table([result.manifest["comparison"] | {"model": str(result.folder)}], output_format)
     if push:
         from birbal_ray.train.card import push_to_hub

@@ -165,13 +165,9 @@ def _manifest(plan: MixPlan, licenses: dict[str, set[str]], origins: Sequence[Or
         "allocation": plan.shortfalls(),
         "notes": plan.notes(),
         "licenses": [
-            {
-                "source": source,
-                "origin": where.get(source, ours)[0],
-                "revision": where.get(source, ours)[1],
-                "licences": ", ".join(sorted(found)),
-            }
+            {"source": source, "origin": origin, "revision": revision, "licences": ", ".join(sorted(found))}
             for source, found in sorted(licenses.items())
+            for origin, revision in (where.get(source, ours),)
         ],
         "contamination": {
             "action": config.contamination.action,
