@@ -21,6 +21,7 @@ from typing import Any
 import filelock
 
 from birbal_ray.run import LOG_FOLDER
+from birbal_ray.settings import ConfigError
 from birbal_ray.storage import Folder, RunError, make_cache_folder
 
 FOLDER_PREFIX = "birbal-ray-"
@@ -252,6 +253,20 @@ def _init(**options: Any) -> str | None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, previous)
     return context.dashboard_url or None
+
+
+def decide_device(asked: str, setting: str = "") -> str:
+    """cpu or gpu; `auto` is what this machine has.
+
+    Raises ConfigError, which names the `setting`, where a step would run on the cluster that RAY_ADDRESS names.
+    """
+    if asked != "auto":
+        return asked
+    if setting and os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(f"{setting} is auto, but RAY_ADDRESS names a cluster of other machines; give --device")
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "cpu"
 
 
 def _check_answers(address: str) -> None:

@@ -21,7 +21,7 @@ from birbal_ray.plan import LOAD_SECONDS, fitting_instances, least_seconds, plan
 from birbal_ray.progress import CLOCK_FILE, PLAN_FILE, duration, repeating, save_figures
 from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps
 from birbal_ray.report.run import report
-from birbal_ray.run import MANIFEST_FILE, RunFailedError, sigterm_as_interrupt
+from birbal_ray.run import MANIFEST_FILE, RunFailedError, progress_seconds, sigterm_as_interrupt
 from birbal_ray.score.pipeline import logical_cpus
 from birbal_ray.score.run import score
 from birbal_ray.settings import ConfigError, one_line
@@ -44,7 +44,6 @@ ABOUT = {
 RUN: Mapping[str, Callable[..., Any]] = {
     **{"score": score, "tune": tune, "mix": mix, "train": train, "evaluate": evaluate}
 }
-LOCAL_BEAT_SECONDS, REMOTE_BEAT_SECONDS = 2.0, 5.0
 TRAIN_START_SECONDS = 15.0  # of the training step, before its worker's own clock runs and after it has ended
 
 
@@ -98,7 +97,7 @@ class BudgetClock:
                 self._save()
 
         try:
-            with repeating(LOCAL_BEAT_SECONDS if self._folder.is_local else REMOTE_BEAT_SECONDS, count):
+            with repeating(progress_seconds(self._folder), count):
                 yield
         finally:
             with contextlib.suppress(OSError, RunError):  # a full disk, an outage: the step itself will say so
@@ -257,17 +256,13 @@ def settings_of(step: str, config: PipelineConfig, clock: BudgetClock) -> Any:
             )
         # The budget is a part of what the run is made from; interruptions may have left less since it was set.
         budget = clock.decide("train.budget", lambda: round(left - TRAIN_START_SECONDS, 1))
-        now = worker_seconds(settings.output or "") + left - TRAIN_START_SECONDS
+        up = 0.0  # so long has the worker been up, by the training run's own clock
+        with contextlib.suppress(FileNotFoundError):
+            up = float(open_folder(settings.output or "").read_json(WORKER_CLOCK_FILE)["elapsed_seconds"])
+        now = up + left - TRAIN_START_SECONDS
         return settings.replace({"budget": budget, "resources.shorter_budget": max(1.0, min(budget, now))})
     most = clock.decide("evaluate.instances_per_task", lambda: instances_that_fit(config, left))
     return settings.replace({"tasks.instances_per_task": most})
-
-
-def worker_seconds(training_run: str) -> float:
-    """Seconds that a training run's worker has been up so far, by the run's own clock; 0 before it starts."""
-    with contextlib.suppress(FileNotFoundError):
-        return float(open_folder(training_run).read_json(WORKER_CLOCK_FILE)["elapsed_seconds"])
-    return 0.0
 
 
 def refuse_small_budget(config: PipelineConfig, least: Mapping[str, float]) -> None:

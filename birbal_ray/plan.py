@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray import speeds
+from birbal_ray.cluster import decide_device
 from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.models import ModelError, resolve_model
@@ -437,14 +438,8 @@ def _on(config: TrainConfig, gpu: str | None) -> TrainConfig:
 
 
 def _device(asked: str, gpu: str | None) -> str:
-    """cpu or gpu: what the settings or --gpu say, else what this machine has."""
-    if gpu:
-        return "gpu"
-    if asked != "auto":
-        return asked
-    import torch
-
-    return "gpu" if torch.cuda.is_available() else "cpu"
+    """cpu or gpu: what --gpu or the settings say, else what this machine has."""
+    return "gpu" if gpu else decide_device(asked)
 
 
 def _scale_speed(of_smollm2: tuple[float, float], device: str, model: str) -> Speed:

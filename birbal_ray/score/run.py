@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from birbal_ray import models
-from birbal_ray.cluster import job_metadata, ray_log_file, ray_session
+from birbal_ray.cluster import decide_device, job_metadata, ray_log_file, ray_session
 from birbal_ray.ni.metrics import METRIC_VERSION
 from birbal_ray.progress import ProgressLine, counted, figures_key, save_figures, save_throughput
 from birbal_ray.run import LOG_FOLDER, Run, StepResult, open_run, package_versions
@@ -132,14 +131,9 @@ def resolve_config(config: ScoreConfig) -> ScoreConfig:
         raise ConfigError(f"--output {output}: is a file, expected a folder")
     if is_url(path):
         config = config.replace({"tasks.path": str(input_folder(path))})
-    if config.engine.device == "auto":
-        if os.environ.get("RAY_ADDRESS"):
-            raise ConfigError("engine.device is auto, but RAY_ADDRESS names a cluster of other machines; give --device")
-        import torch
-
-        config = config.replace({"engine.device": "gpu" if torch.cuda.is_available() else "cpu"})
-    shard_rows = config.shard_rows or (GPU_SHARD_ROWS if config.engine.device == "gpu" else CPU_SHARD_ROWS)
-    return config.replace({"shard_rows": shard_rows})
+    device = decide_device(config.engine.device, "engine.device")
+    shard_rows = config.shard_rows or (GPU_SHARD_ROWS if device == "gpu" else CPU_SHARD_ROWS)
+    return config.replace({"engine.device": device, "shard_rows": shard_rows})
 
 
 def pin_model(config: ScoreConfig) -> tuple[ScoreConfig, str | None, str]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from birbal_ray.cluster import decide_device
 from birbal_ray.manifest import read_manifest
 from birbal_ray.models import find_adapter, load_tokenizer, resolve_model
 from birbal_ray.run import RunError
@@ -134,11 +135,7 @@ def load_served(config: ServeConfig) -> Served:
     given = config.model
     if config.merged and (config.run or given.name or given.adapter):
         raise ConfigError("--merged is a model of its own; leave out --run, --model and --adapter")
-    engine = config.engine
-    if engine.device == "auto":
-        import torch
-
-        engine = engine.replace({"device": "gpu" if torch.cuda.is_available() else "cpu"})
+    engine = config.engine.replace({"device": decide_device(config.engine.device)})
     if engine.backend == "simulated":
         return Served("simulated", Path(), NUM_EMBEDDINGS, engine, config.resources)
     name, revision = config.merged or given.name, given.revision

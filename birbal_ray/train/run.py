@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from birbal_ray.cluster import decide_device
 from birbal_ray.manifest import check_input, read_manifest
 from birbal_ray.models import Model, find_adapter, load_tokenizer, pin_model, read_template, resolve_model
 from birbal_ray.ni.prompt import CHAT
@@ -133,15 +134,8 @@ def dry_run(config: TrainConfig, *, calibrate: bool = False) -> Preflight:
 def resolve_config(config: TrainConfig, *, weights: bool = True) -> tuple[TrainConfig, Model]:
     """(configuration with `auto` decided and paths absolute, its model). Raises ConfigError, ModelError."""
     mix = absolute(require(config.mix, "--mix"))
-    device = config.resources.device
-    if device == "auto":
-        if os.environ.get("RAY_ADDRESS") and not config.resources.accelerator_type:
-            raise ConfigError(
-                "resources.device is auto, but RAY_ADDRESS names a cluster of other machines; give --device"
-            )
-        import torch
-
-        device = "gpu" if config.resources.accelerator_type or torch.cuda.is_available() else "cpu"
+    device, card = config.resources.device, config.resources.accelerator_type
+    device = "gpu" if device == "auto" and card else decide_device(device, "resources.device")
     if device == "cpu" and config.optimizer.name not in ("auto", "adamw_torch"):
         raise ConfigError(f"optimizer.name={config.optimizer.name} needs a GPU; auto takes adamw_torch on a CPU")
     if device == "cpu" and config.resources.accelerator_type:
