@@ -146,7 +146,7 @@ class Generate:
         self._upload_log = _log_into(folder, f"{LOG_FOLDER}/replica-{self._replica[:12]}.log")
         # Straight to the file: Ray's own stdout object keeps what is printed for a while.
         os.write(1, f"replica {self._replica} pid {os.getpid()} node {context.get_node_id()}\n".encode())
-        self._turns = _Turns()
+        self._turns = _Turns(config.resources.shards_in_flight)
         while not ray.get(monitor.started.remote(self._replica, context.get_node_id())):
             time.sleep(3600)  # tried too often; a constructor that waits gets no work and holds nobody up
         try:
@@ -291,27 +291,21 @@ def score_table(task: str, label: str, completed: list[Row], prompt_format: str 
 
 
 class _Turns:
-    """Lets any number of threads in, or one alone."""
+    """Lets `most` threads in, or one alone, in the order in which they come."""
 
-    def __init__(self) -> None:
-        self._free = threading.Condition()
-        self._inside, self._taken = 0, False
+    def __init__(self, most: int) -> None:
+        self._most, self._entrance, self._places = most, threading.Lock(), threading.Semaphore(most)
 
     @contextlib.contextmanager
     def take(self, *, alone: bool) -> Iterator[None]:
-        with self._free:
-            self._free.wait_for(lambda: not self._taken)
-            if alone:
-                self._taken = True
-                self._free.wait_for(lambda: self._inside == 0)
-            self._inside += 1
+        num_places = self._most if alone else 1
+        with self._entrance:  # nobody passes one that waits until all places are free
+            for _ in range(num_places):
+                self._places.acquire()
         try:
             yield
         finally:
-            with self._free:
-                self._inside -= 1
-                self._taken = self._taken and not alone
-                self._free.notify_all()
+            self._places.release(num_places)
 
 
 def _log_into(folder: Folder, name: str) -> Callable[[], None]:

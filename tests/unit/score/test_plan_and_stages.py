@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
 from dataclasses import replace
 
 import pyarrow as pa
@@ -258,3 +259,31 @@ def test_references_that_no_completion_can_be_as_long_as_are_said(write_task):
     (task,) = make(folder).tasks
     assert task.unreachable_fraction == 1.0
     assert task.unreachable_reason == "the references have more tokens than a completion may have"
+
+
+def test_a_shard_that_must_be_alone_waits_for_the_others():
+    turns, inside, beside = stages._Turns(3), [], []
+    together, leave = threading.Barrier(4, timeout=30), threading.Event()
+
+    def run(name, alone):
+        with turns.take(alone=alone):
+            inside.append(name)
+            if alone:
+                beside.append(list(inside))
+            else:
+                together.wait()
+                leave.wait(30)
+            inside.remove(name)
+
+    threads = [threading.Thread(target=run, args=(f"first {n}", False)) for n in range(3)]
+    threads += [threading.Thread(target=run, args=(f"alone {n}", True)) for n in range(2)]
+    for thread in threads[:3]:
+        thread.start()
+    together.wait()  # the three are in at once
+    for thread in threads[3:]:
+        thread.start()
+    assert sorted(inside) == ["first 0", "first 1", "first 2"]
+    leave.set()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(beside) == [["alone 0"], ["alone 1"]] and inside == []
