@@ -172,32 +172,26 @@ def ray_session(
     if ray.is_initialized():
         yield None
         return
-    with _quiet(log_file):
-        if os.environ.get("RAY_ADDRESS"):
-            _check_answers(os.environ["RAY_ADDRESS"])
-            job = importlib.import_module("ray.job_config").JobConfig(metadata=dict(about or {}))
-            url = _init(log_to_driver=False, logging_level=logging.ERROR, job_config=job)
-            try:
-                yield url
-            finally:
-                ray.shutdown()
-            return
-        remove_stale_folders()
-        with _session_folder() as folder:
-            url = _init(
-                address="local",
-                num_cpus=max(MIN_LOGICAL_CPUS, math.ceil(logical_cpus)),
-                include_dashboard=dashboard,
-                dashboard_host="127.0.0.1",
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=str(folder),
-            )
-            try:
-                yield url if dashboard else None
-            finally:
-                ray.shutdown()
+    with _quiet(log_file), contextlib.ExitStack() as stack:
+        address = os.environ.get("RAY_ADDRESS")
+        if address:
+            _check_answers(address)
+            options = {"job_config": importlib.import_module("ray.job_config").JobConfig(metadata=dict(about or {}))}
+        else:
+            remove_stale_folders()
+            options = {
+                "address": "local",
+                "num_cpus": max(MIN_LOGICAL_CPUS, math.ceil(logical_cpus)),
+                "include_dashboard": dashboard,
+                "dashboard_host": "127.0.0.1",
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "_temp_dir": str(stack.enter_context(_session_folder())),
+            }
+        url = _init(log_to_driver=False, logging_level=logging.ERROR, **options)
+        try:
+            yield url if address or dashboard else None
+        finally:
+            ray.shutdown()
 
 
 def ray_log_file(folder: Folder) -> Path:

@@ -31,15 +31,15 @@ class ProgressLine:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._given = stream
-        self._live = self._stream.isatty()
+        self._live = (stream or sys.stderr).isatty()
         self._interval = LIVE_INTERVAL_SECONDS if self._live else PLAIN_INTERVAL_SECONDS
         self._last_time = -self._interval
         self._last_text = ""
         self._open = False
 
-    @property
-    def _stream(self) -> TextIO:
-        return self._given or sys.stderr  # looked up each time: it is exchanged while Ray is kept quiet
+    def _write(self, text: str) -> None:
+        # sys.stderr is looked up each time: it is exchanged while Ray is kept quiet.
+        print(text, end="", file=self._given or sys.stderr, flush=True)
 
     def update(self, text: str) -> None:
         """Show `text`, unless one was shown a moment ago or it says the same."""
@@ -49,24 +49,21 @@ class ProgressLine:
         self._last_time, self._last_text = now, text
         if self._live:
             shown = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps can't be taken back
-            self._stream.write(f"\r\x1b[2K{shown}")
+            self._write(f"\r\x1b[2K{shown}")
             self._open = True
         else:
-            self._stream.write(f"{text}\n")
-        self._stream.flush()
+            self._write(f"{text}\n")
 
     def message(self, text: str) -> None:
         """Print a line that stays, above the live one."""
         self.close()
-        self._stream.write(f"{text}\n")
-        self._stream.flush()
+        self._write(f"{text}\n")
         self._last_time, self._last_text = time.monotonic(), ""
 
     def close(self) -> None:
         """End the live line."""
         if self._open:
-            self._stream.write("\r\x1b[2K")
-            self._stream.flush()
+            self._write("\r\x1b[2K")
             self._open = False
 
 

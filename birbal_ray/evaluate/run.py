@@ -189,9 +189,8 @@ def _score(setup: Setup, plan: ScorePlan, run: Run, progress: ProgressLine) -> N
         return
     log_file = ray_log_file(run.folder)
     with ray_session(logical_cpus(setup.scoring), log_file, about=job_metadata(STEP, setup.config.output)):
-        if lacking := check_cluster(setup.scoring):
-            minutes = setup.scoring.resources.no_progress_minutes
-            progress.message(f"waiting, {lacking}; gives up after {minutes:g} minutes")
+        if waiting := check_cluster(setup.scoring):
+            progress.message(waiting)
         for served, shards in todo:
             started = time.monotonic()
             names = ", ".join(one.name for one in served)

@@ -164,15 +164,10 @@ def vllm_argument_names() -> frozenset[str]:
     if found is None or not found.submodule_search_locations:
         return frozenset()
     file = Path(found.submodule_search_locations[0]) / "engine" / "arg_utils.py"
-    fields: set[str] = set()
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and node.name == "EngineArgs":
-            fields |= {
-                one.target.id
-                for one in node.body
-                if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)
-            }
-    return frozenset(fields)
+    classes = (node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef))
+    body = (one for node in classes if node.name == "EngineArgs" for one in node.body)
+    fields = (one.target for one in body if isinstance(one, ast.AnnAssign))
+    return frozenset(field.id for field in fields if isinstance(field, ast.Name))
 
 
 class AdaptiveSettings(Settings):

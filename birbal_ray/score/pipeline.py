@@ -56,13 +56,14 @@ def replica_request(config: ScoreConfig) -> WorkerRequest:
 
 
 def check_cluster(config: ScoreConfig) -> str | None:
-    """What the connected cluster lacks; raises RunError where nothing can join later (a local one)."""
+    """What a cluster lacks and the run waits for. Raises RunError on a local one, which nothing can join."""
     import ray
 
     missing = can_place(replica_request(config), [node["Resources"] for node in ray.nodes() if node["Alive"]])
     if missing and not os.environ.get("RAY_ADDRESS"):
         raise RunError(f"{missing}; lower resources.num_replicas or what each asks for")
-    return missing
+    minutes = config.resources.no_progress_minutes
+    return missing and f"waiting, {missing}; gives up after {minutes:g} minutes"
 
 
 def score_shards(

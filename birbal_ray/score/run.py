@@ -334,9 +334,8 @@ def _score(
 
     try:
         with ray_session(logical_cpus(config), ray_log_file(run.folder), about=job_metadata(STEP, config.output)):
-            if missing := check_cluster(config):
-                minutes = config.resources.no_progress_minutes
-                progress.message(f"waiting, {missing}; gives up after {minutes:g} minutes")
+            if waiting := check_cluster(config):
+                progress.message(waiting)
             replicas, logs = config.resources.num_replicas, run.folder.at(LOG_FOLDER)
             progress.update(f"starting {replicas} engine(s); logs in {logs}")
             left = math.inf if config.budget is None else config.budget - run.wall_seconds - FINISH_SECONDS

@@ -134,8 +134,8 @@ def dry_run(config: TrainConfig, *, calibrate: bool = False) -> Preflight:
 def resolve_config(config: TrainConfig, *, weights: bool = True) -> tuple[TrainConfig, Model]:
     """(configuration with `auto` decided and paths absolute, its model). Raises ConfigError, ModelError."""
     mix = absolute(require(config.mix, "--mix"))
-    device, card = config.resources.device, config.resources.accelerator_type
-    device = "gpu" if device == "auto" and card else decide_device(device, "resources.device")
+    asked, card = config.resources.device, config.resources.accelerator_type
+    device = "gpu" if asked == "auto" and card else decide_device(asked, "resources.device")
     if device == "cpu" and config.optimizer.name not in ("auto", "adamw_torch"):
         raise ConfigError(f"optimizer.name={config.optimizer.name} needs a GPU; auto takes adamw_torch on a CPU")
     if device == "cpu" and config.resources.accelerator_type:
