@@ -66,6 +66,7 @@ class Remote:
     def __init__(self, folder: Folder, working: Path) -> None:
         self.folder, self.working = folder, working
         self._is_here = folder.place == absolute(working)
+        self.status_seconds = 1.0 if self._is_here else 5.0  # between two writes of status.json
         self._asked = -math.inf  # when `stop_requested` asked last
         self._uploads = ThreadPoolExecutor(1, "upload")
         self._failed: dict[str, str] = {}  # name → why it could not be uploaded
@@ -111,11 +112,6 @@ class Remote:
             current = self.folder.read_json(BEST_FILE)["folder"]  # uploaded after the files of its adapter
             best = self.folder.files(BEST_FOLDER)
             self.folder.delete([name for name in best if name.rpartition("/")[0] < current])
-
-    @property
-    def status_seconds(self) -> float:
-        """Between two writes of status.json."""
-        return 1.0 if self._is_here else 5.0
 
     def stop_requested(self) -> bool:
         """Whether the driver asks the worker to save and end."""

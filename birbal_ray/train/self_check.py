@@ -232,8 +232,7 @@ def _check_quantised(model: Any) -> None:
         if isinstance(module, Linear4bit) and id(module) not in outside:
             small += module.in_features * module.out_features
         elif id(module) not in outside and "lora_" not in name:
-            own = sum(p.numel() for p in module.parameters(recurse=False))
-            rest[name] = own
+            rest[name] = sum(p.numel() for p in module.parameters(recurse=False))
     if small < MIN_QUANTISED * (small + sum(rest.values())):
         largest = max(rest, key=lambda name: rest[name])
         raise RunError(

@@ -264,14 +264,7 @@ class TrialScheduler:
 
     def _repeats(self) -> list[TrialSpec]:
         names, config = self.finalists(), self.config
-        if not names:
-            return []
-        first = self._by_name()
-        return [
-            self._seeded(first[name], REPEAT, f"{name}-seed{seed}", seed)
-            for seed in range(config.seed + 1, config.seed + 1 + config.repeats.seeds)
-            for name in [*config.baselines, *names]
-        ]
+        return self._with_seeds(REPEAT, [*config.baselines, *names], config.repeats.seeds) if names else []
 
     def _transfers(self) -> list[TrialSpec]:
         """The best of the finalists by its fresh seeds, and all baselines, at `factor` times the tokens."""
@@ -281,18 +274,18 @@ class TrialScheduler:
         best = winner(self.finalists(), [], by_name(self.of_kind(REPEAT)))
         if not config.transfer.factor or best is None:
             return []
-        first = self._by_name()
-        tokens = config.transfer.factor * config.proxy.tokens
-        return [
-            self._seeded(first[name], TRANSFER, f"{name}-x{config.transfer.factor}-seed{seed}", seed, tokens)
-            for seed in range(config.seed + 1, config.seed + 1 + config.transfer.seeds)
-            for name in [best, *config.baselines]
-        ]
+        return self._with_seeds(TRANSFER, [best, *config.baselines], config.transfer.seeds, config.transfer.factor)
 
-    def _by_name(self) -> dict[str, TrialSpec]:
-        """Of every mix, by its name, one spec."""
+    def _with_seeds(self, kind: str, names: Sequence[str], num_seeds: int, factor: int = 1) -> list[TrialSpec]:
+        """These mixes at every fresh seed, at `factor` times the tokens."""
         found = {spec.name: spec for spec in self._specs.values() if spec.kind in (SEARCH, PREDICTED)}
-        return self._named | found
+        first = self._named | found  # of every mix, by its name, one spec
+        longer, tokens = f"-x{factor}" * (kind == TRANSFER), factor * self.config.proxy.tokens
+        return [
+            self._seeded(first[name], kind, f"{name}{longer}-seed{seed}", seed, tokens)
+            for seed in range(self.config.seed + 1, self.config.seed + 1 + num_seeds)
+            for name in names
+        ]
 
     def _spec(self, kind: str, name: str, mix: dict[str, Any], values: dict[str, float]) -> TrialSpec:
         spec = TrialSpec(name, kind, name, self.config.seed, mix, values)
