@@ -153,7 +153,12 @@ class Remote:
 
 
 def working_folder(folder: Folder) -> Path:
-    """Where a process of this machine works for the run at a URL; an overwritten run gets another folder."""
+    """Where a process of this machine works for a run: in its folder, or, for one at a URL, in one of this machine.
+
+    That one belongs to this run alone: an overwritten run gets another.
+    """
+    if folder.is_local:
+        return folder.local
     token = folder.read_json(WORKING_FILE)["token"]
     return cache_folder() / "train" / canonical_hash([folder.place, token])[:16]
 

@@ -257,7 +257,7 @@ def train_on_worker(options: dict[str, Any]) -> dict[str, Any]:
     config = TrainConfig.model_validate(options["config"])
     folder: Folder = options["folder"]
     node = ray.get_runtime_context().get_node_id()
-    working = folder.local if folder.is_local else working_folder(folder)
+    working = working_folder(folder)
     download_state(folder, working)
     with Remote(folder, working) as remote:
         return run_session(config, options["fingerprint"], remote, node, started)

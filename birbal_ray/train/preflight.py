@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray.models import Model, quiet_libraries
-from birbal_ray.progress import duration, last_throughput
+from birbal_ray.progress import duration, last_figures, last_throughput
 from birbal_ray.settings import ConfigError
 from birbal_ray.speeds import CARDS, training_tokens
 from birbal_ray.train.config import TrainConfig
@@ -225,19 +225,14 @@ def run_preflight(config: TrainConfig, model: Model, packing: dict[str, Packing]
     parts = estimate(shapes, config, gpu=gpu, attention=attention)
     memory = device_memory_bytes(config)
     fits = memory is None or total_bytes(parts) <= memory
-    change = None
-    if memory is not None and not fits:
-        change = change_that_fits(shapes, config, memory, gpu=gpu, attention=attention)
+    change = None if memory is None or fits else change_that_fits(shapes, config, memory, gpu=gpu, attention=attention)
     steps_per_epoch = packing["train"].num_packs / (config.batch.micro * config.batch.accumulation)
     tokens_per_step = packing["train"].num_tokens / steps_per_epoch
     key = rate_key(config)
-    rate, source = last_throughput(key), "last seen here"
+    rate, source, kept = last_throughput(key), "last seen here", last_figures(key)
     least = None
     if rate:
-        setup, evaluation, save, best = (
-            last_throughput(f"{key} {name}") or 0.0
-            for name in ("setup_seconds", "eval_seconds", "save_seconds", "best_seconds")
-        )
+        setup, evaluation, save, best = (kept.get(f"{name}_seconds", 0.0) for name in ("setup", "eval", "save", "best"))
         least = setup + evaluation + tokens_per_step / rate + save + best
     elif (name := config.resources.accelerator_type or "") in CARDS:
         low, high, source = training_tokens(name, flops_per_token(shapes, config))

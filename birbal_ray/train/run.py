@@ -73,7 +73,9 @@ def train(config: TrainConfig, *, overwrite: bool = False) -> TrainResult:
         if run.manifest:
             progress.message(f"{run.folder} is up to date; nothing to do")
             return TrainResult(run.folder, run.manifest)
-        working = _working_folder(run)
+        if not run.folder.is_local and WORKING_FILE not in run.files:
+            run.folder.write_json(WORKING_FILE, {"token": uuid.uuid4().hex})
+        working = working_folder(run.folder)
         packing = _pack(config, model, mix, working, progress)
         if not run.folder.is_local:
             for file in sorted((working / PACKED_FOLDER).iterdir()):
@@ -212,17 +214,6 @@ def _calibration_place(config: TrainConfig) -> Path | None:
     place = Path(config.output).resolve().parent
     place.mkdir(parents=True, exist_ok=True)
     return place
-
-
-def _working_folder(run: Run) -> Path:
-    """The run's folder, or for a URL a folder of this machine that belongs to this run alone."""
-    if run.folder.is_local:
-        return run.folder.local
-    if WORKING_FILE not in run.files:
-        run.folder.write_json(WORKING_FILE, {"token": uuid.uuid4().hex})
-    folder = working_folder(run.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _identity(config: TrainConfig, model: Model, mix_manifest: dict[str, Any]) -> dict[str, Any]:
