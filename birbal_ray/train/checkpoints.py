@@ -13,7 +13,7 @@ import shutil
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,8 @@ class Remote:
     def add(self, *names: str) -> None:
         """Upload these files and folders, soon, in this order. A name may be given again when it has changed."""
         for name in () if self._is_here else names:
-            self._uploads.submit(self._upload_tree, name)
+            # An error that nobody expects is logged with its traceback: the callback raises it.
+            self._uploads.submit(self._upload_tree, name).add_done_callback(Future.result)
 
     def prune(self, keep: int) -> None:
         """Delete what was uploaded and is superseded: complete checkpoints but the latest `keep`, older best adapters.
