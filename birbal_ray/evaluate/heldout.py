@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from birbal_ray.evaluate.models import EvaluatedModel
 from birbal_ray.manifest import read_manifest
-from birbal_ray.mix.rows import AUDIT_FILE, NATURAL_INSTRUCTIONS
+from birbal_ray.mix.inspect import read_batches
+from birbal_ray.mix.rows import AUDIT, AUDIT_FILE, MIX_ROWS, NATURAL_INSTRUCTIONS
 from birbal_ray.ni.schema import text_key
 from birbal_ray.run import RunError
 from birbal_ray.settings import ConfigError
-from birbal_ray.storage import Folder, open_folder
+from birbal_ray.storage import open_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,7 @@ def held_out(*places: str | os.PathLike[str]) -> HeldOut:
         read_manifest(mix, "mix")
         sampled: set[str] = set()
         candidates: dict[str, list[str]] = {}
-        for batch in _batches(mix, AUDIT_FILE, ["row_id", "source", "task", "kept"]):
+        for batch in read_batches(mix, AUDIT_FILE, AUDIT, ["row_id", "source", "task", "kept"]):
             ours = batch.filter(pc.equal(batch["source"], NATURAL_INSTRUCTIONS))
             sampled |= set(ours.filter(ours["kept"])["task"].to_pylist())
             for task, row_id in zip(ours["task"].to_pylist(), ours["row_id"].to_pylist(), strict=True):
@@ -78,13 +77,7 @@ def held_out(*places: str | os.PathLike[str]) -> HeldOut:
         keys.update(row_id for task in sampled for row_id in candidates[task])
         all_sampled |= sampled
         for split in ("train", "eval"):
-            for batch in _batches(mix, f"{split}.parquet", ["instruction", "input"]):
+            for batch in read_batches(mix, f"{split}.parquet", MIX_ROWS, ["instruction", "input"]):
                 texts = zip(batch["instruction"].to_pylist(), batch["input"].to_pylist(), strict=True)
                 keys.update(text_key(instruction, text) for instruction, text in texts)
     return HeldOut(frozenset(keys), frozenset(all_sampled) if places else None)
-
-
-def _batches(mix: Folder, name: str, columns: list[str]) -> Iterator[pa.Table]:
-    with mix.open_input(name) as file, pq.ParquetFile(file) as parquet:
-        for batch in parquet.iter_batches(columns=columns):
-            yield pa.Table.from_batches([batch])

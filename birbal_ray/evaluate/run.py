@@ -232,14 +232,12 @@ def _model_of(
     place.mkdir(parents=True, exist_ok=True)
     for leftover in place.glob(".folded-*"):  # of an evaluation that was killed; this one holds the folder
         shutil.rmtree(leftover, ignore_errors=True)
-    whole = Path(tempfile.mkdtemp(prefix=".folded-", dir=place)) / first.name
-    try:
+    with tempfile.TemporaryDirectory(prefix=".folded-", dir=place) as temporary:
+        whole = Path(temporary) / first.name
         merge_adapter(load_with_adapter(setup.model.path, Path(first.path), dtype), setup.model.path, whole)
         if (reference := Path(first.path) / REFERENCE_FILE).is_file():  # the engine is checked against it
             shutil.copy(reference, whole)
         yield setup.scoring_of(str(whole)), resolve_model(str(whole)).fingerprint
-    finally:
-        shutil.rmtree(whole.parent)
 
 
 def _finish(setup: Setup, plan: ScorePlan, run: Run) -> EvaluateResult:

@@ -123,7 +123,7 @@ def _why(
 
 
 def _find(folder: Folder, row_id: str) -> dict[str, Any] | None:
-    for table in _audit(folder, AUDIT.names):
+    for table in read_batches(folder, AUDIT_FILE, AUDIT, AUDIT.names):
         found = table.filter(pc.equal(table["row_id"], row_id))
         if len(found):
             return dict(found.slice(0, 1).to_pylist()[0])
@@ -131,14 +131,16 @@ def _find(folder: Folder, row_id: str) -> dict[str, Any] | None:
 
 
 def _kept(folder: Folder) -> pa.Table:
-    return pa.concat_tables(t.filter(t["kept"]) for t in _audit(folder, ["row_id", "source", "task", "kept"]))
+    tables = read_batches(folder, AUDIT_FILE, AUDIT, ["row_id", "source", "task", "kept"])
+    return pa.concat_tables(table.filter(table["kept"]) for table in tables)
 
 
-def _audit(folder: Folder, columns: list[str]) -> Iterator[pa.Table]:
-    place = folder.at(AUDIT_FILE)
+def read_batches(folder: Folder, name: str, schema: pa.Schema, columns: list[str]) -> Iterator[pa.Table]:
+    """Columns of a mix's file, BATCH_ROWS rows at a time. Raises RunError where it is damaged or lacks one."""
+    place = folder.at(name)
     try:
-        with folder.open_input(AUDIT_FILE) as data, pq.ParquetFile(data) as file:
-            check_columns(place, file.schema_arrow, pa.schema([AUDIT.field(name) for name in columns]))
+        with folder.open_input(name) as data, pq.ParquetFile(data) as file:
+            check_columns(place, file.schema_arrow, pa.schema([schema.field(name) for name in columns]))
             for batch in file.iter_batches(BATCH_ROWS, columns=columns):
                 yield pa.Table.from_batches([batch])
     except (pa.ArrowException, OSError) as error:
