@@ -17,7 +17,6 @@ import click
 
 from birbal_ray.cli.options import format_option, note, overwrite_option, print_table, refuse_url, settings_options
 from birbal_ray.serve.config import ServeConfig
-from birbal_ray.settings import ConfigError
 
 if TYPE_CHECKING:
     from birbal_ray.evaluate.leaderboard import Sensitivity
@@ -276,8 +275,6 @@ def leaderboard(raw: Path | None, add: tuple[Path, ...], leave_one_out: bool, ou
     teams = board.load_published() if raw is None else board.load_teams(raw)
     added = board.load_added(add, teams)
     everybody = {**teams, **added}
-    if leave_one_out and len(everybody) < 2:
-        raise ConfigError("--leave-one-out needs at least 2 teams, found 1")
     for file in add:
         if remark := board.load_remark(file):
             note(f"{file}: {remark}")

@@ -134,9 +134,12 @@ def rank_with(teams: Teams, added: Teams) -> list[Standing]:
 
 
 def leave_one_out(teams: Teams) -> list[Sensitivity]:
-    """How far each team's place depends on who else takes part, in the order of the standings. Needs two teams."""
+    """How far each team's place depends on who else takes part, in the order of the standings.
+
+    Raises ConfigError for fewer than two teams.
+    """
     if len(teams) < 2:
-        raise ValueError(f"leaving one team out needs at least 2 teams, found {len(teams)}")
+        raise ConfigError(f"--leave-one-out needs at least 2 teams, found {len(teams)}")
     reduced = {
         absent: {place.team: place for place in standings({team: teams[team] for team in teams if team != absent})}
         for absent in teams

@@ -8,6 +8,23 @@ from pydantic import Field, model_validator
 
 from birbal_ray.settings import Settings
 
+# Evaluation → names that its data goes by in task names, task sources and outside sources. The
+# evaluations are those of the 2023 challenge (open: MMLU, TruthfulQA, BIG-bench, GSM8K, BBQ and BBH,
+# OpenBookQA, CNN/DailyMail among its HELM scenarios; hidden: sam_sum, corr2cause, MATH, ethics).
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "sam_sum": ("samsum", "sam_sum"),
+    "openbookqa": ("openbookqa", "open_book_qa", "obqa"),
+    "cnn_dailymail": ("cnn_dailymail", "cnn_daily_mail", "cnn_dm"),
+    "bigbench": ("bigbench", "big_bench"),
+    "ethics": ("hendrycks_ethics", "ethics", "ethics_justice", "ethics_commonsense", "ethics_deontology"),
+    "mmlu": ("mmlu", "hendrycks_test"),
+    "truthfulqa": ("truthfulqa", "truthful_qa"),
+    "gsm8k": ("gsm8k", "gsm_8k"),
+    "bbq": ("bbq",),
+    "bbh": ("bbh", "big_bench_hard"),
+    "math": ("hendrycks_math", "competition_math"),
+    "corr2cause": ("corr2cause",),
+}
 HUB_NAMES = ("lima", "open_platypus", "math_instruct", "quac", "openbookqa", "cnn_dailymail")
 
 
@@ -61,13 +78,7 @@ class ContaminationSettings(Settings):
     action: Literal["report", "drop"] = Field("report")
     files: list[str] = Field([], description="evaluation texts: .txt (one a line), .jsonl (all strings), .parquet")
     ngram: int = Field(13, ge=3, le=64, description="words that must agree in a row")
-    evaluations: list[str] = Field(
-        [
-            *("sam_sum", "openbookqa", "cnn_dailymail", "bigbench", "ethics", "mmlu", "truthfulqa", "gsm8k", "bbq"),
-            *("bbh", "math", "corr2cause"),
-        ],
-        description="evaluations whose task families are looked for by name",
-    )
+    evaluations: list[str] = Field([*FAMILIES], description="evaluations whose task families are looked for by name")
     families: dict[str, list[str]] = Field({}, description="further evaluation → words in task or source names")
 
 

@@ -12,27 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from birbal_ray.mix.config import FAMILIES
 from birbal_ray.mix.files import read_lines, read_records
 from birbal_ray.ni.text import tokens
 from birbal_ray.settings import ConfigError, nearest
-
-# Evaluation → names that its data goes by in task names, task sources and outside sources. The
-# evaluations are those of the 2023 challenge (open: MMLU, TruthfulQA, BIG-bench, GSM8K, BBQ and BBH,
-# OpenBookQA, CNN/DailyMail among its HELM scenarios; hidden: sam_sum, corr2cause, MATH, ethics).
-FAMILIES: dict[str, tuple[str, ...]] = {
-    "sam_sum": ("samsum", "sam_sum"),
-    "openbookqa": ("openbookqa", "open_book_qa", "obqa"),
-    "cnn_dailymail": ("cnn_dailymail", "cnn_daily_mail", "cnn_dm"),
-    "bigbench": ("bigbench", "big_bench"),
-    "ethics": ("hendrycks_ethics", "ethics", "ethics_justice", "ethics_commonsense", "ethics_deontology"),
-    "mmlu": ("mmlu", "hendrycks_test"),
-    "truthfulqa": ("truthfulqa", "truthful_qa"),
-    "gsm8k": ("gsm8k", "gsm_8k"),
-    "bbq": ("bbq",),
-    "bbh": ("bbh", "big_bench_hard"),
-    "math": ("hendrycks_math", "competition_math"),
-    "corr2cause": ("corr2cause",),
-}
 
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses nothing modulo 2^64
 SHORTEST_TEXT_WORDS = 5

@@ -223,17 +223,10 @@ class _Collected:
 def make_context(config: MixConfig, scores: ScoreFolder) -> Context:
     """What both readings need. Raises ConfigError for an unknown evaluation or a file of evaluation texts."""
     families = chosen_families(config.contamination.evaluations, config.contamination.families)
-    tasks = [
-        Group(
-            task.name,
-            NATURAL_INSTRUCTIONS,
-            task.label,
-            task.task_score,
-            families=families_of([task.name, *task.sources], families),
-            unfit=task.unreachable,
-        )
-        for task in scores.tasks
-    ]
+    tasks = []
+    for t in scores.tasks:
+        found = families_of([t.name, *t.sources], families)
+        tasks.append(Group(t.name, NATURAL_INSTRUCTIONS, t.label, t.task_score, families=found, unfit=t.unreachable))
     outside = [
         Group(s.name, s.name, max_rows=s.max_rows, families=families_of([s.name], families)) for s in config.sources
     ]

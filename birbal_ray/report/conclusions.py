@@ -10,8 +10,6 @@ from birbal_ray.progress import counted
 from birbal_ray.report.load import Row
 from birbal_ray.statistics import BETTER, TOO_FEW, WORSE, outcome
 
-FORMAT_WORDS = {"zero_shot": "zero-shot", "few_shot": "few-shot"}
-
 
 @dataclass(frozen=True, slots=True)
 class Conclusion:
@@ -63,7 +61,7 @@ def conclusion_of(row: Row) -> Conclusion:
 
 def words(prompt_format: str) -> str:
     """`zero_shot` as `zero-shot`."""
-    return FORMAT_WORDS.get(prompt_format, prompt_format.replace("_", " "))
+    return prompt_format.replace("_", "-")
 
 
 def signed(value: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from birbal_ray.evaluate.models import ADAPTER
+from birbal_ray.evaluate.models import ADAPTER, BASE
 from birbal_ray.mix.rows import AUDIT_FILE, MIX_TASKS, Reason
 from birbal_ray.models import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, adapter_fingerprint
 from birbal_ray.progress import CLOCK_FILE, PLAN_FILE
@@ -29,7 +29,6 @@ from birbal_ray.train.checkpoints import METRICS_FILE, read_metrics
 Row = Mapping[str, Any]
 STEPS = ("score", "mix", "train", "evaluate")  # those with a section of their own, in the order they run
 LABELS = ("exact_match", "generation")
-BASE = "base"
 NEW_COLUMNS = (
     "is_primary",
     "p_value",
