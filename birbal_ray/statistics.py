@@ -35,10 +35,6 @@ class Difference:
     p_value: float
     detectable: float
 
-    def outcome(self, min_pairs: int = MIN_TASKS) -> str:
-        """The verdict on this difference alone."""
-        return outcome(self.low, self.high, self.num_pairs, min_pairs=min_pairs)
-
 
 def outcome(
     low: float, high: float, num_pairs: int, p_adjusted: float | None = None, *, min_pairs: int = MIN_TASKS

@@ -24,7 +24,7 @@ def test_symmetric_values_get_the_t_interval():
     assert (found.mean, found.high - found.mean, found.mean - found.low) == pytest.approx((0.2, half, half), rel=1e-5)
     # From the same t: 0.2 / (0.1 / √3) = 3.4641, two-sided with two degrees of freedom 0.0742.
     assert found.p_value == pytest.approx(0.0742, abs=1e-4)
-    assert found.outcome(min_pairs=2) == statistics.NO_DIFFERENCE
+    assert statistics.outcome(found.low, found.high, found.num_pairs, min_pairs=2) == statistics.NO_DIFFERENCE
 
 
 def test_a_long_tail_widens_the_interval_towards_it():
@@ -50,9 +50,13 @@ def test_a_p_value_is_below_5_percent_exactly_where_the_interval_excludes_0():
 
 def test_verdicts_need_six_tasks_and_one_pair_says_nothing():
     clear = [0.3, 0.31, 0.29, 0.3, 0.32, 0.28]
-    assert statistics.paired_difference(clear).outcome() == statistics.BETTER
-    assert statistics.paired_difference([-value for value in clear]).outcome() == statistics.WORSE
-    assert statistics.paired_difference(clear[:5]).outcome() == statistics.TOO_FEW
+    for values, verdict in (
+        (clear, statistics.BETTER),
+        ([-value for value in clear], statistics.WORSE),
+        (clear[:5], statistics.TOO_FEW),
+    ):
+        found = statistics.paired_difference(values)
+        assert statistics.outcome(found.low, found.high, found.num_pairs) == verdict
     one = statistics.paired_difference([0.4])
     assert (one.mean, one.low, one.high, one.p_value) == (0.4, -math.inf, math.inf, 1.0)
     same = statistics.paired_difference([0.05] * 8)
