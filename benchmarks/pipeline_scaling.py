@@ -238,7 +238,7 @@ def make_rows(schedule: Any, config: Any, _: str, folder: Any, on_poll: Any, **_
             columns["score"] = [float(number % 3 == 0) for number in range(size)]
             columns |= {"answer": [["yes"]] * size, "error": [None] * size}
             table = pa.table({name: columns[name] for name in SCORE_ROWS.names}, schema=SCORE_ROWS)
-            monitor.written(write_rows(rows, shard.name, table, shard, config.adaptive.failed_below))
+            monitor.written(write_rows(rows, table, shard, config.adaptive.failed_below))
             on_poll(monitor.snapshot())
         position += len(pickled)
 

@@ -331,14 +331,10 @@ def identity_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
     """SIGTERM ends the block as Ctrl-C does: by KeyboardInterrupt, through the clean-up."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals: the caller does
         return
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

@@ -141,7 +141,7 @@ class EngineMonitor:
             if replica not in self._dead:
                 self._bury(replica, KILLED)
         elif replica not in self._dead:
-            self._start_failed(replica, KILLED)
+            self.start_failed(replica, KILLED)
         self._ready.discard(replica)
         self._dead.discard(replica)
         self._touch()
@@ -149,7 +149,8 @@ class EngineMonitor:
 
     def start_failed(self, replica: str, reason: str) -> None:
         """A replica could not load its engine; its process ends now."""
-        self._start_failed(replica, reason)
+        self._failed_starts[replica] += 1
+        self._state.deaths.append(f"replica {replica[:12]} did not start: {reason}")
         self._dead.add(replica)
         self._touch()
 
@@ -223,10 +224,6 @@ class EngineMonitor:
         state.running += [shard for shard, _ in self._trying.values()]
         given, state.files = replace(state), []
         return given
-
-    def _start_failed(self, replica: str, reason: str) -> None:
-        self._failed_starts[replica] += 1
-        self._state.deaths.append(f"replica {replica[:12]} did not start: {reason}")
 
     def _bury(self, replica: str, reason: str) -> None:
         """Find out who was in the engine when it died."""

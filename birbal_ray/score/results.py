@@ -164,7 +164,7 @@ def rescore(folder: Folder, names: Iterable[str], task: PlannedTask, config: Sco
         new = score_table(task.name, task.label.value, old.to_pylist(), config.prompt.format)
         if not new.equals(old.cast(SCORE_ROWS)):
             shard = task.shard(*RowFiles.range_of(name))
-            written.append(write_rows(folder, name, new, shard, config.adaptive.failed_below))
+            written.append(write_rows(folder, new, shard, config.adaptive.failed_below))
     return written
 
 

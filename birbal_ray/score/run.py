@@ -82,10 +82,8 @@ def score(
         plan, amendment = amend(run, plan)
         found, changed = amendment.kept, retry_errors or rescore_all or amendment.set_aside or amendment.rescored
         is_same = run.manifest is not None and run.manifest["plan_hash"] == plan_hash(config, plan)
-        has_time_again = False  # that a run which its budget ended has now
-        if run.manifest and run.manifest.get("time_was_up"):
-            before = run.manifest["settings"].get("budget") or math.inf
-            has_time_again = config.budget is None or config.budget > before
+        had = run.manifest["settings"].get("budget") if run.manifest and run.manifest.get("time_was_up") else None
+        has_time_again = (config.budget or math.inf) > (had or math.inf)  # that a run which its budget ended has now
         if run.manifest and is_same and not changed and not has_time_again:
             progress.message(f"{run.folder} is up to date: {run.manifest['summary']}; nothing to do")
             return ScoreResult(run.folder, run.manifest, run.folder.read_table(TASK_SCORES_FILE).to_pylist())

@@ -234,8 +234,7 @@ class ScoreAndWrite:
         table = score_table(shard.task, shard.label, completed.rows, self._format)
         if shard.retry is not None:
             table = replace_rows(self._folder.read_table(shard.name), shard.retry, table)
-        file = write_rows(self._folder, shard.name, table, shard, self._failed_below)
-        ray.get(self._monitor.written.remote(file))
+        ray.get(self._monitor.written.remote(write_rows(self._folder, table, shard, self._failed_below)))
         return {"file": shard.name}
 
 
@@ -258,11 +257,12 @@ def complete_rows(rows: Iterable[Row], completions: Mapping[int, Completion]) ->
     return completed
 
 
-def write_rows(folder: Folder, name: str, table: pa.Table, shard: Shard, failed_below: float) -> WrittenFile:
+def write_rows(folder: Folder, table: pa.Table, shard: Shard, failed_below: float) -> WrittenFile:
     """Publish a shard's SCORE_ROWS below the rows folder, with what they were made from in the file's metadata."""
+    name = shard.name
     if table.num_rows != shard.num_rows:
         raise RuntimeError(f"{name}: {table.num_rows} rows, the plan says {shard.num_rows}")
-    made_from = {name: getattr(shard, name) for name in ("task", "first", "last", "sha256", "max_completion_tokens")}
+    made_from = {key: getattr(shard, key) for key in ("task", "first", "last", "sha256", "max_completion_tokens")}
     record = folder.write_parquet(name, table.replace_schema_metadata({METADATA_KEY: json.dumps(made_from).encode()}))
     num_errors, scores = table.num_rows - table["error"].null_count, table["score"].drop_null().to_pylist()
     return WrittenFile(
