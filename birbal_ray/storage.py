@@ -434,17 +434,13 @@ def input_folder(path: str | os.PathLike[str], needed: Callable[[str], bool] | N
             file = target / name
             if needed is not None and name and not needed(name):
                 continue
-            # The copy gets the object's time.
-            if not file.is_file() or (file.stat().st_size, int(file.stat().st_mtime)) != (
-                stat.size,
-                int(stat.modified),
-            ):
+            here = file.stat() if file.is_file() else None  # the copy gets the object's time
+            if here is None or (here.st_size, int(here.st_mtime)) != (stat.size, int(stat.modified)):
                 folder.download(name, file)
                 os.utime(file, (stat.modified, stat.modified))
         if "" not in files:
-            for file in [file for file in target.rglob("*") if file.is_file()]:
-                if file.relative_to(target).as_posix() not in files:
-                    file.unlink()
+            copy = open_folder(target)
+            copy.delete(copy.files(hidden=True).keys() - files.keys())
     return target
 
 

@@ -61,33 +61,27 @@ def find_unreachable(
 
     `fits` says whether a completion may be as long as the reference.
     """
-    causes: Counter[str] = Counter()
     usable = [instance.references for instance in task.instances if instance.error is None]
-    for references in usable:
-        cause = None
-        for reference in references:
-            cause = _why_below_one(label, reference, references, extract, fits)
-            if cause is None:
-                break
-        if cause is not None:
-            causes[cause] += 1
+    causes = Counter(filter(None, (_why_below_one(label, references, extract, fits) for references in usable)))
     count = causes.total()
     return Unreachable(count, count / len(usable) if count else 0.0, causes.most_common(1)[0][0] if count else None)
 
 
 def _why_below_one(
-    label: str,
-    reference: str,
-    references: Sequence[str],
-    extract: Callable[[str], str],
-    fits: Callable[[str], bool],
+    label: str, references: Sequence[str], extract: Callable[[str], str], fits: Callable[[str], bool]
 ) -> str | None:
-    if not fits(reference):
-        return "the references have more tokens than a completion may have"
-    # Without a comparison where the answer is the reference itself: a plan reads millions of them.
-    if extract(reference) == reference.strip():
-        reachable = label == EXACT_MATCH or has_token(reference)
-        return None if reachable else "the references hold no letter, digit or symbol that ROUGE-L counts"
-    if score_answer(label, extract(reference), references) == 1.0:
-        return None
-    return "a blank line in the references: a completion ends there"
+    """Why none of an instance's references scores 1 (the last one's reason), or None."""
+    reason = None
+    for reference in references:
+        if not fits(reference):
+            reason = "the references have more tokens than a completion may have"
+        # Without a comparison where the answer is the reference itself: a plan reads millions of them.
+        elif extract(reference) == reference.strip():
+            if label == EXACT_MATCH or has_token(reference):
+                return None
+            reason = "the references hold no letter, digit or symbol that ROUGE-L counts"
+        elif score_answer(label, extract(reference), references) == 1.0:
+            return None
+        else:
+            reason = "a blank line in the references: a completion ends there"
+    return reason
