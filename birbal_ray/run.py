@@ -196,20 +196,18 @@ def open_run(
         run = _claim(folder, step, json.loads(json.dumps(identity)), owns, overwrite)
         with contextlib.suppress(FileNotFoundError, RunError, KeyError, TypeError, ValueError, AttributeError):
             run._earlier_seconds = float(folder.read_json(PROGRESS_FILE)["wall_seconds"]) if run.resumed else 0.0
-        error: BaseException | None = None
         try:
             yield run
         except BaseException as raised:
-            if lock and lock.lost:
-                error = RunError(lock.lost)
-                raise error from None
-            error = raised
-            raise
-        finally:
+            error = RunError(lock.lost) if lock and lock.lost else raised
             if isinstance(error, Exception) and not isinstance(error, ConfigError):
                 record = {"done": None, "total": None, **run._last_progress, "error": one_line(error)}
                 with contextlib.suppress(OSError, RunError):
                     run._writer.submit(folder.write_json, PROGRESS_FILE, record).result()
+            if error is raised:
+                raise
+            raise error from None
+        finally:
             run._writer.shutdown()
 
 
