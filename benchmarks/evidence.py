@@ -32,7 +32,7 @@ from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.rows import question_of
 from birbal_ray.mix.run import mix
 from birbal_ray.ni import labels, prompt, reader
-from birbal_ray.ni.schema import Task, TaskError, take_first
+from birbal_ray.ni.schema import Task, TaskError, order_instances
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.run import score
 from birbal_ray.settings import load_config
@@ -90,7 +90,7 @@ def write_held_out(tasks: str, names: list[str], folder: Path) -> list[str]:
     files = [file for file in reader.find_task_files(input_folder(tasks)) if file.name in names]
     for _, task in reader.read_tasks(files):
         assert isinstance(task, Task)
-        rows = [one for one in take_first(task, None, 0) if one.error is None][:HELD_OUT_ROWS]
+        rows = [one for one in order_instances(task, 0) if one.error is None][:HELD_OUT_ROWS]
         table = {
             "question": [question_of(task.definition, one.input) for one in rows],
             "answer": [one.references[0] for one in rows],

@@ -383,12 +383,12 @@ def real_definitions(path: Path) -> dict[str, str]:
 
 def real_rows(path: Path, per_task: int = 1000) -> Iterator[dict[str, Any]]:
     """Real inputs and references; the answers are made up (right with a chance per task, 2 % empty)."""
-    from birbal_ray.ni.schema import take_first
+    from birbal_ray.ni.schema import order_instances
 
     for number, (task, label) in enumerate(real_tasks(path)):
         rng = random.Random(number)
         skill = rng.random()
-        taken = [i for i in take_first(task, per_task, 0) if i.error is None and i.references]
+        taken = [i for i in order_instances(task, 0)[:per_task] if i.error is None and i.references]
         for instance, other in zip(taken, itertools.islice(itertools.cycle(taken), 1, None), strict=False):
             source = instance if rng.random() < skill else other
             answer = source.references[0]

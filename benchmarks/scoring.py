@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray.ni import prompt, reader
-from birbal_ray.ni.schema import sample_tasks_folder, take_first
+from birbal_ray.ni.schema import order_instances, sample_tasks_folder
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.settings import load_config
 
@@ -94,7 +94,7 @@ def prompts_of(config: ScoreConfig, *, longest_first: bool = False) -> tuple[lis
     ordered = dict.fromkeys(shard.task for shard in plan.shards(1 << 16)) if longest_first else by_name
     for planned in (by_name[name] for name in ordered):
         task = reader.parse_task(planned.name, Path(planned.path).read_bytes())
-        for instance in take_first(task, config.tasks.instances_per_task, config.seed):
+        for instance in order_instances(task, config.seed)[: config.tasks.instances_per_task]:
             texts.append(prompt.render_prompt(task.definition, prompt.examples_of(task), instance.input))
             limits.append(planned.max_completion_tokens)
     return texts, limits

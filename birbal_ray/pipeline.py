@@ -51,7 +51,8 @@ class BudgetClock:
     """Seconds that each step of a recipe has taken, over all sessions; a killed one loses a beat at most.
 
     Kept in clock.json of the recipe's folder, with what was decided once for a step, so that a continuation asks it
-    for the same. Without a budget it only counts. `is_new`: no earlier session had this budget.
+    for the same. Without a budget it only counts. `is_new`: no earlier session had this budget. `least`: seconds
+    that each step works in, at least.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class BudgetClock:
         from_scratch: bool = False,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.budget, self._shares, self._least = budget, shares.model_dump(), least
+        self.budget, self._shares, self.least = budget, shares.model_dump(), least
         self._folder, self._now = folder, now
         earlier: dict[str, Any] = {}
         if not from_scratch:
@@ -116,11 +117,7 @@ class BudgetClock:
         rest = self.budget - self.total - held_back
         if step == "train":
             return rest
-        return max(self._least.get(step, 0.0), self._share(step) - self.spent.get(step, 0.0))
-
-    def least(self, step: str) -> float:
-        """The least seconds that `step` works in."""
-        return self._least.get(step, 0.0)
+        return max(self.least.get(step, 0.0), self._share(step) - self.spent.get(step, 0.0))
 
     def overrun(self, step: str) -> float:
         """Seconds that `step` took beyond its share."""
@@ -247,7 +244,7 @@ def settings_of(step: str, config: PipelineConfig, clock: BudgetClock) -> Any:
         budget = clock.decide(f"{step}.budget", lambda: round(clock.spent.get(step, 0.0) + left, 1))
         return settings.replace({"budget": budget})
     if step == "train":
-        least = clock.least("train")
+        least = clock.least.get("train", 0.0)
         if "train.budget" not in clock.decided and left - TRAIN_START_SECONDS < least:
             raise ConfigError(
                 f"the other steps have used {duration(clock.total)} of the budget, which leaves training "

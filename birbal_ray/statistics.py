@@ -71,7 +71,7 @@ def interval(differences: Any) -> tuple[Any, Any, Any]:
     values = np.asarray(differences, dtype=float)
     n = values.shape[-1]
     mean, error, skewness = _moments(values)
-    reach = _t_quantile(0.5 + CONFIDENCE / 2, n - 1)
+    reach = _t_quantile(n - 1)
     a = skewness / 3
     safe = np.where(abs(a) < 1e-9, 1.0, a)  # the cubic is the identity where there is no skewness
 
@@ -121,7 +121,7 @@ def detectable_difference(num_pairs: int, deviation: float) -> float:
     if num_pairs < 2:
         return math.inf
     # The noncentral t distribution whose lower tail ends at the critical value; the other tail's share is below 1e-4.
-    reach = _t_quantile(0.5 + CONFIDENCE / 2, num_pairs - 1)
+    reach = _t_quantile(num_pairs - 1)
     return deviation * float(nctdtrinc(num_pairs - 1, 1 - POWER, reach)) / math.sqrt(num_pairs)
 
 
@@ -134,14 +134,14 @@ def pairs_needed(difference: float, deviation: float) -> int | None:
 
 def wilson(mean: float, count: int) -> tuple[float, float]:
     """(centre, half the width) of Wilson's interval for the mean of `count` 0/1 scores."""
-    z = _t_quantile(0.5 + CONFIDENCE / 2, math.inf)
+    z = _t_quantile(math.inf)
     half = z * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count))
     return (mean + z * z / (2 * count)) / (1 + z * z / count), half / (1 + z * z / count)
 
 
 def t_half_width(deviation: float, count: int) -> float:
     """Half the width of the t interval for the mean of `count` scores; infinite with one."""
-    return _t_quantile(0.5 + CONFIDENCE / 2, count - 1) * deviation / math.sqrt(count) if count > 1 else math.inf
+    return _t_quantile(count - 1) * deviation / math.sqrt(count) if count > 1 else math.inf
 
 
 def _moments(values: Any) -> tuple[Any, Any, Any]:
@@ -155,7 +155,9 @@ def _moments(values: Any) -> tuple[Any, Any, Any]:
     return mean, np.where(flat, 0.0, deviation) / math.sqrt(n), skewness
 
 
-def _t_quantile(probability: float, degrees: float) -> float:
+def _t_quantile(degrees: float) -> float:
+    """Where Student's t distribution has the upper tail of a two-sided 95 % interval; the normal one's for infinity."""
     from scipy.special import ndtri, stdtrit
 
-    return float(ndtri(probability) if math.isinf(degrees) else stdtrit(degrees, probability))
+    level = 0.5 + CONFIDENCE / 2
+    return float(ndtri(level) if math.isinf(degrees) else stdtrit(degrees, level))

@@ -80,8 +80,8 @@ def text_key(instruction: str, text: str) -> str:
     return f"text:{digest.hexdigest()}"
 
 
-def take_first(task: Task, count: int | None, seed: int, excluded: Collection[str] = frozenset()) -> list[Instance]:
-    """The first `count` instances in hash order, all of them when `count` is None.
+def order_instances(task: Task, seed: int, excluded: Collection[str] = frozenset()) -> list[Instance]:
+    """The task's instances in hash order.
 
     `excluded` holds row ids and text keys that are passed over.
     """
@@ -90,5 +90,4 @@ def take_first(task: Task, count: int | None, seed: int, excluded: Collection[st
         for one in task.instances
         if not excluded or not (one.row_id in excluded or text_key(task.definition, one.input) in excluded)
     ]
-    ordered = sorted(instances, key=lambda instance: (hash_order(instance.row_id, seed), instance.row_id))
-    return ordered if count is None else ordered[:count]
+    return sorted(instances, key=lambda instance: (hash_order(instance.row_id, seed), instance.row_id))

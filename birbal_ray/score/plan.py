@@ -18,7 +18,7 @@ from birbal_ray import models
 from birbal_ray.ni import catalog, labels, prompt, reader
 from birbal_ray.ni.metrics import EXACT_MATCH, METRIC_VERSION, find_unreachable
 from birbal_ray.ni.prompt import ChatTemplate
-from birbal_ray.ni.schema import Instance, Task, TaskError, take_first
+from birbal_ray.ni.schema import Instance, Task, TaskError, order_instances
 from birbal_ray.progress import ProgressLine
 from birbal_ray.schemas import TASKS
 from birbal_ray.score.config import CompletionSettings, ScoreConfig
@@ -284,7 +284,7 @@ class _TaskPlanner:
             prompt.examples_of(task, config.prompt.num_shots, strict=True)
         if reason := catalog.excluded_by(task, config.tasks.exclude_families):
             return "left out", reason
-        allowed = take_first(task, None, config.seed, self.excluded)
+        allowed = order_instances(task, config.seed, self.excluded)
         if task.instances and not allowed:
             return "left out", f"none of its {len(task.instances):,} instances is held out"
         # All references, not those of the instances taken: more instances must not change the rows that exist.

@@ -27,7 +27,7 @@ from birbal_ray import models
 from birbal_ray.cluster import log_to
 from birbal_ray.ni import prompt
 from birbal_ray.ni.metrics import METRIC_OF_LABEL, score_answer
-from birbal_ray.ni.schema import Instance, Task, take_first
+from birbal_ray.ni.schema import Instance, Task, order_instances
 from birbal_ray.run import LOG_FOLDER
 from birbal_ray.schemas import ROWS_FOLDER, SCORE_ROWS
 from birbal_ray.score import plan
@@ -120,7 +120,7 @@ class BuildPrompts:
 
     def _read(self, path: str, name: str, sha256: str) -> tuple[Task, list[Instance]]:
         task = plan.read_planned(self._folder, path, name, sha256)
-        return task, take_first(task, None, self._config.seed, self._excluded)
+        return task, order_instances(task, self._config.seed, self._excluded)
 
 
 class Generate:

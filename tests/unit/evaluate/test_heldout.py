@@ -15,7 +15,7 @@ from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import mix
 from birbal_ray.models import Model
 from birbal_ray.ni.reader import parse_task
-from birbal_ray.ni.schema import take_first, text_key
+from birbal_ray.ni.schema import order_instances, text_key
 from birbal_ray.run import RunError
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import read_json, write_json
@@ -54,8 +54,8 @@ def test_a_text_that_was_trained_on_is_left_out_under_any_id(made, write_task):
     folder = write_task("another", Definition=[trained["instruction"]], Instances=instances)
     task = parse_task("another", (folder / "another.json").read_bytes())
     assert text_key(trained["instruction"], trained["input"]) in held_out(made).keys
-    assert [one.instance_id for one in take_first(task, None, 0, held_out(made).keys)] == ["new-2"]
-    assert len(take_first(task, None, 0)) == 2
+    assert [one.instance_id for one in order_instances(task, 0, held_out(made).keys)] == ["new-2"]
+    assert len(order_instances(task, 0)) == 2
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from birbal_ray.ni.reader import find_task_files, parse_task, read_files, read_tasks
-from birbal_ray.ni.schema import TaskError, hash_order, take_first
+from birbal_ray.ni.schema import TaskError, hash_order, order_instances
 from tests.conftest import task_values
 
 
@@ -166,11 +166,11 @@ def test_path_without_tasks_is_refused_by_name(tmp_path, name):
 
 def test_hash_order_is_stable_and_other_tasks_do_not_change_it():
     task = parse_task("t1", json.dumps(task_values(50)).encode())
-    first = [i.row_id for i in take_first(task, 10, seed=0)]
+    first = [i.row_id for i in order_instances(task, seed=0)[:10]]
     reversed_file = parse_task("t1", json.dumps(task_values(50, Instances=task_values(50)["Instances"][::-1])).encode())
-    assert [i.row_id for i in take_first(reversed_file, 10, seed=0)] == first
-    assert [i.row_id for i in take_first(task, 20, seed=0)][:10] == first
-    assert [i.row_id for i in take_first(task, 10, seed=1)] != first
+    assert [i.row_id for i in order_instances(reversed_file, seed=0)[:10]] == first
+    assert [i.row_id for i in order_instances(task, seed=0)[:20]][:10] == first
+    assert [i.row_id for i in order_instances(task, seed=1)[:10]] != first
     assert hash_order("t1:t-0", 0).hex() == "ce3196785cb1eead"
 
 
