@@ -41,9 +41,7 @@ ABOUT = {
     "evaluate": "base model against adapter on what was never sampled",
     "report": "everything on one page",
 }
-RUN: Mapping[str, Callable[..., Any]] = {
-    **{"score": score, "tune": tune, "mix": mix, "train": train, "evaluate": evaluate}
-}
+RUN: Mapping[str, Any] = {"score": score, "tune": tune, "mix": mix, "train": train, "evaluate": evaluate}
 TRAIN_START_SECONDS = 15.0  # of the training step, before its worker's own clock runs and after it has ended
 
 

@@ -32,15 +32,7 @@ from birbal_ray.lock import LOCK_RECORD, hold_lock
 from birbal_ray.manifest import FORMAT, RUN_FILE, wrong_files
 from birbal_ray.schemas import MANIFEST_FILE
 from birbal_ray.settings import ConfigError, canonical_hash, flatten, format_value, one_line
-from birbal_ray.storage import (
-    FileRecord,
-    FileStat,
-    Folder,
-    RunError,
-    absolute,
-    is_url,
-    open_folder,
-)
+from birbal_ray.storage import FileRecord, FileStat, Folder, RunError, absolute, is_url, open_folder
 
 PROGRESS_FILE = "progress.json"
 STANDARD_FILES = (RUN_FILE, PROGRESS_FILE, MANIFEST_FILE, "sessions/*", "logs/*")  # fnmatch: * spans folders

@@ -11,13 +11,7 @@ from typing import Any
 
 from birbal_ray.lock import LOCK_RECORD, is_alive, lock_holder
 from birbal_ray.progress import CLOCK_FILE, PLAN_FILE, duration
-from birbal_ray.run import (
-    LOG_FOLDER,
-    MANIFEST_FILE,
-    PROGRESS_FILE,
-    RUN_FILE,
-    RunError,
-)
+from birbal_ray.run import LOG_FOLDER, MANIFEST_FILE, PROGRESS_FILE, RUN_FILE, RunError
 from birbal_ray.settings import ConfigError, one_line
 from birbal_ray.storage import Folder, open_folder
 
