@@ -154,22 +154,32 @@ def read_source(source: SourceSettings, origin: Origin) -> Iterator[pa.Table]:
 
 
 def _rows(source: SourceSettings, origin: Origin) -> Iterator[Row]:
-    known = HUB_DATASETS.get(source.name)
-    mapping = source.columns.model_dump(exclude_none=True) if source.columns else {}
+    if known := HUB_DATASETS.get(source.name):
+        adapt, wanted, expected = known.adapt, known.columns, f"the layout of {known.repository}: {known.layout}"
+    else:
+        mapping = source.columns.model_dump(exclude_none=True) if source.columns else {}
+        wanted, expected = tuple(mapping.values()), "what its `columns` name"
+
+        def adapt(record: Record) -> Iterator[Row]:
+            yield {name: record.get(column) for name, column in mapping.items()}
+
     files = [origin.location] if source.path is not None else _hub_files(source.name, origin)
     for file in files:
         records = read_records(file, f"source {source.name}")
         first = list(itertools.islice(records, PEEK_ROWS))
-        _check_columns(source, file, [record for _, record in first])
+        found = dict.fromkeys(column for _, record in first if isinstance(record, Mapping) for column in record)
+        for column in wanted if found else ():
+            if column not in found:
+                raise ConfigError(
+                    f"source {source.name}: {file}: column {column!r} is missing{nearest(column, found)}; found "
+                    f"{', '.join(found)}; expected {expected}"
+                )
         for number, record in itertools.chain(first, records):
             where = f"source {source.name}: {file}, row {number}"
             if not isinstance(record, Mapping):
                 raise ConfigError(f"{where}: expected an object with columns, found {type(record).__name__}")
             try:
-                if mapping or known is None:
-                    adapted = [{name: record.get(column) for name, column in mapping.items()}]
-                else:
-                    adapted = list(known.adapt(record))
+                adapted = list(adapt(record))
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
                 raise ConfigError(
                     f"{where} is not in the expected layout ({type(error).__name__}: {error}); "
@@ -177,22 +187,6 @@ def _rows(source: SourceSettings, origin: Origin) -> Iterator[Row]:
                 ) from None
             for row in adapted:
                 yield _complete(row, source, origin, where)
-
-
-def _check_columns(source: SourceSettings, file: str, records: list[Any]) -> None:
-    found = dict.fromkeys(column for record in records if isinstance(record, Mapping) for column in record)
-    if source.columns is None:
-        known = HUB_DATASETS[source.name]
-        wanted, expected = known.columns, f"the layout of {known.repository}: {known.layout}"
-    else:
-        wanted = tuple(column for column in source.columns.model_dump().values() if column is not None)
-        expected = "what its `columns` name"
-    for column in wanted if found else ():
-        if column not in found:
-            raise ConfigError(
-                f"source {source.name}: {file}: column {column!r} is missing{nearest(column, found)}; found "
-                f"{', '.join(found)}; expected {expected}"
-            )
 
 
 def _complete(row: Row, source: SourceSettings, origin: Origin, where: str) -> Row:

@@ -47,14 +47,9 @@ def explain(mix: str | os.PathLike[str] | Folder, row_id: str) -> dict[str, Any]
     other = _find(folder, record["duplicate_of"]) if record["duplicate_of"] is not None else None
     answer: dict[str, Any] = {
         "row_id": row_id,
-        "kept": record["kept"],
-        "split": record["split"],
-        "reason": record["reason"],
+        **{name: record[name] for name in ("kept", "split", "reason")},
         "why": _why(record, task, settings, other),
-        "source": record["source"],
-        "task": record["task"],
-        "label": record["label"],
-        "score": record["score"],
+        **{name: record[name] for name in ("source", "task", "label", "score")},
         "task_score": task["task_score"],
         "bucket": record["bucket"],
         "policy": settings["policy"],
