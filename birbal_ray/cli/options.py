@@ -80,7 +80,7 @@ def settings_options(
                 is_flag=True,
                 is_eager=True,
                 expose_value=False,
-                callback=_print_settings(schema),
+                callback=functools.partial(_print_settings, schema),
                 help="List every key of --set and --config, and exit.",
             ),
             click.option(
@@ -208,15 +208,13 @@ def _kinds(annotation: Any) -> list[Any]:
     return [list if get_origin(annotation) is list else annotation]
 
 
-def _print_settings(schema: type[Settings]) -> Callable[..., None]:
-    def callback(context: click.Context, option: click.Parameter, asked: bool) -> None:
-        if asked:
-            rows = []
-            for key, field in settings_of(schema):
-                default = json.dumps(field.get_default(call_default_factory=True), default=Settings.model_dump)
-                short = default if len(default) <= 40 else f"{default[:37]}..."
-                rows.append({"key": key, "default": short, "meaning": field.description or ""})
-            print_table(rows, "text")
-            context.exit()
-
-    return callback
+def _print_settings(schema: type[Settings], context: click.Context, option: click.Parameter, asked: bool) -> None:
+    """--settings' callback."""
+    if asked:
+        rows = []
+        for key, field in settings_of(schema):
+            default = json.dumps(field.get_default(call_default_factory=True), default=Settings.model_dump)
+            short = default if len(default) <= 40 else f"{default[:37]}..."
+            rows.append({"key": key, "default": short, "meaning": field.description or ""})
+        print_table(rows, "text")
+        context.exit()

@@ -6,7 +6,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,7 +176,9 @@ def pipeline(config: PipelineConfig, overwrite: bool, dry_run: bool, **files: st
       birbal pipeline --tasks my-tasks/ --train-config tiny --no-tune --output runs/mine \\
           --set mix.task_score.allow_shortfall=true
     """
-    config = with_files(config, files)
+    given = {name.removesuffix("_config"): text for name, text in files.items() if text}
+    sections = {step: load_config(type(getattr(config, step)), find_config(step, text)) for step, text in given.items()}
+    config = config.replace(sections)
     if dry_run:
         from birbal_ray.pipeline import check_recipe
 
@@ -185,16 +187,6 @@ def pipeline(config: PipelineConfig, overwrite: bool, dry_run: bool, **files: st
         note("nothing was started (--dry-run)")
     else:
         run_recipe(config, overwrite)
-
-
-def with_files(config: PipelineConfig, files: Mapping[str, str | None]) -> PipelineConfig:
-    """The settings with the sections for which a file of their own was given (`score_config`, …)."""
-    sections = {}
-    for name, text in files.items():
-        step = name.removesuffix("_config")
-        if text:
-            sections[step] = load_config(type(getattr(config, step)), find_config(step, text))
-    return config.replace(sections)
 
 
 def run_recipe(config: PipelineConfig, overwrite: bool) -> None:

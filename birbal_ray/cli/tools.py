@@ -280,7 +280,7 @@ def leaderboard(raw: Path | None, add: tuple[Path, ...], leave_one_out: bool, ou
             note(f"{file}: {remark}")
     for name, what in board.missing_metrics(added if raw is None else everybody):
         note(f"{name}: {what}")
-    places = board.rank_with(teams, added)
+    places = board.standings(everybody, added)
     for name, what in board.zeroed_scores(places):
         note(f"warning: {name}: {what}")
     if leave_one_out:

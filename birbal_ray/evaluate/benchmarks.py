@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -240,15 +239,10 @@ def rouge_2(answer: str, references: Sequence[str]) -> float:
 
     A text of fewer than two words has no pair and scores 0.0.
     """
-    scorer = _rouge_2_scorer()
-    return max((float(scorer.score(reference, answer)["rouge2"].fmeasure) for reference in references), default=0.0)
-
-
-@functools.cache
-def _rouge_2_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer  # imports nltk: 1 s
 
-    return RougeScorer(["rouge2"], use_stemmer=True)
+    scorer = RougeScorer(["rouge2"], use_stemmer=True)
+    return max((float(scorer.score(reference, answer)["rouge2"].fmeasure) for reference in references), default=0.0)
 
 
 _SAMPLE_MEASURES = {"exact_match": exact_match, "rouge_2": rouge_2}

@@ -97,7 +97,7 @@ class Sensitivity:
 def standings(teams: Teams, added: Collection[str] = ()) -> list[Standing]:
     """All teams by falling Score_full, then name; those in `added` are marked. The order of `teams` changes nothing.
 
-    Only the names in METRICS are read; values must be finite.
+    All of them count in every win rate. Only the names in METRICS are read; values must be finite.
     """
     rates = metric_win_rates(teams)
     scored = []
@@ -121,16 +121,6 @@ def standings(teams: Teams, added: Collection[str] = ()) -> list[Standing]:
         )
         for full, team, scenarios, opened, hidden in scored
     ]
-
-
-def rank_with(teams: Teams, added: Teams) -> list[Standing]:
-    """Standings of `teams` with the models in `added` among them; all of them count in every win rate.
-
-    Raises ValueError when a name is in both.
-    """
-    if both := sorted(teams.keys() & added.keys()):
-        raise ValueError(f"team {both[0]!r} is in the table already")
-    return standings({**teams, **added}, added)
 
 
 def leave_one_out(teams: Teams) -> list[Sensitivity]:

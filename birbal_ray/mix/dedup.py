@@ -59,15 +59,13 @@ def near_duplicates(
         by_key = np.argsort(key, kind="stable")
         edges = np.flatnonzero(np.r_[True, np.diff(key[by_key]) != 0, True]) if len(order) else np.zeros(1, int)
         for start, end in itertools.pairwise(edges):
-            if end - start > 1:
-                _thin(order[by_key[start:end]], table, threshold, duplicate_of)
+            if end - start == 1:
+                continue
+            bucket = order[by_key[start:end]]
+            alive = np.array([row for row in bucket if int(row) not in duplicate_of], np.int64)
+            while len(alive) > 1:
+                first, rest = alive[0], alive[1:]
+                alike = (table[rest] == table[first]).mean(axis=1) >= threshold
+                duplicate_of.update((int(row), int(first)) for row in rest[alike])
+                alive = rest[~alike]
     return duplicate_of
-
-
-def _thin(bucket: NDArray[np.int64], table: NDArray[np.uint32], threshold: float, duplicate_of: dict[int, int]) -> None:
-    alive = np.array([row for row in bucket if int(row) not in duplicate_of], np.int64)
-    while len(alive) > 1:
-        first, rest = alive[0], alive[1:]
-        alike = (table[rest] == table[first]).mean(axis=1) >= threshold
-        duplicate_of.update((int(row), int(first)) for row in rest[alike])
-        alive = rest[~alike]

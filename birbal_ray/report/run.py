@@ -18,7 +18,7 @@ from birbal_ray.evaluate.leaderboard import (
     load_added,
     load_published,
     missing_metrics,
-    rank_with,
+    standings,
     zeroed_scores,
 )
 from birbal_ray.progress import duration
@@ -90,7 +90,7 @@ def rank_models(added: Sequence[Path]) -> tuple[list[Standing], list[str]]:
     added = list({file.resolve(): file for file in added}.values())
     teams = load_published()
     models = load_added(added, teams)
-    places = rank_with(teams, models)
+    places = standings({**teams, **models}, models)
     notes = []
     for name, file in zip(models, added, strict=True):
         if isinstance(remark := json.loads(file.read_text(encoding="utf-8-sig")).get("note"), str):

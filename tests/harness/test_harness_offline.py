@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
 from birbal_ray.evaluate.benchmarks import BENCHMARKS, FILE
-from birbal_ray.evaluate.leaderboard import METRICS, load_added, load_published, rank_with
+from birbal_ray.evaluate.leaderboard import METRICS, load_added, load_published, standings
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'birbal-ray[harness]'")
 
@@ -176,7 +176,7 @@ def test_figures_equal_own_log_likelihoods_and_are_not_measured_twice(tiny_model
     published = load_published()
     team = load_added([out / "results.json"], published)
     assert team == {"renamed": {"TruthfulQA - EM": pytest.approx(acc)}}
-    assert len(rank_with(published, team)) == 9
+    assert len(standings({**published, **team}, team)) == 9
     assert birbal("leaderboard", "--add", out / "results.json").exit_code == 0
 
     other = birbal(*command, "--task", "our_colours", "--limit", 2)

@@ -144,11 +144,11 @@ def test_leave_one_out_by_hand():
     assert (c.rank, c.ranks) == (3, (2, 2))
 
 
-def test_placing_a_model_marks_it_and_refuses_a_name_twice():
-    places = board.rank_with({"a": team(0.9), "b": team(0.1)}, {"mine": team(0.5)})
+def test_placing_a_model_marks_it_and_refuses_a_name_twice(write):
+    places = board.standings({"a": team(0.9), "b": team(0.1), "mine": team(0.5)}, ["mine"])
     assert [(place.team, place.added) for place in places] == [("a", False), ("mine", True), ("b", False)]
     with pytest.raises(ValueError, match="'a' is in the table already"):
-        board.rank_with({"a": team(0.9)}, {"a": team(0.5)})
+        board.load_added([write({"team": "a", "metrics": {}})], {"a": team(0.9)})
 
 
 # --- what holds for every table ---
