@@ -45,7 +45,7 @@ def families_of(names: Iterable[str], families: Mapping[str, Sequence[str]]) -> 
 
 @dataclass(frozen=True, slots=True)
 class NgramIndex:
-    """Hashes of every run of `size` words in the evaluation texts, and of each shorter text.
+    """Hashes of every run of `size` words in the evaluation texts, and the shorter texts.
 
     Words are the tokens of ni.text, of every script. An evaluation text under 5 words is left out: it would
     match by accident.
@@ -53,7 +53,7 @@ class NgramIndex:
 
     size: int
     runs: NDArray[np.uint64]  # sorted, distinct
-    short_texts: frozenset[int]
+    short_texts: frozenset[bytes]  # the hashes of each one's words
     num_texts: int
 
     def overlaps(self, rows: Sequence[Sequence[str]]) -> NDArray[np.bool_]:
@@ -64,7 +64,7 @@ class NgramIndex:
         words = [_word_hashes(text) for texts in rows for text in texts]
         if len(words):
             runs, text = _runs(words, self.size)
-            hit = np.array([len(w) < self.size and _hash_of(w) in self.short_texts for w in words], bool)
+            hit = np.array([len(w) < self.size and w.tobytes() in self.short_texts for w in words], bool)
             if len(self.runs):
                 place = np.minimum(np.searchsorted(self.runs, runs), len(self.runs) - 1)
                 hit[text[self.runs[place] == runs]] = True
@@ -78,7 +78,7 @@ def build_index(files: Sequence[str], size: int) -> NgramIndex:
     Raises ConfigError for a file that can't be used.
     """
     runs: list[NDArray[np.uint64]] = [np.empty(0, np.uint64)]
-    short: set[int] = set()
+    short: set[bytes] = set()
     count = 0
     for file in map(str, files):
         setting = "contamination.files"
@@ -87,7 +87,7 @@ def build_index(files: Sequence[str], size: int) -> NgramIndex:
             if len(words) >= SHORTEST_TEXT_WORDS:
                 count += 1
                 if len(words) < size:
-                    short.add(_hash_of(words))
+                    short.add(words.tobytes())
                 else:
                     runs.append(_runs([words], size)[0])
     return NgramIndex(size, np.unique(np.concatenate(runs)), frozenset(short), count)
@@ -106,11 +106,6 @@ def _strings(value: Any) -> Iterator[str]:
 def _word_hashes(text: str) -> NDArray[np.uint64]:
     words = (word.encode("utf-8", "surrogatepass") for word in tokens(text))
     return np.array([int.from_bytes(hashlib.blake2b(word, digest_size=8).digest(), "big") for word in words], np.uint64)
-
-
-def _hash_of(words: NDArray[np.uint64]) -> int:
-    """Of a text that has words, as one run."""
-    return int(_runs([words], len(words))[0][0]) if len(words) else 0
 
 
 def _runs(words: Sequence[NDArray[np.uint64]], size: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
