@@ -129,6 +129,8 @@ def judge(tasks: str, names: list[str], config: TuneConfig, work: Path, only_see
             f"{name}={work / 'tune' / trial_file(cell.spec, ADAPTER_FOLDER)}" for name, cell in sorted(cells.items())
         ]
         flags: dict[str, Any] = {"tasks.path": tasks, "tasks.select": names, "tasks.instances_per_task": JUDGED_ROWS}
+        if only_seed is not None:
+            flags["resources.threads_per_replica"] = 1
         flags |= {"adapters": adapters, "mix": str(candidates.folder), "prompt_formats": ["zero_shot"]}
         flags |= {"completion.max_completion_tokens": 48, "engine.max_model_len": 1024}
         evaluate(load_config(EvaluateConfig, None, [], {**flags, "output": str(work / "judge" / f"seed{seed}")}))
@@ -350,7 +352,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the run; the same command goes on there")
     parser.add_argument("--only", choices=STAGES, help="one stage, whose earlier ones are done")
     parser.add_argument("--seeds", type=int, help="instead of the configuration's")
-    parser.add_argument("--seed", type=int, help="judge this one alone: two commands use two cores (an engine, one)")
+    parser.add_argument("--seed", type=int, help="judge this one alone, on one core, beside others")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
