@@ -73,7 +73,8 @@ def settings_options(
             file = None if config_file is None else find_config(step, config_file)
             return function(load_config(schema, file, assignments, given), **values)
 
-        about = f"YAML file of settings, or the name of one that comes with birbal: {', '.join(shipped_configs(step))}."
+        shipped = ", ".join(shipped_configs(step))
+        about = "YAML file of settings" + (shipped and f", or the name of one that comes with birbal: {shipped}") + "."
         for option in (
             click.option(
                 "--settings",
@@ -182,7 +183,13 @@ def _option(flag: str, field: FieldInfo, about: str) -> Callable[[Any], Any]:
         **{"max": getattr(high, "le", getattr(high, "lt", None)), "max_open": isinstance(high, Lt)},
     }
     is_flag = kind is bool
-    click_type: Any = {bool: None, str: str, int: click.IntRange(**bounds), float: click.FloatRange(**bounds)}.get(kind)
+    click_type: Any = {
+        bool: None,
+        str: str,
+        Path: Path,
+        int: click.IntRange(**bounds),
+        float: click.FloatRange(**bounds),
+    }.get(kind)
     if get_origin(kind) is Literal:
         click_type = click.Choice(get_args(kind))
     elif click_type is None and not is_flag:

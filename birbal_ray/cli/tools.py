@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from birbal_ray.cli.options import format_option, note, overwrite_option, print_table, refuse_url, settings_options
+from birbal_ray.evaluate.config import HarnessConfig
 from birbal_ray.serve.config import ServeConfig
 
 if TYPE_CHECKING:
@@ -180,29 +181,32 @@ def _cells(row: Row, now: float) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--model", metavar="NAME", help="smollm2-135m, a local folder, or a Hub id.")
-@click.option("--adapter", metavar="DIR", help="LoRA adapter on it: a PEFT folder, or the output of `birbal train`.")
-@click.option("--output", metavar="DIR", help="The run's folder.")
-@click.option("--benchmark", "benchmarks", multiple=True, metavar="NAME", help="One of --list; default: all of them.")
-@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Any task of the harness, beside the benchmarks.")
-@click.option(
-    "--include-path",
-    type=FILE,
-    metavar="DIR",
-    help="Task files (YAML) that add to the harness's, or replace them by name.",
+@settings_options(
+    HarnessConfig,
+    {
+        "--model NAME": "model",
+        "--adapter DIR": "adapter",
+        "--output DIR": "output",
+        "--benchmark NAME": "benchmarks",
+        "--task NAME": "tasks",
+        "--include-path DIR": "include_path",
+        "--limit N": "limit",
+        "--num-fewshot N": "num_fewshot",
+        "--batch-size N|auto": "batch_size",
+        "--device NAME": "device",
+        "--backend": "backend",
+        "--team NAME": "team",
+    },
+    step="harness",
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N documents of every task.")
-@click.option("--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Examples in the prompt, for every task.")
-@click.option("--batch-size", default="8", metavar="N|auto", help="Requests computed together.")
-@click.option("--device", metavar="NAME", help="For example cuda:0 or cpu; default: a GPU where there is one.")
-@click.option("--backend", type=click.Choice(["hf", "vllm"]), default="hf", help="transformers, or vLLM (on GPUs).")
-@click.option("--team", metavar="NAME", help="The model's name in results.json; default: the model's and adapter's.")
 @overwrite_option
 @click.option("--helm", is_flag=True, help="Ask by HELM, the challenge's client; --task is an entry for it.")
 @click.option("--list", "list_only", is_flag=True, help="Show the leaderboard's metrics and how each is measured.")
 @click.option("--dry-run", is_flag=True, help="Check names and show what would run; load no model, write nothing.")
 @format_option
-def harness(helm: bool, list_only: bool, dry_run: bool, overwrite: bool, output_format: str, **settings: Any) -> None:
+def harness(
+    config: HarnessConfig, helm: bool, list_only: bool, dry_run: bool, overwrite: bool, output_format: str
+) -> None:
     """Measure a model with lm-evaluation-harness on the benchmarks of the challenge's leaderboard.
 
     A finished benchmark is kept in the output folder and not run again: the same command continues,
@@ -231,20 +235,19 @@ def harness(helm: bool, list_only: bool, dry_run: bool, overwrite: bool, output_
         print_table(rows, output_format)
         return
 
-    request = step.HarnessOptions(**settings)
     if helm:
         from birbal_ray.evaluate.helm import RESULTS_FILE, check_options, run_helm
 
-        check_options(request, dry_run=dry_run)
-        measured = run_helm(request, overwrite=overwrite)
+        check_options(config, dry_run=dry_run)
+        measured = run_helm(config, overwrite=overwrite)
         columns = ["entry", "metric", "measure", "value", "instances"]
         print_table(measured.rows, output_format, columns)
         note(f"place it: birbal leaderboard --add {shlex.quote(measured.folder.at(RESULTS_FILE))}")
         return
     if dry_run:
-        print_table(step.dry_run(request), output_format)
+        print_table(step.dry_run(config), output_format)
         return
-    result = step.run(request, overwrite=overwrite)
+    result = step.run(config, overwrite=overwrite)
     print_table(result.rows, output_format)
     if any(row["metric"] in METRICS for row in result.rows):
         note(f"not comparable: {COMPARABLE_NOTE}")

@@ -1,11 +1,12 @@
-"""Settings of `birbal evaluate`."""
+"""Settings of `birbal evaluate` and `birbal harness`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from birbal_ray.score.config import (
     CompletionSettings,
@@ -79,3 +80,22 @@ class EvaluateConfig(Settings):
         """The same settings as those of a score run of the base model."""
         shared = {name: getattr(self, name) for name in ScoreConfig.model_fields if name in type(self).model_fields}
         return ScoreConfig(**{**shared, "model": self.model.model_dump()})
+
+
+class HarnessConfig(Settings):
+    """All settings of `birbal harness`. No `benchmarks` and no `tasks`: every benchmark whose data can be had."""
+
+    model: str | None = Field(None, description="a Hub id, a local folder, or smollm2-135m")
+    adapter: str | None = Field(None, description="LoRA adapter on it: a PEFT folder, or the output of `birbal train`")
+    output: str | None = Field(None, description="the run's folder")
+    benchmarks: list[str] = Field([], description="one of --list; default: all of them")
+    tasks: list[str] = Field([], description="any task of the harness, beside the benchmarks")
+    include_path: Path | None = Field(
+        None, description="task files (YAML) that add to the harness's, or replace them by name"
+    )
+    limit: int | None = Field(None, ge=1, description="only the first N documents of every task")
+    num_fewshot: int | None = Field(None, ge=0, description="examples in the prompt, for every task")
+    batch_size: Annotated[str, BeforeValidator(str)] = Field("8", description="requests computed together")
+    device: str | None = Field(None, description="for example cuda:0 or cpu; default: a GPU where there is one")
+    backend: Literal["hf", "vllm"] = Field("hf", description="transformers, or vLLM (on GPUs)")
+    team: str | None = Field(None, description="the model's name in results.json; default: the model's and adapter's")

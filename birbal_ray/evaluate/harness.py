@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from birbal_ray.evaluate.benchmarks import (
     results_file,
     sample_measure,
 )
+from birbal_ray.evaluate.config import HarnessConfig
 from birbal_ray.evaluate.models import EvaluatedModel, resolve_models
 from birbal_ray.models import Model, resolve_model
 from birbal_ray.progress import ProgressLine, duration
@@ -45,24 +46,6 @@ class TaskUnavailableError(RunError):
 
 
 @dataclass(frozen=True, slots=True)
-class HarnessOptions:
-    """What to measure. Empty `benchmarks` and `tasks`: every benchmark whose data can be had."""
-
-    model: str | None
-    output: str | None
-    adapter: str | None = None
-    benchmarks: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ()
-    include_path: Path | None = None
-    limit: int | None = None
-    num_fewshot: int | None = None
-    batch_size: str = "8"
-    device: str | None = None
-    backend: str = "hf"
-    team: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class BenchmarkRun:
     """One call of the harness; it is finished when `file` exists in the run's folder."""
 
@@ -80,40 +63,40 @@ class HarnessResult(StepResult):
     rows: list[dict[str, Any]]
 
 
-def dry_run(options: HarnessOptions) -> list[dict[str, Any]]:
+def dry_run(config: HarnessConfig) -> list[dict[str, Any]]:
     """What would run, its names checked; loads no model and writes nothing."""
-    options = check_options(options)
-    runs = select_runs(options)
-    task_index(options.include_path, runs)
+    config = check_options(config)
+    runs = select_runs(config)
+    task_index(config.include_path, runs)
     return [
         {
             "benchmark": one.name,
             "metric": one.benchmark.metric if one.benchmark else None,
             "tasks": " ".join(one.tasks),
             "shots": one.num_fewshot,
-            "state": "finished" if _is_finished(options, one) else "to run",
+            "state": "finished" if _is_finished(config, one) else "to run",
         }
         for one in runs
     ]
 
 
-def run(options: HarnessOptions, *, overwrite: bool = False) -> HarnessResult:
+def run(config: HarnessConfig, *, overwrite: bool = False) -> HarnessResult:
     """Run what is not finished yet, then write results.json over all that is.
 
     Raises ConfigError (settings, names, another run's folder), ModelError, RunFailedError (some
     benchmark could not be run; the others are kept and the same command continues).
     """
     progress = ProgressLine()
-    options = check_options(options)
-    runs = select_runs(options)
-    model = resolve_model(options.model or "")
-    adapter = resolve_models(model, [options.adapter], [])[1] if options.adapter else None
+    config = check_options(config)
+    runs = select_runs(config)
+    model = resolve_model(config.model or "")
+    adapter = resolve_models(model, [config.adapter], [])[1] if config.adapter else None
     name = Path(model.name).name
-    team = options.team or (f"{name} + {adapter.name}" if adapter else name)
-    index = task_index(options.include_path, [one for one in runs if overwrite or not _is_finished(options, one)])
-    identity = _identity(options, model, adapter)
-    inputs = [str(options.include_path)] if options.include_path else []
-    with open_run(options.output or "", STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run:
+    team = config.team or (f"{name} + {adapter.name}" if adapter else name)
+    index = task_index(config.include_path, [one for one in runs if overwrite or not _is_finished(config, one)])
+    identity = _identity(config, model, adapter)
+    inputs = [str(config.include_path)] if config.include_path else []
+    with open_run(config.output or "", STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run:
         folder = run.folder
         pending = [one for one in runs if one.file not in run.files]
         if run.manifest is not None and not pending:
@@ -123,19 +106,19 @@ def run(options: HarnessOptions, *, overwrite: bool = False) -> HarnessResult:
         if run.manifest is not None:
             run.withdraw()  # a further benchmark or another --team makes it unfinished again
         loaded, failures = _load(index, pending, progress)  # before the model: minutes sooner
-        lm = load_model(options, model.path, adapter) if loaded else None
+        lm = load_model(config, model.path, adapter) if loaded else None
         for one in (one for one in pending if one.name in loaded):
             tasks, began = loaded.pop(one.name), time.monotonic()
             progress.message(f"{one.name}: {len(tasks)} tasks" if len(tasks) > 1 else f"{one.name}: {one.tasks[0]}")
             run.progress(len(runs) - len(pending), len(runs), text=f"{one.name} of {len(runs)} benchmarks")
-            raw = run_tasks(index, lm, tasks, one, options.limit)
+            raw = run_tasks(index, lm, tasks, one, config.limit)
             if one.benchmark:
                 leaderboard_metrics({one.name: raw})  # what has no value must not count as finished
             seconds = time.monotonic() - began
             folder.write_json(one.file, {**raw, "wall_seconds": round(seconds, 3)})
             progress.message(f"{one.name}: done in {duration(seconds)}")
         benchmarks, others = _raw(folder, BENCHMARKS_FOLDER), _raw(folder, TASKS_FOLDER)
-        content = results_file(team, benchmarks, others, limit=options.limit, failures=failures)
+        content = results_file(team, benchmarks, others, limit=config.limit, failures=failures)
         folder.write_json(RESULTS_FILE, content)
         if len(failures) == 1:
             raise RunFailedError(": not run: ".join(next(iter(failures.items()))))
@@ -145,7 +128,7 @@ def run(options: HarnessOptions, *, overwrite: bool = False) -> HarnessResult:
             "model": {"name": model.name, "revision": model.revision},
             "adapter": asdict(adapter) if adapter else None,
             "team": team,
-            "limit": options.limit,
+            "limit": config.limit,
             "finished": [*benchmarks, *others],
         }
         names = [RESULTS_FILE, *folder.files(BENCHMARKS_FOLDER), *folder.files(TASKS_FOLDER)]
@@ -153,45 +136,45 @@ def run(options: HarnessOptions, *, overwrite: bool = False) -> HarnessResult:
         return HarnessResult(folder, finished, _rows(folder))
 
 
-def require_places(options: HarnessOptions) -> None:
+def require_places(config: HarnessConfig) -> None:
     """Raise ConfigError without a model or a folder for the run."""
-    for flag, value in (("--model", options.model), ("--output", options.output)):
+    for flag, value in (("--model", config.model), ("--output", config.output)):
         if value is None:
             raise ConfigError(f"{flag} is required")
 
 
-def check_options(options: HarnessOptions) -> HarnessOptions:
-    """The options with an absolute --include-path. Raises ConfigError for what is missing or out of range."""
-    check_installed(options.backend)
-    require_places(options)
-    if not re.fullmatch(r"auto|[1-9][0-9]*", options.batch_size):
-        raise ConfigError(f"--batch-size {options.batch_size}: expected a number from 1, or auto")
-    if options.include_path is None:
-        return options
-    if not options.include_path.is_dir():
-        raise ConfigError(f"--include-path {options.include_path}: no such folder")
-    return replace(options, include_path=options.include_path.resolve())
+def check_options(config: HarnessConfig) -> HarnessConfig:
+    """The config with an absolute --include-path. Raises ConfigError for what is missing or out of range."""
+    check_installed(config.backend)
+    require_places(config)
+    if not re.fullmatch(r"auto|[1-9][0-9]*", config.batch_size):
+        raise ConfigError(f"--batch-size {config.batch_size}: expected a number from 1, or auto")
+    if config.include_path is None:
+        return config
+    if not config.include_path.is_dir():
+        raise ConfigError(f"--include-path {config.include_path}: no such folder")
+    return config.replace({"include_path": config.include_path.resolve()})
 
 
-def select_runs(options: HarnessOptions) -> list[BenchmarkRun]:
-    """What the options name; without names, the benchmarks that the harness or --include-path can serve."""
-    found = choose(options.benchmarks)
-    if not options.benchmarks and not options.tasks:
-        local = local_tasks(options.include_path) if options.include_path else frozenset()
+def select_runs(config: HarnessConfig) -> list[BenchmarkRun]:
+    """What the settings name; without names, the benchmarks that the harness or --include-path can serve."""
+    found = choose(config.benchmarks)
+    if not config.benchmarks and not config.tasks:
+        local = local_tasks(config.include_path) if config.include_path else frozenset()
         found = [one for one in BENCHMARKS.values() if not one.lacks or set(one.tasks) <= local]
     runs = []
     for one in found:
-        shots = one.num_fewshot if options.num_fewshot is None else options.num_fewshot
+        shots = one.num_fewshot if config.num_fewshot is None else config.num_fewshot
         runs.append(BenchmarkRun(one.name, one.tasks, f"{BENCHMARKS_FOLDER}/{one.name}.json", shots, one))
-    for name in dict.fromkeys(options.tasks):
+    for name in dict.fromkeys(config.tasks):
         if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
             raise ConfigError(f"--task {name}: not a task's name")
-        runs.append(BenchmarkRun(name, (name,), f"{TASKS_FOLDER}/{name}.json", options.num_fewshot))
+        runs.append(BenchmarkRun(name, (name,), f"{TASKS_FOLDER}/{name}.json", config.num_fewshot))
     return runs
 
 
-def _is_finished(options: HarnessOptions, one: BenchmarkRun) -> bool:
-    return open_folder(options.output or "").is_file(one.file)
+def _is_finished(config: HarnessConfig, one: BenchmarkRun) -> bool:
+    return open_folder(config.output or "").is_file(one.file)
 
 
 def _load(
@@ -212,9 +195,9 @@ def _load(
     return loaded, failures
 
 
-def _identity(options: HarnessOptions, model: Model, adapter: EvaluatedModel | None) -> dict[str, Any]:
+def _identity(config: HarnessConfig, model: Model, adapter: EvaluatedModel | None) -> dict[str, Any]:
     """What decides the figures of one benchmark; which benchmarks are run is not part of it."""
-    include = options.include_path
+    include = config.include_path
     files = sorted(include.rglob("*")) if include else []
     contents = [
         f"{file.relative_to(include or '').as_posix()}:{sha256_of(file)}"
@@ -224,9 +207,9 @@ def _identity(options: HarnessOptions, model: Model, adapter: EvaluatedModel | N
     return {
         "model": model.fingerprint,
         "adapter": adapter.fingerprint if adapter else None,
-        "limit": options.limit,
-        "num_fewshot": options.num_fewshot,
-        "backend": options.backend,
+        "limit": config.limit,
+        "num_fewshot": config.num_fewshot,
+        "backend": config.backend,
         "include_path": canonical_hash(contents) if include else None,
         "packages": {name: package_versions()[name] for name in SHAPING_PACKAGES},
     }
@@ -298,25 +281,25 @@ def load_tasks(index: Any, names: Sequence[str]) -> list[Any]:
     return list(loaded["tasks"].values())  # a tag, which stands for its tasks
 
 
-def load_model(options: HarnessOptions, model: Path, adapter: EvaluatedModel | None) -> Any:
+def load_model(config: HarnessConfig, model: Path, adapter: EvaluatedModel | None) -> Any:
     """The model as the harness wants it; no code of the model's folder is run."""
     arguments: dict[str, Any] = {"pretrained": str(model), "trust_remote_code": False}
-    if options.backend == "vllm":
+    if config.backend == "vllm":
         if adapter is not None:
             arguments |= {"lora_local_path": adapter.path, "max_lora_rank": adapter.rank or 16}
         with _quiet():  # vLLM takes the standard output for its log that it finds when it is imported
             from lm_eval.models.vllm_causallms import VLLM
 
-            return VLLM(**arguments, batch_size=options.batch_size)
+            return VLLM(**arguments, batch_size=config.batch_size)
 
     import torch
     from lm_eval.models.huggingface import HFLM
 
     if adapter is not None:
         arguments["peft"] = adapter.path
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _quiet():
-        return HFLM(**arguments, device=device, batch_size=options.batch_size)
+        return HFLM(**arguments, device=device, batch_size=config.batch_size)
 
 
 def run_tasks(index: Any, model: Any, tasks: Sequence[Any], one: BenchmarkRun, limit: int | None) -> dict[str, Any]:

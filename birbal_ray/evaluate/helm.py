@@ -18,7 +18,8 @@ from typing import Any
 
 import filelock
 
-from birbal_ray.evaluate.harness import HarnessOptions, HarnessResult, require_places
+from birbal_ray.evaluate.config import HarnessConfig
+from birbal_ray.evaluate.harness import HarnessResult, require_places
 from birbal_ray.models import find_adapter, resolve_model
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import RunError, RunFailedError, open_run
@@ -58,56 +59,56 @@ READY = re.compile(r"^serving .* at (http://\S+)", re.MULTILINE)
 RETRY = "Retrying (attempt"  # what HELM logs
 
 
-def run_helm(options: HarnessOptions, *, overwrite: bool = False) -> HarnessResult:
-    """Run the entries in `options.tasks` (none: the scenarios that need no download) and write results.json.
+def run_helm(config: HarnessConfig, *, overwrite: bool = False) -> HarnessResult:
+    """Run the entries in `config.tasks` (none: the scenarios that need no download) and write results.json.
 
-    `options.include_path`: a folder of HELM plugins, *.py. Finished entries are kept, the same command continues.
+    `config.include_path`: a folder of HELM plugins, *.py. Finished entries are kept, the same command continues.
     Raises ConfigError, ModelError, RunFailedError when an entry could not be run or HELM had to repeat a request.
     """
     progress = ProgressLine()
-    check_options(options)
-    model = resolve_model(options.model or "")
-    adapter = find_adapter(options.adapter, model) if options.adapter else None
-    entries = options.tasks or OFFLINE_ENTRIES
-    identity = {"model": model.fingerprint, "limit": options.limit, "helm": HELM, "packages": list(PACKAGES)}
+    check_options(config)
+    model = resolve_model(config.model or "")
+    adapter = find_adapter(config.adapter, model) if config.adapter else None
+    entries = config.tasks or OFFLINE_ENTRIES
+    identity = {"model": model.fingerprint, "limit": config.limit, "helm": HELM, "packages": list(PACKAGES)}
     identity["adapter"] = adapter.fingerprint if adapter else None
     name = Path(model.name).name
-    team = options.team or (f"{name} + {adapter.name}" if adapter else name)
-    with open_run(options.output or "", STEP, identity, owns=OWNS, overwrite=overwrite) as run:
+    team = config.team or (f"{name} + {adapter.name}" if adapter else name)
+    with open_run(config.output or "", STEP, identity, owns=OWNS, overwrite=overwrite) as run:
         folder = run.folder.local
         run.withdraw()
         helm = environment(progress)
         (folder / "logs").mkdir(exist_ok=True)
         log = folder / "logs" / "helm.log"
-        with _server(options, folder / "logs" / "server.log", progress) as url:
+        with _server(config, folder / "logs" / "server.log", progress) as url:
             progress.update(f"HELM asks {url}; logs in {log.parent}")
-            code = _call_helm(helm, options, entries, url, folder, log)
+            code = _call_helm(helm, config, entries, url, folder, log)
         figures = read_figures(folder / "helm" / "runs" / SUITE)
         said = log.read_text(encoding="utf-8", errors="replace")
         retries = said.count(RETRY)
-        run.folder.write_json(RESULTS_FILE, results(team, figures, options.limit))
+        run.folder.write_json(RESULTS_FILE, results(team, figures, config.limit))
         if code or retries:
             failed = f"HELM ended with code {code}: {said.strip().splitlines()[-1:]}"
             raise RunFailedError(f"{failed if code else f'HELM repeated {retries} requests'} (logs: {log.parent})")
         manifest = {
             "model": {"name": model.name, "revision": model.revision},
             "adapter": adapter.place if adapter else None,
-            "limit": options.limit,
+            "limit": config.limit,
             "num_retries": retries,
         }
         rows = [{"entry": name, **figure} for name, figure in figures.items()]
         return HarnessResult(run.folder, run.finish(manifest, [RESULTS_FILE], summary=f"{len(rows)} entries"), rows)
 
 
-def check_options(options: HarnessOptions, *, dry_run: bool = False) -> None:
+def check_options(config: HarnessConfig, *, dry_run: bool = False) -> None:
     """Raise ConfigError for what is missing, or means nothing to HELM."""
-    require_places(options)
-    unused = {"--benchmark": options.benchmarks, "--num-fewshot": options.num_fewshot is not None, "--dry-run": dry_run}
+    require_places(config)
+    unused = {"--benchmark": config.benchmarks, "--num-fewshot": config.num_fewshot is not None, "--dry-run": dry_run}
     for flag, given in unused.items():
         if given:
             raise ConfigError(f"{flag} has no meaning with --helm; give HELM's run entries with --task")
-    if options.include_path and not any(options.include_path.glob("*.py")):
-        raise ConfigError(f"--include-path {options.include_path}: no *.py there; expected a folder of HELM plugins")
+    if config.include_path and not any(config.include_path.glob("*.py")):
+        raise ConfigError(f"--include-path {config.include_path}: no *.py there; expected a folder of HELM plugins")
 
 
 def environment(progress: ProgressLine) -> Path:
@@ -138,12 +139,12 @@ def environment(progress: ProgressLine) -> Path:
 
 
 @contextlib.contextmanager
-def _server(options: HarnessOptions, log: Path, progress: ProgressLine) -> Iterator[str]:
+def _server(config: HarnessConfig, log: Path, progress: ProgressLine) -> Iterator[str]:
     """A `birbal serve` of the model on a free port, for the block; gives its URL."""
-    command = [sys.executable, "-m", "birbal_ray", "serve", "--model", str(options.model), "--port", "0"]
-    command += ["--adapter", options.adapter] if options.adapter else []
-    if options.device:
-        command += ["--device", "gpu" if options.device.startswith("cuda") else options.device]
+    command = [sys.executable, "-m", "birbal_ray", "serve", "--model", str(config.model), "--port", "0"]
+    command += ["--adapter", config.adapter] if config.adapter else []
+    if config.device:
+        command += ["--device", "gpu" if config.device.startswith("cuda") else config.device]
     progress.update(f"starting the server; log in {log}")
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
@@ -162,12 +163,12 @@ def _server(options: HarnessOptions, log: Path, progress: ProgressLine) -> Itera
         process.wait()
 
 
-def _call_helm(helm: Path, options: HarnessOptions, entries: Sequence[str], url: str, folder: Path, log: Path) -> int:
+def _call_helm(helm: Path, config: HarnessConfig, entries: Sequence[str], url: str, folder: Path, log: Path) -> int:
     """HELM's exit code: not 0 where an entry is unknown or failed."""
-    plugins = sorted(options.include_path.glob("*.py")) if options.include_path else []
+    plugins = sorted(config.include_path.glob("*.py")) if config.include_path else []
     command = [str(helm / "helm-run"), "--suite", SUITE, "--output-path", str(folder / "helm"), "--skip-completed-runs"]
     command += ["--local-path", str(folder / "helm" / "local"), "--disable-cache"]
-    command += ["--max-eval-instances", str(options.limit or 1_000_000)]
+    command += ["--max-eval-instances", str(config.limit or 1_000_000)]
     command += ["--plugins", *(str(one.resolve()) for one in plugins)] if plugins else []
     command += ["--run-entries", *(f"{one}{',' if ':' in one else ':'}model=neurips/local" for one in entries)]
     settings = {**os.environ, "HELM_HTTP_MODEL_BASE_URL": url, "PYTHONPATH": ""}

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
 from birbal_ray.evaluate.benchmarks import BENCHMARKS, FILE
+from birbal_ray.evaluate.config import HarnessConfig
 from birbal_ray.evaluate.leaderboard import METRICS, load_added, load_published, standings
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'birbal-ray[harness]'")
@@ -268,7 +269,7 @@ def test_every_mapped_task_and_measure_is_in_the_installed_harness():
     from birbal_ray.evaluate import harness
 
     def runs(*names):
-        return harness.select_runs(harness.HarnessOptions("m", "o", tasks=names))
+        return harness.select_runs(HarnessConfig(model="m", output="o", tasks=list(names)))
 
     entries = harness.task_index(None, runs("mmlu")).task_index
     for benchmark in BENCHMARKS.values():

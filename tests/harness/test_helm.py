@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
 from birbal_ray.evaluate import helm
-from birbal_ray.evaluate.harness import HarnessOptions
+from birbal_ray.evaluate.config import HarnessConfig
 from birbal_ray.manifest import read_manifest
 from birbal_ray.run import RunError
 from tests.conftest import REPOSITORY, slow
@@ -103,10 +103,10 @@ def test_wrong_usage_is_one_line(arguments, message):
 @pytest.mark.vllm
 def test_helm_unmodified_runs_to_the_end_without_a_retry(tmp_path):
     """The offline scenarios and one of ours whose prompts HELM must cut: /tokenize and /decode."""
-    options = HarnessOptions(
+    options = HarnessConfig(
         model="smollm2-135m",
         output=str(tmp_path / "run"),
-        tasks=(*helm.OFFLINE_ENTRIES, "birbal_long_prompt"),
+        tasks=[*helm.OFFLINE_ENTRIES, "birbal_long_prompt"],
         include_path=PLUGINS,
         limit=20,
         device="cpu",

@@ -25,6 +25,7 @@ from birbal_ray.evaluate.benchmarks import (
     results_file,
     sample_measure,
 )
+from birbal_ray.evaluate.config import HarnessConfig
 from birbal_ray.evaluate.leaderboard import METRICS, SCENARIOS, load_results
 from birbal_ray.run import RunError
 from birbal_ray.settings import ConfigError
@@ -127,13 +128,31 @@ def test_unknown_names_are_named_with_the_nearest(monkeypatch):
         all_tasks = ("gsm8k", "mmlu")
 
     def runs(*names):
-        return harness.select_runs(harness.HarnessOptions("m", "o", tasks=names))
+        return harness.select_runs(HarnessConfig(model="m", output="o", tasks=list(names)))
 
     monkeypatch.setattr(harness, "_manager", lambda include, with_defaults: Index())
     assert harness.task_index(None, runs("mmlu")).all_tasks == Index.all_tasks
     assert harness.task_index(None, []) is None
     with pytest.raises(ConfigError, match=r"task 'gsm9k'.*did you mean 'gsm8k'.*--include-path"):
         harness.task_index(None, runs("mmlu", "gsm9k"))
+
+
+def test_settings_come_from_a_file_from_set_and_from_flags(tmp_path, monkeypatch):
+    """Flags win over --set, which wins over the file; a number is a batch size, too."""
+    file = tmp_path / "own.yaml"
+    file.write_text("model: from-file\noutput: from-file\nlimit: 3\nbatch_size: 4\ntasks: [one]\n")
+    seen = []
+    monkeypatch.setattr(harness, "dry_run", lambda config: seen.append(config) or [])
+    arguments = ["--config", str(file), "--set", "limit=5", "--set", "output=from-set", "--output", "from-flag"]
+    done = CliRunner().invoke(main, ["harness", *arguments, "--include-path", str(tmp_path), "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert seen == [
+        HarnessConfig(
+            model="from-file", output="from-flag", limit=5, batch_size="4", tasks=["one"], include_path=tmp_path
+        )
+    ]
+    wrong = CliRunner().invoke(main, ["harness", "--set", "limits=5"])
+    assert wrong.exit_code == 2 and "did you mean limit" in wrong.stderr.replace("'", "")
 
 
 def test_list_needs_no_harness():
