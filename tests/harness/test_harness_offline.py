@@ -169,7 +169,7 @@ def test_figures_equal_own_log_likelihoods_and_are_not_measured_twice(tiny_model
     def forbidden(*arguments: object, **settings: object) -> None:
         raise AssertionError("run again")
 
-    for name in ("manager", "load_model", "run_tasks"):
+    for name in ("_manager", "load_model", "run_tasks"):
         monkeypatch.setattr(f"birbal_ray.evaluate.harness.{name}", forbidden)
     third = birbal(*command, "--task", "our_colours", "--benchmark", "truthfulqa", "--team", "renamed")
     assert third.exit_code == 0, third.output
