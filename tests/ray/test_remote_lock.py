@@ -87,7 +87,7 @@ def test_who_loses_the_lock_stops_and_publishes_nothing(s3, short_lease, interru
         open_run(f"s3://{BUCKET}/lost-2", "score", {}, owns=()) as opened,
     ):
         opened.folder.write_json(".lock.json", {**lock.this_process(), "host": "other", "beat": 1})
-        opened._lock._valid_until = 0.0
+        opened.folder.guard._valid_until = 0.0
         opened.finish({}, [], summary="")
 
 
@@ -118,7 +118,7 @@ def test_whoever_works_for_a_run_that_lost_its_lock_publishes_nothing_more(s3, m
         ):
             with pytest.raises(RunError, match=r"another run \(pid .* on other\) took this folder over"):
                 publish()
-        opened._lock._valid_until = 0.0  # the driver asks before it writes, too
+        opened.folder.guard._valid_until = 0.0  # the driver asks before it writes, too
         opened.folder.write_bytes("rows/d", b"2")
     assert set(open_folder(url).subfolder("rows").files()) == {"a", "b", "c"}
 
@@ -130,7 +130,7 @@ def test_the_question_who_holds_the_lock_waits_through_an_outage(s3, monkeypatch
     with s3_proxy(s3, lambda method, path: None if down.is_set() else 0.0) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server["AWS_ENDPOINT_URL"])
         with open_run(url, "score", {}, owns=()) as opened:
-            opened._lock._valid_until = 0.0
+            opened.folder.guard._valid_until = 0.0
             for number, folder in enumerate((opened.folder, pickle.loads(pickle.dumps(opened.folder)))):
                 down.set()
                 threading.Timer(2.0, down.clear).start()
