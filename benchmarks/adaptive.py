@@ -125,7 +125,7 @@ def synthetic_tasks(num_tasks: int, chance: np.random.Generator) -> list[TaskSco
 def selected_sizes(chance: np.random.Generator) -> tuple[list[tuple[str, str, int]], int]:
     """([(name, label, instances) of the 462 tasks], how many of these sizes are read from files)."""
     names = (NI_DATA / "selected_tasks.txt").read_text(encoding="utf-8").split()
-    labels = {}
+    labels: dict[str, str] = {}
     for file in ("task_labels_by_name.csv", "task_labels.csv"):  # the second is from the files themselves
         with (NI_DATA / file).open(encoding="utf-8", newline="") as source:
             labels |= {row["name"]: row["label"] for row in csv.DictReader(source)}

@@ -286,11 +286,12 @@ def count_rows(
     config: TuneConfig, work: Path, cells: Mapping[int, Mapping[str, TrialResult]]
 ) -> dict[str, Counter[str]]:
     """Key of a cell → rows of each task in its mix, which is made again from the settings that the cell kept."""
-    counts = {}
+    counts: dict[str, Counter[str]] = {}
     for cell in (cell for by_mix in cells.values() for cell in by_mix.values()):
         output = str(work / "mixes" / cell.spec.key)
-        made = mix(MixConfig.model_validate({**cell.spec.mix, "scores": config.scores, "output": output}))
-        counts[cell.spec.key] = Counter(made.folder.read_table("train.parquet", columns=["task"])["task"].to_pylist())
+        mix(MixConfig.model_validate({**cell.spec.mix, "scores": config.scores, "output": output}))
+        table = open_folder(output).read_table("train.parquet", columns=["task"])
+        counts[cell.spec.key] = Counter(table["task"].to_pylist())
     return counts
 
 

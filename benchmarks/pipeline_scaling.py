@@ -261,9 +261,10 @@ def measure_folder(work: Path, num_shards: int, _: int) -> dict[str, Any]:
         figures |= {f"{name}_seconds": time.monotonic() - start, f"{name}_cpu_seconds": cpu_seconds() - cpu}
     score_run.score_shards = make_rows  # type: ignore[assignment]
     score_run.ray_session = lambda *_, **__: contextlib.nullcontext()  # type: ignore[assignment]
-    score_run.check_cluster = lambda _: None
+    score_run.check_cluster = lambda config: None
     score_run.score(config)
-    command = [sys.executable, "-m", "birbal_ray", "score", "--tasks", config.tasks.path, "--output", config.output]
+    command = [sys.executable, "-m", "birbal_ray", "score", "--tasks", str(work / "tasks")]
+    command += ["--output", str(work / "run")]
     more = ["engine.backend=simulated", f"shard_rows={FOLDER_SHARD_ROWS}", "engine.device=cpu"]
     command += [part for one in more for part in ("--set", one)]
     start, cpu = time.monotonic(), children_cpu_seconds()
@@ -278,7 +279,7 @@ def measure_folder(work: Path, num_shards: int, _: int) -> dict[str, Any]:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before = status_mib("VmRSS")
         results = summarise(folder, RowFiles(folder.files()), plan.tasks)
-        assert results.num_scored == rows
+        assert results.rows["scored"] == rows
         seconds = {"seconds": time.monotonic() - start, "cpu_seconds": cpu_seconds() - cpu}
         seen = seconds | {"peak_mib": status_mib("VmHWM"), "mib_before": before}
         (work / "summary.json").write_text(json.dumps(seen))

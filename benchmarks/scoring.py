@@ -81,6 +81,8 @@ def make_tasks(folder: Path) -> None:
     folder.mkdir()
     files = [file for file in reader.find_task_files(ARCHIVE) if file.name in TASKS]
     for file, data in reader.read_files(files):
+        if isinstance(data, OSError):
+            raise data
         (folder / f"{file.name}.json").write_bytes(data)
 
 
@@ -303,8 +305,8 @@ def main() -> None:
                 )
                 break
             for name in arguments.only:
-                if figures := run_child(name, folder, arguments.instances):
-                    measured.setdefault(name, []).append(figures)
+                if found := run_child(name, folder, arguments.instances):
+                    measured.setdefault(name, []).append(found)
     results = {name: median_run(runs) for name, runs in measured.items()}
     ours = results.get("birbal", {}).get("rows_per_second")
     print(

@@ -189,7 +189,7 @@ def measure_speed(lengths: list[int], tokens: int, model: str, folder: Path) -> 
             runs[variant].append(json.loads(out.with_suffix(".json").read_text()))
             shutil.rmtree(out, ignore_errors=True)
         for variant, both in runs.items():
-            row = {"packs": length, "variant": variant, "runs": both}
+            row: dict[str, Any] = {"packs": length, "variant": variant, "runs": both}
             row |= {name: sum(run[name] for run in both) for name in ("tokens", "seconds", "cpu_seconds")}
             row |= {f"tokens_per_{one}": row["tokens"] / row[f"{one}s"] for one in ("second", "cpu_second")}
             found.append(row)

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,7 @@ MISTRAL_7B = {
 @pytest.fixture(scope="module")
 def results():
     """Figures by name; written and printed when the last test has ended."""
-    found = {}
+    found: dict[str, Any] = {}
     yield found
     if found:
         write_results(found)
@@ -146,16 +147,19 @@ def test_the_varlen_kernel_equals_attention_sample_by_sample(card, results, wind
     exact = [torch.randn(sum(lengths), *shape, device=device) for shape in shapes]
     found = [x.to(torch.bfloat16).transpose(0, 1)[None].requires_grad_() for x in exact]
     wanted = [x.requires_grad_() for x in exact]
+    query, key, value = found
     output, _ = packed_attention(
         torch.nn.Module(),
-        *found,
+        query,
+        key,
+        value,
         None,
         sliding_window=window,
         is_causal=True,
         cu_seq_lens_q=borders,
         max_length_q=max(lengths),
     )
-    expected = per_sample_attention(*wanted, borders.tolist(), None, window)
+    expected = per_sample_attention(wanted[0], wanted[1], wanted[2], borders.tolist(), None, window)
     output.float().square().sum().backward()
     expected.square().sum().backward()
     worst = float((output[0].float() - expected).abs().max())
@@ -201,6 +205,7 @@ def test_peak_memory_is_what_the_preflight_says_and_a_resume_stays_paged(card, r
     estimate = preflight.total_bytes(parts)
     torch.cuda.reset_peak_memory_stats()
     outcome = fine_tune(config, mistral, folder)
+    assert outcome.peak_memory_bytes and outcome.peak_device_bytes, "measured on a card"
     last = [line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line][-1]
     results |= {
         "memory by part, GiB": {part.part: round(part.num_bytes / preflight.GIB, 2) for part in parts},
@@ -219,6 +224,7 @@ def test_peak_memory_is_what_the_preflight_says_and_a_resume_stays_paged(card, r
     free_card()
     torch.cuda.reset_peak_memory_stats()
     resumed = fine_tune(config.model_copy(update={"max_steps": 4}), mistral, folder)
+    assert resumed.peak_device_bytes
     results["memory after a resume by the card, GiB"] = round(resumed.peak_device_bytes / preflight.GIB, 2)
     assert resumed.num_steps == 4
     assert resumed.peak_device_bytes <= outcome.peak_device_bytes + preflight.GIB // 2, "the optimizer is not paged"
