@@ -6,7 +6,7 @@
 Five stages, each of which goes on where it stopped: choose (tasks by a fixed rule), score (`birbal score`), tune
 (`birbal tune --config evidence`: one short fine-tune a cell), judge (`birbal evaluate`: task scores through vLLM, a
 seed at a time), report (tables from whatever cells have finished). On two CPU cores with SmolLM2-135M: 20 minutes of
-scoring, 3 minutes a cell (two at a time), 6 minutes of judging a seed.
+scoring, 41 cells of 6 to 9 minutes, two at a time, and 8 to 16 minutes of judging a seed.
 """
 
 from __future__ import annotations
@@ -329,9 +329,10 @@ def draw(found: Mapping[str, list[dict[str, Any]]], baseline: str, file: Path) -
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(found), figsize=(4.2 * len(found), 3.2), sharey=True, squeeze=False)
+    height = math.ceil(len(found) / 2)  # in panels, two side by side
+    figure, axes = plt.subplots(height, 2, figsize=(9, 3 * height), sharey=True, squeeze=False)
     order = sorted({row["mix"] for rows in found.values() for row in rows if "over_tasks" in row})
-    for axis, (measure, rows) in zip(axes[0], found.items(), strict=True):
+    for axis, (measure, rows) in zip(axes.flat, sorted(found.items()), strict=False):
         by_mix = {row["mix"]: row["over_tasks"] for row in rows if "over_tasks" in row}
         for place, name in enumerate(order):
             if not (one := by_mix.get(name)):
@@ -340,6 +341,7 @@ def draw(found: Mapping[str, list[dict[str, Any]]], baseline: str, file: Path) -
             axis.plot(one["mean"], place, "o", color="tab:blue")
         axis.axvline(0, color="gray", linewidth=0.8)
         axis.set_yticks(range(len(order)), order)
+        axis.locator_params(axis="x", nbins=6)
         axis.set_title(measure, fontsize=9)
         axis.set_xlabel(f"better than {baseline} →", fontsize=8)
     figure.tight_layout()
