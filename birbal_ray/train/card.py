@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from birbal_ray.models import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, R
 from birbal_ray.ni.prompt import CHAT
 from birbal_ray.run import MANIFEST_FILE
 from birbal_ray.settings import one_line
-from birbal_ray.storage import Folder, RunError, input_folder
+from birbal_ray.storage import Folder, RunError
 from birbal_ray.templates import render
 
 CURVE_FILE, CARD_FILE = "loss_curve.png", "README.md"
@@ -63,9 +64,12 @@ def push_to_hub(folder: Folder, names: list[str], repository: str) -> str:
         hub = HfApi()
         address = hub.create_repo(repository, private=True, exist_ok=True)
         targets = {name: name.removeprefix(f"{ADAPTER_FOLDER}/") for name in names} | {MANIFEST_FILE: PUSHED_MANIFEST}
-        here = input_folder(folder.place, targets.__contains__)
-        operations = [CommitOperationAdd(target, str(here / name)) for name, target in targets.items()]
-        hub.create_commit(repository, operations, commit_message="Upload from birbal_ray")
+        with tempfile.TemporaryDirectory(prefix="birbal-push-") as temporary:  # a merged model is not kept twice
+            here = folder.local if folder.is_local else Path(temporary)
+            for name in () if folder.is_local else targets:
+                folder.download(name, here / name)
+            operations = [CommitOperationAdd(target, str(here / name)) for name, target in targets.items()]
+            hub.create_commit(repository, operations, commit_message="Upload from birbal_ray")
         return str(address)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, ConnectionError) as error:
         raise RunError(

@@ -127,9 +127,13 @@ class Remote:
 
     def _upload_tree(self, name: str) -> None:
         top = self.working / name
-        files = [file for file in top.rglob("*") if file.is_file()] if top.is_dir() else [top]
-        for file in sorted(files, key=lambda file: file.stat().st_mtime_ns if file.is_file() else 0):
-            self._upload(file.relative_to(self.working).as_posix())
+        try:
+            files = [file for file in top.rglob("*") if file.is_file()] if top.is_dir() else [top]
+            for file in sorted(files, key=lambda file: file.stat().st_mtime_ns if file.is_file() else 0):
+                self._upload(file.relative_to(self.working).as_posix())
+        except Exception as error:
+            self._failed[name] = one_line(error)
+            raise
 
     def _upload(self, name: str) -> None:
         pause = FIRST_RETRY_SECONDS

@@ -127,6 +127,7 @@ def _run_worker(
     threading.Thread(target=_fit, args=(config, model, folder, done), name="train", daemon=True).start()
     shown = _Status(folder, config, run)
     checked, reason = time.monotonic(), None
+    progress.update(shown.text(progress))  # a run that ends before the first poll has a progress.json, too
     try:
         while not concurrent.futures.wait([done], POLL_SECONDS).done:
             if time.monotonic() - checked > NODES_SECONDS:

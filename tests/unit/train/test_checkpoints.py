@@ -1,5 +1,6 @@
 import os
 import threading
+import time
 
 import pytest
 
@@ -95,7 +96,7 @@ def test_uploads_go_up_in_order_the_marker_last(folder, tmp_path):
     with Remote(Watched(folder.place, folder.filesystem, folder.root), working) as remote:
         remote.add("step-1", "absent", "metrics.jsonl")
         while not folder.is_file("metrics.jsonl"):
-            pass
+            time.sleep(0.01)
         (working / "metrics.jsonl").write_text("1\n2\n")
         remote.add("metrics.jsonl")
         remote.add("step-1")
@@ -114,11 +115,12 @@ def test_uploads_go_on_through_an_outage_and_what_never_went_up_is_said(s3, monk
         folder = open_folder(f"s3://{BUCKET}/uploads")
         with Remote(folder, tmp_path) as remote:
             remote.add("a")
-            while "tried again" not in capsys.readouterr().err:
-                pass
+            while not remote._failed:
+                time.sleep(0.01)
+            assert "tried again" in capsys.readouterr().err
             away.clear()
             while not folder.is_file("a"):
-                pass
+                time.sleep(0.01)
         assert folder.read_text("a") == "a"
         (tmp_path / "b").write_text("b")
         away.set()
@@ -132,3 +134,18 @@ def test_a_working_folder_that_is_the_run_folder_needs_no_upload(tmp_path):
     with Remote(open_folder(tmp_path), tmp_path) as remote:
         remote.add("a")
     assert (tmp_path / "a").read_text() == "a"
+
+
+def test_an_upload_that_fails_as_nobody_expects_ends_the_run(s3, tmp_path):
+    folder = open_folder(f"s3://{BUCKET}/unexpected")
+
+    class Broken(storage.Folder):
+        def upload(self, source, name):
+            raise ValueError("no such thing")
+
+    (tmp_path / "step").mkdir()
+    (tmp_path / "step" / "optimizer.pt").write_text("x")
+    broken = Broken(folder.place, folder.filesystem, folder.root)
+    message = r"1 file\(s\) are not uploaded \(first: step: no such thing\)"
+    with pytest.raises(RunError, match=message), Remote(broken, tmp_path) as remote:
+        remote.add("step")
