@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from birbal_ray.evaluate.config import EvaluateConfig
+from birbal_ray.mix.allocation import TASK_SCORE
 from birbal_ray.mix.config import MixConfig, SourceSettings
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.settings import Duration, Settings, require
@@ -86,10 +87,16 @@ def join_steps(config: PipelineConfig) -> PipelineConfig:
     excluded = sorted({*score.tasks.exclude, *config.held_out_tasks})
     if config.budget:  # only an adaptive run may stop where it is
         score = score.replace({"adaptive.enabled": True})
-    # Adaptive scoring fills the shares of this mix, unless it was given others.
-    own, given = score.adaptive.model_fields_set, config.mix.task_score
-    shared = {"exact_match_budget", "generation_budget", "gamma"} - own
-    score = score.replace({f"adaptive.{name}": getattr(given, name) for name in sorted(shared)})
+    # Adaptive scoring fills the shares of this recipe's mixes, unless it was given others.
+    mixes = [config.mix, *([config.tune.mix] if config.search else [])]
+    if asking := [one.task_score for one in mixes if one.policy == TASK_SCORE]:
+        wanted = {
+            "exact_match_budget": max(one.exact_match_budget for one in asking),
+            "generation_budget": max(one.generation_budget for one in asking),
+            "gamma": asking[0].gamma,
+        }
+        changes = {f"adaptive.{name}": wanted[name] for name in wanted.keys() - score.adaptive.model_fields_set}
+        score = score.replace(changes)
     joined = {
         "shares": shares,
         "score": with_shared(score, output=folder["score"], tasks={"exclude": excluded}),

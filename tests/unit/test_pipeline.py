@@ -169,9 +169,17 @@ def test_adaptive_scoring_fills_the_shares_of_the_pipeline_s_mix():
     """What scoring is given itself stays."""
     mix = {"task_score": {"exact_match_budget": 70, "generation_budget": 80, "gamma": 2.0}}
     score = {"adaptive": {"enabled": True, "generation_budget": 5}}
-    config = PipelineConfig.model_validate({"output": "o", "tasks": "t", "mix": mix, "score": score})
+    given = {"output": "o", "tasks": "t", "mix": mix, "score": score}
+    config = PipelineConfig.model_validate({**given, "search": False})
     adaptive = join_steps(config).score.adaptive
     assert (adaptive.exact_match_budget, adaptive.generation_budget, adaptive.gamma) == (70, 5, 2.0)
+
+    searched = {"mix": {"task_score": {"exact_match_budget": 90, "generation_budget": 0}}}
+    config = PipelineConfig.model_validate({**given, "tune": searched, "search": True})
+    assert join_steps(config).score.adaptive.exact_match_budget == 90, "the search's mixes ask for more"
+    assert join_steps(config.replace({"search": False})).score.adaptive.exact_match_budget == 70
+    ladder = PipelineConfig.model_validate({**given, "mix": {**mix, "policy": "birbal_2023"}, "search": False})
+    assert join_steps(ladder).score.adaptive.exact_match_budget == 50_000, "the ladder reads no budget"
 
 
 def test_without_a_budget_nothing_is_limited(tmp_path):
