@@ -120,7 +120,8 @@ def judge(tasks: str, names: list[str], config: TuneConfig, work: Path, only_see
     # Of a task that this mix samples, evaluation skips every candidate. `proportional` samples them all; task_score
     # leaves out a task whose metric can't reach 1, which other mixes train on.
     values = {**config.mix.model_dump(), "policy": "proportional", "scores": config.scores, "output": str(work / "mix")}
-    candidates = mix(MixConfig.model_validate(values))
+    if not open_folder(values["output"]).is_file("manifest.json"):  # commands side by side find it made
+        mix(MixConfig.model_validate(values))
     results, _ = read_results(open_folder(str(work / "tune")))
     for seed, cells in finished_cells(results).items():
         if only_seed not in (None, seed) or cells.keys() != {*config.baselines, *config.mixes}:
@@ -131,7 +132,7 @@ def judge(tasks: str, names: list[str], config: TuneConfig, work: Path, only_see
         flags: dict[str, Any] = {"tasks.path": tasks, "tasks.select": names, "tasks.instances_per_task": JUDGED_ROWS}
         if only_seed is not None:
             flags["resources.threads_per_replica"] = 1
-        flags |= {"adapters": adapters, "mix": str(candidates.folder), "prompt_formats": ["zero_shot"]}
+        flags |= {"adapters": adapters, "mix": values["output"], "prompt_formats": ["zero_shot"]}
         flags |= {"completion.max_completion_tokens": 48, "engine.max_model_len": 1024}
         evaluate(load_config(EvaluateConfig, None, [], {**flags, "output": str(work / "judge" / f"seed{seed}")}))
 

@@ -350,5 +350,6 @@ def code_version() -> Mapping[str, Any]:
         if (here / ".git").exists():
             lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
             edited = any(not line.startswith("#") for line in lines)
-            return {"commit": lines[0].removeprefix("# branch.oid "), "edited": edited}
+            commit = lines[0].removeprefix("# branch.oid ")
+            return {"commit": None if commit == "(initial)" else commit, "edited": edited}
     return {"commit": None, "edited": None}

@@ -120,7 +120,7 @@ def find_config(step: str, text: str) -> Path:
     if text not in shipped:
         raise ConfigError(
             f"--config {text}: no such file, and no settings of that name come with birbal for {step}"
-            f"{nearest(text, shipped)}; there are {', '.join(shipped)}"
+            f"{nearest(text, shipped)}; there are {', '.join(shipped) or 'none'}"
         )
     return shipped[text]
 
