@@ -120,8 +120,7 @@ def judge(tasks: str, names: list[str], config: TuneConfig, work: Path, only_see
     # Of a task that this mix samples, evaluation skips every candidate. `proportional` samples them all; task_score
     # leaves out a task whose metric can't reach 1, which other mixes train on.
     values = {**config.mix.model_dump(), "policy": "proportional", "scores": config.scores, "output": str(work / "mix")}
-    if not open_folder(values["output"]).is_file("manifest.json"):  # commands side by side find it made
-        mix(MixConfig.model_validate(values))
+    mix(MixConfig.model_validate(values))
     results, _ = read_results(open_folder(str(work / "tune")))
     for seed, cells in finished_cells(results).items():
         if only_seed not in (None, seed) or cells.keys() != {*config.baselines, *config.mixes}:
