@@ -51,6 +51,7 @@ from birbal_ray.storage import Folder, input_folder
 
 REPORT_SECONDS = 1.0  # between a replica's reports
 LOG_UPLOAD_SECONDS = 10.0
+GATHER_SECONDS = 0.1  # the first shards reach an engine together, in any order
 METADATA_KEY = b"birbal"  # of a file of rows: what its rows were made from
 
 Row = dict[str, Any]  # columns of SCORE_ROWS; between building and generating also token_ids, empty with an error
@@ -157,7 +158,7 @@ class Generate:
             resources = _with_threads(config.resources, replicas_per_node)
             here = [replace(one, path=str(input_folder(one.path))) for one in adapters]
             here += [Adapter(own.name, str(own.path), own.rank)] if own else []
-            self._loop = EngineLoop(lambda: load_engine(model.path, config.engine, resources, here))
+            self._loop = EngineLoop(lambda: load_engine(model.path, config.engine, resources, here), GATHER_SECONDS)
         except Exception as error:  # whatever it is: another try, in a new process, may go well
             self._end(monitor.start_failed, f"{type(error).__name__}: {one_line(error)}")
         ray.get(monitor.ready.remote(self._replica))

@@ -62,6 +62,16 @@ def test_groups_behind_one_prefix_share_it_and_order_is_kept():
     assert [prompt for prompt, _, _ in engine.added].count("") == 1
 
 
+def test_groups_that_come_together_start_with_the_longest_completions():
+    engine = RecordingEngine()
+    loop = EngineLoop(lambda: engine, gather_seconds=0.2)
+    short, long = Request("short", range(6), 2), Request("long", range(6), 8)
+    futures = [*loop.submit([short], prefix=range(4)), *loop.submit([long], prefix=range(1, 5))]
+    engine.release.release(9)
+    assert [future.result(5).text for future in futures] == ["SHORT", "LONG"]
+    assert [prompt for prompt, *_ in engine.added if prompt] == ["long", "short"]
+
+
 def test_a_refused_request_is_an_error_of_its_own():
     engine = RecordingEngine()
     engine.release.release(9)
