@@ -6,10 +6,11 @@ import csv
 import datetime
 import decimal
 import io
+import itertools
 import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from rapidfuzz import process as fuzzy
 
-from birbal_ray.ni.reader import MAX_NAME_BYTES
+from birbal_ray.ni.reader import MAX_NAME_BYTES, clean_text
 from birbal_ray.ni.schema import TaskError, hash_order, read_text
 from birbal_ray.ni.text import count_words
 
@@ -118,7 +119,13 @@ def make_tasks(
             ((number, _),) = instances.values()
             dropped["the only row of its task: nothing is left beside an example"].append(number)
             continue
-        name = _task_name(options.name, group, tasks) if options.group_by else options.name
+        name = options.name
+        if options.group_by:
+            slug = re.sub(r"[^\w.-]+", "_", group).strip("_.") or "group"
+            while slug and len(f"{name}_{slug}".encode()) > MAX_NAME_BYTES - 10:
+                slug = slug[:-1]
+            names = (f"{name}_{slug}" + (f"_{n}" if n > 1 else "") for n in itertools.count(1))
+            name = next(one for one in names if one not in tasks)
         tasks[name] = _task_values(name, group, instances, options)
     if not tasks:
         reasons = (
@@ -159,14 +166,6 @@ def _task_values(
     }
 
 
-def _task_name(name: str, group: str, taken: Mapping[str, Any]) -> str:
-    slug = re.sub(r"[^\w.-]+", "_", group).strip("_.") or "group"
-    while len(f"{name}_{slug}".encode()) > MAX_NAME_BYTES - 10:
-        slug = slug[:-1]
-    candidates = (f"{name}_{slug}" + (f"_{n}" if n > 1 else "") for n in range(1, len(taken) + 2))
-    return next(one for one in candidates if one not in taken)
-
-
 def _read_csv(file: Path, text: str, columns: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     delimiters = ("\t",) if file.suffix == ".tsv" else CSV_DELIMITERS
@@ -183,10 +182,10 @@ def _read_csv(file: Path, text: str, columns: Sequence[str]) -> tuple[list[str],
 
 
 def _text(value: Any) -> str | None:
-    """The cell as a text; None for what is none: a list, an object, nothing, not a finite number."""
+    """The cell as a text for UTF-8; None for what is none: a list, an object, nothing, not a finite number."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     kinds = (str, int, float, decimal.Decimal, datetime.date, datetime.time, datetime.datetime)
-    return str(value) if isinstance(value, kinds) else None
+    return clean_text(str(value), Counter()) if isinstance(value, kinds) else None

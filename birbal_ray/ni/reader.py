@@ -122,7 +122,6 @@ def parse_task(name: str, data: bytes | OSError) -> Task:
             output_languages=_strings(values.get("Output_language")),
             licenses=_strings(values.get("Instance License")),
             sha256=hashlib.sha256(data).hexdigest(),
-            num_bytes=len(data),
             repairs={},
             definition_is_text=isinstance(values.get("Definition"), str),
         )
@@ -205,7 +204,7 @@ def _definition(name: str, value: Any) -> str:
     entries = [value] if isinstance(value, str) else value
     if not isinstance(entries, list) or not entries or not isinstance(entries[0], str) or not entries[0].strip():
         raise TaskError(f"{name}.json: 'Definition' is {_kind(value)}, expected a text or a list of texts")
-    return _clean(entries[0], Counter())
+    return clean_text(entries[0], Counter())
 
 
 def _examples(name: str, value: Any, repairs: Counter[str]) -> tuple[Example, ...]:
@@ -217,7 +216,7 @@ def _examples(name: str, value: Any, repairs: Counter[str]) -> tuple[Example, ..
         if not outputs or not isinstance(entry.get("input"), str):
             repairs["positive example dropped (no input and output text)"] += 1
             continue
-        examples.append(Example(_clean(entry["input"], repairs), outputs[0]))
+        examples.append(Example(clean_text(entry["input"], repairs), outputs[0]))
     return tuple(examples)
 
 
@@ -227,7 +226,7 @@ def _instances(name: str, value: Any, repairs: Counter[str]) -> tuple[Instance, 
     if not value:
         raise TaskError(f"{name}.json: 'Instances' is empty")
     by_input: dict[str, int] = {}
-    seen_ids: set[str] = set()
+    numbers: dict[str, int] = {}  # row id → the largest number of one that an id of the file gave
     instances: list[Instance] = []
     for position, entry in enumerate(value):
         instance_id, text, references, error = _instance(position, entry, repairs)
@@ -237,13 +236,13 @@ def _instances(name: str, value: Any, repairs: Counter[str]) -> tuple[Instance, 
             instances[first] = replace(instances[first], references=tuple(merged))
             repairs["instance merged into one with the same input"] += 1
             continue
-        row_id, count = f"{name}:{instance_id}", 1
-        while row_id in seen_ids:
-            count += 1
-            row_id = f"{name}:{instance_id}#{count}"
-        if count > 1:
+        row_id = given = f"{name}:{instance_id}"
+        while row_id in numbers:
+            numbers[given] += 1
+            row_id = f"{given}#{numbers[given]}"
+        numbers[row_id] = 1
+        if row_id != given:
             repairs["repeated instance id given a suffix"] += 1
-        seen_ids.add(row_id)
         if error is None:
             by_input[text] = len(instances)
         instances.append(Instance(row_id, instance_id, text, references, error))
@@ -255,11 +254,11 @@ def _instance(position: int, entry: Any, repairs: Counter[str]) -> tuple[str, st
     if not isinstance(entry, dict):
         return str(position), "", (), f"not an object: instance {position} is {_kind(entry)}"
     given = entry.get("id")
-    instance_id = _clean(str(given), repairs) if given not in (None, "") else str(position)
+    instance_id = clean_text(str(given), repairs) if given not in (None, "") else str(position)
     text = entry.get("input")
     if not isinstance(text, str):
         return instance_id, "", (), f"'input' is {_kind(text)}, expected a text"
-    text = _clean(text, repairs)
+    text = clean_text(text, repairs)
     output = entry.get("output")
     if output is not None and not isinstance(output, list):
         repairs["output given as a single value, not a list"] += 1
@@ -279,7 +278,7 @@ def _instance(position: int, entry: Any, repairs: Counter[str]) -> tuple[str, st
 def _texts(value: Any, repairs: Counter[str]) -> Iterator[str]:
     """The texts of an output: a text, a number, a list of them, a list of such lists."""
     if isinstance(value, str):
-        yield _clean(value, repairs)
+        yield clean_text(value, repairs)
     elif isinstance(value, list):
         for entry in value:
             if isinstance(entry, list):
@@ -296,10 +295,10 @@ def _texts(value: Any, repairs: Counter[str]) -> Iterator[str]:
 
 def _strings(value: Any) -> tuple[str, ...]:
     entries = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    return tuple(_clean(entry, Counter()) for entry in entries if isinstance(entry, str))
+    return tuple(clean_text(entry, Counter()) for entry in entries if isinstance(entry, str))
 
 
-def _clean(text: str, repairs: Counter[str]) -> str:
+def clean_text(text: str, repairs: Counter[str]) -> str:
     """Text that can be written as UTF-8: unpaired surrogates become U+FFFD."""
     if text.isascii():
         return text

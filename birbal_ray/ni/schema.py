@@ -64,7 +64,6 @@ class Task:
     output_languages: tuple[str, ...]
     licenses: tuple[str, ...]
     sha256: str
-    num_bytes: int
     repairs: dict[str, int]
     definition_is_text: bool = False  # in the file, where newer ones hold a list
 

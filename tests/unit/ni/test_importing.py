@@ -70,6 +70,18 @@ def test_group_names_are_names_of_files():
     assert dropped == {"no text in column 'topic'": 2}
 
 
+def test_a_name_without_room_for_the_group_gets_a_number():
+    tasks, _ = made(group_by="topic", name="n" * 195)
+    assert sorted(tasks) == ["n" * 195 + "_", "n" * 195 + "__2"]
+
+
+def test_a_text_that_utf_8_can_not_hold_is_repaired():
+    rows = [{"question": f"q{n} \ud83d", "answer": "x\udc00", "topic": "\ud800"} for n in range(4)]
+    tasks, dropped = make_tasks(COLUMNS, rows, options(group_by="topic"))
+    json.dumps(tasks, ensure_ascii=False).encode()
+    assert not dropped and all("\ufffd" in one["input"] for one in tasks["t_group"]["Instances"])
+
+
 def test_what_cannot_be_used_is_left_out_with_its_reason():
     rows = [
         {"question": "a", "answer": "1"},

@@ -41,6 +41,11 @@ def test_repeated_ids_get_stable_suffixes():
     assert [i.row_id for i in rows] == ["t1:same", "t1:same#2", "t1:same#3"]
 
 
+def test_a_file_may_repeat_one_id_throughout():
+    rows = instances(*({"id": "same", "input": str(n), "output": "x"} for n in range(20_000)))
+    assert rows[-1].row_id == "t1:same#20000" and len({row.row_id for row in rows}) == 20_000
+
+
 def test_same_input_merges_references_in_order():
     rows = instances(
         {"id": "1", "input": "a", "output": ["x", "y"]},
