@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 from birbal_ray.mix.allocation import TaskDemand, allocate
 from birbal_ray.ni import reader
 from birbal_ray.ni.labels import Label
-from birbal_ray.ni.metrics import EXACT_MATCH, GENERATION
+from birbal_ray.ni.metrics import EXACT_MATCH, GENERATION, MAX_UNREACHABLE_FRACTION
 from birbal_ray.schemas import ROWS_FOLDER, TASKS_FILE
 from birbal_ray.score.adaptive import AdaptiveSchedule
 from birbal_ray.score.config import AdaptiveSettings
@@ -94,7 +94,7 @@ def extract(run: Path) -> pa.Table:
             scores = rows.read_table(name, ["score"])["score"]
             columns = {name: [task[name]] * len(scores) for name in ("task", "label")}
             columns |= {"order": list(range(first, last)), "score": scores.to_pylist()}
-            columns["is_fit"] = [not task["unreachable_reason"]] * len(scores)
+            columns["is_fit"] = [(task["unreachable_fraction"] or 0.0) <= MAX_UNREACHABLE_FRACTION] * len(scores)
             parts.append(pa.table(columns, schema=SCHEMA))
             position = last
     if not parts:
@@ -146,7 +146,7 @@ def selected_sizes(chance: np.random.Generator) -> tuple[list[tuple[str, str, in
 def planned(task: TaskScores) -> PlannedTask:
     nothing: dict[str, Any] = {"definition": "", "categories": (), "sources": (), "domains": (), "licenses": ()}
     size = len(task.scores)
-    nothing["unreachable_reason"] = None if task.is_fit else "its references can't score"
+    nothing["unreachable_fraction"] = 0.0 if task.is_fit else 1.0
     return PlannedTask(task.name, "", None, "", Label(task.label, ""), size, size, 4, 8, {}, **nothing)
 
 

@@ -93,7 +93,7 @@ def join_steps(config: PipelineConfig) -> PipelineConfig:
         wanted = {
             "exact_match_budget": max(one.exact_match_budget for one in asking),
             "generation_budget": max(one.generation_budget for one in asking),
-            "gamma": asking[0].gamma,
+            **{name: getattr(asking[0], name) for name in ("gamma", "even_fraction", "failed_below")},
         }
         changes = {f"adaptive.{name}": wanted[name] for name in wanted.keys() - score.adaptive.model_fields_set}
         score = score.replace(changes)

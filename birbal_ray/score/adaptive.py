@@ -1,8 +1,8 @@
 """Which shards are scored, in which order, and when a task has been scored enough. Pure: no clock, no Ray.
 
 A task is scored in growing ranges of its hash order and looked at when 100, 200, 400, … of its rows are there. It is
-finished when its score is known to within `score_margin` and the rows that the model failed fill the share that the
-mix would give the task (`mix.allocation` computes that share).
+finished when its score is known to within `score_margin`, the rows that the model failed fill the share that the mix
+would give the task for its failures, and all its rows that share and its even part (`mix.allocation` computes both).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from birbal_ray.mix.allocation import TaskDemand, allocate
-from birbal_ray.ni.metrics import EXACT_MATCH
+from birbal_ray.ni.metrics import EXACT_MATCH, MAX_UNREACHABLE_FRACTION
 from birbal_ray.score.config import AdaptiveSettings
 from birbal_ray.score.plan import PlannedTask, shards_of
 from birbal_ray.score.shards import RowFiles, Shard, Tally, WrittenFile
 
 GROW, STOP = "grow", "stop"
-USED_UP = "all instances are scored"
+USED_UP = "all instances that the run takes are scored"
 TIME_UP = "the budget of time ended"
 
 
@@ -149,13 +149,16 @@ class AdaptiveSchedule:
         return self._rows, self._work
 
     def end(self) -> None:
-        """Time is up: every task stops where it is once the shards that were given out are written."""
+        """Time is up: every task stops where it is once the shards that were given out are written; retries stay."""
         self._ended = True
-        for *_, shard in self._queue:
-            if shard.name not in self._retries:
+        queue, self._queue = self._queue, []
+        for entry in sorted(queue):
+            shard = entry[-1]
+            if shard.name in self._retries:
+                self._queue.append(entry)
+            else:
                 self._outstanding[shard.task] -= 1
-            self._rows, self._work = self._rows - shard.num_rows, self._work - shard.work
-        self._queue.clear()
+                self._rows, self._work = self._rows - shard.num_rows, self._work - shard.work
         for task in self._tasks.values():
             if task.name not in self.stops and not self._outstanding[task.name]:
                 self._decide(task)
@@ -175,7 +178,7 @@ class AdaptiveSchedule:
         """Stop a task or give it its next range; several sizes in turn where rows are there already."""
         while not self._outstanding[task.name]:
             size = self._covered[task.name]
-            reason, enough = (TIME_UP, True) if self._ended else self._judge(task)
+            reason, enough = self._judge(task)
             decision = Decision(task.name, size, STOP if enough else GROW, reason)
             self._new.append(decision)
             if enough:
@@ -186,32 +189,45 @@ class AdaptiveSchedule:
     def _judge(self, task: PlannedTask) -> tuple[str, bool]:
         if self._covered[task.name] >= task.num_instances:
             return USED_UP, True
-        margin, tally = self._settings.score_margin, self._tallies[task.name]
+        if self._ended:
+            return TIME_UP, True
+        asked, tally = self._settings, self._tallies[task.name]
         half = tally.half_width(task.label.value)
-        if half > margin:
-            return f"score known to ±{half:.3f}, wanted ±{margin:g}", False
-        share = self._allocate(task.label.value, task)[task.name]  # that its score at the interval's lower end gives
-        share = math.ceil(share * self._settings.failed_rows_factor)
+        if half > asked.score_margin:
+            return f"score known to ±{half:.3f}, wanted ±{asked.score_margin:g}", False
+        # Those that its score at the interval's lower end gives it.
+        shares = (counts[task.name] for counts in self._allocate(task.label.value, task))
+        share, rows = (math.ceil(count * asked.failed_rows_factor) for count in shares)
         if tally.num_failed < share:
             return f"{tally.num_failed} failed rows, a share of {share} is possible", False
+        if asked.even_fraction and tally.num_scored < rows:
+            return f"{tally.num_scored} rows, a share of {rows} with its even part is possible", False
         return f"score known to ±{half:.3f}, {tally.num_failed} failed rows fill a share of {share}", True
 
-    def _allocate(self, label: str, lowest: PlannedTask | None = None) -> dict[str, int]:
-        """Rows that the mix would take from each task of the label, the score of `lowest` at its interval's end."""
+    def _allocate(self, label: str, lowest: PlannedTask | None = None) -> tuple[dict[str, int], dict[str, int]]:
+        """Rows that the mix would take from each task of the label that has any: for its failures, and in all.
+
+        The score of `lowest` is the lower end of its interval. Error rows are none of the mix's candidates.
+        """
         asked = self._settings
         budget = asked.exact_match_budget if label == EXACT_MATCH else asked.generation_budget
-        peers = [other for other in self._tasks.values() if other.label.value == label]
-        known = [self._tallies[other.name].mean for other in peers if self._tallies[other.name].num_scored]
+        peers = [(other, self._tallies[name]) for name, other in self._tasks.items() if other.label.value == label]
+        known = [tally.mean for _, tally in peers if tally.num_scored]
         typical = sum(known) / len(known) if known else 0.0
         demands = []
-        for other in peers:
-            tally = self._tallies[other.name]
+        for other, tally in peers:
             score = tally.mean if tally.num_scored else typical
             if other is lowest:
                 score, _ = tally.interval(label)
-            unfit = 0 if other.unreachable_reason else None  # the mix owes such a task no share of what it fails
-            demands.append(TaskDemand(other.name, other.num_instances, min(1.0, score), unfit))
-        return allocate(budget, demands, asked.gamma).counts
+            # The mix owes such a task no share of what it fails.
+            unfit = 0 if other.unreachable_fraction > MAX_UNREACHABLE_FRACTION else None
+            candidates = other.num_instances - (self._covered[other.name] - tally.num_scored)
+            if candidates:
+                demands.append(TaskDemand(other.name, candidates, min(1.0, score), unfit))
+        for_failures = allocate(round(budget * (1 - asked.even_fraction)), demands, asked.gamma).counts
+        if not asked.even_fraction:
+            return for_failures, for_failures
+        return for_failures, allocate(budget, demands, asked.gamma, asked.even_fraction).counts
 
     def _fills(self, task: PlannedTask, given: int) -> bool:
         """Whether the failed rows fill the share for sure, by what the task is given with its score as it is.
@@ -219,7 +235,8 @@ class AdaptiveSchedule:
         Saves an allocation a task: a larger weight takes at most as many rows per weight.
         """
         tally, asked = self._tallies[task.name], self._settings
-        if tally.half_width(task.label.value) > asked.score_margin or tally.mean >= 1.0:
+        too_wide = tally.half_width(task.label.value) > asked.score_margin
+        if too_wide or tally.mean >= 1.0 or asked.even_fraction:
             return False
         low, _ = tally.interval(task.label.value)
         larger = (1.0 - low) ** asked.gamma
@@ -232,10 +249,10 @@ class AdaptiveSchedule:
             return
         given: dict[str, int] = {}
         for label in {task.label.value for task in self._tasks.values()}:
-            given |= self._allocate(label)
+            given |= self._allocate(label)[0]
         for name, stop in list(self.stops.items()):
             task = self._tasks[name]
-            if stop.size >= task.num_instances or self._fills(task, given[name]):
+            if self._covered[name] >= task.num_instances or self._fills(task, given[name]):
                 continue
             reason, enough = self._judge(task)
             if not enough:

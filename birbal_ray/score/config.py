@@ -171,7 +171,7 @@ def vllm_argument_names() -> frozenset[str]:
 
 
 class AdaptiveSettings(Settings):
-    """When a task has been scored enough (see `score.adaptive`). A pipeline takes budgets and gamma from its mix."""
+    """When a task has been scored enough (see `score.adaptive`). A pipeline takes the last five from its mix."""
 
     enabled: bool = Field(False, description="stop each task when its score is known and its share is filled")
     score_margin: float = Field(0.05, gt=0, lt=1, description="half-width of the 95 % interval of a task's score")
@@ -180,6 +180,7 @@ class AdaptiveSettings(Settings):
     exact_match_budget: int = Field(50_000, ge=0, description="the mix's budget, exact-match tasks")
     generation_budget: int = Field(50_000, ge=0, description="the mix's budget, generation tasks")
     gamma: float = Field(1.0, ge=0, le=16, description="the mix's task_score.gamma")
+    even_fraction: float = Field(0.0, ge=0, le=1, description="the mix's task_score.even_fraction")
     failed_below: float = Field(0.2, ge=0, le=1, description="generation rows under this ROUGE-L count as failed")
 
 

@@ -167,12 +167,14 @@ def test_an_evaluation_asks_what_its_time_allows(tmp_path):
 
 def test_adaptive_scoring_fills_the_shares_of_the_pipeline_s_mix():
     """What scoring is given itself stays."""
-    mix = {"task_score": {"exact_match_budget": 70, "generation_budget": 80, "gamma": 2.0}}
+    mix = {"task_score": {"exact_match_budget": 70, "generation_budget": 80, "gamma": 2.0, "failed_below": 0.3}}
+    mix["task_score"]["even_fraction"] = 0.5
     score = {"adaptive": {"enabled": True, "generation_budget": 5}}
     given = {"output": "o", "tasks": "t", "mix": mix, "score": score}
     config = PipelineConfig.model_validate({**given, "search": False})
     adaptive = join_steps(config).score.adaptive
     assert (adaptive.exact_match_budget, adaptive.generation_budget, adaptive.gamma) == (70, 5, 2.0)
+    assert (adaptive.even_fraction, adaptive.failed_below) == (0.5, 0.3)
 
     searched = {"mix": {"task_score": {"exact_match_budget": 90, "generation_budget": 0}}}
     config = PipelineConfig.model_validate({**given, "tune": searched, "search": True})

@@ -144,7 +144,7 @@ def test_a_wide_margin_and_no_budget_stop_at_the_first_look():
 
 def test_a_task_whose_references_can_not_score_asks_for_no_share():
     tasks = [task("a", 5000), task("b", 5000)]
-    unfit = [replace(tasks[0], unreachable_reason="no reference scores 1"), tasks[1]]
+    unfit = [replace(tasks[0], unreachable_reason="no reference scores 1", unreachable_fraction=1.0), tasks[1]]
     asked = AdaptiveSettings(score_margin=0.2, exact_match_budget=200, generation_budget=0)
     sizes = {}
     for one in (tasks, unfit):
@@ -152,6 +152,41 @@ def test_a_task_whose_references_can_not_score_asks_for_no_share():
         given = run(schedule, Model(tasks, {"a": 0.0, "b": 0.5}), random.Random(0))
         sizes[one is unfit] = {name: len(numbers) for name, numbers in covered(given).items()}
     assert sizes == {False: {"a": 200, "b": 200}, True: {"a": 100, "b": 400}}
+
+
+def test_a_few_references_that_can_not_score_cost_a_task_no_share():
+    """The mix still gives it all of it."""
+    some = [replace(task("a", 5000), unreachable_reason="a blank line", unreachable_fraction=0.01), task("b", 5000)]
+    asked = AdaptiveSettings(score_margin=0.2, exact_match_budget=200, generation_budget=0)
+    schedule = AdaptiveSchedule(some, asked, 64, RowFiles(()), {})
+    given = run(schedule, Model(some, {"a": 0.0, "b": 0.5}), random.Random(0))
+    assert {name: len(numbers) for name, numbers in covered(given).items()} == {"a": 200, "b": 200}
+
+
+def test_error_rows_ask_for_no_share():
+    class Failing(Model):
+        def tally(self, name, first, last):
+            return Tally() if name == "a" else super().tally(name, first, last)
+
+    tasks = [task("a", 150), task("b", 5000)]
+    asked = AdaptiveSettings(score_margin=0.2, exact_match_budget=200)
+    schedule = AdaptiveSchedule(tasks, asked, 64, RowFiles(()), {})
+    model = Failing(tasks, {"a": 0.0, "b": 0.5})
+    rows = covered(run(schedule, model, random.Random(0)))
+    assert model.tally("b", 0, len(rows["b"])).num_failed >= 200, "the whole budget is b's"
+    assert schedule.stops["a"].reason == USED_UP
+
+
+def test_an_even_part_is_filled_with_rows_of_any_score_and_the_rest_with_failed_ones():
+    tasks = [task("solved", 5000), task("half", 5000)]
+    model, sizes = Model(tasks, {"solved": 1.0, "half": 0.5}), {}
+    for even in (0.0, 0.5):
+        asked = AdaptiveSettings(score_margin=0.2, exact_match_budget=600, gamma=4, even_fraction=even)
+        schedule = AdaptiveSchedule(tasks, asked, 64, RowFiles(()), {})
+        given = run(schedule, model, random.Random(0))
+        sizes[even] = {name: len(numbers) for name, numbers in covered(given).items()}
+    # Of 600 rows, 300 are spread evenly: 150 of each. The other 300 are owed to failures.
+    assert sizes == {0.0: {"solved": 100, "half": 1600}, 0.5: {"solved": 200, "half": 800}}
 
 
 def test_long_completions_come_first_and_all_tasks_get_their_first_range_before_any_its_second():
@@ -225,6 +260,28 @@ def test_when_time_is_up_tasks_stop_where_they_are():
     assert schedule.size()[0] == sum(shard.num_rows for shard in given)
     assert {stop.reason for stop in schedule.stops.values()} == {TIME_UP}
     assert sum(stop.size for stop in schedule.stops.values()) == schedule.size()[0]
+
+
+def test_a_task_that_is_scored_to_its_end_when_time_is_up_is_used_up():
+    model = Model([task("a", 10), task("b", 1000)], {"a": 0.5, "b": 0.5})
+    schedule = AdaptiveSchedule([task("a", 10), task("b", 1000)], AdaptiveSettings(), 50, RowFiles([]), {})
+    given = [schedule.next() for _ in range(2)]
+    schedule.end()
+    for shard in given:
+        schedule.record(model.write(shard))
+    assert {name: stop.reason for name, stop in schedule.stops.items()} == {"a": USED_UP, "b": TIME_UP}
+
+
+def test_rows_to_try_again_are_tried_when_time_is_up():
+    retry = Shard("a", "", "0", "exact_match", 0, 100, 8, retry=(3,))
+    model = Model([task("a", 1000)], {"a": 0.5})
+    found, tallies = RowFiles([retry.name]), {"a": model.tally("a", 0, 100)}
+    schedule = AdaptiveSchedule([task("a", 1000)], AdaptiveSettings(), 100, found, tallies, retries=[retry])
+    schedule.end()
+    assert schedule.size() == (retry.num_rows, retry.work)
+    assert schedule.next() == retry and schedule.next() is None
+    schedule.record(model.write(retry))
+    assert schedule.finished
 
 
 def test_a_run_that_time_ended_continues_when_there_is_more():
