@@ -1,6 +1,6 @@
-"""An engine that makes answers up, for tests of everything around an engine.
+"""An engine and a tokenizer that make things up, for tests of everything around them.
 
-It keeps the contract of the real one: the same tests run against both.
+The engine keeps the contract of the real one: the same tests run against both.
 """
 
 from __future__ import annotations
@@ -10,14 +10,38 @@ import itertools
 import json
 import time
 from collections.abc import Iterable, Sequence
+from zlib import crc32
 
 from birbal_ray.score.engine import Completion, Request, RequestRefusedError, TokenLogprob
-from birbal_ray.score.tokens import NUM_EMBEDDINGS, word_token_ids
 
 WORDS = ("yes", "no", "red", "seven", "the river runs north", "a quiet morning", "it depends on the weather")
+NUM_EMBEDDINGS = 1 << 15
 BLOCK_TOKENS = 32  # prefixes are cached in whole blocks
 START_FAILURE = "SIMULATED_START_FAILURE"  # an environment variable: engines of this node never start
 ROW_ERROR, ENGINE_DEATH, SAYS = "SIMULATED-ROW-ERROR", "SIMULATED-ENGINE-DEATH", "SIMULATED-SAYS "
+
+_words: dict[int, str] = {}  # token id → word, of the words that this process has seen
+
+
+class SimulatedTokenizer:
+    """One token per word; equal words get equal ids on every machine. A chat's turns are `<role> text <end>`."""
+
+    bos_token_id = None
+    chat_template = "as apply_chat_template writes it"
+
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        """The turns as one text."""
+        turns = "".join(f"<{one['role']}>\n{one['content']}\n<end>\n" for one in messages)
+        return turns + "<assistant>\n" * add_generation_prompt
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
+        return {"input_ids": [_token_ids(one.split()) for one in text]}
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The words, of those that this process has seen, with one space between them."""
+        return " ".join(_words.get(token_id, f"<{token_id}>") for token_id in token_ids)
 
 
 class SimulatedEngine:
@@ -31,7 +55,7 @@ class SimulatedEngine:
         self.max_model_len = max_model_len
         self._row_seconds, self._adapters = row_seconds, frozenset(adapters)
         self._queue: dict[str, Request] = {}
-        self._cached: set[str] = set()  # a hash of all tokens up to the end of a block, for each block computed
+        self._cached: set[int] = set()  # of each block computed, a hash of the tokens up to its end
         self._unseeded = itertools.count()
 
     def add(self, key: str, request: Request) -> None:
@@ -59,7 +83,7 @@ class SimulatedEngine:
             time.sleep(self._row_seconds)
         words = self._answer(request).split(" ")
         room = min(request.max_tokens, self.max_model_len - len(request.token_ids))
-        ids, finish_reason = word_token_ids(words[:room]), "stop" if len(words) <= room else "length"
+        ids, finish_reason = _token_ids(words[:room]), "stop" if len(words) <= room else "length"
         if ends := [place for place, token_id in enumerate(ids) if token_id in request.sampling.stop_token_ids]:
             ids, room, finish_reason = ids[: ends[0] + 1], ends[0], "stop"
         text = " ".join(words[:room])
@@ -87,27 +111,27 @@ class SimulatedEngine:
         if SAYS in request.prompt:
             said, _ = json.JSONDecoder().raw_decode(request.prompt.split(SAYS, 1)[1])
             return str(said)
-        chance = ""
-        if not request.sampling.greedy:
-            seed = request.sampling.seed
-            chance = f"unseeded {next(self._unseeded)}" if seed is None else f"seed {seed}"
-        seen = f"{request.adapter}{request.prompt}{chance}".encode()
+        seed = request.sampling.seed
+        chance = f"unseeded {next(self._unseeded)}" if seed is None else f"seed {seed}"
+        seen = f"{request.adapter}{request.prompt}{'' if request.sampling.greedy else chance}".encode()
         return WORDS[int.from_bytes(hashlib.blake2b(seen, digest_size=4).digest()) % len(WORDS)]
 
     def _use_cache(self, request: Request) -> int:
         """Tokens of the prompt's leading blocks that an earlier prompt computed; at least one is always computed."""
-        ids, num_cached, unbroken = request.token_ids, 0, True
-        chain = hashlib.blake2b(request.adapter.encode(), digest_size=8)
-        for end in range(BLOCK_TOKENS, len(ids), BLOCK_TOKENS):
-            chain.update(repr(tuple(ids[end - BLOCK_TOKENS : end])).encode())
-            block = chain.hexdigest()
-            unbroken = unbroken and block in self._cached
-            num_cached += BLOCK_TOKENS * unbroken
-            self._cached.add(block)
-        return num_cached
+        ids = tuple(request.token_ids)
+        blocks = [hash((request.adapter, ids[:end])) for end in range(BLOCK_TOKENS, len(ids), BLOCK_TOKENS)]
+        num_cached = sum(1 for _ in itertools.takewhile(self._cached.__contains__, blocks))
+        self._cached.update(blocks)
+        return num_cached * BLOCK_TOKENS
 
 
 def _token_logprobs(token_ids: Sequence[int]) -> tuple[TokenLogprob, ...]:
     """Made up: the likeliest token in place of each is the token itself."""
     made_up = [(one, -(one % 97 + 1) / 50) for one in token_ids]
     return tuple(TokenLogprob(token_id, logprob, token_id, logprob) for token_id, logprob in made_up)
+
+
+def _token_ids(words: Sequence[str]) -> list[int]:
+    ids = [crc32(word.encode()) % NUM_EMBEDDINGS for word in words]
+    _words.update(zip(ids, words, strict=True))
+    return ids
