@@ -28,7 +28,7 @@ from birbal_ray.score.engine import Adapter
 from birbal_ray.score.monitor import Session
 from birbal_ray.score.pipeline import check_cluster, logical_cpus, score_shards
 from birbal_ray.score.plan import ScorePlan, plan_run, publish_inputs
-from birbal_ray.score.results import read_scores, summarise
+from birbal_ray.score.results import DamagedRowsError, read_scores, summarise
 from birbal_ray.score.run import describe_plan, identity_of, keep_figures, plan_hash, resolve_config, write_plan
 from birbal_ray.score.shards import PromptVariant, RowFiles
 from birbal_ray.score.stages import find_model
@@ -247,17 +247,15 @@ def _finish(setup: Setup, plan: ScorePlan, run: Run) -> EvaluateResult:
     files: dict[str, FileRecord] = {}
     for one in setup.models:
         for variant in setup.variants(one):
-            results = summarise(rows_folder, found, plan.tasks, variant_folder=variant.folder)
-            if results.damaged:
-                folder.delete(f"{ROWS_FOLDER}/{name}" for name in results.damaged)
-                raise RunError(
-                    f"{folder}: {len(results.damaged)} files of rows were damaged (first: {results.damaged[0]}); run "
-                    "the same command again, which scores these rows again"
-                )
+            try:
+                results = summarise(rows_folder, found, plan.tasks, variant_folder=variant.folder)
+            except DamagedRowsError as error:
+                folder.delete(f"{ROWS_FOLDER}/{name}" for name in error.names)
+                raise RunError(f"{error}; run the same command again, which scores these rows again") from None
             for row in results.task_scores:
                 where = {"held_out": setup.held_out.kind(row["task"]), "model": one.name, "kind": one.kind}
                 evaluation.append({**row, **where, "prompt_format": variant.prompt_format})
-            scores[one.name, variant.prompt_format] = read_scores(rows_folder, results.files)
+            scores[one.name, variant.prompt_format] = read_scores(rows_folder, found, plan.tasks, variant.folder)
             files |= {f"{ROWS_FOLDER}/{name}": record for name, record in results.files.items()}
             rows["planned"] += results.rows["planned"]
             rows["scored"] += results.rows["scored"]

@@ -345,7 +345,7 @@ class EngineLoop:
                 self._take_new(block=not self._engine.has_unfinished())
                 for key, completion in self._engine.step() if self._engine.has_unfinished() else ():
                     self._running.pop(key)(completion)
-        except Exception as error:  # whatever the engine raises, its callers must hear of it
+        except BaseException as error:  # whatever the engine raises, its callers must hear of it
             with self._lock:
                 self._death = f"{type(error).__name__}: {one_line(error)[:300]}"
             for future in list(self._open):

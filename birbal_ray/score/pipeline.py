@@ -19,6 +19,7 @@ from birbal_ray.score.config import ResourceSettings, ScoreConfig
 from birbal_ray.score.engine import Adapter
 from birbal_ray.score.monitor import EngineMonitor, Snapshot, Watchdog
 from birbal_ray.score.stages import BuildPrompts, Generate, ScoreAndWrite
+from birbal_ray.settings import one_line
 from birbal_ray.storage import Folder
 
 WRITE_CPUS = 0.25  # logical: scoring and writing a shard takes milliseconds
@@ -96,7 +97,7 @@ def score_shards(
 
     def consume() -> None:
         try:
-            dataset = _dataset(config, (config, model_fingerprint, tuple(adapters), monitor, folder), folder, excluded)
+            dataset = _dataset(config, model_fingerprint, adapters, monitor, folder, excluded)
             for _ in dataset.iter_internal_ref_bundles():  # their content came through the monitor
                 pass
             ended.set_result(None)
@@ -107,7 +108,11 @@ def score_shards(
     watchdog = Watchdog(resources, folder)
     while True:
         is_last = bool(wait([ended], POLL_SECONDS).done)
-        snapshot = ray.get(monitor.snapshot.remote())
+        try:
+            snapshot = ray.get(monitor.snapshot.remote())
+        except ray.exceptions.RayActorError as error:
+            reason = one_line(error)[:300]
+            raise RunFailedError(f"the process that keeps count of shards and engines died: {reason}") from error
         on_poll(snapshot)
         watchdog.check(snapshot)
         if is_last:
@@ -144,12 +149,18 @@ def _start_monitor(schedule: Schedule, limit: int, resources: ResourceSettings, 
     return monitor
 
 
-def _dataset(config: ScoreConfig, engine_arguments: tuple[Any, ...], folder: Folder, excluded: Collection[str]) -> Any:
+def _dataset(
+    config: ScoreConfig,
+    model_fingerprint: str,
+    adapters: Sequence[Adapter],
+    monitor: Any,
+    folder: Folder,
+    excluded: Collection[str],
+) -> Any:
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
-    resources, monitor = config.resources, engine_arguments[3]
-    gpu = config.engine.device == "gpu"
+    resources, gpu = config.resources, config.engine.device == "gpu"
     context = DataContext.get_current()
     context.target_max_block_size = 1  # else shards wait in the source until a block is full
     context.max_consecutive_actor_init_deaths = resources.num_replicas * (resources.max_start_retries + 1)
@@ -165,7 +176,7 @@ def _dataset(config: ScoreConfig, engine_arguments: tuple[Any, ...], folder: Fol
         )
         .map(
             Generate,
-            fn_constructor_args=(*engine_arguments, per_node),
+            fn_constructor_args=(config, model_fingerprint, tuple(adapters), monitor, folder, per_node),
             compute=ActorPoolStrategy(
                 size=resources.num_replicas,
                 max_concurrent_calls_per_actor=resources.shards_in_flight,

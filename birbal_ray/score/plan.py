@@ -280,10 +280,10 @@ class _TaskPlanner:
             if config.tasks.strict:
                 raise task
             return "quarantined", str(task)
-        if config.tasks.strict:
-            prompt.examples_of(task, config.prompt.num_shots, strict=True)
         if reason := catalog.excluded_by(task, config.tasks.exclude_families):
             return "left out", reason
+        if config.tasks.strict:
+            prompt.examples_of(task, config.prompt.num_shots, strict=True)
         allowed = order_instances(task, config.seed, self.excluded)
         if task.instances and not allowed:
             return "left out", f"none of its {len(task.instances):,} instances is held out"
@@ -342,10 +342,12 @@ def _outcomes(files: Sequence[reader.TaskFile], planner: _TaskPlanner) -> Iterat
     costs time, not the run.
     """
     config = planner.config
+    folder = Path(getattr(planner.tokenizer, "name_or_path", config.engine.backend))
+    tokenizer = [folder / name for name in models.TOKENIZER_FILES if (folder / name).is_file()]
     key = {
         "format": [PLAN_FORMAT, METRIC_VERSION],
         "families": config.tasks.exclude_families,
-        "model": [config.model.name, config.model.revision, config.engine.backend],
+        "tokenizer": [str(folder.resolve()), *(_size_and_time(file) for file in tokenizer)],
         "prompt": config.prompt.model_dump(),
         "completion": config.completion.model_dump(),
         "seed": config.seed,
@@ -360,8 +362,7 @@ def _outcomes(files: Sequence[reader.TaskFile], planner: _TaskPlanner) -> Iterat
             known = _CACHED.validate_json(cache.read_bytes())
     unknown = {}
     for file in files:
-        stat = file.path.stat() if file.path.exists() else None
-        name = f"{file.path.resolve()}:{file.member}:{stat and (stat.st_size, stat.st_mtime_ns)}"
+        name = f"{file.path.resolve()}:{file.member}:{file.path.exists() and _size_and_time(file.path)}"
         if name in known:
             yield file, known[name]
         else:
@@ -373,3 +374,8 @@ def _outcomes(files: Sequence[reader.TaskFile], planner: _TaskPlanner) -> Iterat
     if use_cache and found:
         with contextlib.suppress(OSError, ValueError):
             write_atomic(cache, _CACHED.dump_json(known | found))
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns

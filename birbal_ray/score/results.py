@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +12,15 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from birbal_ray.manifest import read_manifest
 from birbal_ray.schemas import ROWS_FOLDER, SCORE_ROWS, TASKS_FILE
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.plan import PlannedTask
-from birbal_ray.score.shards import RowFiles, Shard, Tally, WrittenFile
+from birbal_ray.score.shards import RowFiles, Shard, Tally, WrittenFile, row_folder
 from birbal_ray.score.stages import score_table, write_rows
+from birbal_ray.settings import sha256_of
 from birbal_ray.storage import FileRecord, Folder, RunError, open_folder, write_atomic
 
 PUBLISHED_COLUMNS = ["orig_input", "few_shot_prompt", "answer", "prediction"]
@@ -27,18 +29,22 @@ COLUMNS = ["row_id", "score", "error", *(f"num_{kind}_tokens" for kind in TOKENS
 READERS = 8  # at a URL most of the time is waiting
 
 
+class DamagedRowsError(RunError):
+    """Files of rows (`names`, below the rows folder) are no Parquet files, or hold fewer or more rows than they say."""
+
+    def __init__(self, folder: Folder, names: Sequence[str]) -> None:
+        self.names = names
+        super().__init__(f"{folder}: {len(names)} files of rows were damaged (first: {names[0]})")
+
+
 @dataclass
 class Results:
-    """TASK_SCORES rows by task name, the manifest's counts of rows and tokens, and a record of every file read.
-
-    `damaged`: files that are no Parquet files or hold other rows than their names say; their tasks have no scores.
-    """
+    """TASK_SCORES rows by task name, the manifest's counts of rows and tokens, and a record of every file read."""
 
     task_scores: list[dict[str, Any]] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)  # prompt, cached, completion; of the rows that ran
     files: dict[str, FileRecord] = field(default_factory=dict)
-    damaged: list[str] = field(default_factory=list)
 
     @property
     def rows(self) -> dict[str, Any]:
@@ -47,14 +53,56 @@ class Results:
         return {"planned": scored + self.errors.total(), "scored": scored, "errors": dict(self.errors)}
 
 
-def read_scores(folder: Folder, names: Iterable[str]) -> dict[str, dict[str, float]]:
-    """Task → row id → score, of the rows that have one. `names` are below `folder`, the rows folder."""
+def read_files(
+    folder: Folder,
+    found: RowFiles,
+    tasks: Sequence[PlannedTask],
+    columns: Sequence[str],
+    variant_folder: str = "",
+    records: dict[str, FileRecord] | None = None,
+) -> Iterator[tuple[PlannedTask, dict[str, pa.Table]]]:
+    """Each task's files, {name: columns of its rows}, in hash order: all `found` below `folder`, the rows folder.
+
+    Puts the record of each file into `records`, if given, unless it is there. A task with a damaged file is passed
+    over; after the last task DamagedRowsError names all of these files. A store that can't be reached raises RunError:
+    its files may be whole.
+    """
+    damaged: list[str] = []
+
+    def read(name: str) -> pa.Table | None:
+        content = folder.read_bytes(name)
+        first, last = RowFiles.range_of(name)
+        try:
+            table = pq.ParquetFile(pa.BufferReader(content)).read(list(columns), use_threads=False)
+        except (pa.ArrowInvalid, OSError):  # pyarrow raises either
+            table = None
+        if table is None or table.num_rows != last - first:
+            damaged.append(name)
+            return None
+        if records is not None and name not in records:
+            records[name] = FileRecord(sha256_of(content), len(content))
+        return table
+
+    with ThreadPoolExecutor(READERS) as readers:
+        for task in tasks:
+            names = found.names(f"{variant_folder}{task.name}")  # none where time was up before the task's first row
+            tables = dict(zip(names, readers.map(read, names), strict=True))
+            if not any(table is None for table in tables.values()):
+                yield task, tables
+    if damaged:
+        raise DamagedRowsError(folder, sorted(damaged))
+
+
+def read_scores(
+    folder: Folder, found: RowFiles, tasks: Sequence[PlannedTask], variant_folder: str = ""
+) -> dict[str, dict[str, float]]:
+    """Task → row id → score, of the rows that have one, in the files that `read_files` reads."""
     scores: dict[str, dict[str, float]] = {}
-    for name in names:
-        rows = folder.read_table(name, ["task", "row_id", "score"])
-        for task, row_id, score in zip(*(rows[column].to_pylist() for column in rows.column_names), strict=True):
-            if score is not None:
-                scores.setdefault(task, {})[row_id] = score
+    for task, files in read_files(folder, found, tasks, ["row_id", "score"], variant_folder):
+        for table in files.values():
+            rows = table.filter(pc.is_valid(table["score"]))
+            found_here = zip(rows["row_id"].to_pylist(), rows["score"].to_pylist(), strict=True)
+            scores.setdefault(task.name, {}).update(found_here)
     return scores
 
 
@@ -67,37 +115,26 @@ def summarise(
 ) -> Results:
     """Add up the rows of `tasks`, whose ranges are all `found` below `folder`, the rows folder.
 
-    `known`: records of files whose hash need not be made again. Raises RunError when a task's rows are not the
-    planned ones, each once.
+    `known`: records of files whose hash need not be made again. Raises DamagedRowsError, and RunError when a task's
+    rows are not the planned ones, each once.
     """
-    results = Results()
-    known = known or {}
-    with ThreadPoolExecutor(READERS) as readers:
-        for task in tasks:
-            names = found.names(f"{variant_folder}{task.name}")
-            parts = []
-            for name, part in zip(
-                names, readers.map(lambda name: _read_file(folder, name, known.get(name)), names), strict=True
-            ):
-                if part is None:
-                    results.damaged.append(name)
-                else:
-                    parts.append(part[0])
-                    results.files[name] = part[1]
-            if len(parts) == len(names):  # none where time was up before the task's first row
-                no_rows = pa.schema([SCORE_ROWS.field(one) for one in COLUMNS]).empty_table()
-                rows = pa.concat_tables(parts) if parts else no_rows
-                _add_task(results, task, rows)
+    results, records = Results(), dict(known or {})
+    for task, files in read_files(folder, found, tasks, COLUMNS, variant_folder, records):
+        no_rows = pa.schema([SCORE_ROWS.field(one) for one in COLUMNS]).empty_table()
+        rows = pa.concat_tables([*files.values()] or [no_rows])
+        _add_task(results, task, rows, folder.at(row_folder(f"{variant_folder}{task.name}")))
+        results.files |= {name: records[name] for name in files}
     return results
 
 
-def _add_task(results: Results, task: PlannedTask, rows: pa.Table) -> None:
+def _add_task(results: Results, task: PlannedTask, rows: pa.Table, place: str) -> None:
     num_distinct = pc.count_distinct(rows["row_id"]).as_py()
     ours = pc.all(pc.starts_with(rows["row_id"], f"{task.name}:")).as_py()  # None of no rows
     if ours is False or not rows.num_rows == num_distinct == task.num_instances:
         raise RunError(
             f"task {task.name}: {rows.num_rows} rows with {num_distinct} distinct ids were written, "
-            f"not its {task.num_instances} planned ones"
+            f"not its {task.num_instances} planned ones; move {place} away and run the same command again, which "
+            "scores the task again"
         )
     label = task.label.value
     scores = Tally.of(rows["score"].drop_null().to_pylist(), label)
@@ -119,53 +156,39 @@ def _add_task(results: Results, task: PlannedTask, rows: pa.Table) -> None:
     results.tokens.update({kind: pc.sum(ran[f"num_{kind}_tokens"]).as_py() or 0 for kind in TOKENS})
 
 
-def _read_file(folder: Folder, name: str, record: FileRecord | None) -> tuple[pa.Table, FileRecord] | None:
-    """(COLUMNS, record) of a file, or None where it is damaged."""
-    first, last = RowFiles.range_of(name)
-    try:
-        table = folder.read_table(name, COLUMNS)
-        record = record or folder.record_of(name)
-    except (pa.ArrowInvalid, OSError, RunError):  # pyarrow raises either
-        return None
-    return (table, record) if table.num_rows == last - first else None
-
-
 def count_scores(
     folder: Folder, found: RowFiles, tasks: Sequence[PlannedTask], failed_below: float
 ) -> dict[str, Tally]:
-    """Sums over the scores that are there already, by task."""
-    tallies: dict[str, Tally] = {}
-    for task in tasks:
-        for name in found.names(task.name):
-            scores = folder.read_table(name, ["score"])["score"].drop_null().to_pylist()
-            tallies[task.name] = tallies.get(task.name, Tally()) + Tally.of(scores, task.label.value, failed_below)
+    """Sums over the scores that are there already, by task. Raises DamagedRowsError."""
+    tallies = {}
+    for task, files in read_files(folder, found, tasks, ["score"]):
+        scores = [score for table in files.values() for score in table["score"].drop_null().to_pylist()]
+        tallies[task.name] = Tally.of(scores, task.label.value, failed_below)
     return tallies
 
 
 def find_error_rows(folder: Folder, found: RowFiles, tasks: Sequence[PlannedTask]) -> list[Shard]:
-    """Shards that score the error rows of `tasks` again, one for each file that holds any."""
+    """Shards that score the error rows of `tasks` again, one for each file that holds any. Raises DamagedRowsError."""
     shards = []
-    for task in tasks:
-        for name in found.names(task.name):
-            errors = folder.read_table(name, ["error"])["error"].to_pylist()
+    for task, files in read_files(folder, found, tasks, ["error"]):
+        for name, table in files.items():
+            errors = table["error"].to_pylist()
             if retry := tuple(position for position, error in enumerate(errors) if error is not None):
                 shards.append(task.shard(*RowFiles.range_of(name), retry=retry))
     return shards
 
 
-def rescore(folder: Folder, names: Iterable[str], task: PlannedTask, config: ScoreConfig) -> list[WrittenFile]:
-    """Compute extracted answers and scores of a task's files from their predictions; the other columns stay.
+def rescore(folder: Folder, task: PlannedTask, name: str, config: ScoreConfig) -> WrittenFile | None:
+    """Compute extracted answers and scores of one of the task's files from its predictions; the other columns stay.
 
-    Files in which nothing changes are not written.
+    A file in which nothing changes is not written: None. Raises DamagedRowsError.
     """
-    written = []
-    for name in names:
-        old = folder.read_table(name).select(SCORE_ROWS.names)
-        new = score_table(task.name, task.label.value, old.to_pylist(), config.prompt.format)
-        if not new.equals(old.cast(SCORE_ROWS)):
-            shard = task.shard(*RowFiles.range_of(name))
-            written.append(write_rows(folder, new, shard, config.adaptive.failed_below))
-    return written
+    [(_, files)] = read_files(folder, RowFiles([name]), [task], SCORE_ROWS.names)
+    old = files[name].select(SCORE_ROWS.names)
+    new = score_table(task.name, task.label.value, old.to_pylist(), config.prompt.format)
+    if new.equals(old.cast(SCORE_ROWS)):
+        return None
+    return write_rows(folder, new, task.shard(*RowFiles.range_of(name)), config.adaptive.failed_below)
 
 
 def export_published_json(run: str | Path, output: Path) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from birbal_ray.score.config import CPU_SHARD_ROWS, GPU_SHARD_ROWS, ScoreConfig
 from birbal_ray.score.monitor import Session, Snapshot
 from birbal_ray.score.pipeline import check_cluster, logical_cpus, score_shards
 from birbal_ray.score.plan import ScorePlan, plan_run, publish_inputs
-from birbal_ray.score.results import count_scores, find_error_rows, rescore, summarise
+from birbal_ray.score.results import DamagedRowsError, count_scores, find_error_rows, rescore, summarise
 from birbal_ray.score.shards import RowFiles, Shard, row_folder
 from birbal_ray.score.stages import METADATA_KEY, find_model
 from birbal_ray.settings import ConfigError, canonical_hash, require
@@ -78,7 +78,11 @@ def score(
     plan = plan_run(config, progress)
     config, revision, fingerprint = pin_model(config)
     identity = identity_of(config, fingerprint)
-    with open_run(config.output or "", STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run:
+    output = config.output or ""
+    with (
+        open_run(output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run,
+        _damaged_rows_set_aside(run),
+    ):
         plan, amendment = amend(run, plan)
         found, changed = amendment.kept, retry_errors or rescore_all or amendment.set_aside or amendment.rescored
         is_same = run.manifest is not None and run.manifest["plan_hash"] == plan_hash(config, plan)
@@ -97,24 +101,17 @@ def score(
         rows, records = run.folder.subfolder(ROWS_FOLDER), dict(amendment.records)
         for task in plan.tasks:
             if rescore_all or task.name in amendment.rescored:
-                written = rescore(rows, found.names(task.name), task, config)
-                records |= {file.name: file.record for file in written}
+                for name in found.names(task.name):  # with their prompts all of a task may not fit into memory
+                    if written := rescore(rows, task, name, config):
+                        records[name] = written.record
         write_plan(run.folder, plan)
         describe_plan(plan, config, progress)
-        stops: dict[str, str] = {}
         num_earlier = len(run.sessions())
-        if not rescore_all:
-            todo = publish_inputs(plan, run.folder, everything=is_url(inputs[0]) or not run.folder.is_local)
-            retries = find_error_rows(rows, found, todo.tasks) if retry_errors else []
-            new, stops = _score(run, todo, config, fingerprint, found, retries, progress)
-            records |= new
-            found = RowFiles({*found.all_names(), *new})
-        elif missing := plan.num_rows - found.total_rows:
-            raise RunError(
-                f"{run.folder}: what is there is scored again; {missing} rows have no prediction yet: run the same "
-                "command without --rescore"
-            )
-        result = _finish(run, plan, config, found, records, stops, revision)
+        todo = publish_inputs(plan, run.folder, everything=is_url(inputs[0]) or not run.folder.is_local)
+        retries = find_error_rows(rows, found, todo.tasks) if retry_errors and not rescore_all else []
+        new, stops = _score(run, todo, config, fingerprint, found, retries, progress, start_engines=not rescore_all)
+        found = RowFiles({*found.all_names(), *new})
+        result = _finish(run, plan, config, found, records | new, stops, revision)
         if config.engine.backend == "vllm":
             name = "rows_at_least" if result.manifest["time_was_up"] else "rows"
             num_rows = {name: float(result.manifest["rows"]["planned"])}
@@ -180,12 +177,19 @@ def amend(run: Run, plan: ScorePlan) -> tuple[ScorePlan, Amendment]:
     }
     wrong = sorted(name for name, size in sizes.items() if name in known and known[name].size != size)
     found = RowFiles(sizes.keys() - set(wrong))
-    before = _earlier_tasks(run.folder)
+    before: dict[str, dict[str, Any]] = {}  # what the rows that are there were made from, by task
+    with contextlib.suppress(OSError, RunError, KeyError, pa.ArrowInvalid):
+        columns = ["task", "sha256", "max_completion_tokens", "label", "metric_version"]
+        before = {row["task"]: row for row in run.folder.read_table(TASKS_FILE, columns).to_pylist()}
     planned = {row_folder(task.name): task for task in plan.tasks}
     aside, rescored, limits = [*wrong, *found.overlapping], [], {}
     for name in found.tasks:
         task, files = planned.get(name), found.names(name)
-        made_from = (task and before.get(task.name)) or (_made_from(run.folder, files[0]) if task else None)
+        made_from = before.get(task.name) if task else None
+        if task and made_from is None:
+            damage = OSError, RunError, KeyError, TypeError, ValueError
+            with contextlib.suppress(*damage), run.folder.open_input(f"{prefix}{files[0]}") as source:
+                made_from = dict(json.loads(pq.ParquetFile(source).schema_arrow.metadata[METADATA_KEY]))
         if task is None or made_from is None or any(made_from.get(key) != task.identity[key] for key in task.identity):
             aside += files
             continue
@@ -255,22 +259,15 @@ def keep_figures(key: str, sessions: Sequence[Mapping[str, Any]], seconds: float
         save_figures(key, overhead_seconds=seconds - load - steady, **figures)
 
 
-def _earlier_tasks(folder: Folder) -> dict[str, dict[str, Any]]:
-    """What the rows that are there were made from, by task; empty where that was not recorded."""
+@contextlib.contextmanager
+def _damaged_rows_set_aside(run: Run) -> Iterator[None]:
     try:
-        columns = ["task", "sha256", "max_completion_tokens", "label", "metric_version"]
-        return {row["task"]: row for row in folder.read_table(TASKS_FILE, columns).to_pylist()}
-    except (OSError, RunError, KeyError, pa.ArrowInvalid):
-        return {}
-
-
-def _made_from(folder: Folder, name: str) -> dict[str, Any] | None:
-    """The same from a file of rows itself."""
-    try:
-        with folder.open_input(f"{ROWS_FOLDER}/{name}") as source:
-            return dict(json.loads(pq.ParquetFile(source).schema_arrow.metadata[METADATA_KEY]))
-    except (OSError, RunError, KeyError, TypeError, ValueError):
-        return None
+        yield
+    except DamagedRowsError as error:
+        _set_aside(run, error.names)
+        raise RunError(
+            f"{error} and are moved aside; run the same command again, which scores these rows again"
+        ) from None
 
 
 def _set_aside(run: Run, names: Sequence[str]) -> str | None:
@@ -293,10 +290,12 @@ def _score(
     found: RowFiles,
     retries: Sequence[Shard],
     progress: ProgressLine,
+    *,
+    start_engines: bool,
 ) -> tuple[dict[str, FileRecord], dict[str, str]]:
     """Score what is missing and `retries`: (records of the files written, why each task was stopped).
 
-    What is written stays whatever happens.
+    What is written stays whatever happens. Without `start_engines` raises RunError where anything is missing.
     """
     started, shard_rows = time.monotonic(), config.shard_rows or CPU_SHARD_ROWS
     rows_before = found.total_rows
@@ -320,6 +319,11 @@ def _score(
         keep(schedule.decided())
     if schedule.finished:
         return {}, {one.task: one.reason for one in log}
+    if not start_engines:
+        raise RunError(
+            f"{run.folder}: what is there is scored again; {schedule.size()[0]} rows have no prediction yet: run the "
+            "same command without --rescore"
+        )
     if rows_before:
         num_done = len(found.all_names())
         of_all = "" if config.adaptive.enabled else f" of {num_done + len(todo) - len(retries)}"
@@ -360,17 +364,12 @@ def _finish(
     if config.adaptive.enabled:
         tasks = (replace(task, num_instances=found.num_rows(task.name)) for task in plan.tasks)
         plan = replace(plan, tasks=tuple(tasks))
+    stops = {task.name: stops.get(task.name, USED_UP) for task in plan.tasks}
     results = summarise(run.folder.subfolder(ROWS_FOLDER), found, plan.tasks, records)
-    if results.damaged:
-        _set_aside(run, results.damaged)
-        raise RunError(
-            f"{run.folder}: {len(results.damaged)} files of rows were damaged (first: {results.damaged[0]}) and are "
-            "moved aside; run the same command again, which scores these rows again"
-        )
     files = {f"{ROWS_FOLDER}/{name}": record for name, record in results.files.items()}
     table = pa.Table.from_pylist(results.task_scores, schema=TASK_SCORES)
     files[TASK_SCORES_FILE] = run.folder.write_parquet(TASK_SCORES_FILE, table)
-    files |= write_plan(run.folder, plan, {task.name: stops.get(task.name, USED_UP) for task in plan.tasks})
+    files |= write_plan(run.folder, plan, stops)
     sessions, tokens = run.sessions(), results.tokens
     run.progress(plan.num_rows, plan.num_rows, final=True)
     manifest = run.finish(
@@ -384,7 +383,7 @@ def _finish(
                 "quarantined": [{"file": file, "reason": reason} for file, reason in plan.quarantined],
                 "excluded": [{"task": name, "reason": reason} for name, reason in plan.excluded],
             },
-            "stops": dict(stops) if config.adaptive.enabled else None,
+            "stops": stops if config.adaptive.enabled else None,
             "repairs": {task.name: task.repairs for task in plan.tasks if task.repairs},
             "tokens": {**tokens, "cached_fraction": tokens["cached"] / tokens["prompt"] if tokens["prompt"] else None},
             "deaths": [death for one in sessions for death in one["deaths"]],

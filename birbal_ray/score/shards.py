@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import astuple, dataclass
 
@@ -138,16 +139,14 @@ class RowFiles:
     def __init__(self, names: Iterable[str]) -> None:
         self._ranges: dict[str, list[tuple[int, int]]] = {}
         self.overlapping: list[str] = []
-        for name in sorted(name for name in names if name.endswith(".parquet")):
-            task, _, stem = name.removesuffix(".parquet").rpartition("/")
-            first, _, last = stem.partition("-")
-            if not (task and first.isdigit() and last.isdigit()):
-                continue
+        matches = (re.fullmatch(r"(.+)/([0-9]+)-([0-9]+)\.parquet", name) for name in names)
+        found = ((match[1], int(match[2]), int(match[3]), match[0]) for match in matches if match)
+        for task, first, last, name in sorted(found):  # by number: beyond a million rows names sort otherwise
             ranges = self._ranges.setdefault(task, [])
-            if ranges and int(first) < ranges[-1][1]:
+            if ranges and first < ranges[-1][1]:
                 self.overlapping.append(name)
             else:
-                ranges.append((int(first), int(last)))
+                ranges.append((first, last))
 
     @property
     def tasks(self) -> list[str]:

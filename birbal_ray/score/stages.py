@@ -148,14 +148,17 @@ class Generate:
         # Straight to the file: Ray's own stdout object keeps what is printed for a while.
         os.write(1, f"replica {self._replica} pid {os.getpid()} node {context.get_node_id()}\n".encode())
         self._turns = _Turns(config.resources.shards_in_flight)
-        while not ray.get(monitor.started.remote(self._replica, context.get_node_id())):
-            time.sleep(3600)  # tried too often; a constructor that waits gets no work and holds nobody up
+        if not ray.get(monitor.started.remote(self._replica, context.get_node_id())):
+            threading.Event().wait()  # tried too often; a constructor that waits gets no work and holds nobody up
         try:
             model, own, found = find_model(config)
             if found != model_fingerprint:
                 raise models.ModelError(f"{model.path}: not the model that the run was started with, on this node")
             self._adapter = own.name if own else ""  # of shards whose variant names none
-            resources = _with_threads(config.resources, replicas_per_node)
+            # Ray derives OMP_NUM_THREADS from num_cpus: one logical CPU would mean one core (2.5, not 4.7 requests/s).
+            share = max(1, len(os.sched_getaffinity(0)) // replicas_per_node)
+            resources = config.resources.replace({"threads_per_replica": config.resources.threads_per_replica or share})
+            os.environ["OMP_NUM_THREADS"] = str(resources.threads_per_replica)  # before torch is loaded
             here = [replace(one, path=str(input_folder(one.path))) for one in adapters]
             here += [Adapter(own.name, str(own.path), own.rank)] if own else []
             self._loop = EngineLoop(lambda: load_engine(model.path, config.engine, resources, here), GATHER_SECONDS)
@@ -359,13 +362,3 @@ def load_engine(
     loaded = VllmEngine(model, engine, resources, adapters)
     check_engine(loaded, model, adapters)
     return loaded
-
-
-def _with_threads(resources: ResourceSettings, replicas_per_node: int) -> ResourceSettings:
-    """The settings with this process's share of the node's cores, given to OpenMP before torch is loaded.
-
-    Ray derives OMP_NUM_THREADS from num_cpus: one logical CPU would mean one core (2.5, not 4.7 requests/s).
-    """
-    threads = resources.threads_per_replica or max(1, len(os.sched_getaffinity(0)) // replicas_per_node)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    return resources.replace({"threads_per_replica": threads})

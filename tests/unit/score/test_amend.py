@@ -68,7 +68,7 @@ def test_a_grown_run_keeps_the_hashes_of_the_files_it_had(scored, tmp_path, writ
     before = scored().manifest["files"]
     write_task("task_c", 3)
     hashed = []
-    monkeypatch.setattr(results.Folder, "record_of", lambda folder, name: hashed.append(name))
+    monkeypatch.setattr(results, "sha256_of", hashed.append)
     after = scored().manifest["files"]
     assert hashed == [] and {name: after[name] for name in before if name.startswith("rows/")}.items() <= before.items()
 
@@ -268,6 +268,33 @@ def test_damaged_files_are_moved_aside_and_scored_again(scored, tmp_path, damage
     assert texts(rows(tmp_path)) == texts(expected)
 
 
+@pytest.mark.parametrize("flags", [{"retry_errors": True}, {"rescore_all": True}, {"adaptive__enabled": True}])
+def test_whatever_reads_a_damaged_file_first_moves_it_aside(scored, tmp_path, inline_scoring, flags):
+    expected = (scored(), rows(tmp_path))[1]
+    target = tmp_path / "run" / "rows" / "task_a" / "000005-000010.parquet"
+    target.write_bytes(bytes(target.stat().st_size))  # of the size that the manifest names
+    inline_scoring(stop_after=0)
+    with pytest.raises(RunError, match=r"1 files of rows were damaged .*000005-000010.* run the same command again"):
+        scored(**flags)
+    inline_scoring()
+    scored()
+    assert texts(rows(tmp_path)) == texts(expected)
+
+
+def test_a_file_that_a_store_does_not_give_is_no_damaged_one(scored, tmp_path, monkeypatch):
+    scored()
+    (tmp_path / "run" / "manifest.json").unlink()
+    before = files(tmp_path)
+
+    def unreachable(folder, name):
+        raise RunError(f"{name}: the store does not answer")
+
+    monkeypatch.setattr(results.Folder, "read_bytes", unreachable)
+    with pytest.raises(RunError, match="the store does not answer"):
+        scored()
+    assert files(tmp_path) == before
+
+
 def test_task_by_task_results_name_the_task_whose_rows_are_not_its_own(scored, tmp_path):
     scored()
     plan = planning.plan_run(
@@ -277,7 +304,9 @@ def test_task_by_task_results_name_the_task_whose_rows_are_not_its_own(scored, t
     first, other = folder.read_table("task_a/000000-000005.parquet"), folder.read_table("task_b/000000-000005.parquet")
     for wrong in (other, first.slice(0, 1).take([0] * 5)):
         folder.write_parquet("task_a/000005-000010.parquet", wrong)
-        with pytest.raises(RunError, match=r"task task_a: 20 rows with .* not its 20 planned ones"):
+        with pytest.raises(
+            RunError, match=r"task task_a: 20 rows with .* not its 20 planned ones; move .*rows/task_a away and"
+        ):
             results.summarise(folder, RowFiles(folder.files()), plan.tasks)
 
 
@@ -305,6 +334,35 @@ def test_adaptive_decisions_are_kept_replayed_and_said_in_tasks_parquet(scored, 
     full = scored()
     assert full.manifest["rows"]["planned"] == 92
     assert before.items() <= files(tmp_path).items()
+
+
+def test_an_adaptive_run_is_scored_again_without_an_engine_and_keeps_its_reasons(
+    scored, tmp_path, inline_scoring, monkeypatch
+):
+    adaptive = {
+        "adaptive__enabled": True,
+        "adaptive__first_instances": 10,
+        "adaptive__score_margin": 0.4,
+        "adaptive__exact_match_budget": 0,
+    }
+    before = scored(**adaptive)
+    assert before.manifest["rows"]["planned"] == 20
+    inline_scoring(stop_after=0)
+    after = scored(**adaptive, rescore_all=True)
+    assert after.manifest["stops"] == before.manifest["stops"] and after.task_scores == before.task_scores
+    monkeypatch.setattr(stages, "score_answer", lambda label, answer, references: float(answer == "yes"))
+    with pytest.raises(RunError, match="rows have no prediction yet: run the same command without --rescore"):
+        scored(**adaptive | {"adaptive__score_margin": 0.1}, rescore_all=True)
+
+
+def test_error_rows_are_tried_again_when_the_budget_of_time_has_ended(scored, write_task, tmp_path):
+    entries = task_values(20)["Instances"]
+    entries[13]["input"] = "word " * 300
+    write_task("task_c", Instances=entries)
+    adaptive = {"adaptive__enabled": True, "budget": 3600}
+    assert scored(**adaptive, engine__max_model_len=200).manifest["rows"]["errors"] == {"prompt too long": 1}
+    result = scored(**adaptive | {"budget": 1}, engine__max_model_len=4096, retry_errors=True)
+    assert result.manifest["rows"]["errors"] == {} and result.manifest["rows"]["planned"] == 52
 
 
 def test_a_folder_of_an_earlier_version_is_refused_in_one_line(scored, tmp_path):

@@ -11,12 +11,13 @@ import pyarrow as pa
 import pytest
 
 from birbal_ray.ni.schema import TaskError
+from birbal_ray.score import plan as planning
 from birbal_ray.score import stages
 from birbal_ray.score.config import CompletionSettings, ScoreConfig
 from birbal_ray.score.engine import Sampling
 from birbal_ray.score.plan import completion_tokens, plan_run, publish_inputs
 from birbal_ray.score.shards import ZERO_SHOT, RowFiles, Shard
-from birbal_ray.score.tokens import SimulatedTokenizer
+from birbal_ray.score.simulated import SimulatedTokenizer
 from birbal_ray.settings import load_config
 from birbal_ray.storage import open_folder
 from tests.unit.ni.test_reader import archive
@@ -64,6 +65,12 @@ def test_rows_that_two_files_hold_are_said():
     assert found.num_rows("t") == 8
 
 
+def test_a_task_may_have_more_than_a_million_rows():
+    names = [Shard("t", "", "", "generation", n, n + 50_000, 8).name for n in range(0, 1_200_000, 50_000)]
+    found = RowFiles(names)
+    assert found.overlapping == [] and found.names("t") == names and found.gaps("t", 1_200_000) == []
+
+
 def test_a_task_whose_name_begins_with_a_dot_is_not_hidden():
     shard = Shard(".task", "", "", "generation", 0, 4, 8)
     assert shard.name == "%2Etask/000000-000004.parquet"
@@ -103,6 +110,25 @@ def test_a_plan_is_cached_by_a_files_size_and_time(write_task, monkeypatch, tmp_
     assert plan_run(config(folder, seed=1)).tasks[0].num_instances == 7
 
 
+def test_a_plan_is_cached_for_one_tokenizer(write_task, monkeypatch, tmp_path):
+    """A folder of the same name may hold another model; its tokenizer decides how long completions may get."""
+
+    class Tokenizer(SimulatedTokenizer):
+        name_or_path = str(tmp_path / "model")
+
+    read, parse = [], planning.reader.parse_task
+    monkeypatch.setenv("BIRBAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(planning, "load_tokenizer", lambda config: Tokenizer())
+    monkeypatch.setattr(planning.reader, "parse_task", lambda name, data: read.append(name) or parse(name, data))
+    folder = write_task("task_a", 5)
+    (tmp_path / "model").mkdir()
+    for content in ("one", "another"):
+        (tmp_path / "model" / "tokenizer.json").write_text(content)
+        for _ in range(2):
+            plan_run(config(folder))
+    assert read == ["task_a", "task_a"]
+
+
 def test_unusable_files_are_quarantined_and_strict_stops(write_task):
     folder = write_task("good")
     (folder / "bad.json").write_text("{")
@@ -119,6 +145,9 @@ def test_strict_wants_all_shots(write_task):
     assert make(folder).tasks[0].num_shots == 2
     with pytest.raises(TaskError, match="'Positive Examples' has 2 entries, num_shots is 4"):
         make(folder, **{"tasks.strict": True})
+    write_task("good", **{"Positive Examples": [{"input": f"in {n}", "output": "x"} for n in range(4)]})
+    write_task("translates", Categories=["Translation"])
+    assert make(folder, **{"tasks.strict": True}).excluded == (("translates", "category Translation"),)
 
 
 def test_nothing_usable_is_an_error(write_task, tmp_path):
