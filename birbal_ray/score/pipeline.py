@@ -110,9 +110,9 @@ def score_shards(
         is_last = bool(wait([ended], POLL_SECONDS).done)
         try:
             snapshot = ray.get(monitor.snapshot.remote())
-        except ray.exceptions.RayActorError as error:
-            reason = one_line(error)[:300]
-            raise RunFailedError(f"the process that keeps count of shards and engines died: {reason}") from error
+        except ray.exceptions.RayActorError as lost:
+            reason = one_line(lost)[:300]
+            raise RunFailedError(f"the process that keeps count of shards and engines died: {reason}") from lost
         on_poll(snapshot)
         watchdog.check(snapshot)
         if is_last:
