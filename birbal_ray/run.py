@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -161,13 +161,14 @@ def open_run(
     owns: Sequence[str],
     overwrite: bool = False,
     inputs: Sequence[str | os.PathLike[str]] = (),
+    may_become: Callable[[Mapping[str, Any], Mapping[str, Any]], bool] = lambda old, new: False,
 ) -> Iterator[Run]:
     """Hold a folder for a run of `step` made from `identity` while the block runs; the first session, or a later one.
 
     `identity`: everything that decides the output (settings, hashes of inputs, the model's fingerprint), as JSON.
     `owns`: patterns (fnmatch; in one with a `/`, `*` spans folders) of the files that the step makes, besides
-    STANDARD_FILES. `inputs`:
-    the paths and URLs that the step reads.
+    STANDARD_FILES. `inputs`: the paths and URLs that the step reads. `may_become` says of an old and a new identity
+    whether the run may go on as the new one; run.json then has that, and a manifest keeps the one it was written for.
 
     With `overwrite`, a finished run or one of another identity is deleted, file by file; an unfinished one of the same
     identity continues, so that a command with --overwrite can be repeated, too. SIGTERM ends the block as Ctrl-C does.
@@ -185,7 +186,7 @@ def open_run(
             )
     with sigterm_as_interrupt(), hold_lock(folder) as lock:
         folder = replace(folder, guard=lock)
-        run = _claim(folder, step, json.loads(json.dumps(identity)), owns, overwrite)
+        run = _claim(folder, step, json.loads(json.dumps(identity)), owns, overwrite, may_become)
         with contextlib.suppress(FileNotFoundError, RunError, KeyError, TypeError, ValueError, AttributeError):
             run._earlier_seconds = float(folder.read_json(PROGRESS_FILE)["wall_seconds"]) if run.resumed else 0.0
         try:
@@ -203,7 +204,14 @@ def open_run(
             run._writer.shutdown()
 
 
-def _claim(folder: Folder, step: str, identity: dict[str, Any], owns: Sequence[str], overwrite: bool) -> Run:
+def _claim(
+    folder: Folder,
+    step: str,
+    identity: dict[str, Any],
+    owns: Sequence[str],
+    overwrite: bool,
+    may_become: Callable[[Mapping[str, Any], Mapping[str, Any]], bool],
+) -> Run:
     """The run that continues in a folder, or a new one, which gets its run.json."""
     files = folder.files(hidden=True)
     names = [RUN_FILE, LOCK_RECORD] if RUN_FILE not in files else [r"[^/]+"]
@@ -229,9 +237,12 @@ def _claim(folder: Folder, step: str, identity: dict[str, Any], owns: Sequence[s
     listed: dict[str, Any] = {}
     with contextlib.suppress(FileNotFoundError, RunError, AttributeError, KeyError, TypeError, ValueError):
         listed = dict(folder.read_json(MANIFEST_FILE)["files"])
-    same = earlier.get("identity") == identity and earlier.get("format") == FORMAT
+    was: Any = earlier.get("identity")
+    same = earlier.get("format") == FORMAT and (was == identity or may_become(was, identity))
     if same and not (overwrite and MANIFEST_FILE in visible):
         folder.delete(leftovers)
+        if was != identity:
+            folder.write_json(RUN_FILE, record)
         manifest = _complete_manifest(folder, files) if MANIFEST_FILE in visible else None
         return Run(folder, step, True, manifest, visible, listed)
     if not overwrite:

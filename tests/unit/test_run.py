@@ -305,3 +305,21 @@ def test_a_pattern_without_a_folder_owns_no_file_in_one(tmp_path):
         pass
     assert folder.is_file("config.json")
     assert folder.is_file("notes/todo.txt")
+
+
+def test_a_run_goes_on_as_another_identity_where_the_step_says_so(folder):
+    earlier, more = finished(folder, names=("tasks.parquet",)), {"config": {"seed": 1, "model": "a", "more": 2}}
+
+    def only_more(old, new):
+        return {**new["config"], "more": 0} == {**old["config"], "more": 0}
+
+    with open_run(folder, "score", more, owns=OWNS, may_become=only_more) as opened:
+        assert (opened.resumed, opened.manifest) == (True, earlier), "the manifest says what it was made from"
+    assert folder.read_json("run.json")["identity"] == more
+    with (
+        pytest.raises(RunMismatchError, match=r"config.model: a → b"),
+        open_run(folder, "score", {"config": {"model": "b", "more": 2, "seed": 1}}, owns=OWNS, may_become=only_more),
+    ):
+        pass
+    assert folder.read_json("run.json")["identity"] == more
+    assert folder.is_file("tasks.parquet")
