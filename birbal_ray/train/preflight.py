@@ -97,12 +97,12 @@ def num_trainable(shapes: Shapes, r: int) -> int:
     return sum(r * (out + into) for out, into in shapes.targets)
 
 
-def estimate(shapes: Shapes, config: TrainConfig, *, gpu: bool, attention: str) -> list[Part]:
+def estimate(shapes: Shapes, config: TrainConfig) -> list[Part]:
     """Peak memory of a training step by part, in bytes. Tokens in flight: micro x sequence length.
 
-    `attention`: the setting; only `sdpa` and `eager` build something that grows with the square of the tokens.
+    The device must be decided. Attention by `sdpa` or `eager` takes memory that grows with the square of the tokens.
     """
-    batch, lora = config.batch, config.lora
+    batch, lora, gpu = config.batch, config.lora, config.resources.device == "gpu"
     half = 2 if (config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and gpu)) else 4
     tokens = batch.micro * batch.sequence_length
     num_linear = sum(out * into for out, into in shapes.linear)
@@ -132,9 +132,9 @@ def estimate(shapes: Shapes, config: TrainConfig, *, gpu: bool, attention: str) 
         parts.append(Part("one recomputed layer", tokens * saved // shapes.num_layers, layer))
     else:
         parts.append(Part("activations", tokens * saved, f"{shapes.num_layers} complete layers"))
-    if attention == "sdpa":
+    if config.model.attention == "sdpa":
         parts.append(Part("attention mask", tokens * tokens * half, f"{tokens:,} x {tokens:,}, {half} B"))
-    elif attention == "eager":
+    elif config.model.attention == "eager":
         parts.append(Part("attention scores", tokens * tokens * shapes.num_heads * (half + 4), "all heads, eager"))
     transient = tokens * widest * (half + 4 * (half == 2))  # the widest input's gradient and its float32 copy
     if config.model.quantization == "nf4":
@@ -156,13 +156,13 @@ def total_bytes(parts: list[Part]) -> int:
     return sum(part.num_bytes for part in parts)
 
 
-def change_that_fits(shapes: Shapes, config: TrainConfig, limit_bytes: int, *, gpu: bool, attention: str) -> str | None:
+def change_that_fits(shapes: Shapes, config: TrainConfig, limit_bytes: int) -> str | None:
     """`key=value …` of the first smaller configuration whose estimate is within the limit, or None.
 
     The first ones that are tried change no result but the time.
     """
     changes: dict[str, Any] = {}
-    while total_bytes(estimate(shapes, config, gpu=gpu, attention=attention)) > limit_bytes:
+    while total_bytes(estimate(shapes, config)) > limit_bytes:
         batch = config.batch
         if not config.gradient_checkpointing:
             change: dict[str, Any] = {"gradient_checkpointing": True}
@@ -219,13 +219,11 @@ class Preflight:
 
 def run_preflight(config: TrainConfig, model: Model, packing: dict[str, Packing]) -> Preflight:
     """Memory, steps and time; nothing is loaded, the model's config is enough."""
-    gpu = config.resources.device == "gpu"
-    attention = config.model.attention
     shapes = shapes_of(model.path, config.lora.target_modules)
-    parts = estimate(shapes, config, gpu=gpu, attention=attention)
+    parts = estimate(shapes, config)
     memory = device_memory_bytes(config)
     fits = memory is None or total_bytes(parts) <= memory
-    change = None if memory is None or fits else change_that_fits(shapes, config, memory, gpu=gpu, attention=attention)
+    change = None if memory is None or fits else change_that_fits(shapes, config, memory)
     steps_per_epoch = packing["train"].num_packs / (config.batch.micro * config.batch.accumulation)
     tokens_per_step = packing["train"].num_tokens / steps_per_epoch
     key = rate_key(config)

@@ -201,7 +201,7 @@ def test_peak_memory_is_what_the_preflight_says_and_a_resume_stays_paged(card, r
 
     config = recipe(mistral, **{"checkpoint.every_steps": 1, "checkpoint.keep": 2})
     shapes = preflight.shapes_of(mistral, config.lora.target_modules)
-    parts = preflight.estimate(shapes, config, gpu=True, attention=config.model.attention)
+    parts = preflight.estimate(shapes, config)
     estimate = preflight.total_bytes(parts)
     torch.cuda.reset_peak_memory_stats()
     outcome = fine_tune(config, mistral, folder)
@@ -245,7 +245,7 @@ def test_out_of_memory_eases_to_half_the_micro_batch(card, results, mistral, fol
     outside = ("optimizer", "CUDA context")
     needs = [
         sum(part.num_bytes for part in parts if part.part not in outside)
-        for parts in (preflight.estimate(shapes, one, gpu=True, attention="auto") for one in (small, config))
+        for parts in (preflight.estimate(shapes, one) for one in (small, config))
     ]
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, sum(needs) / 2 / total))

@@ -290,7 +290,8 @@ def test_the_day_s_training_and_trials_fit_the_card(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**shape, "tie_word_embeddings": False}))
     config = recipe(name, device="gpu")
     for train in (config.train, config.tune.train):
-        parts = estimate(shapes_of(tmp_path, train.lora.target_modules), train, gpu=True, attention="auto")
+        on_card = train.replace({"resources.device": "gpu"})
+        parts = estimate(shapes_of(tmp_path, train.lora.target_modules), on_card)
         assert total_bytes(parts) < CARDS["GeForce-RTX-4090"].memory_gib * GIB
 
 

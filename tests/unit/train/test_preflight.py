@@ -26,9 +26,9 @@ MISTRAL = Shapes(
 FULL = {"resources.device": "gpu", "resources.accelerator_type": "GeForce-RTX-4090"}
 
 
-def parts_of(attention="auto", **changes):
+def parts_of(**changes):
     config = load_config(TrainConfig, flags={**FULL, **{k.replace("__", "."): v for k, v in changes.items()}})
-    return {part.part: part.num_bytes for part in estimate(MISTRAL, config, gpu=True, attention=attention)}, config
+    return {part.part: part.num_bytes for part in estimate(MISTRAL, config)}, config
 
 
 def test_known_parts_of_mistral_7b():
@@ -40,7 +40,7 @@ def test_known_parts_of_mistral_7b():
     assert num_linear == 6_979_321_856
     assert parts["base weights"] == pytest.approx(num_linear * 0.51587, rel=1e-4)
     assert "attention mask" not in parts
-    assert parts_of("sdpa")[0]["attention mask"] == (2 * 8192) ** 2 * 2
+    assert parts_of(model__attention="sdpa")[0]["attention mask"] == (2 * 8192) ** 2 * 2
 
 
 def test_checkpointing_and_smaller_batches_need_less():
@@ -52,10 +52,10 @@ def test_checkpointing_and_smaller_batches_need_less():
 
 def test_the_advice_is_the_first_change_that_fits_and_keeps_the_tokens_a_step():
     _, config = parts_of(batch__micro=8, batch__accumulation=1, gradient_checkpointing=False)
-    limit = total_bytes(estimate(MISTRAL, parts_of(batch__micro=2)[1], gpu=True, attention="auto"))
-    change = change_that_fits(MISTRAL, config, limit, gpu=True, attention="auto")
+    limit = total_bytes(estimate(MISTRAL, parts_of(batch__micro=2)[1]))
+    change = change_that_fits(MISTRAL, config, limit)
     assert change == "gradient_checkpointing=true batch.micro=2 batch.accumulation=4"
-    assert change_that_fits(MISTRAL, config, GIB, gpu=True, attention="auto") is None
+    assert change_that_fits(MISTRAL, config, GIB) is None
 
 
 def test_refusal_names_need_memory_and_the_change():
