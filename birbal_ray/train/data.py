@@ -256,10 +256,10 @@ def _tokenise(
     chat: ChatTemplate | None,
 ) -> tuple[pa.Table, int]:
     """(samples that fit, number of rows over the sequence length)."""
-    ids: list[list[int]] = []
-    starts: list[int] = []
+    samples: list[pa.Table] = []  # of each batch: as Python's numbers all rows would take several times the memory
     num_long, shortest = 0, None
     for batch in table.to_batches(max_chunksize=BATCH_ROWS):
+        fitting = []
         for one, labels in encode_rows(tokenizer, batch.to_pydict(), chat):
             shortest = min(len(one), shortest or len(one))
             start = next((at for at, label in enumerate(labels) if label != IGNORED), len(labels))
@@ -267,16 +267,16 @@ def _tokenise(
                 num_long += 1
                 if long_samples == "drop" or start >= sequence_length:
                     continue
-                one = one[:sequence_length]
-            ids.append(one)
-            starts.append(start)
-        progress(f"tokenised {len(ids) + num_long:,} of {table.num_rows:,} {split} rows")
-    if not ids:
+            fitting.append({"input_ids": one[:sequence_length], "loss_start": start})
+        samples.append(pa.Table.from_pylist(fitting, schema=SAMPLES))
+        num_done = sum(map(len, samples)) + num_long
+        progress(f"tokenised {num_done:,} of {table.num_rows:,} {split} rows")
+    if not any(map(len, samples)):
         raise ConfigError(
             f"batch.sequence_length is {sequence_length}: no {split} row fits (the shortest has {shortest} tokens); "
             f"set it to {shortest} or more, or batch.long_samples=truncate"
         )
-    return pa.table({"input_ids": ids, "loss_start": starts}, schema=SAMPLES), num_long
+    return pa.concat_tables(samples).combine_chunks(), num_long
 
 
 def _write(file: Path, table: pa.Table) -> None:
