@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import multiprocessing
 import re
+import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from birbal_ray.cluster import log_to
 from birbal_ray.manifest import check_input, read_manifest
 from birbal_ray.models import (
     ADAPTER_FOLDER,
+    REFERENCE_FILE,
     TOKENIZER_FILES,
     Model,
     load_tokenizer,
@@ -30,12 +32,13 @@ from birbal_ray.run import LOG_FOLDER, StepResult, open_run
 from birbal_ray.score.config import EngineSettings, ResourceSettings
 from birbal_ray.score.reference import Agreement, compare_with_peft, reference_prompts, why_not_applied
 from birbal_ray.settings import ConfigError, one_line
-from birbal_ray.storage import RunError, cache_folder, input_folder, open_folder
+from birbal_ray.storage import RunError, cache_folder, input_folder, open_folder, read_json
 from birbal_ray.train.card import CARD_FILE, PUSHED_MANIFEST, merged_card
 from birbal_ray.train.data import IGNORED, encode_rows, text_columns
 
 STEP = "merge"
-OWNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", CARD_FILE, "Modelfile", "work/*")
+OWNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", CARD_FILE, "Modelfile")
+WORKING = ".merging-"
 NEW_TOKENS = 16
 MODELFILE = "Modelfile"
 ENGINE_LOG = f"{LOG_FOLDER}/engine.log"
@@ -79,10 +82,15 @@ def merge(
             progress.message(f"{folder} is up to date; nothing to do")
             return MergeResult(folder, merging.manifest)
         tokenizer, chat = _read_prompt_format(trained, model)
-        prompts = _read_prompts(trained["settings"]["mix"], tokenizer, chat, num_prompts)
         text = ollama_modelfile(tokenizer, chat) if modelfile else None
         adapter = input_folder(run, lambda name: name.startswith(f"{ADAPTER_FOLDER}/")) / ADAPTER_FOLDER
-        with tempfile.TemporaryDirectory(prefix="work", dir=folder.local if folder.is_local else None) as name:
+        here = open_folder(adapter.parent)
+        check_input(here, trained, here.files(ADAPTER_FOLDER))
+        prompts = _read_prompts(trained["settings"]["mix"], tokenizer, chat, num_prompts, adapter, progress)
+        if folder.is_local:
+            for leftover in folder.local.glob(f"{WORKING}*"):  # of a merge that was killed: a model's size
+                shutil.rmtree(leftover, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=WORKING, dir=folder.local if folder.is_local else None) as name:
             working = Path(name) / "model"
             comparison, reference = _merge(model.path, adapter, working, dtype, prompts, progress)
             if engine and importlib.util.find_spec("vllm"):
@@ -173,10 +181,19 @@ def _ollama_template(chat: ChatTemplate | None, begin: str) -> str:
     return choice + common + "{{ .Prompt }}" + after + "{{ .Response }}" + end
 
 
-def _read_prompts(mix: str, tokenizer: Any, chat: ChatTemplate | None, count: int) -> list[list[int]]:
-    """Token ids of the first eval rows' prompts, as in training."""
+def _read_prompts(
+    mix: str, tokenizer: Any, chat: ChatTemplate | None, count: int, adapter: Path, progress: ProgressLine
+) -> list[list[int]]:
+    """Token ids of the first eval rows' prompts, as in training; of reference.json's, where the mix is gone."""
     folder = open_folder(mix)
-    check_input(folder, read_manifest(folder, "mix"), ["eval.parquet"])
+    try:
+        check_input(folder, read_manifest(folder, "mix"), ["eval.parquet"])
+    except RunError as error:
+        if not (reference := adapter / REFERENCE_FILE).is_file():
+            raise
+        prompts = [prompt["token_ids"] for prompt in read_json(reference)["prompts"]]
+        progress.message(f"compared on the {len(prompts)} prompts that training kept; the mix can't be read: {error}")
+        return prompts
     rows = folder.read_table("eval.parquet", columns=text_columns(chat=chat is not None)).slice(0, count).to_pydict()
     return [ids[: sum(label == IGNORED for label in labels)] for ids, labels in encode_rows(tokenizer, rows, chat)]
 
