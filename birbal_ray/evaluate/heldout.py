@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pyarrow.compute as pc
 
 from birbal_ray.evaluate.models import EvaluatedModel
-from birbal_ray.manifest import read_manifest
+from birbal_ray.manifest import check_input, read_manifest
 from birbal_ray.mix.inspect import read_batches
 from birbal_ray.mix.rows import AUDIT, AUDIT_FILE, MIX_ROWS, NATURAL_INSTRUCTIONS
 from birbal_ray.ni.schema import text_key
@@ -57,7 +57,7 @@ def find_mixes(models: Sequence[EvaluatedModel], given: str | None) -> list[str]
 
 
 def held_out(*places: str | os.PathLike[str]) -> HeldOut:
-    """What the finished mixes at paths or URLs leave for an honest test. Raises RunError where one is none.
+    """What the finished mixes at paths or URLs leave for an honest test. Raises RunError for another or an edited one.
 
     Of a task that was sampled, every candidate is left out, not only the chosen rows: what was not
     chosen is what the base model got right, which would favour it (docs/decisions/0032). Rows of any
@@ -66,7 +66,7 @@ def held_out(*places: str | os.PathLike[str]) -> HeldOut:
     keys: set[str] = set()
     all_sampled: set[str] = set()
     for mix in map(open_folder, places):
-        read_manifest(mix, "mix")
+        check_input(mix, read_manifest(mix, "mix"), (AUDIT_FILE, "train.parquet", "eval.parquet"))
         sampled: set[str] = set()
         candidates: dict[str, list[str]] = {}
         for batch in read_batches(mix, AUDIT_FILE, AUDIT, ["row_id", "source", "task", "kept"]):

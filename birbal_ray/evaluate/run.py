@@ -34,7 +34,7 @@ from birbal_ray.score.shards import PromptVariant, RowFiles
 from birbal_ray.score.stages import find_model
 from birbal_ray.settings import ConfigError, canonical_hash
 from birbal_ray.statistics import MIN_TASKS, detectable_difference
-from birbal_ray.storage import FileRecord, Folder, cache_folder, is_url
+from birbal_ray.storage import FileRecord, Folder, is_url, make_cache_folder
 
 STEP = "evaluate"
 OWNS = ("rows/*.parquet", "inputs/*", "tasks.parquet", "quarantine.jsonl", EVALUATION_FILE, COMPARISONS_FILE)
@@ -104,8 +104,16 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
     output, identity = config.output or "", _identity(setup, plan)
     with open_run(output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run:
         if run.manifest:
+            result = _read(run)
+            for row in result.comparisons:
+                if row["is_primary"] and (named := {key: row[key] for key in setup.primary()}) != setup.primary():
+                    raise ConfigError(
+                        f"{run.folder}: the comparison that was named before this evaluation ran is "
+                        f"{', '.join(named.values())}; now that its result is known it can't become "
+                        f"{', '.join(setup.primary().values())}: leave primary as it was, or choose another --output"
+                    )
             progress.message(f"{run.folder} is up to date; nothing to do")
-            return _read(run)
+            return result
         everything = is_url(config.tasks.path) or not run.folder.is_local
         plan = publish_inputs(plan, run.folder, everything=everything)
         write_plan(run.folder, plan)
@@ -227,10 +235,10 @@ def _model_of(
     if dtype == "auto":
         dtype = "float32" if setup.scoring.engine.device == "cpu" else "bfloat16"
     progress.update(f"{first.name}: folding the adapter into {dtype} weights")
-    # Where all nodes see it, if they see the run folder; at a URL only this one does.
-    place = folder.local if folder.is_local else cache_folder()
-    place.mkdir(parents=True, exist_ok=True)
-    for leftover in place.glob(".folded-*"):  # of an evaluation that was killed; this one holds the folder
+    # Where all nodes see it, if they see the run folder; at a URL only this one does. This process holds the run.
+    own = f"evaluate/{canonical_hash(folder.place)[:16]}"
+    place = folder.local if folder.is_local else make_cache_folder(own)
+    for leftover in place.glob(".folded-*"):  # of a session that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".folded-", dir=place) as temporary:
         whole = Path(temporary) / first.name

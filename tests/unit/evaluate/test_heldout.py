@@ -120,6 +120,14 @@ def test_the_primary_comparison_is_of_a_model_that_was_given(made, tmp_path):
         setup_of(run, primary={"model": "other"})
 
 
+def test_an_edited_mix_is_refused(made, tmp_path):
+    shutil.copytree(made, tmp_path / "mix")
+    audit = (tmp_path / "mix" / "audit.parquet").read_bytes()
+    (tmp_path / "mix" / "audit.parquet").write_bytes(audit[:-9] + b"x" + audit[-8:])  # of the same size
+    with pytest.raises(RunError, match=r"audit.parquet: edited since its run finished"):
+        held_out(tmp_path / "mix")
+
+
 def test_no_mix_there(tmp_path):
     with pytest.raises(RunError, match="expected the output of `birbal mix`"):
         held_out(tmp_path)

@@ -1,0 +1,82 @@
+"""An evaluation's folder, without engines: what may not change once its result is known, what a killed one leaves."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pytest
+
+from birbal_ray.evaluate import run as step
+from birbal_ray.evaluate.config import EvaluateConfig
+from birbal_ray.progress import ProgressLine
+from birbal_ray.run import open_run
+from birbal_ray.schemas import COMPARISONS, COMPARISONS_FILE, EVALUATION, EVALUATION_FILE
+from birbal_ray.score.plan import plan_run
+from birbal_ray.settings import ConfigError
+from birbal_ray.storage import cache_folder
+from tests.fixtures.tensors import write_tensors
+
+
+@pytest.fixture
+def config(tmp_path, write_task):
+    """Of a simulated base model and one adapter."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
+    write_tensors(tmp_path / "mine" / "adapter_model.safetensors", {"a.lora_A.weight": [1, 1]})
+    return EvaluateConfig(
+        tasks={"path": str(write_task("warm"))},
+        engine={"backend": "simulated", "device": "cpu"},
+        adapters=[str(tmp_path / "mine")],
+        output=str(tmp_path / "run"),
+    )
+
+
+def finish(config):
+    """A finished evaluation, its rows made up."""
+    setup = step.prepare_evaluation(config)
+    plan = plan_run(setup.scoring, ProgressLine(), excluded=setup.held_out.keys)
+    figures = {"num_tasks": 1, "p_value": 1.0, "p_adjusted": 1.0, "is_primary": True}
+    numbers = {
+        field.name: 0.0 if pa.types.is_floating(field.type) else 0
+        for field in COMPARISONS
+        if pa.types.is_floating(field.type) or pa.types.is_integer(field.type)
+    }
+    rows = [{**numbers, **figures, **setup.primary()}]
+    with open_run(config.output, step.STEP, step._identity(setup, plan), owns=step.OWNS) as run:
+        files = {
+            EVALUATION_FILE: run.folder.write_parquet(EVALUATION_FILE, EVALUATION.empty_table()),
+            COMPARISONS_FILE: run.folder.write_parquet(COMPARISONS_FILE, pa.Table.from_pylist(rows, COMPARISONS)),
+        }
+        run.finish({}, files, summary="")
+
+
+def test_the_primary_comparison_can_not_be_chosen_when_its_result_is_known(config, capsys):
+    finish(config)
+    assert step.evaluate(config).comparisons[0]["model"] == "mine"
+    assert "is up to date" in capsys.readouterr().err
+    assert step.evaluate(config.replace({"primary.model": "mine"})).comparisons, "the same, in other words"
+    with pytest.raises(ConfigError, match=r"is mine, zero_shot, all; .* can't become mine, few_shot, all: leave"):
+        step.evaluate(config.replace({"primary.prompt_format": "few_shot"}))
+
+
+def test_only_this_runs_folded_models_are_cleared_away(tmp_path, monkeypatch):
+    """For runs at URLs they lie in the machine's cache, where another evaluation may be at work."""
+    monkeypatch.setenv("BIRBAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(step, "load_with_adapter", lambda *arguments: None)
+    monkeypatch.setattr(step, "merge_adapter", lambda model, base, folder: folder.mkdir())
+    monkeypatch.setattr(step, "resolve_model", lambda path: SimpleNamespace(fingerprint="f"))
+    engine = SimpleNamespace(dtype="float32", device="cpu")
+    setup = SimpleNamespace(
+        scoring=SimpleNamespace(engine=engine), model=SimpleNamespace(path=tmp_path), scoring_of=lambda path: path
+    )
+    one = SimpleNamespace(kind=step.ADAPTER, name="mine", path=str(tmp_path), fingerprint="a")
+    places = [SimpleNamespace(is_local=False, place=f"s3://bucket/{name}") for name in "ab"]
+    with step._model_of(setup, [one], places[0], ProgressLine()) as (first, _):
+        left = [file for file in cache_folder().rglob(".folded-*") if file.is_dir()]
+        with step._model_of(setup, [one], places[1], ProgressLine()) as (second, _):
+            assert left[0].exists() and first != second
+    (left[0].parent / ".folded-killed" / "mine").mkdir(parents=True)
+    with step._model_of(setup, [one], places[0], ProgressLine()):
+        assert not (left[0].parent / ".folded-killed").exists()
