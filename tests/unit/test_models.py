@@ -104,3 +104,12 @@ def test_two_messages_of_libraries_are_dropped_and_no_other(caplog):
         warnings.warn("`another_name` is deprecated", FutureWarning, stacklevel=1)
     assert caplog.messages == ["Failed to load something else"]
     assert [str(one.message) for one in seen] == ["`another_name` is deprecated"]
+
+
+def test_records_of_a_merge_are_no_part_of_the_model(complete):
+    before = models.resolve_model(str(complete)).fingerprint
+    for name in ("run.json", "progress.json", "manifest.json", ".lock.json"):
+        (complete / name).write_text("{}")
+    assert models.resolve_model(str(complete)).fingerprint == before
+    (complete / "generation_config.json").write_text("{}")
+    assert models.resolve_model(str(complete)).fingerprint != before
