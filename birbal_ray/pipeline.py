@@ -12,6 +12,7 @@ from typing import Any
 
 from birbal_ray.cluster import job_metadata, ray_log_file, ray_session
 from birbal_ray.evaluate.run import evaluate
+from birbal_ray.manifest import RUN_FILE
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.datasets import source_problem
 from birbal_ray.mix.run import mix
@@ -64,6 +65,7 @@ class BudgetClock:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.budget, self._shares, self.least = budget, shares.model_dump(), least
+        self.from_scratch = from_scratch
         self._folder, self._now = folder, now
         earlier: dict[str, Any] = {}
         if not from_scratch:
@@ -235,6 +237,12 @@ def settings_of(step: str, config: PipelineConfig, clock: BudgetClock) -> Any:
     if step == "mix":
         return _mix_settings(config)
     settings = getattr(config, step)
+    if step in ("score", "tune") and not clock.from_scratch:
+        folder, following = open_folder(settings.output or ""), config.steps[config.steps.index(step) + 1]
+        if folder.is_file(MANIFEST_FILE) and open_folder(getattr(config, following).output or "").is_file(RUN_FILE):
+            # The next step was made from what this one ended with: a larger budget comes too late for it.
+            ended = folder.read_json(MANIFEST_FILE)
+            return settings.replace({"budget": {**ended.get("settings", {}), **ended}.get("budget")})
     left = clock.left(step)
     if math.isinf(left):
         return settings

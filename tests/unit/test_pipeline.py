@@ -151,6 +151,25 @@ def test_a_continued_score_run_has_the_budget_it_started_with(tmp_path):
     assert pipeline.settings_of("score", config, clock).budget == first == pytest.approx(200)
 
 
+@pytest.mark.parametrize(
+    ("step", "following", "record"),
+    [("score", "tune", {"settings": {"budget": 200.0}}), ("tune", "mix", {"budget": 200.0})],
+)
+@pytest.mark.parametrize("budget", [5000, None])
+def test_a_larger_budget_comes_too_late_for_what_the_next_step_was_made_from(tmp_path, step, following, record, budget):
+    """Else scoring would go on, and search and mix refuse the changed scores."""
+    config = join_steps(PipelineConfig(output=str(tmp_path), tasks="t", budget=budget, shares=SHARES))
+    (tmp_path / step).mkdir()
+    (tmp_path / step / "manifest.json").write_text(json.dumps(record))
+    larger = pipeline.settings_of(step, config, clock_in(tmp_path, budget=budget)).budget
+    assert larger is None if budget is None else larger > 200
+    (tmp_path / following).mkdir()
+    (tmp_path / following / "run.json").write_text("{}")
+    assert pipeline.settings_of(step, config, clock_in(tmp_path, budget=budget)).budget == 200
+    anew = pipeline.settings_of(step, config, clock_in(tmp_path, budget=budget, from_scratch=True)).budget
+    assert anew != 200, "with --overwrite"
+
+
 def test_an_evaluation_asks_what_its_time_allows(tmp_path):
     config = join_steps(PipelineConfig(output=str(tmp_path), tasks="sample-tasks", budget=1000))
     (tmp_path / "score").mkdir()
