@@ -408,7 +408,10 @@ def _trial_seconds(config: TuneConfig, gpu: str | None) -> tuple[list[tuple[floa
         return list(zip(starts, trials, strict=True)), MEASURED
     device, card = "gpu" if gpu or config.resources.num_gpus else "cpu", config.resources.accelerator_type
     train = config.train.replace({"resources.device": device, "resources.accelerator_type": card})
-    speed = training_speed(train, gpu)
+    if gpu is None and (rate := config.proxy.tokens_per_second):
+        speed = Speed(rate, rate, "proxy.tokens_per_second")
+    else:
+        speed = training_speed(train, gpu)
     load, tokens = LOAD_SECONDS[device], config.proxy.tokens
     trials = load[0] / 4 + tokens / speed.high, load[1] + tokens / speed.low
     return list(zip(SEARCH_START_SECONDS, trials, strict=True)), speed.source

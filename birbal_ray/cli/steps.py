@@ -45,14 +45,18 @@ ASKING_FLAGS = {
 }
 
 
-def note_hours(plan: Callable[[], StepPlan]) -> None:
-    """Say how long a step takes, as `birbal plan` does, or why that is not known."""
+def note_hours(plan: Callable[[], StepPlan], price_per_hour: float | None = None) -> None:
+    """Say how long a step takes, as `birbal plan` does, and what it costs, or why that is not known."""
     from birbal_ray.models import ModelError
+    from birbal_ray.plan import money
     from birbal_ray.settings import ConfigError
 
     try:
         found = plan()
         note(f"takes {found.hours}: {found.work}")
+        if price_per_hour is not None:
+            low, high = money([found], price_per_hour)
+            note(f"costs {low:.2f} to {high:.2f}, at {price_per_hour:g} an hour")
     except (ConfigError, ModelError) as error:
         note(f"no estimate of time: {error}")
 
@@ -345,7 +349,9 @@ def tune(config: TuneConfig, overwrite: bool, dry_run: bool, output_format: str)
         from birbal_ray.plan import plan_tune
 
         print_table(step.dry_run(config), output_format)
-        note_hours(lambda: plan_tune(config, seconds=config.budget))
+        price = config.resources.price_per_hour  # of one trial's resources
+        together = None if price is None else price * config.resources.max_concurrent
+        note_hours(lambda: plan_tune(config, seconds=config.budget), together)
     else:
         print_tune(step.tune(config, overwrite=overwrite), output_format)
 

@@ -130,7 +130,7 @@ class TuneConfig(Settings):
     }
 
     scores: str | None = Field(None, description="output folder of `birbal score`")
-    output: str | None = Field(None, description="run folder; the same command continues a search that broke off")
+    output: str | None = Field(None, description="run folder; the same command goes on, also with more mixes or seeds")
     seed: int = Field(0, ge=0, description="another seed is another search")
     budget: Duration | None = Field(
         None, gt=0, description="e.g. 2h: the search ends early enough for the fresh seeds, and these with it"

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from birbal_ray.cluster import can_place, job_metadata, ray_log_file, ray_session
+from birbal_ray.cluster import WorkerRequest, can_place, job_metadata, ray_log_file, ray_session
+from birbal_ray.manifest import RUN_FILE
 from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.models import Model, pin_model, resolve_model
-from birbal_ray.progress import ProgressLine, counted, duration, figures_key, last_throughput, save_figures
-from birbal_ray.run import Run, RunError, RunFailedError, StepResult, open_run
-from birbal_ray.settings import require, sha256_of
+from birbal_ray.progress import ProgressLine, counted, duration, figures_key, save_figures
+from birbal_ray.run import Run, RunError, RunFailedError, StepResult, identity_differences, open_run
+from birbal_ray.settings import ConfigError, require, sha256_of
 from birbal_ray.storage import Folder, absolute, input_folder
 from birbal_ray.train.config import TrainResources
-from birbal_ray.train.preflight import rate_key
 from birbal_ray.tune.config import TuneConfig, file_group
 from birbal_ray.tune.plots import draw_search, draw_seeds
 from birbal_ray.tune.records import TRIALS_FOLDER, mix_yaml, read_results, table_of, trial_file, write_spec
@@ -57,10 +57,17 @@ def tune(config: TuneConfig, *, overwrite: bool = False) -> TuneResult:
     inputs = [config.scores or "", *config.validation.files]
     identity = _identity(config, scores, model)
     output = require(config.output, "--output")
-    with open_run(output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run:
-        if run.manifest is not None:
-            progress.message(f"{run.folder} is up to date; nothing to do")
-            return TuneResult(run.folder, run.manifest)
+    with open_run(output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs, may_become=only_adds) as run:
+        if before := run.manifest:
+            added = identity_differences(before, run.folder.read_json(RUN_FILE))
+            # A search that its budget cut short goes on when it gets a larger one.
+            had = before.get("budget") if before.get("cut_short") else None
+            if not added and (had is None or (config.budget or math.inf) <= had):
+                progress.message(f"{run.folder} is up to date; nothing to do")
+                return TuneResult(run.folder, before)
+            if added:
+                run.session({"added": added})
+            run.withdraw()
         results, started = read_results(run.folder)
         scheduler = TrialScheduler(
             config,
@@ -73,13 +80,31 @@ def tune(config: TuneConfig, *, overwrite: bool = False) -> TuneResult:
             progress.message(f"continuing: {len(results)} trials have ended and are kept")
         options: dict[str, Any] = {"settings": config.model_dump(mode="json"), "fingerprint": model.fingerprint}
         options["labels"] = {task.name: task.label for task in scores.tasks}
-        left = math.inf if config.budget is None else config.budget - run.wall_seconds
-        if left > 0:
-            search(config, scheduler, run.folder, run_trial, options, progress, run=run, seconds_left=left)
+        if scheduler.seconds_left() > 0:
+            search(config, scheduler, run.folder, run_trial, options, progress, run=run)
         result = _finish(config, scheduler, run, progress)
         if not run.resumed:
             save_figures(kept_under, **figures_of(scheduler, result.manifest["wall_seconds"]))
         return result
+
+
+def only_adds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a new identity asks for further mixes, baselines, fresh seeds or longer runs, and changes no trial.
+
+    These measure what the earlier ones did. What is added comes behind what was named before, so that the comparison
+    that was named beforehand stays the same.
+    """
+    was, now = old.get("settings", {}), new["settings"]
+    if not {"mixes", "baselines", "repeats", "transfer"} <= was.keys():
+        return False
+    without = {
+        **now,
+        "mixes": dict(list(now["mixes"].items())[: len(was["mixes"])]),
+        "baselines": now["baselines"][: len(was["baselines"])],
+        "repeats": {**now["repeats"], "seeds": min(now["repeats"]["seeds"], was["repeats"]["seeds"])},
+        "transfer": now["transfer"] if was["transfer"]["factor"] else was["transfer"],
+    }
+    return {**new, "settings": without} == old and list(without["mixes"]) == list(was["mixes"])
 
 
 def figures_of(scheduler: TrialScheduler, wall_seconds: float) -> dict[str, float]:
@@ -97,11 +122,7 @@ def figures_of(scheduler: TrialScheduler, wall_seconds: float) -> dict[str, floa
 
 
 def estimate(config: TuneConfig) -> list[dict[str, Any]]:
-    """One row per kind of trial: number, tokens, hours and money; the last row is the sum.
-
-    Hours are those of `resources.max_concurrent` trials at a time, None without a rate (`proxy.tokens_per_second`, or
-    one measured on this machine); money needs `resources.price_per_hour`. Reads nothing.
-    """
+    """One row per kind of trial: how many, and the training tokens of each; the last row is the sum. Reads nothing."""
     searched = config.num_trials > 0
     compared = ", ".join([*config.baselines, *config.mixes, *([f"the best {config.repeats.top}"] if searched else [])])
     ratios = ", ".join(ratio.name for ratio in searched_ratios(config.search))
@@ -115,17 +136,9 @@ def estimate(config: TuneConfig) -> list[dict[str, Any]]:
         (f"fresh seeds of {compared}", config.num_repeats, config.proxy.tokens),
         (f"baselines and the best at {config.transfer.factor} × the tokens", config.num_transfers, long_tokens),
     ]
-    rate, price = _tokens_per_second(config), config.resources.price_per_hour
-    rows: list[dict[str, Any]] = []
-    for name, number, tokens in kinds:
-        hours = None if rate is None else number * tokens / rate / 3600
-        cost = None if hours is None or price is None else hours * price
-        elapsed = None if hours is None else hours / config.resources.max_concurrent
-        if number:
-            rows.append({"trials": name, "number": number, "tokens each": tokens, "hours": elapsed, "cost": cost})
-    sums = {key: sum(row[key] for row in rows) if rows[-1][key] is not None else None for key in ("hours", "cost")}
-    total = sum(row["number"] * row["tokens each"] for row in rows)
-    return [*rows, {"trials": "in all", "number": sum(row["number"] for row in rows), "tokens each": total, **sums}]
+    total = sum(number for _, number, _ in kinds), sum(number * tokens for _, number, tokens in kinds)
+    rows = [*((name, number, tokens) for name, number, tokens in kinds if number), ("in all", *total)]
+    return [dict(zip(("trials", "number", "tokens each"), row, strict=True)) for row in rows]
 
 
 def dry_run(config: TuneConfig) -> list[dict[str, Any]]:
@@ -140,18 +153,9 @@ def dry_run(config: TuneConfig) -> list[dict[str, Any]]:
     groups += [file_group(file) for file in config.validation.files]
     shown = ", ".join(f"{group} × {weights.get(group, 1.0):g}" for group in groups)
     progress.message(f"objective: held-out loss, mean over groups: {shown}")
-    rate = _tokens_per_second(config)
-    if rate is None:
-        progress.message("no rate is known, so no hours: set proxy.tokens_per_second, or run one trial here first")
-    else:
-        progress.message(f"hours at {rate:,.0f} tokens/s a trial, loading and judging not counted")
     if config.budget is not None:
         progress.message(f"budget {duration(config.budget)}: the search ends early enough for the fresh seeds")
     return estimate(config)
-
-
-def _tokens_per_second(config: TuneConfig) -> float | None:
-    return config.proxy.tokens_per_second or last_throughput(rate_key(config.train))
 
 
 def resolve_config(config: TuneConfig) -> tuple[TuneConfig, ScoreFolder, Model]:
@@ -160,6 +164,11 @@ def resolve_config(config: TuneConfig) -> tuple[TuneConfig, ScoreFolder, Model]:
     scores = open_scores(path, config.mix.model)
     model = resolve_model(config.train.model.name, config.train.model.revision)
     resources = config.resources
+    if resources.accelerator_type and not resources.num_gpus:
+        raise ConfigError(
+            f"resources.accelerator_type={resources.accelerator_type} with resources.num_gpus=0: no node ever suits "
+            "a trial; give it a card (num_gpus), or leave the type out"
+        )
     train_resources = TrainResources(
         device="gpu" if resources.num_gpus else "cpu",
         accelerator_type=resources.accelerator_type,
@@ -198,36 +207,40 @@ def search(
     progress: ProgressLine,
     *,
     run: Run | None = None,
-    seconds_left: float = math.inf,
 ) -> None:
     """Run what the scheduler hands out on the connected cluster, or on a local one made for it."""
-    logical = config.resources.num_cpus * config.resources.max_concurrent + 1
+    resources = config.resources
+    trial = WorkerRequest("worker", 1, resources.num_cpus, resources.num_gpus, resources.accelerator_type)
     about = job_metadata(STEP, folder)
+    logical = resources.num_cpus * resources.max_concurrent + 1
     with ray_session(logical, ray_log_file(folder), dashboard=True, about=about) as dashboard:
         import ray
 
-        from birbal_ray.train.launch import worker_request
         from birbal_ray.tune.searcher import RAY_FOLDER, ShowProgress, run_trials
 
-        missing = can_place(worker_request(config.train), [node["Resources"] for node in ray.nodes() if node["Alive"]])
-        if missing:
+        if missing := can_place(trial, [node["Resources"] for node in ray.nodes() if node["Alive"]]):
             raise RunError(missing)
         progress.message(f"trials: tensorboard --logdir {folder.at(RAY_FOLDER)}")
         if dashboard:
             progress.message(f"Ray dashboard: http://{dashboard}")
-        show = ShowProgress(scheduler, run, progress)
         try:
-            run_trials(scheduler, config, folder, trainable, options, show, seconds_left)
+            run_trials(scheduler, config, folder, trainable, options, ShowProgress(scheduler, run, progress))
         finally:
             progress.close()
 
 
 def _finish(config: TuneConfig, scheduler: TrialScheduler, run: Run, progress: ProgressLine) -> TuneResult:
     folder, results = run.folder, [scheduler.results[key] for key in sorted(scheduler.results)]
-    for result in (result for result in results if result.status == FAILED):
+    failed = [result for result in results if result.status == FAILED]
+    for result in failed:
         log = folder.at(trial_file(result.spec, LOG_FILE))
         progress.message(f"trial {result.spec.key} failed: {result.error} (log: {log})")
     good = [r for r in results if r.status == FINISHED and r.spec.kind != BASE]
+    if not good and not failed and config.budget is not None:
+        raise RunFailedError(
+            f"{folder}: the budget of {duration(config.budget)} was over before any trial had ended; give the same "
+            "command a larger --budget"
+        )
     if not good:
         raise RunFailedError(f"{folder}: no trial came to its end; repair what the logs name and run the command again")
     suites = {result.validation_sha256 for result in results if result.validation_sha256}
@@ -282,6 +295,8 @@ def _finish(config: TuneConfig, scheduler: TrialScheduler, run: Run, progress: P
         "base_objective": base.objective if base else None,
         "left_out": scheduler.left_out or None,
         "cut_short": cut_short or None,
+        "budget": config.budget,
+        "added": [line for session in run.sessions() for line in session.get("added", [])],
         "unfilled": {"trials": len(unfilled), "most_rows": max((r.num_unfilled for r in unfilled), default=0)},
         "summary_rows": summarise(results, config),
         "trials": dict(Counter(result.status for result in results)),
@@ -299,6 +314,8 @@ def describe_result(manifest: dict[str, Any]) -> list[str]:
     weights = ", ".join(f"{group} × {weight:g}" for group, weight in manifest["weights"].items())
     lines += [f"loss: mean over the groups {weights}"] if weights else []
     lines += [manifest[key] for key in ("left_out", "cut_short") if manifest[key]]
+    if added := manifest.get("added"):
+        lines.append(f"added when results were known, for which no interval allows: {'; '.join(added)}")
     if manifest["unfilled"]["trials"]:
         lines.append(
             f"{manifest['unfilled']['trials']} trials could not fill their shares (up to "

@@ -88,7 +88,7 @@ class TrialScheduler:
         remember: Callable[[TrialSpec], None] = lambda spec: None,
         seconds_left: Callable[[], float] = lambda: math.inf,
     ) -> None:
-        self.config, self._remember, self._seconds_left = config, remember, seconds_left
+        self.config, self._remember, self.seconds_left = config, remember, seconds_left
         self.results: dict[str, TrialResult] = {result.spec.key: mark_diverged(result) for result in earlier}
         self._again = [spec for spec in started if spec.key not in self.results]
         self._specs = {key: result.spec for key, result in self.results.items()}
@@ -210,11 +210,11 @@ class TrialScheduler:
         """Whether the budget has time for these trials, side by side as they run; yes while no trial has ended."""
         ended = [(r.seconds, r.num_tokens) for r in self.results.values() if r.status == FINISHED and r.num_tokens]
         if not ended:
-            return self._seconds_left() > 0
+            return self.seconds_left() > 0
         longest = max(seconds * max(1.0, self.config.proxy.tokens / tokens) for seconds, tokens in ended)
         work = sum(longest * max(1.0, spec.tokens / self.config.proxy.tokens) for spec in specs)
         rounds = max(1.0, len(specs) / self.config.resources.max_concurrent)
-        return self._seconds_left() > work / len(specs) * math.ceil(rounds)
+        return self.seconds_left() > work / len(specs) * math.ceil(rounds)
 
     def _verification(self) -> list[TrialSpec]:
         """Stand-ins for what follows the search, for its time."""

@@ -58,7 +58,8 @@ class SpecSearcher(NotPickled, Searcher):
         if spec is None:
             return None if self._scheduler.running else Searcher.FINISHED
         self._specs[trial_id] = spec
-        return {"spec": asdict(spec), "run": self._run.place, **self._options}
+        # With its guard: a trial of a driver that lost the run's lock writes nothing more.
+        return {"spec": asdict(spec), "run": self._run, **self._options}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Note a rung."""
@@ -134,7 +135,6 @@ def run_trials(
     trainable: Callable[[dict[str, Any]], None],
     options: dict[str, Any],
     show: ShowProgress,
-    seconds_left: float = math.inf,
 ) -> None:
     """Run what the scheduler hands out, on the connected cluster, until it has no more or the time is over.
 
@@ -142,7 +142,7 @@ def run_trials(
     are in the run's folder before anything else happens.
     """
     os.environ.update(ENVIRONMENT)
-    resources, rungs = config.resources, config.validation.num_rungs
+    resources, rungs, left = config.resources, config.validation.num_rungs, scheduler.seconds_left()
     wanted = {"cpu": resources.num_cpus, "gpu": resources.num_gpus}
     if resources.accelerator_type:
         wanted[f"accelerator_type:{resources.accelerator_type}"] = 0.001
@@ -163,7 +163,7 @@ def run_trials(
             scheduler=asha,
             num_samples=-1,
             max_concurrent_trials=resources.max_concurrent,
-            time_budget_s=None if math.isinf(seconds_left) else max(1.0, seconds_left),
+            time_budget_s=None if math.isinf(left) else max(1.0, left),
             reuse_actors=True,
             trial_name_creator=_key_of,
             trial_dirname_creator=_key_of,

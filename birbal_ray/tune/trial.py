@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import shutil
@@ -40,12 +41,13 @@ def run_trial(options: dict[str, Any]) -> None:
         model = resolve_model(settings.train.model.name, settings.train.model.revision)
         if model.fingerprint != options["fingerprint"]:
             raise RunError(f"{model.path}: not the model that the search was started with, on this node")
-        made = make_mix(spec, settings, work / "mix")
         reporter = RungReporter(run, spec, 1 if spec.kind == BASE else settings.validation.num_rungs)
+        made = make_mix(spec, settings, work / "mix")
         judge(spec, settings, model, work, made, options["labels"], reporter)
     finally:
         if not run.is_local:
-            run.upload(log, trial_file(spec, LOG_FILE))
+            with contextlib.suppress(OSError, RunError):  # an outage, or a lock that is lost: the trial itself is over
+                run.upload(log, trial_file(spec, LOG_FILE))
         shutil.rmtree(work, ignore_errors=True)
         gc.collect()
 

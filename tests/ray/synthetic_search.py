@@ -28,7 +28,7 @@ def synthetic_trial(config: dict[str, Any]) -> None:
 
     from birbal_ray.tune.records import RungReporter
 
-    spec, run = TrialSpec(**config["spec"]), Path(config["run"])
+    spec, run = TrialSpec(**config["spec"]), config["run"].local
     start = {"key": spec.key, "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid(), "at": time.time()}
     with (run / STARTS_FILE).open("a") as file:
         file.write(json.dumps(start) + "\n")

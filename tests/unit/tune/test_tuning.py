@@ -1,6 +1,7 @@
 """The search without Ray: what is tried, in which order, what may be concluded."""
 
 import math
+import re
 from dataclasses import asdict
 
 import numpy as np
@@ -11,12 +12,15 @@ import yaml
 from benchmarks.search import compare
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import mix
+from birbal_ray.models import Model
 from birbal_ray.pipeline import _mix_settings
+from birbal_ray.plan import money, plan_tune
 from birbal_ray.progress import ProgressLine
 from birbal_ray.recipe import PipelineConfig
-from birbal_ray.run import RUN_FILE, open_run
+from birbal_ray.run import RUN_FILE, Run, RunFailedError, RunMismatchError, open_run
 from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.storage import open_folder
+from birbal_ray.tune import run as tune_run
 from birbal_ray.tune.config import TuneConfig
 from birbal_ray.tune.gaussian import predicted_best
 from birbal_ray.tune.records import (
@@ -612,21 +616,146 @@ def test_only_the_comparison_named_beforehand_keeps_its_p_value():
     assert rows[2]["p_adjusted"] == rows[2]["p_value"]
 
 
-def test_the_estimate_adds_up():
+def test_the_table_of_trials_adds_up():
     config = config_of(
         baselines=["uniform"],
-        proxy={"tokens": 1000, "tokens_per_second": 10},
+        proxy={"tokens": 1000},
         repeats={"top": 1, "seeds": 2},
         transfer={"factor": 4},
-        resources={"max_concurrent": 2, "price_per_hour": 3.0},
     )
     *rows, total = estimate(config)
     assert [row["number"] for row in rows] == [1, 1, 6, 1, 4, 2]
     assert total["number"] == TrialScheduler(config).num_trials == 15
     assert total["tokens each"] == 1000 * (1 + 6 + 1 + 4) + 4000 * 2
-    assert total["hours"] == pytest.approx(20_000 / 10 / 3600 / 2)
-    assert total["cost"] == pytest.approx(20_000 / 10 / 3600 * 3)
-    assert estimate(config_of(train={"model": {"name": "never-run"}}))[-1]["hours"] is None
+
+
+def test_the_hours_of_a_search_are_the_plan_s(monkeypatch, tmp_path):
+    """By the rate that the settings expect, where no search of this kind ran here."""
+    monkeypatch.setenv("BIRBAL_CACHE", str(tmp_path))
+    config = config_of(
+        baselines=["uniform"],
+        proxy={"tokens": 1000, "tokens_per_second": 10},
+        repeats={"top": 1, "seeds": 2},
+        transfer={"factor": 4},
+        resources={"max_concurrent": 2},
+    )
+    plan = plan_tune(config)
+    # Two at a time: 1 + 1 + 6 trials, the predicted one, 4 fresh seeds; then 2 of four times the length.
+    rounds = 4 + 1 + 2 + 4
+    assert plan.low_seconds == pytest.approx(5 + rounds * (20 / 4 + 100))
+    assert plan.high_seconds == pytest.approx(30 + rounds * (60 + 100))
+    assert plan.source == "proxy.tokens_per_second"
+    assert money([plan], 3.0 * 2)[0] == pytest.approx(plan.low_seconds / 3600 * 6)
+
+
+@pytest.fixture
+def tuned(scores, tmp_path, monkeypatch):
+    """tuned(**changes) calls `tune` on a made-up model, without Ray: the keys of the trials it ran, its manifest."""
+    monkeypatch.setenv("BIRBAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tune_run, "resolve_model", lambda *arguments: Model("proxy", tmp_path, None, "f"))
+
+    def search(config, scheduler, folder, trainable, options, progress, run):
+        while (spec := scheduler.next()) is not None:
+            result = timed_result(spec)
+            write_result(folder, result)
+            scheduler.tell(result)
+            ran.append(spec.key)
+
+    ran: list[str] = []
+    monkeypatch.setattr(tune_run, "search", search)
+    monkeypatch.setattr(tune_run, "draw_seeds", lambda *arguments: b"PNG")
+
+    def call(**changes):
+        settings = {"num_trials": 0, "baselines": ["proportional"], "mixes": {"steep": STEEP}}
+        settings |= {"repeats": {"top": 0, "seeds": 2}, "scores": str(scores), "output": str(tmp_path / "run")}
+        ran.clear()
+        found = tune_run.tune(config_of(**{**settings, **changes}))
+        return list(ran), found.manifest
+
+    return call
+
+
+STEEP, FLAT = {"task_score": {"gamma": 3}}, {"task_score": {"gamma": 0}}
+
+
+def timed_result(spec):
+    loss = {"proportional": 1.2, "steep": 1.0, "flat": 1.1}.get(spec.name, 2.0) + 0.01 * spec.seed
+    return TrialResult(spec, FINISHED, loss, [[1, loss]], num_tokens=spec.tokens, seconds=1000.0)
+
+
+def test_further_mixes_and_seeds_keep_every_trial_that_ended(tuned, tmp_path, capsys):
+    first, manifest = tuned()
+    assert first == ["base_model", "proportional-seed1", "steep-seed1", "proportional-seed2", "steep-seed2"]
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "trials").glob("*/result.json")}
+    mixes = {"steep": STEEP, "flat": FLAT}
+    wider = {"mixes": mixes, "repeats": {"top": 0, "seeds": 3}}
+    second, manifest = tuned(**wider)
+    assert second == ["flat-seed1", "flat-seed2", "proportional-seed3", "steep-seed3", "flat-seed3"]
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert "continuing: 5 trials have ended and are kept" in capsys.readouterr().err
+    assert [(row["mix"], row["fresh seeds"]) for row in manifest["summary_rows"]] == [
+        ("steep", 3), ("flat", 3), ("proportional", 3)
+    ]  # fmt: skip
+    assert [one["mix"] for one in manifest["comparisons"] if one["is_primary"]] == ["steep"]
+    assert "settings.repeats.seeds: 2 → 3" in manifest["added"]
+    assert any(line.startswith("added when results were known") for line in describe_result(manifest))
+    assert tuned(**wider) == ([], manifest)
+    assert "is up to date" in capsys.readouterr().err
+
+
+def test_a_killed_addition_goes_on(tuned, monkeypatch):
+    """Killed between the new run.json and the end of the old manifest."""
+    tuned()
+    wider = {"repeats": {"top": 0, "seeds": 3}}
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(Run, "withdraw", lambda run: 1 / 0)
+        tuned(**wider)
+    assert tuned(**wider)[0] == ["proportional-seed3", "steep-seed3"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"mixes": {"steep": {"task_score": {"gamma": 2}}}}, "settings.mixes.steep.task_score.gamma: 3 → 2"),
+        ({"mixes": {"flat": FLAT, "steep": STEEP}}, "settings.mixes.flat.task_score.gamma: (none) → 0"),
+        ({"mixes": {"flat": FLAT}}, "settings.mixes.steep.task_score.gamma: 3 → (none)"),
+        ({"repeats": {"top": 0, "seeds": 3, "primary": "proportional"}}, "settings.repeats.primary"),
+        ({"baselines": ["uniform", "proportional"]}, "settings.baselines"),
+        ({"validation": {"rows_per_task": 3}}, "settings.validation.rows_per_task: 16 → 3"),
+        ({"proxy": {"tokens": 5}}, "settings.proxy.tokens"),
+        ({"seed": 1}, "settings.seed: 0 → 1"),
+    ],
+)
+def test_what_changes_a_trial_or_the_primary_comparison_is_refused(tuned, changes, difference):
+    tuned()
+    with pytest.raises(RunMismatchError, match=re.escape(difference)):
+        tuned(**changes)
+
+
+def test_fewer_seeds_than_were_asked_for_are_refused(tuned):
+    tuned(repeats={"top": 0, "seeds": 3})
+    with pytest.raises(RunMismatchError, match=r"settings.repeats.seeds: 3 → 2"):
+        tuned()
+
+
+def test_a_search_that_its_budget_cut_short_goes_on_with_a_larger_one(tuned, capsys):
+    keys, manifest = tuned(budget=500)  # a trial takes 1,000 s
+    assert manifest["cut_short"] == "the budget ended before steep-seed1 and what follows it"
+    assert tuned(budget=500)[0] == [] and tuned(budget=400)[0] == []
+    more, manifest = tuned(budget=1e9)
+    assert more == ["steep-seed1", "proportional-seed2", "steep-seed2"] and manifest["cut_short"] is None
+    assert manifest["added"] == [] and len(keys) + len(more) == 5
+
+
+def test_a_budget_that_ended_before_any_trial_is_said(tuned):
+    with pytest.raises(RunFailedError, match=r"the budget of 0 s was over before any trial had ended; .* --budget"):
+        tuned(budget=1e-9)
+
+
+def test_a_card_for_trials_that_get_none_is_refused(tuned):
+    """Ray Tune would wait for ever without a word."""
+    with pytest.raises(ConfigError, match=r"resources.accelerator_type=L4 with resources.num_gpus=0"):
+        tuned(resources={"accelerator_type": "L4"})
 
 
 def test_shares_that_could_not_be_filled_are_said():
