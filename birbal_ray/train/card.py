@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from birbal_ray.models import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, R
 from birbal_ray.ni.prompt import CHAT
 from birbal_ray.run import MANIFEST_FILE
 from birbal_ray.settings import one_line
-from birbal_ray.storage import Folder, RunError
+from birbal_ray.storage import CHUNK_BYTES, Folder, RunError
 from birbal_ray.templates import render
 
 CURVE_FILE, CARD_FILE = "loss_curve.png", "README.md"
@@ -26,29 +26,29 @@ ADAPTER_FILES = (CARD_FILE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, REFERENCE_FILE)
 
 
 def publish_adapter(
-    folder: Folder, best: Path, manifest: dict[str, Any], mix_manifest: dict[str, Any], model: Model
+    folder: Folder, best: Folder, manifest: dict[str, Any], mix_manifest: dict[str, Any], model: Model
 ) -> list[str]:
     """Copy the best adapter to adapter/ of the run, with its card; the names of its files.
 
     It names the base model so that others can load it: as on the Hub where it came from there.
     """
-    names = []
-    for file in sorted(best.iterdir()):
-        name = f"{ADAPTER_FOLDER}/{file.name}"
+    names = [f"{ADAPTER_FOLDER}/{CARD_FILE}"]
+    for file in best.files().keys() - {CARD_FILE}:
+        name = f"{ADAPTER_FOLDER}/{file}"
         names.append(name)
-        if file.name == ADAPTER_CONFIG:
-            settings = json.loads(file.read_text(encoding="utf-8"))
+        if file == ADAPTER_CONFIG:
+            settings = best.read_json(file)
             if model.revision and "/" in model.name and not Path(model.name).exists():
                 settings |= {"base_model_name_or_path": model.name, "revision": model.revision}
             folder.write_json(name, settings)
-        elif file.name == REFERENCE_FILE:
-            reference = json.loads(file.read_text(encoding="utf-8"))
-            folder.write_json(name, {**reference, "model": model.name, "model_fingerprint": model.fingerprint})
-        elif file.name != CARD_FILE:
-            folder.upload(file, name)
-    card = adapter_card(manifest, mix_manifest)
-    folder.write_bytes(f"{ADAPTER_FOLDER}/{CARD_FILE}", card.encode())
-    return sorted({*names, f"{ADAPTER_FOLDER}/{CARD_FILE}"})
+        elif file == REFERENCE_FILE:
+            own = {"model": model.name, "model_fingerprint": model.fingerprint}
+            folder.write_json(name, best.read_json(file) | own)
+        else:
+            with best.open_input(file) as source, folder.writer(name) as sink:
+                shutil.copyfileobj(source, sink, CHUNK_BYTES)
+    folder.write_bytes(f"{ADAPTER_FOLDER}/{CARD_FILE}", adapter_card(manifest, mix_manifest).encode())
+    return sorted(names)
 
 
 def push_to_hub(folder: Folder, names: list[str], repository: str) -> str:

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 import shutil
 import sys
 import threading
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from birbal_ray.progress import repeating
 from birbal_ray.settings import canonical_hash, one_line
 from birbal_ray.storage import Folder, RunError, absolute, cache_folder, sync
+from birbal_ray.train.deadline import CLOCK_FILE
 
 METRICS_FILE = "metrics.jsonl"  # one line for each step or evaluation
 STATUS_FILE = "status.json"  # the worker's state, rewritten every second
@@ -30,7 +30,7 @@ SELF_CHECK_FILE = "self_check.json"  # that packing and adapter work on this mod
 EASED_FILE = "eased.json"  # the smaller micro batch that the run continues with after the card ran out of memory
 WORKING_FILE = "working.json"  # of a run at a URL: names the folder in which each machine works for it
 TENSORBOARD_FOLDER, BEST_FOLDER, PACKED_FOLDER = "tensorboard", "best", "packed"
-STATE_FILES = (METRICS_FILE, BEST_FILE, "clock.json", SELF_CHECK_FILE, EASED_FILE)
+STATE_FILES = (METRICS_FILE, BEST_FILE, CLOCK_FILE, SELF_CHECK_FILE, EASED_FILE)
 # Every file that a run makes in its folder (fnmatch), beside those of every step.
 OWNS = (
     *(*STATE_FILES, STATUS_FILE, SESSION_FILE, STOP_FILE, WORKING_FILE, "worker.json", "loss_curve.png"),
@@ -44,11 +44,13 @@ _NAME = re.compile(r"step-(\d+)")
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl, as `parse_metrics` gives them; none where there is no such file."""
+    return parse_metrics(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
+def parse_metrics(text: str) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl; a half-written last line is left out."""
-    if not file.exists():
-        return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 class Remote:
@@ -60,25 +62,29 @@ class Remote:
     A thread uploads, one way, while the work goes on. A name may be a file or a folder, whose files go up in the order
     in which they were written (a marker that says "complete" is written last). An error is reported once and tried
     again. Leaving the block waits for what was added, and raises RunError naming what could not be uploaded. Nothing is
-    deleted but by `prune`.
+    deleted but by `prune`. Another thread asks whether the run shall stop. No method waits for the store.
     """
 
     def __init__(self, folder: Folder, working: Path) -> None:
         self.folder, self.working = folder, working
         self._is_here = folder.place == absolute(working)
         self.status_seconds = 1.0 if self._is_here else 5.0  # between two writes of status.json
-        self._asked = -math.inf  # when `stop_requested` asked last
         self._uploads = ThreadPoolExecutor(1, "upload")
         self._failed: dict[str, str] = {}  # name → why it could not be uploaded
         self._sent: dict[str, tuple[int, int]] = {}  # name → size and time of what was uploaded
         self._closing = threading.Event()
+        self._asking = contextlib.ExitStack()
+        self._asked_to_stop = False  # at the URL, when it was last looked at
 
     def __enter__(self) -> Remote:
+        if not self._is_here:
+            self._asking.enter_context(repeating(STOP_POLL_SECONDS, self._look_for_stop))
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         self._closing.set()  # what fails from now on is not tried again
         self._uploads.shutdown()
+        self._asking.close()
         if not self._failed:
             return
         name, reason = next(iter(self._failed.items()))
@@ -96,14 +102,40 @@ class Remote:
             # An error that nobody expects is logged with its traceback: the callback raises it.
             self._uploads.submit(self._upload_tree, name).add_done_callback(Future.result)
 
-    def prune(self, keep: int) -> None:
-        """Delete what was uploaded and is superseded: complete checkpoints but the latest `keep`, older best adapters.
+    def add_leftovers(self) -> None:
+        """Upload what an earlier session on this machine could not: records, best adapter, latest checkpoint.
 
-        Only the run folder's own records count, never what is absent on this machine. An outage of the store is no
-        error: the next call deletes what this one could not.
+        Of the folders, files that the run folder has in the same size are left out. Raises RunError for a store that
+        can't be reached.
         """
         if self._is_here:
             return
+        latest = latest_checkpoint(self.working / CHECKPOINTS_FOLDER)
+        folders = [BEST_FOLDER, *([f"{CHECKPOINTS_FOLDER}/{latest.name}"] if latest else [])]
+        there = self.folder.files()
+        for file in (file for name in folders for file in (self.working / name).rglob("*") if file.is_file()):
+            name, status = file.relative_to(self.working).as_posix(), file.stat()
+            if name in there and there[name].size == status.st_size:
+                self._sent[name] = status.st_size, status.st_mtime_ns
+        self.add(*folders, *STATE_FILES)
+
+    def prune(self, keep: int) -> None:
+        """Delete what was uploaded and is superseded: complete checkpoints but the latest `keep`, older best adapters.
+
+        It happens after the uploads that were added before. Only the run folder's own records count, never what is
+        absent on this machine. An outage of the store is no error: the next call deletes what this one could not.
+        """
+        if not self._is_here:
+            self._uploads.submit(self._prune, keep).add_done_callback(Future.result)
+
+    def stop_requested(self) -> bool:
+        """Whether the driver asks the worker to save and end; at a URL, STOP_POLL_SECONDS ago."""
+        return (self.working / STOP_FILE).exists() if self._is_here else self._asked_to_stop
+
+    def _look_for_stop(self) -> None:
+        self._asked_to_stop = self.folder.is_file(STOP_FILE)
+
+    def _prune(self, keep: int) -> None:
         with contextlib.suppress(RunError, OSError):
             names = self.folder.files(CHECKPOINTS_FOLDER)
             markers = sorted(name for name in names if name.endswith(f"/{FILES_FILE}"))[:-keep]
@@ -113,17 +145,6 @@ class Remote:
             current = self.folder.read_json(BEST_FILE)["folder"]  # uploaded after the files of its adapter
             best = self.folder.files(BEST_FOLDER)
             self.folder.delete([name for name in best if name.rpartition("/")[0] < current])
-
-    def stop_requested(self) -> bool:
-        """Whether the driver asks the worker to save and end."""
-        if self._is_here:
-            return (self.working / STOP_FILE).exists()
-        if time.monotonic() - self._asked < STOP_POLL_SECONDS:
-            return False
-        self._asked = time.monotonic()
-        with contextlib.suppress(RunError):  # an outage: asked again
-            return self.folder.is_file(STOP_FILE)
-        return False
 
     def _upload_tree(self, name: str) -> None:
         top = self.working / name
@@ -138,6 +159,9 @@ class Remote:
     def _upload(self, name: str) -> None:
         pause = FIRST_RETRY_SECONDS
         while True:
+            if self._failed.keys() - {name} and self._closing.is_set():
+                self._failed[name] = "not tried again"  # each try rides out an outage of minutes by itself
+                return
             try:
                 status = (self.working / name).stat()
                 if self._sent.get(name) != (status.st_size, status.st_mtime_ns):
@@ -171,21 +195,29 @@ def working_folder(folder: Folder) -> Path:
 def download_state(folder: Folder, working: Path) -> None:
     """Bring packs, metrics, the best adapter and the latest complete checkpoint of a run at a URL into `working`.
 
-    What lies there of an earlier session stays where its checkpoint is at least as new: an outage may have kept it
-    from being uploaded. Does nothing for a run folder on this machine.
+    What lies there of an earlier session stays where that got at least as far: an outage may have kept it from being
+    uploaded. The later checkpoint counts, then the time on the run's clock. Does nothing for a run folder on this
+    machine.
     """
     if folder.is_local:
         return
     files = folder.files()
     markers = re.compile(rf"{CHECKPOINTS_FOLDER}/(step-\d+)/{re.escape(FILES_FILE)}")
     complete = sorted(found[1] for found in map(markers.fullmatch, files) if found)
-    mine = latest_checkpoint(working / CHECKPOINTS_FOLDER)
+    mine, clock = latest_checkpoint(working / CHECKPOINTS_FOLDER), working / CLOCK_FILE
+    clocks = (
+        folder.read_json(CLOCK_FILE) if CLOCK_FILE in files else {},
+        json.loads(clock.read_text(encoding="utf-8")) if clock.exists() else {},
+    )
+    latest = complete[-1] if complete else "", mine.name if mine else ""
+    there, here = zip(latest, (one.get("elapsed_seconds", 0.0) for one in clocks), strict=True)
     wanted = [name for name in files if name.startswith(f"{PACKED_FOLDER}/")]
-    if complete and (mine is None or mine.name < complete[-1]):
-        for name in (CHECKPOINTS_FOLDER, BEST_FOLDER):
+    if there > here:
+        for name in (BEST_FOLDER, *([CHECKPOINTS_FOLDER] if latest[0] != latest[1] else [])):
             shutil.rmtree(working / name, ignore_errors=True)
-        prefixes = (f"{CHECKPOINTS_FOLDER}/{complete[-1]}/", f"{BEST_FOLDER}/")
-        wanted += [name for name in files if name.startswith(prefixes) or name in STATE_FILES]
+        folders = f"{BEST_FOLDER}/", f"{CHECKPOINTS_FOLDER}/{latest[0]}/"
+        missing = [name for name in files if name.startswith(folders) and not (working / name).exists()]
+        wanted += [*missing, *(name for name in STATE_FILES if name in files)]
     else:
         wanted += [name for name in STATE_FILES if name in files and not (working / name).exists()]
     for name in wanted:

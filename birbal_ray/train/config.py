@@ -58,7 +58,7 @@ class EvaluationSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """When the state is saved, so that a preempted run loses little."""
+    """When the state is saved, so that a preempted run loses little. May change between a run and its continuation."""
 
     every_steps: int = Field(64, ge=1)
     every_minutes: float = Field(15.0, gt=0)

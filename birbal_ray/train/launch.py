@@ -7,6 +7,7 @@ import contextlib
 import errno
 import math
 import os
+import re
 import shutil
 import threading
 import time
@@ -26,6 +27,7 @@ from birbal_ray.train.checkpoints import (
     EASED_FILE,
     METRICS_FILE,
     SESSION_FILE,
+    STATE_FILES,
     STATUS_FILE,
     STOP_FILE,
     TENSORBOARD_FOLDER,
@@ -45,6 +47,9 @@ POLL_SECONDS = 1.0
 NODES_SECONDS = 5.0  # between two checks of the cluster's nodes
 REPORT_SECONDS = 5.0
 FULL_BYTES = 1 << 20  # a disk with less room than this is full
+# What libraries say of memory besides torch's own error: of the card's, and of the machine's (the last: Ray's monitor).
+_CARD_IS_FULL = "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+_HOST_MEMORY = re.compile("(can't|cannot) allocate memory|memory usage threshold", re.IGNORECASE)
 # accelerate would wrap the model in DDP for a world of one, and take Ray's word for the device.
 _WORLD = (
     *("ACCELERATE_TORCH_DEVICE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK"),
@@ -160,13 +165,16 @@ class _Status:
         if time.monotonic() - self._read_at < (POLL_SECONDS if self._folder.is_local else NODES_SECONDS):
             return self._text
         self._read_at = time.monotonic()
-        stat = self._folder.stat(STATUS_FILE)
-        if not stat or stat.modified < self._wall_start:
+        try:
+            stat = self._folder.stat(STATUS_FILE)
+            status = self._folder.read_json(STATUS_FILE) if stat and stat.modified >= self._wall_start else None
+        except (OSError, RunError):  # an outage of the store: the worker goes on, and so does the run
+            return self._text
+        if status is None:
             self._text = f"loading the model ({duration(time.monotonic() - self._started)})"
             if self._run:
                 self._run.progress(None, None, text=self._text)
             return self._text
-        status = self._folder.read_json(STATUS_FILE)
         forecast, step = status["forecast"], status["step"]
         if forecast and forecast["by_budget"] and step >= 3 and not self._warned:
             self._warned = True
@@ -193,7 +201,15 @@ class _Status:
 
 
 def _fit(config: TrainConfig, model: Model, folder: Folder, done: concurrent.futures.Future[dict[str, Any]]) -> None:
-    """Ray Train's part, in a thread of its own; sets `done` to the worker's outcome or to what ended the run."""
+    """`_run_ray_train` in a thread of its own; sets `done` to its result, or to what it raised."""
+    try:
+        done.set_result(_run_ray_train(config, model, folder))
+    except BaseException as error:  # raised in the main thread
+        done.set_exception(error)
+
+
+def _run_ray_train(config: TrainConfig, model: Model, folder: Folder) -> dict[str, Any]:
+    """One worker under Ray Train, which replaces it when it dies; its outcome. Raises RunError for what ended it."""
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -224,22 +240,19 @@ def _fit(config: TrainConfig, model: Model, folder: Folder, done: concurrent.fut
         ),
     )
     try:
-        result = trainer.fit().return_value
-        if result is None:
-            raise RunFailedError(f"{folder}: the worker ended without a result (log: {folder.at('logs/worker.log')})")
-        if "error" in result:
-            raise RunError(result["error"])
-        done.set_result(result)
+        result: dict[str, Any] | None = trainer.fit().return_value
     except TrainingFailedError as error:
         if reason := lasting_reason(error, folder.local if folder.is_local else Path.cwd()):  # of Ray's own files
-            done.set_exception(RunError(reason))
-            return
+            raise RunError(reason) from None
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         last = f"the last time: {lines[-1]}" if lines else type(error).__name__
         times = config.resources.max_failures + 1
-        done.set_exception(RunFailedError(f"the training worker failed {times} times; {last}"))
-    except BaseException as error:  # raised in the main thread
-        done.set_exception(error)
+        raise RunFailedError(f"the training worker failed {times} times; {last}") from None
+    if result is None:
+        raise RunFailedError(f"{folder}: the worker ended without a result (log: {folder.at('logs/worker.log')})")
+    if "error" in result:
+        raise RunError(result["error"])
+    return result
 
 
 # ---- on the worker
@@ -261,12 +274,16 @@ def train_on_worker(options: dict[str, Any]) -> dict[str, Any]:
     working = working_folder(folder)
     download_state(folder, working)
     with Remote(folder, working) as remote:
-        return run_session(config, options["fingerprint"], remote, node, started)
+        result = run_session(config, options["fingerprint"], remote, node, started)
+    if not folder.is_local and result.get("ended_by", "stop") != "stop":
+        shutil.rmtree(working, ignore_errors=True)  # all of it is at the URL
+    return result
 
 
 def run_session(config: TrainConfig, fingerprint: str, remote: Remote, node: str, started: float) -> dict[str, Any]:
     """One worker's session; see `train_on_worker`. Raises what a new worker may get past."""
     folder = remote.working
+    remote.add_leftovers()
     for name in _WORLD:
         os.environ.pop(name, None)
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # packs vary in shape
@@ -293,7 +310,7 @@ def run_session(config: TrainConfig, fingerprint: str, remote: Remote, node: str
         shutil.rmtree(folder / CHECKPOINTS_FOLDER / WORK_FOLDER, ignore_errors=True)
     with contextlib.suppress(OSError):  # still full: Ray gives the result to the driver
         write_json(folder / SESSION_FILE, result)
-        remote.add(SESSION_FILE, "logs", TENSORBOARD_FOLDER)
+        remote.add(SESSION_FILE, *STATE_FILES, "logs", TENSORBOARD_FOLDER)
     return result
 
 
@@ -369,9 +386,15 @@ def lasting_reason(error: BaseException, folder: Path) -> str | None:
             f"the card ran out of memory at batch.micro=1 ({text[:160]}); the last checkpoint is kept. "
             "The run continues with gradient_checkpointing=true or on a larger card"
         )
+    if isinstance(error, MemoryError) or _HOST_MEMORY.search(text):
+        return (
+            f"the worker's machine ran out of memory ({text[:160]}); the last checkpoint is kept. The run continues "
+            "with half the batch.micro and twice the batch.accumulation, or on a machine with more memory"
+        )
     return None
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether the card, not the machine, ran out of memory."""
-    return type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in str(error)
+    text = str(error)
+    return type(error).__name__ == "OutOfMemoryError" or any(sign in text for sign in _CARD_IS_FULL)

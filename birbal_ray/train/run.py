@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import tempfile
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,7 @@ from birbal_ray.train.checkpoints import (
     SELF_CHECK_FILE,
     STOP_FILE,
     WORKING_FILE,
-    download_state,
-    read_metrics,
+    parse_metrics,
     working_folder,
 )
 from birbal_ray.train.config import TrainConfig
@@ -69,7 +70,9 @@ def train(config: TrainConfig, *, overwrite: bool = False) -> TrainResult:
     mix, mix_manifest = read_mix(config)
     identity = _identity(config, model, mix_manifest)
     inputs = [mix.place, str(model.path), *filter(None, [config.lora.from_adapter])]
-    with open_run(output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run:
+    with open_run(
+        output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs, may_become=_differ_in_checkpoints
+    ) as run:
         if run.manifest:
             progress.message(f"{run.folder} is up to date; nothing to do")
             return TrainResult(run.folder, run.manifest)
@@ -86,16 +89,18 @@ def train(config: TrainConfig, *, overwrite: bool = False) -> TrainResult:
         for line in describe_preflight(found, config):
             progress.message(line)
         refuse_if_too_large(found)
-        refuse_if_too_short(found, config)
-        run.folder.delete([STOP_FILE])
-        if run.resumed and METRICS_FILE in run.files:
+        if METRICS_FILE in run.files:
             progress.message(f"continuing from the last checkpoint in {run.folder}")
+        else:  # a run that is under way ends in time whatever this machine has measured since
+            refuse_if_too_short(found, config)
+        run.folder.delete([STOP_FILE])
         outcome = train_on_cluster(config, model, run.folder, progress, run)
         if outcome["ended_by"] == "stop":
             progress.message(f"stopped after step {outcome['num_steps']}, checkpoint saved; the same command continues")
             raise KeyboardInterrupt
-        download_state(run.folder, working)
-        result = _finish(config, model, run, working, mix_manifest, packing, outcome, progress)
+        result = _finish(config, model, run, mix_manifest, packing, outcome, progress)
+        if not run.folder.is_local:
+            shutil.rmtree(working, ignore_errors=True)
         if not run.resumed:
             rest = time.monotonic() - started - result.manifest["result"]["elapsed_seconds"]
             per_row = packing["train"].num_tokens / packing["train"].num_samples
@@ -235,26 +240,31 @@ def _identity(config: TrainConfig, model: Model, mix_manifest: dict[str, Any]) -
     }
 
 
+def _differ_in_checkpoints(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether two identities differ at most in when checkpoints are saved, which decides nothing of the adapter."""
+    one, other = ({**i, "settings": {**i.get("settings", {}), "checkpoint": None}} for i in (old, new))
+    return one == other
+
+
 def _finish(
     config: TrainConfig,
     model: Model,
     run: Run,
-    working: Path,
     mix_manifest: dict[str, Any],
     packing: dict[str, Packing],
     outcome: dict[str, Any],
     progress: ProgressLine,
 ) -> TrainResult:
-    here = open_folder(working)
-    metrics = read_metrics(working / METRICS_FILE)
-    if not here.is_file(BEST_FILE):
+    """Read what the worker left in the run folder, publish the best adapter, and write the manifest."""
+    folder = run.folder
+    metrics = parse_metrics(folder.read_text(METRICS_FILE)) if folder.is_file(METRICS_FILE) else []
+    if not folder.is_file(BEST_FILE):
         reason = next(filter(None, map(why_diverged, metrics)), "the run made no evaluation")
-        raise RunError(f"{run.folder}: no adapter was kept; {reason}")
-    best = here.read_json(BEST_FILE)
+        raise RunError(f"{folder}: no adapter was kept; {reason}")
+    best, clock = folder.read_json(BEST_FILE), folder.read_json(CLOCK_FILE)
     base_loss = next(line["eval_loss"] for line in metrics if "eval_loss" in line and line["step"] == 0)
     if best["eval_loss"] >= base_loss:
         progress.message(f"warning: no adapter beats the base model's eval loss of {base_loss:.4f}")
-    clock = here.read_json(CLOCK_FILE)
     manifest = {
         "settings": config.model_dump(mode="json"),
         "seed": config.seed,
@@ -268,8 +278,8 @@ def _finish(
         },
         "result": {
             **outcome,
-            "eased": here.read_json(EASED_FILE) if here.is_file(EASED_FILE) else None,
-            "self_check": here.read_json(SELF_CHECK_FILE) if here.is_file(SELF_CHECK_FILE) else None,
+            "eased": folder.read_json(EASED_FILE) if folder.is_file(EASED_FILE) else None,
+            "self_check": folder.read_json(SELF_CHECK_FILE) if folder.is_file(SELF_CHECK_FILE) else None,
             "train_tokens": sum(line["tokens"] for line in metrics if "loss" in line),
             "base_eval_loss": base_loss,
             "best_eval_loss": best["eval_loss"],
@@ -278,12 +288,12 @@ def _finish(
             "setup_seconds": round(clock["setup_seconds"], 3),
         },
     }
-    with run.folder.writer(CURVE_FILE) as sink:
+    with folder.writer(CURVE_FILE) as sink:
         draw_loss_curve(metrics, (best["step"], best["eval_loss"]), sink)
-    names = publish_adapter(run.folder, working / best["folder"], manifest, mix_manifest, model)
+    names = publish_adapter(folder, folder.subfolder(best["folder"]), manifest, mix_manifest, model)
     files = [*names, CURVE_FILE, METRICS_FILE, BEST_FILE]
     summary = (
         f"eval loss {base_loss:.4f} → {best['eval_loss']:.4f} at step {best['step']:,} of {outcome['num_steps']:,} "
         f"(ended by {outcome['ended_by']})"
     )
-    return TrainResult(run.folder, run.finish(manifest, files, summary=summary))
+    return TrainResult(folder, run.finish(manifest, files, summary=summary))

@@ -204,8 +204,11 @@ class SftCallback(TrainerCallback):
         self._tokens_before = 0
         self._status_written = -math.inf
         self._latest: dict[str, Any] = {"train": None, "evaluation": None}  # lines of metrics.jsonl
-        best = self._folder / BEST_FILE
-        self._best = read_json(best)["eval_loss"] if best.exists() else math.inf
+        self._best = math.inf
+        if (self._folder / BEST_FILE).exists():
+            best = read_json(self._folder / BEST_FILE)
+            if (self._folder / best["folder"] / REFERENCE_FILE).exists():  # the last file of a complete one
+                self._best = best["eval_loss"]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Forget what a killed session measured after its last checkpoint; go no further where no step fits."""

@@ -205,3 +205,13 @@ def test_the_clock_goes_to_the_url_with_the_status(tmp_path):
     sft.SftCallback(trainer, lambda line: None)._write_status(state)
     assert {"status.json", "clock.json"} <= set(added)
     assert json.loads((tmp_path / "status.json").read_text())["step"] == 3
+
+
+def test_a_best_adapter_that_is_not_whole_does_not_keep_others_from_being_saved(tmp_path):
+    """best.json came to this machine without all files of its adapter: nothing would ever be lower than its loss."""
+    trainer = SimpleNamespace(folder=tmp_path)
+    (tmp_path / "best" / "step-000004").mkdir(parents=True)
+    (tmp_path / "best.json").write_text(json.dumps({"step": 4, "eval_loss": 1.5, "folder": "best/step-000004"}))
+    assert sft.SftCallback(trainer, lambda line: None)._best == float("inf")
+    (tmp_path / "best" / "step-000004" / "reference.json").write_text("{}")
+    assert sft.SftCallback(trainer, lambda line: None)._best == 1.5

@@ -210,12 +210,13 @@ def test_calibrating_on_a_cluster_packs_beside_the_output(tiny_mix, tiny_model, 
 
 def test_a_run_without_an_adapter_says_why(tmp_path):
     lines = [{"step": 0, "eval_loss": 5.0}, {"step": 4, "eval_loss": float("nan")}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    metrics = "".join(json.dumps(line) + "\n" for line in lines)
     with (
         pytest.raises(RunError, match="the eval loss is not a number since step 4: the adapter diverged"),
         open_run(tmp_path / "run", "train", {}, owns=[]) as run,
     ):
-        step._finish(TrainConfig(), None, run, tmp_path, {}, {}, {}, ProgressLine())
+        run.folder.write_bytes("metrics.jsonl", metrics.encode())
+        step._finish(TrainConfig(), None, run, {}, {}, {}, ProgressLine())
 
 
 def test_a_missing_setting_is_named():

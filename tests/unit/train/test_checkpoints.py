@@ -1,3 +1,4 @@
+import json
 import os
 import threading
 import time
@@ -43,8 +44,9 @@ def test_remove_old_keeps_the_latest(tmp_path):
     assert not list(tmp_path.glob(".old-*"))
 
 
-def test_pruning_at_a_url_goes_by_its_own_records(folder, tmp_path):
+def test_pruning_at_a_url_goes_by_its_own_records(s3, tmp_path):
     """A checkpoint or adapter that is still being uploaded supersedes nothing; an outage stops nothing."""
+    folder = open_folder(f"s3://{BUCKET}/{tmp_path.name}")
     for name in ("step-000003", "step-000006", "step-000009"):
         for file in ("optimizer.pt", "files.json"):
             folder.write_bytes(f"checkpoints/{name}/{file}", b"{}")
@@ -52,16 +54,20 @@ def test_pruning_at_a_url_goes_by_its_own_records(folder, tmp_path):
     for name in ("step-000004", "step-000008"):
         folder.write_bytes(f"best/{name}/adapter_model.safetensors", b"")
     folder.write_json("best.json", {"folder": "best/step-000004"})
-    remote = Remote(folder, tmp_path)
-    remote.prune(keep=1)
+    with Remote(folder, tmp_path) as remote:
+        remote.prune(keep=1)
     assert {name.split("/")[1] for name in folder.files("checkpoints")} == {"step-000006", "step-000009"}
     assert {name.split("/")[1] for name in folder.files("best")} == {"step-000004", "step-000008"}
     folder.write_json("best.json", {"folder": "best/step-000008"})
-    remote.prune(keep=1)
+    with Remote(folder, tmp_path) as remote:
+        remote.prune(keep=1)
     assert {name.split("/")[1] for name in folder.files("best")} == {"step-000008"}
 
 
-def test_an_outage_of_the_store_does_not_end_the_training(tmp_path):
+def test_an_outage_of_the_store_neither_ends_nor_holds_up_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "STOP_POLL_SECONDS", 0.01)
+    asked, answer = threading.Event(), threading.Event()
+
     class Unreachable:
         place = "s3://bucket/run"
 
@@ -69,11 +75,97 @@ def test_an_outage_of_the_store_does_not_end_the_training(tmp_path):
             raise RunError("s3://bucket/run: can't be reached")
 
         def is_file(self, name):
+            asked.set()
+            answer.wait(60)
             raise RunError("s3://bucket/run: can't be reached")
 
-    remote = Remote(Unreachable(), tmp_path)
-    remote.prune(keep=1)
-    assert not remote.stop_requested()
+    with Remote(Unreachable(), tmp_path) as remote:
+        remote.prune(keep=1)
+        assert asked.wait(60)
+        assert not remote.stop_requested(), "while the store has not answered"
+        answer.set()
+
+
+def test_the_worker_hears_of_a_stop_at_a_url(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "STOP_POLL_SECONDS", 0.01)
+    folder = open_folder(f"s3://{BUCKET}/{tmp_path.name}")
+    with Remote(folder, tmp_path) as remote:
+        assert not remote.stop_requested()
+        folder.write_bytes("stop", b"")
+        while not remote.stop_requested():
+            time.sleep(0.01)
+
+
+def state(working, step, elapsed, best=None):
+    """What a session leaves in its folder: a checkpoint, its clock, the best adapter."""
+    if step:
+        write(working / "checkpoints", step)
+    working.mkdir(exist_ok=True)
+    (working / "clock.json").write_text(json.dumps({"elapsed_seconds": elapsed}))
+    if best:
+        folder = working / "best" / f"step-{best:06d}"
+        folder.mkdir(parents=True)
+        (folder / "adapter_model.safetensors").write_text(str(best))
+        (working / "best.json").write_text(json.dumps({"folder": f"best/{folder.name}"}))
+
+
+def test_a_session_uploads_what_an_earlier_one_here_could_not(s3, tmp_path):
+    folder = open_folder(f"s3://{BUCKET}/{tmp_path.name}")
+    state(tmp_path, 8, 10.0, best=8)
+    folder.write_bytes("best/step-000008/adapter_model.safetensors", b"8")
+    before = folder.stat("best/step-000008/adapter_model.safetensors")
+    with Remote(folder, tmp_path) as remote:
+        remote.add_leftovers()
+    assert {"checkpoints/step-000008/files.json", "clock.json", "best.json"} <= folder.files().keys()
+    assert folder.stat("best/step-000008/adapter_model.safetensors") == before, "not again what is there"
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "kept"),
+    [
+        ((16, 20.0), (8, 30.0), "here"),  # an outage kept the later checkpoint from being uploaded
+        ((8, 20.0), (8, 10.0), "here"),
+        ((8, 20.0), (8, 30.0), "there"),  # a session on another machine, killed before its next checkpoint
+        ((8, 20.0), (16, 30.0), "there"),
+        ((0, 0.0), (0, 5.0), "there"),
+    ],
+)
+def test_a_continuation_takes_the_state_that_got_further(s3, tmp_path, here, there, kept):
+    folder = open_folder(f"s3://{BUCKET}/{tmp_path.name}")
+    state(tmp_path / "working", *here, best=4)
+    state(tmp_path / "other", *there, best=6)
+    with Remote(folder, tmp_path / "other") as remote:
+        remote.add_leftovers()
+    checkpoints.download_state(folder, tmp_path / "working")
+    step, elapsed = here if kept == "here" else there
+    latest = latest_checkpoint(tmp_path / "working" / "checkpoints")
+    assert (latest.name if latest else None) == (f"step-{step:06d}" if step else None)
+    assert json.loads((tmp_path / "working" / "clock.json").read_text()) == {"elapsed_seconds": elapsed}
+    best = json.loads((tmp_path / "working" / "best.json").read_text())["folder"]
+    assert best == f"best/step-00000{4 if kept == 'here' else 6}"
+    assert [one.name for one in (tmp_path / "working" / "best").iterdir()] == [best.removeprefix("best/")]
+
+
+def test_at_its_end_a_session_rides_out_an_outage_once_not_for_each_file(s3, tmp_path):
+    place = open_folder(f"s3://{BUCKET}/{tmp_path.name}")
+    tries, closing = [], threading.Event()
+
+    class Away(type(place)):
+        __slots__ = ()
+
+        def upload(self, file, name):
+            closing.wait(60)
+            tries.append(name)
+            raise RunError("can't be reached")
+
+    for number in range(5):
+        (tmp_path / f"file-{number}").write_text("x")
+    remote = Remote(Away(place.place, place.filesystem, place.root), tmp_path)
+    with pytest.raises(RunError, match=r"5 file\(s\) are not uploaded \(first: file-0: can't be reached"), remote:
+        remote.add(*(f"file-{number}" for number in range(5)))
+        remote._closing.set()
+        closing.set()
+    assert tries == ["file-0"]
 
 
 def test_uploads_go_up_in_order_the_marker_last(folder, tmp_path):

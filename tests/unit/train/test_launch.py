@@ -1,0 +1,145 @@
+"""What the driver of a training does when something breaks off, without Ray and torch."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from types import SimpleNamespace
+
+import pytest
+
+from birbal_ray.progress import ProgressLine
+from birbal_ray.storage import RunError, write_json
+from birbal_ray.train import launch
+from birbal_ray.train import run as step
+from birbal_ray.train.config import TrainConfig
+from birbal_ray.train.preflight import Preflight
+
+
+def test_whatever_the_training_thread_raises_reaches_the_driver(monkeypatch):
+    """Also before Ray Train begins: a run that has lost its lock, an import that fails."""
+
+    def lost(*arguments):
+        raise RunError("another run took this folder over")
+
+    monkeypatch.setattr(launch, "_run_ray_train", lost)
+    done = concurrent.futures.Future()
+    launch._fit(TrainConfig(), None, None, done)
+    with pytest.raises(RunError, match="took this folder over"):
+        done.result(timeout=0)
+
+
+def test_an_outage_while_the_driver_looks_at_the_worker_ends_nothing(monkeypatch):
+    folder = SimpleNamespace(is_local=False, stat=lambda name: SimpleNamespace(modified=2e10))
+    status = {"step": 3, "max_steps": 10, "epoch": 0.1, "forecast": None, "train": None, "evaluation": None}
+    folder.read_json = lambda name: status
+    shown = launch._Status(folder, TrainConfig(), None)
+    assert shown.text(ProgressLine()) == "step 3/10 · epoch 0.10"
+
+    def unreachable(name):
+        raise RunError("s3://bucket/run: can't be reached")
+
+    monkeypatch.setattr(launch, "NODES_SECONDS", 0.0)
+    folder.stat = unreachable
+    assert shown.text(ProgressLine()) == "step 3/10 · epoch 0.10"
+    folder.stat, status["step"] = lambda name: SimpleNamespace(modified=2e10), 4
+    assert shown.text(ProgressLine()) == "step 4/10 · epoch 0.10"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        OSError(12, "Cannot allocate memory"),
+        RuntimeError("Memory on the node was 30 GB / 31 GB (0.96), which exceeds the memory usage threshold of 0.95."),
+    ],
+)
+def test_a_machine_out_of_memory_gets_advice_that_keeps_the_work(tmp_path, error):
+    reason = launch.lasting_reason(error, tmp_path)
+    assert "ran out of memory" in reason and "the last checkpoint is kept" in reason
+    assert "half the batch.micro and twice the batch.accumulation" in reason
+    assert not launch.out_of_memory(error), "a smaller micro batch on the card is no answer"
+
+
+def test_a_card_that_is_full_says_so_in_several_ways(tmp_path):
+    for text in ("CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"):
+        assert launch.out_of_memory(RuntimeError(text))
+        assert "the card ran out of memory" in launch.lasting_reason(RuntimeError(text), tmp_path)
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """begun(**changes) calls `train` up to where Ray would start; the machine was slow lately."""
+    packing = SimpleNamespace(num_tokens=100, num_samples=10)
+    found = Preflight(
+        parts=[], memory_bytes=None, change=None, fits=True, num_trainable=1, packing={}, kernel="",
+        steps_per_epoch=1.0, tokens_per_second=100.0, speed_source="last seen here", least_budget_seconds=90.0,
+        steps_in_budget=0, epochs_in_budget=0.0,
+    )  # fmt: skip
+    model = SimpleNamespace(path=tmp_path / "model", fingerprint="f")
+    mix = SimpleNamespace(place=str(tmp_path / "mix")), {"files": {"train.parquet": "a", "eval.parquet": "b"}}
+    monkeypatch.setattr(step, "resolve_config", lambda config: (config, model))
+    monkeypatch.setattr(step, "read_mix", lambda config: mix)
+    monkeypatch.setattr(step, "_pack", lambda *arguments: {"train": packing})
+    monkeypatch.setattr(step, "run_preflight", lambda *arguments: found)
+    monkeypatch.setattr(step, "describe_preflight", lambda *arguments: [])
+
+    def train_on_cluster(config, model, folder, progress, run):
+        raise RunError("this is where Ray starts")
+
+    monkeypatch.setattr(step, "train_on_cluster", train_on_cluster)
+
+    def call(**changes):
+        config = TrainConfig(mix=str(tmp_path / "mix"), output=str(tmp_path / "run"), **changes)
+        step.train(config)
+
+    return call
+
+
+def test_a_run_that_is_under_way_is_not_refused_for_a_machine_that_became_slower(begun, tmp_path, capsys):
+    with pytest.raises(Exception, match="budget=60 s is too short"):
+        begun(budget="60s")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(RunError, match="this is where Ray starts"):
+        begun(budget="60s")
+    assert "continuing from the last checkpoint" in capsys.readouterr().err
+
+
+def test_how_often_checkpoints_are_saved_may_change(begun):
+    with pytest.raises(RunError, match="this is where Ray starts"):
+        begun()
+    with pytest.raises(RunError, match="this is where Ray starts"):
+        begun(checkpoint={"every_minutes": 2, "every_steps": 8, "keep": 1})
+    with pytest.raises(Exception, match=r"settings.evaluation.every_steps: 64 → 8"):
+        begun(evaluation={"every_steps": 8})
+
+
+def test_an_adapter_goes_from_the_best_folder_to_the_adapter_folder(folder, monkeypatch):
+    from birbal_ray.train import card
+
+    files = {"adapter_model.safetensors": b"weights", "README.md": b"of PEFT"}
+    for name, content in files.items():
+        folder.write_bytes(f"best/step-000004/{name}", content)
+    folder.write_json("best/step-000004/adapter_config.json", {"base_model_name_or_path": "/here", "r": 4})
+    folder.write_json("best/step-000004/reference.json", {"format": 1})
+    model = SimpleNamespace(name="owner/base", revision="abc", fingerprint="f")
+    monkeypatch.setattr(card, "adapter_card", lambda manifest, mix: "# Ours\n")
+    names = card.publish_adapter(folder, folder.subfolder("best/step-000004"), {}, {}, model)
+    assert names == sorted(folder.files("adapter"))
+    assert folder.read_bytes("adapter/adapter_model.safetensors") == b"weights"
+    assert folder.read_json("adapter/adapter_config.json") == {
+        "base_model_name_or_path": "owner/base", "r": 4, "revision": "abc"
+    }  # fmt: skip
+    assert folder.read_json("adapter/reference.json") == {"format": 1, "model": "owner/base", "model_fingerprint": "f"}
+    assert folder.read_text("adapter/README.md") == "# Ours\n"
+
+
+def test_a_merge_compares_on_the_prompts_of_training_where_the_mix_is_gone(tmp_path, capsys):
+    from birbal_ray.train import merge
+
+    gone, progress = str(tmp_path / "mix"), ProgressLine()
+    with pytest.raises(RunError, match="no such folder"):
+        merge._read_prompts(gone, None, None, 8, tmp_path, progress)
+    write_json(tmp_path / "reference.json", {"prompts": [{"token_ids": [1, 2]}, {"token_ids": [3]}]})
+    assert merge._read_prompts(gone, None, None, 8, tmp_path, progress) == [[1, 2], [3]]
+    assert "compared on the 2 prompts that training kept" in capsys.readouterr().err
