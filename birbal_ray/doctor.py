@@ -20,7 +20,7 @@ from birbal_ray.run import package_versions
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.pipeline import replica_request
 from birbal_ray.settings import ConfigError, one_line
-from birbal_ray.storage import RunError
+from birbal_ray.storage import RunError, cache_folder, is_url
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.launch import worker_request
 
@@ -62,7 +62,9 @@ def examine(model: str, output: str, sources: Sequence[SourceSettings] = ()) -> 
         text = ""
     flags = next((line.split() for line in text.splitlines() if line.startswith(("flags", "Features"))), [])
     vector = next((name for name in ("avx512f", "avx2", "asimd") if name in flags), None)
-    folder = next(path for path in (Path(output).resolve(), *Path(output).resolve().parents) if path.exists())
+    # A training run at a URL works in the cache of this machine.
+    place = (cache_folder() if is_url(output) else Path(output)).resolve()
+    folder = next(path for path in (place, *place.parents) if path.exists())
     free, versions = shutil.disk_usage(folder).free, package_versions()
     return [
         Check("python", OK, platform.python_version()),  # the package installs on no other than those that work

@@ -63,13 +63,17 @@ def hold_lock(folder: Folder) -> Iterator[RemoteLock | None]:
     """Be the only process that writes into the folder. Raises RunError at once when another live process does.
 
     On a disk a file lock, which the kernel keeps until the process ends, however it ends. A folder at a URL gives its
-    RemoteLock, which can be lost.
+    RemoteLock; where that is lost, whatever ends the block becomes the RunError that says so.
     """
     if not folder.is_local:
         remote = RemoteLock(folder)
         remote.acquire()
         try:
             yield remote
+        except BaseException:
+            if remote.lost:
+                raise RunError(remote.lost) from None
+            raise
         finally:
             remote.release()
         return

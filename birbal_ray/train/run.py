@@ -71,7 +71,14 @@ def train(config: TrainConfig, *, overwrite: bool = False) -> TrainResult:
     identity = _identity(config, model, mix_manifest)
     inputs = [mix.place, str(model.path), *filter(None, [config.lora.from_adapter])]
     with open_run(
-        output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs, may_become=_differ_in_checkpoints
+        output,
+        STEP,
+        identity,
+        owns=OWNS,
+        overwrite=overwrite,
+        inputs=inputs,
+        settings={"settings": TrainConfig},
+        may_become=_differ_in_checkpoints,
     ) as run:
         if run.manifest:
             progress.message(f"{run.folder} is up to date; nothing to do")

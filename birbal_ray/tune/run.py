@@ -57,7 +57,16 @@ def tune(config: TuneConfig, *, overwrite: bool = False) -> TuneResult:
     inputs = [config.scores or "", *config.validation.files]
     identity = _identity(config, scores, model)
     output = require(config.output, "--output")
-    with open_run(output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs, may_become=only_adds) as run:
+    with open_run(
+        output,
+        STEP,
+        identity,
+        owns=OWNS,
+        overwrite=overwrite,
+        inputs=inputs,
+        settings={"settings": TuneConfig},
+        may_become=only_adds,
+    ) as run:
         if before := run.manifest:
             added = identity_differences(before, run.folder.read_json(RUN_FILE))
             # A search that its budget cut short goes on when it gets a larger one.

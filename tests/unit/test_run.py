@@ -9,8 +9,8 @@ import pytest
 
 from birbal_ray.manifest import check_input, read_manifest
 from birbal_ray.run import RunMismatchError, open_run
-from birbal_ray.settings import ConfigError
-from birbal_ray.storage import RunError, open_folder
+from birbal_ray.settings import ConfigError, Settings
+from birbal_ray.storage import Folder, RunError, open_folder
 
 OWNS = ("rows/*/*.parquet", "tasks.parquet")
 IDENTITY = {"config": {"seed": 1, "model": "a"}}
@@ -323,3 +323,130 @@ def test_a_run_goes_on_as_another_identity_where_the_step_says_so(folder):
         pass
     assert folder.read_json("run.json")["identity"] == more
     assert folder.is_file("tasks.parquet")
+
+
+class Kept(Settings):
+    seed: int = 1
+    later: float = 0.0  # a version that knew no such setting did what 0 does
+
+
+@pytest.mark.parametrize("section", [Kept, Settings])
+def test_a_setting_that_came_later_counts_as_its_default(tmp_path, section):
+    old, same, other = ({"settings": values} for values in ({"seed": 1}, Kept().model_dump(), {"seed": 1, "later": 2}))
+    finished(open_folder(tmp_path), old)
+    kept = (tmp_path / "run.json").read_bytes()
+    with open_run(
+        tmp_path, "score", same if section is Kept else old, owns=OWNS, settings={"settings": section}
+    ) as run:
+        assert run.manifest, "the run is the same one"
+    assert (tmp_path / "run.json").read_bytes() == kept, "its hash stays what later steps know"
+    for identity, lines in (
+        (other, ["settings.later: 0.0 → 2"] if section is Kept else ["settings.later: (none) → 2"]),
+        ({"settings": {"x": 1}}, ["settings.seed: 1 → (none)", "settings.x: (none) → 1"]),
+        ({**same, "made": "up"}, ["made: (none) → up", *["settings.later: (none) → 0.0"] * (section is Settings)]),
+    ):
+        with (
+            pytest.raises(RunMismatchError) as caught,
+            open_run(tmp_path, "score", identity, owns=OWNS, settings={"settings": section}),
+        ):
+            pass
+        assert caught.value.differences == lines
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["run.json", "manifest.json", "progress.json"])
+def test_a_store_that_fails_is_not_taken_for_damage(tmp_path, monkeypatch, name, overwrite):
+    folder = open_folder(tmp_path / "run")
+    finished(folder)
+    if name == "progress.json":
+        folder.delete(["manifest.json"])
+        folder.write_json(name, {"wall_seconds": 5.0})
+    before, read = contents(folder), Folder.read_bytes
+
+    def failing(self, asked):
+        if asked == name:
+            raise RunError(f"{self.at(asked)}: connection reset; check the bucket")
+        return read(self, asked)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(RunError, match=r"check the bucket$"),  # and no advice to delete anything
+    ):
+        patch.setattr(Folder, "read_bytes", failing)
+        with open_run(folder, "score", IDENTITY, owns=OWNS, overwrite=overwrite):
+            pass
+    assert contents(folder) == before
+
+
+def test_an_unfinished_run_that_starts_over_makes_room_for_other_settings(folder):
+    options = {"owns": ("tasks.parquet",), "starts_over": True}
+    with open_run(folder, "mix", IDENTITY, **options):
+        folder.write_bytes("tasks.parquet", b"half")
+        folder.write_bytes("notes.txt", b"mine")
+    with open_run(folder, "mix", {"other": 1}, **options) as opened:
+        assert not opened.resumed and folder.read_json("run.json")["identity"] == {"other": 1}
+        assert folder.files().keys() == {"run.json", "notes.txt"}
+        opened.finish({}, {}, summary="")
+    before = contents(folder)
+    with pytest.raises(RunMismatchError), open_run(folder, "mix", IDENTITY, **options):
+        pass
+    with (
+        pytest.raises(ConfigError, match="holds the output of `birbal mix`"),
+        open_run(folder, "score", {}, owns=("*",), starts_over=True),
+    ):
+        pass
+    assert contents(folder) == before
+
+
+def test_another_steps_run_is_refused_where_its_record_is_damaged(tmp_path):
+    folder = open_folder(tmp_path / "run")
+    finished(folder, step="train", names=("adapter/weights",))
+    folder.write_bytes("run.json", b"{")
+    before = contents(folder)
+    for overwrite in (False, True):
+        with (
+            pytest.raises(ConfigError, match="holds the output of `birbal train`, not of `birbal mix`"),
+            open_run(folder, "mix", IDENTITY, owns=("*",), overwrite=overwrite),
+        ):
+            pass
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["my-notes.json", "logs/what I did.md", "sessions/notes.txt"])
+def test_a_finished_runs_own_list_says_what_it_made(tmp_path, name):
+    folder = open_folder(tmp_path / "run")
+    owns = ("*.json", "rows/*/*.parquet", "tasks.parquet")  # of a step whose files' names come from elsewhere
+    finished(folder)
+    folder.write_bytes(name, b"mine")
+    with (
+        pytest.raises(ConfigError, match=f"--overwrite deletes nothing here.*first: {name}"),
+        open_run(folder, "score", IDENTITY, owns=owns, overwrite=True),
+    ):
+        pass
+    assert folder.read_bytes(name) == b"mine"
+
+
+def test_a_run_of_a_later_version_is_left_to_it(tmp_path):
+    folder = open_folder(tmp_path / "run")
+    finished(folder)
+    for name in ("run.json", "manifest.json"):
+        folder.write_json(name, {**folder.read_json(name), "format": 3})
+    before = contents(folder)
+    with pytest.raises(RunError, match="a later version of birbal_ray made this run"):
+        read_manifest(folder, "score")
+    with (
+        pytest.raises(ConfigError, match="a later version of birbal_ray made this run"),
+        open_run(folder, "score", IDENTITY, owns=OWNS),
+    ):
+        pass
+    assert contents(folder) == before
+
+
+def test_a_file_is_no_run_folder(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with (
+        pytest.raises(ConfigError, match="notes: is a file, expected a folder"),
+        open_run(tmp_path / "notes", "score", {}, owns=()),
+    ):
+        pass
+    assert (tmp_path / "notes").read_text() == "mine"

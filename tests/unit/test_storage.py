@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import fs
 
 from birbal_ray import storage
-from birbal_ray.storage import FileRecord, RunError, input_folder, open_folder
+from birbal_ray.storage import DamagedFileError, FileRecord, RunError, input_folder, open_folder
 from birbal_ray.train.checkpoints import Remote
 from tests.fixtures.s3_server import BUCKET, s3_proxy
 
@@ -218,3 +221,48 @@ def test_a_removed_cache_removes_nothing_at_the_url(s3, monkeypatch, tmp_path):
     with Remote(folder, tmp_path / "working") as remote:
         remote.add("rows")
     assert len(folder.files()) == 8
+
+
+def test_a_store_that_fails_while_it_sends_a_file_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
+    def fail(error):
+        def failing(*arguments):
+            raise error
+
+        return failing
+
+    folder, table = open_folder(tmp_path), pa.table({"a": range(1000)}).replace_schema_metadata({"made": "up"})
+    folder.write_parquet("t.parquet", table)
+    data = folder.read_bytes("t.parquet")
+    assert folder.read_table("t.parquet", []).schema.metadata[b"made"] == b"up"
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="check AWS_") as caught:
+        patch.setattr(pq.ParquetFile, "read", fail(OSError("connection reset")))
+        patch.setattr(storage.Folder, "read_bytes", fail(RunError("no answer; check AWS_*")))
+        folder.read_table("t.parquet")
+    assert not isinstance(caught.value, DamagedFileError)
+    for damaged in (data[:-8], b"PAR1" + b"\xff" * (len(data) - 20) + data[-16:], b""):
+        folder.write_bytes("t.parquet", damaged)
+        with pytest.raises(DamagedFileError, match=r"t\.parquet: not a Parquet file, or a damaged one"):
+            folder.read_table("t.parquet")
+
+
+@pytest.mark.parametrize("name", ["../../evil", "rows/../x", "rows//x", "./x"])
+def test_an_object_whose_name_leaves_its_folder_is_refused(name):
+    """Who may write into a bucket may not write onto the machines that copy from it."""
+    listed = [
+        fs.FileInfo(f"bucket/model/{name}", fs.FileType.File, size=1, mtime=1.0) for name in ("config.json", name)
+    ]
+    store = SimpleNamespace(get_file_info=lambda selector: listed)
+    folder = storage.Folder("s3://bucket/model", store, "bucket/model")
+    with pytest.raises(RunError, match=re.escape(f"the object {name!r} has a name that no file can have; remove it")):
+        folder.files()
+    listed.pop()
+    assert folder.files().keys() == {"config.json"}
+
+
+def test_a_home_folder_in_a_setting_is_the_users(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    open_folder("~/runs").write_bytes("a", b"1")
+    assert (tmp_path / "runs" / "a").read_bytes() == b"1"
+    assert input_folder("~/runs") == tmp_path / "runs"
+    assert storage.absolute("~else/x") == str(tmp_path / "~else" / "x"), "only one's own"

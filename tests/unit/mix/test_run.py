@@ -440,3 +440,83 @@ def test_missing_flags(scores):
         mix(MixConfig(output="x"))
     with pytest.raises(ConfigError, match="--output is required"):
         mix(MixConfig(scores=str(scores)))
+
+
+# --- what is in the way, and what is not ------------------------------------------------------------
+
+
+def test_an_unfinished_mix_with_a_damaged_record_is_made_from_scratch_when_that_is_asked_for(scores, tmp_path):
+    made = mix(config(scores, tmp_path / "m"))
+    data = data_of(made.folder.local)
+    (tmp_path / "m" / MANIFEST_FILE).unlink()
+    (tmp_path / "m" / RUN_FILE).write_text("{")
+    with pytest.raises(RunError, match=r"run\.json: not valid JSON.*choose another --output"):
+        mix(config(scores, tmp_path / "m"))
+    assert data_of(mix(config(scores, tmp_path / "m"), overwrite=True).folder.local) == data
+
+
+def test_a_mix_that_another_process_finishes_meanwhile_is_not_replaced(scores, tmp_path, monkeypatch):
+    """It was unfinished when this command began, and of other settings."""
+    from birbal_ray.mix import run as step
+
+    first = mix(config(scores, tmp_path / "m"))
+    data, manifest = data_of(first.folder.local), (tmp_path / "m" / MANIFEST_FILE).read_bytes()
+    (tmp_path / "m" / MANIFEST_FILE).unlink()
+    opened = step.open_run
+
+    def finished_meanwhile(*arguments, **options):
+        (tmp_path / "m" / MANIFEST_FILE).write_bytes(manifest)
+        return opened(*arguments, **options)
+
+    monkeypatch.setattr(step, "open_run", finished_meanwhile)
+    with pytest.raises(RunMismatchError):
+        mix(config(scores, tmp_path / "m", seed=9))
+    assert data_of(first.folder.local) == data
+
+
+@pytest.mark.parametrize("name", ["my-rows.parquet", "more.jsonl", "alpaca/mine.json"])
+def test_overwrite_takes_no_file_that_a_mix_does_not_write(name, scores, tmp_path):
+    mix(config(scores, tmp_path / "m"))
+    (tmp_path / "m" / name).write_bytes(b"mine")
+    for finished in (True, False):
+        if not finished:
+            (tmp_path / "m" / MANIFEST_FILE).unlink()
+        with pytest.raises(ConfigError, match=rf"--overwrite deletes nothing here.*\(first: {name}\)"):
+            mix(config(scores, tmp_path / "m", seed=9), overwrite=True)
+    assert (tmp_path / "m" / name).read_bytes() == b"mine"
+    assert (tmp_path / "m" / "train.parquet").exists()
+
+
+def test_a_finished_mix_needs_no_hub(scores, tmp_path, monkeypatch, capsys):
+    from birbal_ray.mix import plan, run
+    from birbal_ray.mix.datasets import Origin
+    from birbal_ray.mix.rows import OUTSIDE_ROWS
+
+    row = {"instruction": "", "input": "one two three four five six", "output": "seven", "task": "lima"}
+    row |= {"row_id": "lima:1", "license": "x", "llm_written": False, "unwanted": False}
+    monkeypatch.setattr(run, "origin_of", lambda source: Origin(source.name, "GAIR/lima", "a" * 40, "x"))
+    monkeypatch.setattr(plan, "read_source", lambda *_: iter([pa.Table.from_pylist([row], schema=OUTSIDE_ROWS)]))
+    settings = {"sources": [{"name": "lima"}]}
+    first = mix(config(scores, tmp_path / "m", **settings))
+
+    def unreachable(source):
+        raise ConfigError("source lima: GAIR/lima can't be had from the Hub (no route)")
+
+    monkeypatch.setattr(run, "origin_of", unreachable)
+    again = mix(config(scores, tmp_path / "m", **settings))
+    assert again.manifest == first.manifest
+    said = capsys.readouterr().err
+    assert f"no route); the finished mix was made from {'a' * 40}" in said and "is up to date" in said
+    with pytest.raises(RunMismatchError, match=r"settings\.seed: 5 → 6"):
+        mix(config(scores, tmp_path / "m", **settings, seed=6))
+    for folder, options in (("m", {"overwrite": True}), ("new", {})):
+        with pytest.raises(ConfigError, match="can't be had from the Hub"):
+            mix(config(scores, tmp_path / folder, **settings), **options)
+    assert (tmp_path / "m" / MANIFEST_FILE).exists()
+
+
+def test_the_card_does_not_say_where_a_users_file_lies(made, outside):
+    assert "| notes | notes.jsonl |" in (made.folder.local / "README.md").read_text()
+    folder = str(outside["path"]).rpartition("/")[0]
+    assert folder not in (made.folder.local / "README.md").read_text()
+    assert made.manifest["sources"][0]["location"] == outside["path"], "its own record does"

@@ -15,7 +15,7 @@ from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.run import score
 from birbal_ray.score.shards import RowFiles
 from birbal_ray.settings import ConfigError, load_config
-from birbal_ray.storage import RunError
+from birbal_ray.storage import Folder, RunError
 from tests.conftest import task_values
 from tests.fixtures.inline_scoring import Interrupted, inline_scoring
 
@@ -371,3 +371,24 @@ def test_a_folder_of_an_earlier_version_is_refused_in_one_line(scored, tmp_path)
     (folder / "run.json").write_text(json.dumps({"step": "score", "identity": {"row_format": 1}, "identity_hash": "0"}))
     with pytest.raises(ConfigError, match="an earlier version of birbal_ray made this run"):
         scored()
+
+
+@pytest.mark.parametrize("name", ["tasks.parquet", "rows/task_a/000000-000005.parquet"])
+def test_a_store_that_fails_for_a_moment_costs_no_row(scored, tmp_path, monkeypatch, name):
+    scored()
+    before = files(tmp_path)
+    (tmp_path / "run" / "manifest.json").unlink()  # as if it had been stopped at its end
+    read_table = Folder.read_table
+
+    def failing(self, asked, columns=None):
+        if self.at(asked).endswith(name):
+            raise RunError(f"{self.at(asked)}: connection reset; check the bucket")
+        return read_table(self, asked, columns)
+
+    monkeypatch.setattr(Folder, "read_table", failing)
+    with pytest.raises(RunError, match="check the bucket"):
+        scored()
+    assert files(tmp_path) == before
+    monkeypatch.setattr(Folder, "read_table", read_table)
+    scored()
+    assert files(tmp_path) == before
