@@ -35,12 +35,18 @@ def chosen_families(evaluations: Sequence[str], extra: Mapping[str, Sequence[str
 
 def families_of(names: Iterable[str], families: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     """The evaluations whose family names occur, as whole words, in any of the names (task, its sources)."""
-    plain = [f"_{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}_" for name in names]
+    plain = [_words_of(name) for name in names]
     return tuple(
         evaluation
         for evaluation, words in families.items()
-        if any(f"_{word}_" in name for word in words for name in plain)
+        if any(_words_of(word) in name for word in words for name in plain)
     )
+
+
+def _words_of(name: str) -> str:
+    """`Hendrycks-Test 2` as `_hendrycks_test_2_`."""
+    words = re.sub(r"[\W_]+", "_", name.lower()).strip("_")
+    return f"_{words}_"
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,9 @@ def _why(
     if reason is Reason.KEPT and settings["policy"] == BIRBAL_2023:
         return f"{text}: drawn from {record['bucket']} of its task ({share})"
     if reason is Reason.KEPT and settings["policy"] == TASK_SCORE:
-        return f"{text}: its task (score {task['task_score']:.3f}) was allocated {share}, {record['bucket']} rows first"
+        order = "failed rows first" if settings["task_score"].get("failed_first", True) else "in hash order"
+        answered = "the model failed this one" if record["bucket"] == "failed" else "the model did not fail this one"
+        return f"{text}: its task (score {task['task_score']:.3f}) was allocated {share}, {order}; {answered}"
     if reason is Reason.KEPT:
         return f"{text}: its task was allocated {share} ({settings['policy']}), in hash order"
     if reason in (Reason.OVER_ALLOCATION, Reason.OVER_CAP, Reason.NOT_DRAWN, Reason.OVER_SOURCE_LIMIT):

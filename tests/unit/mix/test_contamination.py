@@ -102,6 +102,10 @@ def test_families_by_whole_words():
     assert families_of(["task10_bbqsauce_recipes"], families) == ()
     assert families_of(["task7_x", "Secret-Set (https://example.org)"], families) == ("mine",)
     assert families_of(["task106_scruples_ethical_judgment"], families) == ()
+    own = chosen_families([], {"mine": ["Hendrycks-Test", "数学"]})
+    assert families_of(["task9_hendrycks_test_law"], own) == families_of(["MMLU", "hendrycks test"], own) == ("mine",)
+    assert families_of(["task1_数学_qa"], own) == ("mine",)
+    assert families_of(["task1_语文_qa", "hendrycks"], own) == (), "words are compared as words, however they are spelt"
     with pytest.raises(ConfigError, match=r"no family 'samsun' \(did you mean 'sam_sum'\?\)"):
         chosen_families(["samsun"], {})
 

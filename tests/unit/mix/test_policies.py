@@ -62,6 +62,19 @@ def test_random_policies_look_at_no_score(policy, scores, tmp_path):
     assert f"({policy}), in hash order" in explain(tmp_path / "a", kept["row_id"])["why"]
 
 
+@pytest.mark.parametrize("failed_first", [True, False])
+def test_a_kept_row_says_what_came_first_and_how_the_model_did(failed_first, scores, tmp_path):
+    make(scores, tmp_path / "m", task_score={**BUDGETS, "failed_first": failed_first})
+    order = "failed rows first" if failed_first else "in hash order"
+    seen = set()
+    for row in table(tmp_path / "m", "audit.parquet"):
+        if row["kept"] and row["bucket"] not in seen:
+            seen.add(row["bucket"])
+            answered = "the model failed this one" if row["bucket"] == "failed" else "the model did not fail this one"
+            assert explain(tmp_path / "m", row["row_id"])["why"].endswith(f"usable rows, {order}; {answered}")
+    assert seen == {"failed", "rest"}
+
+
 def test_a_budget_of_both_labels_that_can_t_be_met(scores, tmp_path):
     budgets = {"exact_match_budget": 9000, "generation_budget": 1000}
     with pytest.raises(ConfigError, match=r"generation_budget = 10000: only \d+ scored candidates .*allow_shortfall"):
