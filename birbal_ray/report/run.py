@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,8 +79,8 @@ def report(
     pictures = PLOTS_FOLDER if output is None else f"{name.rpartition('.')[0]}-plots"
     files = {f"{pictures}/{plot.name}.svg": plot.svg.encode() for plot in plots.values()}
     files |= {f"{pictures}/{plot.name}.png": plot.png for plot in plots.values()}
-    ours = (*(f"{pictures}/{plot}." for plot in NAMES), f"{pictures}/tasks-")
-    target.delete([file for file in target.files(pictures) if file.startswith(ours) and file not in files])
+    ours = re.compile(rf"{re.escape(pictures)}/({'|'.join(NAMES)}|{tasks_name('')}[a-z0-9_-]+)\.(svg|png)")
+    target.delete([file for file in target.files(pictures) if ours.fullmatch(file) and file not in files])
     for file, data in {**files, name: page.encode()}.items():
         target.write_bytes(file, data)
     return ReportResult(target.at(name), target.at(pictures), conclusions, dict(found.missing))

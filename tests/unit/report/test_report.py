@@ -439,12 +439,14 @@ def test_a_run_at_a_url_gives_the_same_page_there(run, same_plots, s3):
             folder.upload(file, file.relative_to(run).as_posix())
     folder.write_bytes("report/mix.png", b"an earlier one")
     folder.write_bytes("report/tasks-chat.png", b"of a prompt format that is gone")
-    folder.write_bytes("report/notes.txt", b"somebody's")
+    others = ("report/notes.txt", "report/mix.csv", "report/tasks-to-do.md")
+    for name in others:
+        folder.write_bytes(name, b"somebody's")
     result = report(folder.place)
     assert (result.file, result.plots) == (folder.at("report.html"), folder.at("report"))
     assert folder.read_bytes("report.html") == (run / "report.html").read_bytes()
     expected = {f"report/{name}.{kind}" for name in PLOTS for kind in ("svg", "png")}
-    assert folder.files("report").keys() == {*expected, "report/notes.txt"}
+    assert folder.files("report").keys() == {*expected, *others}
     assert folder.read_bytes("report/mix.png") == (run / "report" / "mix.png").read_bytes()
 
 
