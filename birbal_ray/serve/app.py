@@ -28,6 +28,7 @@ from birbal_ray.score.monitor import COUNTED
 from birbal_ray.score.tokens import Tokenizer, prompt_token_ids
 
 CLIENT_GONE = 499  # nobody reads it
+MAX_BODY_BYTES = 4 << 20  # a prompt of a whole book has less
 BLANK_LINE = "\n\n"
 ANSWER_WORDS = "the answer is"
 _ANSWER = re.compile(rf"\s*{ANSWER_WORDS}(?:\s*:\s*|\s+)([^\W\d_])(?!\w)", re.IGNORECASE)
@@ -260,7 +261,7 @@ def make_app(service: Service) -> FastAPI:
 
 
 class Guard:
-    """Answers 401 or 403 to whoever may not call, before any route.
+    """Answers 401 or 403 to whoever may not call, and 411 or 413 to a body of unknown or huge size, before any route.
 
     With a token: 401 without one, 403 for a wrong one. Without: 403 for a client on another machine, and for a page
     whose name was made to point at this one (its Host header isn't ours), unless anyone is allowed.
@@ -281,15 +282,22 @@ class Guard:
             kind, _, given = headers.get(b"authorization", b"").partition(b" ")
             if kind.lower() != b"bearer":
                 return JSONResponse({"detail": "send Authorization: Bearer TOKEN"}, 401, {"WWW-Authenticate": "Bearer"})
-            right = secrets.compare_digest(given.strip(), self._token.encode())
-            return None if right else JSONResponse({"detail": "wrong token"}, 403)
-        if self._allow_anyone:
-            return None
-        host = headers.get(b"host", b"").decode("latin-1")
-        name = host.rpartition(":")[0] or host
-        if is_loopback((scope.get("client") or ("",))[0]) and is_loopback(name.strip("[]")):
-            return None
-        return JSONResponse({"detail": "this server answers its own machine only; start it with --token"}, 403)
+            if not secrets.compare_digest(given.strip(), self._token.encode()):
+                return JSONResponse({"detail": "wrong token"}, 403)
+        elif not self._allow_anyone and not _is_from_here(scope, headers):
+            return JSONResponse({"detail": "this server answers its own machine only; start it with --token"}, 403)
+        if b"transfer-encoding" in headers:
+            return JSONResponse({"detail": "send Content-Length; a body in chunks is not taken"}, 411)
+        if int(headers.get(b"content-length", b"0")) > MAX_BODY_BYTES:
+            return JSONResponse({"detail": f"the body may have at most {MAX_BODY_BYTES:,} bytes"}, 413)
+        return None
+
+
+def _is_from_here(scope: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> bool:
+    """Whether a client on this machine asked for it by a name of this machine."""
+    host = headers.get(b"host", b"").decode("latin-1")
+    name = host.rpartition(":")[0] or host
+    return is_loopback((scope.get("client") or ("",))[0]) and is_loopback(name.strip("[]"))
 
 
 def is_loopback(host: str) -> bool:

@@ -32,7 +32,7 @@ class ServeConfig(Settings):
     merged: str | None = Field(None, description="merged model's folder, instead of a model and an adapter")
     host: str = Field("127.0.0.1", description="address; any but this machine's own needs a token or --allow-anyone")
     port: int = Field(8080, ge=0, le=65535, description="port; 0 takes a free one and prints it")
-    token: str | None = Field(None, description="clients must send it: Authorization: Bearer TOKEN")
+    token: str | None = Field(None, min_length=1, description="clients must send it: Authorization: Bearer TOKEN")
     allow_anyone: bool = Field(False, description="answer strangers who reach the address")
     compat: bool = Field(False, description="the published server's answer rule, with its defect")
     engine: ServedEngine = ServedEngine()

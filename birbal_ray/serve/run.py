@@ -94,6 +94,8 @@ def openai_command(config: ServeConfig) -> list[str]:
         )
     if config.engine.backend != "vllm":
         raise ConfigError("--openai starts vLLM's own server; engine.backend must be vllm")
+    if config.compat:
+        raise ConfigError("--compat is a rule of the submission API; --openai starts vLLM's own server, which has none")
     served = load_served(config)
     arguments = vllm_arguments(served.path, served.engine, served.resources, served.adapters)
     del arguments["disable_log_stats"]  # its /metrics

@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 
 from birbal_ray.score.engine import Completion, EngineLoop
 from birbal_ray.score.simulated import NUM_EMBEDDINGS, SAYS, SimulatedEngine, SimulatedTokenizer
-from birbal_ray.serve.app import Service, make_app
+from birbal_ray.serve.app import MAX_BODY_BYTES, Service, make_app
 
 HERE = ("127.0.0.1", 50000)
 
@@ -447,3 +447,14 @@ def test_every_error_of_a_completion_is_told():
     with client(engine=Refuses()) as server:
         answer = server.post("/process", json={"prompt": "x"})
         assert (answer.status_code, answer.json()["detail"]) == (400, "lost")
+
+
+@pytest.mark.parametrize("path", ["/process", "/tokenize", "/decode"])
+def test_a_body_without_end_is_not_read(path):
+    """Whoever may call may not fill the machine's memory."""
+    with client() as server:
+        huge = server.post(path, content=b"x" * (MAX_BODY_BYTES + 1))
+        assert huge.status_code == 413 and f"{MAX_BODY_BYTES:,} bytes" in huge.json()["detail"]
+        assert server.post(path, content=iter([b"{}"])).status_code == 411
+    with client(address=("192.0.2.7", 50000)) as server:
+        assert server.post(path, content=b"x" * (MAX_BODY_BYTES + 1)).status_code == 403, "a stranger learns nothing"
