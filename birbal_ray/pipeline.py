@@ -8,10 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from birbal_ray.cluster import job_metadata, ray_log_file, ray_session
 from birbal_ray.evaluate.run import evaluate
+from birbal_ray.lock import hold_lock
 from birbal_ray.manifest import RUN_FILE
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.datasets import source_problem
@@ -22,11 +24,17 @@ from birbal_ray.plan import LOAD_SECONDS, fitting_instances, least_seconds, plan
 from birbal_ray.progress import CLOCK_FILE, PLAN_FILE, duration, repeating, save_figures
 from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps
 from birbal_ray.report.run import report
-from birbal_ray.run import MANIFEST_FILE, RunFailedError, progress_seconds, sigterm_as_interrupt
+from birbal_ray.run import (
+    MANIFEST_FILE,
+    RunFailedError,
+    RunMismatchError,
+    progress_seconds,
+    sigterm_as_interrupt,
+)
 from birbal_ray.score.pipeline import logical_cpus
 from birbal_ray.score.run import score
-from birbal_ray.settings import ConfigError, one_line
-from birbal_ray.storage import Folder, RunError, input_folder, open_folder
+from birbal_ray.settings import ConfigError, canonical_hash, one_line
+from birbal_ray.storage import DamagedFileError, Folder, RunError, input_folder, open_folder
 from birbal_ray.train.deadline import CLOCK_FILE as WORKER_CLOCK_FILE
 from birbal_ray.train.launch import logical_cpus as train_logical_cpus
 from birbal_ray.train.run import train
@@ -51,7 +59,8 @@ class BudgetClock:
 
     Kept in clock.json of the recipe's folder, with what was decided once for a step, so that a continuation asks it
     for the same. Without a budget it only counts. `is_new`: no earlier session had this budget. `least`: seconds
-    that each step works in, at least.
+    that each step works in, at least. `overwrites`: a hash of the command that is to start all steps from scratch; a
+    continuation of that command keeps what it has made.
     """
 
     def __init__(
@@ -61,20 +70,25 @@ class BudgetClock:
         shares: ShareSettings,
         least: Mapping[str, float],
         *,
-        from_scratch: bool = False,
+        overwrites: str = "",
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.budget, self._shares, self.least = budget, shares.model_dump(), least
-        self.from_scratch = from_scratch
         self._folder, self._now = folder, now
         earlier: dict[str, Any] = {}
-        if not from_scratch:
-            with contextlib.suppress(FileNotFoundError):
-                earlier = folder.read_json(CLOCK_FILE)
+        with contextlib.suppress(FileNotFoundError, *([DamagedFileError] if overwrites else [])):
+            earlier = folder.read_json(CLOCK_FILE)
+        self._is_overwriting = bool(overwrites)
+        self._overwrites: dict[str, Any] = earlier.get("overwrites") or {}  # `since`: seconds since the epoch
+        if overwrites and self._overwrites.get("command") != overwrites:
+            folder.write_json(CLOCK_FILE, {})
+            began = folder.stat(CLOCK_FILE)  # by the clock that gives the manifests their times
+            earlier, self._overwrites = {}, {"command": overwrites, "since": began.modified if began else time.time()}
         self.spent: dict[str, float] = dict(earlier.get("spent_seconds", {}))
         # Another budget is another plan: what was decided for the old one does not bind it.
         same = earlier.get("budget_seconds") == budget
         self.decided: dict[str, Any] = dict(earlier.get("decided", {})) if same else {}
+        self.search_failed = bool(same and earlier.get("search_failed"))  # in an earlier session, or in this one
         self.is_new = not earlier or not same
         self.has_ended = False
         self._lock = threading.Lock()
@@ -123,6 +137,18 @@ class BudgetClock:
         """Seconds that `step` took beyond its share."""
         return 0.0 if self.budget is None or step == "train" else self.spent.get(step, 0.0) - self._share(step)
 
+    def starts_over(self, step: str) -> bool:
+        """Whether a command that overwrites has yet to make `step` from scratch."""
+        made = self._folder.stat(f"{step}/{MANIFEST_FILE}") if self._is_overwriting else None
+        return self._is_overwriting and not (made and made.modified >= self._overwrites["since"])
+
+    def end(self) -> None:
+        """Everything is made: the next command that overwrites, the same one, too, is a new one."""
+        if self._overwrites:
+            with self._lock:
+                self._overwrites = {}
+                self._save()
+
     def decide(self, key: str, make: Callable[[], Any]) -> Any:
         """What was decided for `key` in an earlier session, else `make()`, which is kept."""
         if key not in self.decided:
@@ -137,7 +163,8 @@ class BudgetClock:
     def _save(self) -> None:
         spent = {step: round(seconds, 2) for step, seconds in self.spent.items()}
         record: dict[str, Any] = {"budget_seconds": self.budget, "shares": self._shares, "spent_seconds": spent}
-        self._folder.write_json(CLOCK_FILE, {**record, "decided": self.decided})
+        record |= {"decided": self.decided, "search_failed": self.search_failed, "overwrites": self._overwrites}
+        self._folder.write_json(CLOCK_FILE, record)
 
 
 def run_pipeline(
@@ -151,25 +178,30 @@ def run_pipeline(
 
     With a budget each step ends in time, and training gets what the others leave. The first session writes the plan
     down, and the report, which is written after every step, compares it with the time taken. `show` gets each step's
-    result under its name. The steps share one Ray. Raises ConfigError when the budget is too small for any step.
+    result under its name. The steps share one Ray. With `overwrite`, each step starts from scratch, once: the same
+    call, repeated after an interruption, continues. Raises ConfigError when the budget is too small for any step,
+    RunError when another pipeline is at work in the folder.
     """
     config = join_steps(config)
     steps, folder = config.steps, open_folder(config.output or "")
     least = least_seconds(config)
-    clock = BudgetClock(folder, config.budget, config.shares, least, from_scratch=overwrite)
-    if clock.is_new:
-        refuse_small_budget(config, least)
-    is_done = all(folder.is_file(f"{step}/{MANIFEST_FILE}") for step in steps if step != "report") and not overwrite
-    clock.has_ended = is_done  # a second call looks at what is there: it takes no time of the budget
-    if overwrite or not folder.is_file(f"mix/{MANIFEST_FILE}"):
-        check_sources(config)
-    if clock.is_new or not (is_done or folder.is_file(PLAN_FILE)):
-        with clock.running(steps[0]):
-            write_plan(config, folder, announce)
-    num_pages, reported = 0, clock.spent.get("report", 0.0)
+    num_pages = 0
     with ExitStack() as stack:
+        stack.enter_context(sigterm_as_interrupt())
+        folder = replace(folder, guard=stack.enter_context(hold_lock(folder)))
+        overwrites = canonical_hash(config.model_dump(mode="json")) if overwrite else ""
+        clock = BudgetClock(folder, config.budget, config.shares, least, overwrites=overwrites)
+        if clock.is_new:
+            refuse_small_budget(config, least)
+        is_done = not overwrite and all(folder.is_file(f"{step}/{MANIFEST_FILE}") for step in steps if step != "report")
+        clock.has_ended = is_done  # a second call looks at what is there: it takes no time of the budget
+        if clock.starts_over("mix") or not folder.is_file(f"mix/{MANIFEST_FILE}"):
+            check_sources(config)
+        if clock.is_new or not (is_done or folder.is_file(PLAN_FILE)):
+            with clock.running(steps[0]):
+                write_plan(config, folder, announce)
+        reported = clock.spent.get("report", 0.0)
         if not is_done:
-            stack.enter_context(sigterm_as_interrupt())
             about = job_metadata("pipeline", config.output)
             resources = config.tune.resources
             cpus = max(
@@ -185,14 +217,7 @@ def run_pipeline(
             announce(f"{number}/{len(steps)} {step}: {ABOUT[step]}{time_left}")
             if step != "report":
                 with clock.running(step):
-                    try:
-                        result = RUN[step](settings_of(step, config, clock), overwrite=overwrite)
-                    except RunFailedError as error:
-                        if step != "tune" or config.budget is None:
-                            raise
-                        # A search that found nothing in its time costs the recipe its ratios, not its adapter.
-                        announce(f"{one_line(error)}; the mix is made with the ratios of its settings")
-                        result = None
+                    result = run_step(step, config, clock, announce)
                     if step in show and result is not None:
                         show[step](result)
                 if (over := clock.overrun(step)) > 1:
@@ -202,9 +227,35 @@ def run_pipeline(
                     num_pages += 1
         # Not counted, so that it shows the times that a later call finds in clock.json, too.
         page = report(folder.place).file
+        clock.end()
     if clock.is_new and not is_done:
         save_figures("report", page_seconds=(clock.spent["report"] - reported) / num_pages)
     return page
+
+
+def run_step(step: str, config: PipelineConfig, clock: BudgetClock, announce: Callable[[str], None]) -> Any:
+    """A step's result; None of a search that a budget does not wait for. Raises as the step does."""
+    if step == "tune" and clock.search_failed and open_folder(config.mix.output or "").is_file(MANIFEST_FILE):
+        announce("the search failed before the mix was made, with the ratios of its settings; it is not tried again")
+        return None
+    try:
+        result = RUN[step](settings_of(step, config, clock), overwrite=clock.starts_over(step))
+    except RunFailedError as error:
+        if step != "tune" or config.budget is None:
+            raise
+        # A search that found nothing in its time costs the recipe its ratios, not its adapter.
+        announce(f"{one_line(error)}; the mix is made with the ratios of its settings")
+        clock.search_failed = True
+        return None
+    except RunMismatchError as error:
+        raise RunMismatchError(
+            error.folder,
+            error.differences,
+            "Restore the old settings to continue it; or move this folder, and those of the steps after it, away, and "
+            "the same command makes them again. --overwrite deletes the runs of all steps.",
+        ) from None
+    clock.search_failed = clock.search_failed and step != "tune"
+    return result
 
 
 def check_recipe(config: PipelineConfig) -> None:
@@ -237,7 +288,7 @@ def settings_of(step: str, config: PipelineConfig, clock: BudgetClock) -> Any:
     if step == "mix":
         return _mix_settings(config)
     settings = getattr(config, step)
-    if step in ("score", "tune") and not clock.from_scratch:
+    if step in ("score", "tune") and not clock.starts_over(step):
         folder, following = open_folder(settings.output or ""), config.steps[config.steps.index(step) + 1]
         if folder.is_file(MANIFEST_FILE) and open_folder(getattr(config, following).output or "").is_file(RUN_FILE):
             # The next step was made from what this one ended with: a larger budget comes too late for it.

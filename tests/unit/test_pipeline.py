@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from birbal_ray import pipeline
+from birbal_ray.lock import hold_lock
 from birbal_ray.progress import CLOCK_FILE
 from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps
+from birbal_ray.run import RunFailedError, RunMismatchError, open_run
 from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.status import read_budget
-from birbal_ray.storage import open_folder
+from birbal_ray.storage import RunError, open_folder
 
 SHARES = ShareSettings(score=0.2, tune=0.1, evaluate=0.2, report=0.05)
 LEAST = {"score": 5.0, "tune": 5.0, "mix": 1.0, "train": 10.0, "evaluate": 5.0, "report": 1.0}
@@ -105,7 +109,7 @@ def test_from_scratch_forgets_the_time_and_the_decisions(tmp_path):
     spend(clock, time, "score", 30)
     assert clock.decide("train.budget", lambda: 600.0) == 600.0
     assert clock_in(tmp_path).decide("train.budget", lambda: 1.0) == 600.0
-    fresh = clock_in(tmp_path, from_scratch=True)
+    fresh = clock_in(tmp_path, overwrites="this command")
     assert fresh.total == 0
     assert fresh.decide("train.budget", lambda: 1.0) == 1.0
 
@@ -265,3 +269,119 @@ def test_the_demo_is_a_recipe_of_one_file():
     assert set(yaml.safe_load(file.read_text())) <= {*PipelineConfig.model_fields}
     assert not config.search
     assert set(STEPS) - {"report", "tune"} <= set(yaml.safe_load(file.read_text()))
+
+
+# --- all steps in turn, made up: what is asked of each, and what an interruption costs
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """recipe(overwrite=, budget=, **made_from) runs the pipeline with steps that only write a file; the steps it made.
+
+    `recipe.ends` maps a step to what it raises.
+    """
+    made, ends, made_from = [], {}, {}
+
+    def fake(step):
+        def run(settings, *, overwrite):
+            where = open_folder(settings.output)
+            with open_run(where, step, {"from": made_from.get(step, 0)}, owns=("rows",), overwrite=overwrite) as opened:
+                if step in ends:
+                    raise ends[step]
+                if opened.manifest is None:
+                    made.append(step)
+                    rows = where.write_bytes("rows", step.encode())
+                    opened.finish(
+                        {"best": {"mix": "x", "ratios": {}, "is_baseline": False}}, {"rows": rows}, summary=""
+                    )
+                return opened.manifest
+
+        return run
+
+    def report(place):
+        made.append("report")
+        return SimpleNamespace(file=f"{place}/report.html")
+
+    monkeypatch.setattr(pipeline, "RUN", {step: fake(step) for step in STEPS if step != "report"})
+    monkeypatch.setattr(pipeline, "report", report)
+    monkeypatch.setattr(pipeline, "ray_session", lambda *arguments, **options: contextlib.nullcontext())
+    monkeypatch.setattr(pipeline, "least_seconds", lambda config: LEAST)
+    monkeypatch.setattr(pipeline, "check_sources", lambda config: None)
+    monkeypatch.setattr(pipeline, "write_plan", lambda *arguments: None)
+    monkeypatch.setattr(pipeline, "settings_of", lambda step, config, clock: getattr(config, step))
+    monkeypatch.setattr(pipeline, "save_figures", lambda *arguments, **figures: None)
+    said = []
+
+    def run(*, overwrite=False, budget=None, **changed):
+        made_from.update(changed)
+        made.clear()
+        config = PipelineConfig(output=str(tmp_path / "runs"), tasks="t", budget=budget, shares=SHARES)
+        pipeline.run_pipeline(config, overwrite=overwrite, announce=said.append)
+        return [step for step in made if step != "report"]
+
+    run.ends, run.folder, run.said = ends, tmp_path / "runs", said
+    return run
+
+
+ALL = ["score", "tune", "mix", "train", "evaluate"]
+
+
+def test_a_pipeline_that_overwrites_keeps_what_it_made_when_it_is_called_again(recipe):
+    assert recipe() == ALL
+    assert recipe() == []
+    recipe.ends["train"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        recipe(overwrite=True)
+    del recipe.ends["train"]
+    assert recipe(overwrite=True) == ["train", "evaluate"], "stopped in training: the same command continues there"
+    assert recipe(overwrite=True) == ALL, "that one came to its end: this is another"
+    assert recipe() == []
+
+
+def test_another_command_that_overwrites_starts_from_scratch(recipe):
+    recipe.ends["train"] = KeyboardInterrupt()
+    for budget, mix in ((None, 0), (5000.0, 1)):
+        with pytest.raises(KeyboardInterrupt):
+            recipe(overwrite=True, budget=budget, mix=mix)
+    del recipe.ends["train"]
+    with pytest.raises(RunMismatchError):
+        recipe(mix=2)
+    assert recipe(overwrite=True, mix=2) == ALL
+    assert json.loads((recipe.folder / CLOCK_FILE).read_text())["overwrites"] == {}
+
+
+def test_a_step_of_other_settings_is_refused_without_advice_to_delete_the_others(recipe):
+    recipe()
+    with pytest.raises(RunMismatchError) as caught:
+        recipe(mix=1)
+    assert caught.value.differences == ["from: 0 → 1"]
+    mix = recipe.folder / "mix"
+    assert "move this folder, and those of the steps after it, away" in str(caught.value)
+    assert f"{mix} holds a run" in str(caught.value) and "--overwrite deletes the runs of all steps" in str(
+        caught.value
+    )
+    assert recipe.folder.joinpath("score", "rows").exists()
+
+
+def test_two_pipelines_in_a_folder_exclude_each_other(recipe):
+    recipe()
+    before = (recipe.folder / CLOCK_FILE).read_bytes()
+    with hold_lock(open_folder(recipe.folder)), pytest.raises(RunError, match="another run is writing here"):
+        recipe(overwrite=True)
+    assert (recipe.folder / CLOCK_FILE).read_bytes() == before
+    assert recipe() == []
+
+
+def test_a_search_that_failed_is_tried_again_until_the_mix_is_made_without_it(recipe):
+    recipe.ends |= {"tune": RunFailedError("every trial failed"), "mix": KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        recipe(budget=5000.0)
+    assert any("every trial failed; the mix is made with the ratios of its settings" in text for text in recipe.said)
+    del recipe.ends["mix"]
+    recipe.ends["train"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        recipe(budget=5000.0)
+    recipe.ends.clear()
+    assert recipe(budget=5000.0) == ["train", "evaluate"], "a mix that is made keeps its ratios"
+    assert any("is not tried again" in text for text in recipe.said)
+    assert recipe(budget=5000.0, overwrite=True) == ALL
