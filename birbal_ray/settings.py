@@ -79,10 +79,12 @@ def load_config(
     file: str | Path | None = None,
     assignments: Iterable[str] = (),
     flags: Mapping[str, Any] | None = None,
+    sections: Mapping[str, str | Path] = {},
 ) -> SettingsType:
     """Build `schema` from a YAML file, `key.path=value` assignments, flags; later ones win.
 
-    `flags` maps a dotted path to a value; None values are skipped (the flag was not given).
+    `flags` maps a dotted path to a value; None values are skipped (the flag was not given). `sections` maps a section
+    to a YAML file that holds its settings instead of `file`.
     Raises ConfigError whose message names the origin, the key, what was found and the nearest
     known key.
     """
@@ -91,6 +93,10 @@ def load_config(
     if file is not None:
         values = read_yaml_mapping(file)
         origins = dict.fromkeys(flatten(values), str(file))
+    for name, place in sections.items():
+        values[name] = read_yaml_mapping(place)
+        others = {key: origin for key, origin in origins.items() if key.partition(".")[0] != name}
+        origins = others | dict.fromkeys(flatten(values[name], f"{name}."), str(place))
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
         if not separator or not key.strip():

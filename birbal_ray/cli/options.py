@@ -41,20 +41,25 @@ def dry_run_option(text: str) -> Any:
 
 
 def settings_options(
-    schema: type[Settings], flags: Mapping[str, str], *, step: str
+    schema: type[Settings], flags: Sequence[str], *, step: str, sections: Sequence[str] = ()
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command `flags`, --config, --set and --settings, and call it with the `config` that these add up to.
 
-    `flags` maps a flag, with the word that stands for its value (`--tasks PATH`), to the key it sets
-    (`tasks.path`). Type, range, default and help are the schema's; `key: text` gives another help.
-    `step` is the folder of shipped files.
+    A flag is its name, with a word for its value (`--output DIR`); it sets the key of that name, or the only one whose
+    last part is so called. `--tasks PATH = tasks.path` names another key, `--model NAME = model.name: text` another
+    help, too. Type, range, default and help are the schema's. `step` is the folder of shipped files. Each of
+    `sections` may come from a file of its own, --SECTION-config, of the step of that name.
     """
     fields = dict(settings_of(schema))
     options, names = [], {}
-    for flag, key in flags.items():
-        key, _, about = key.partition(": ")
+    for text in flags:
+        flag, _, rest = text.partition(" = ")
+        key, _, about = rest.partition(": ")
+        name = flag.split()[0].removeprefix("--").replace("-", "_")
+        if not key:
+            (key,) = [name] if name in fields else (one for one in fields if one.endswith(f".{name}"))
         options.append(_option(flag, fields[key], about or fields[key].description or ""))
-        names[flag.split()[0].removeprefix("--").replace("-", "_")] = key
+        names[name] = key
     free = {key: field.default for key, field in fields.items() if key not in names.values() and key != "seed"}
     numbers = (f"{key}={value}" for key, value in free.items() if isinstance(value, int) and value > 1)
     example = next(numbers, f"{next(iter(fields))}=VALUE")
@@ -71,11 +76,19 @@ def settings_options(
                 if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
                     given[key] = list(value) if isinstance(value, tuple) else value
             file = None if config_file is None else find_config(step, config_file)
-            return function(load_config(schema, file, assignments, given), **values)
+            texts = {section: values.pop(f"{section}_config") for section in sections}
+            files = {section: find_config(section, text) for section, text in texts.items() if text}
+            return function(load_config(schema, file, assignments, given, files), **values)
 
         shipped = ", ".join(shipped_configs(step))
         about = "YAML file of settings" + (shipped and f", or the name of one that comes with birbal: {shipped}") + "."
+        of_this = "Settings of this step, instead of the section of --config."
+        section_options = [
+            click.option(f"--{section}-config", metavar="FILE", help=f"The same for {section}." if number else of_this)
+            for number, section in enumerate(sections)
+        ]
         for option in (
+            *reversed(section_options),
             click.option(
                 "--settings",
                 is_flag=True,

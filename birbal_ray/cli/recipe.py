@@ -23,16 +23,18 @@ from birbal_ray.cli.options import (
     print_table,
     settings_options,
 )
-from birbal_ray.cli.steps import print_evaluate, print_mix, print_score, print_train, print_tune
+from birbal_ray.cli.steps import print_evaluate, print_mix, print_score, print_train, print_tune, refuse_loss
 from birbal_ray.recipe import PipelineConfig, join_steps
 from birbal_ray.settings import load_config
 
 if TYPE_CHECKING:
     from birbal_ray.cluster import Node
     from birbal_ray.doctor import Placement
+    from birbal_ray.evaluate.run import EvaluateResult
 
 NOT_GIVEN = ""  # an address, after --cluster
 NUM_NAMED = 6  # nodes in a line of the text table
+PLANNED_OUTPUT = "runs"  # of a plan without --output: nothing is written there
 
 
 @click.command()
@@ -63,6 +65,8 @@ def doctor(
       birbal doctor --config one-day-mistral-7b
       birbal doctor --cluster 10.0.0.2:6379 --train-config configs/train/mistral-7b-qlora.yaml
     """
+    if cluster is not None and config is not None:
+        raise click.UsageError("--config is for this machine; with --cluster, give --score-config and --train-config")
     if cluster is not None:
         problems = _show_cluster(cluster or None, output_format, **steps)
     elif any(steps.values()):
@@ -142,27 +146,24 @@ def demo(output: str, overwrite: bool) -> None:
     run_recipe(config, overwrite)
 
 
-PIPELINE_FLAGS = {
-    "--tasks PATH": "tasks",
-    "--model NAME": "model",
-    "--output DIR": "output",
-    "--held-out-task NAME": "held_out_tasks",
-    "--budget TIME": "budget",
-    "--tune": "search",
-    "--device": "device",
-}
+PIPELINE_FLAGS = (
+    "--tasks PATH",
+    "--model NAME",
+    "--output DIR",
+    "--held-out-task NAME = held_out_tasks",
+    "--budget TIME",
+    "--tune = search",
+    "--device",
+)
 
 
 @click.command()
-@settings_options(PipelineConfig, PIPELINE_FLAGS, step="pipeline")
-@click.option("--score-config", metavar="FILE", help="Settings of this step, instead of the section of --config.")
-@click.option("--mix-config", metavar="FILE", help="The same for mix.")
-@click.option("--tune-config", metavar="FILE", help="The same for tune.")
-@click.option("--train-config", metavar="FILE", help="The same for train.")
-@click.option("--evaluate-config", metavar="FILE", help="The same for evaluate.")
+@settings_options(
+    PipelineConfig, PIPELINE_FLAGS, step="pipeline", sections=("score", "mix", "tune", "train", "evaluate")
+)
 @overwrite_option
 @dry_run_option("Print the plan, and check budget and outside datasets; run nothing.")
-def pipeline(config: PipelineConfig, overwrite: bool, dry_run: bool, **files: str | None) -> None:
+def pipeline(config: PipelineConfig, overwrite: bool, dry_run: bool) -> None:
     """Score, tune, mix, train, evaluate, report: in one budget, each step resumable, skipped where it is up to date.
 
     With --budget each step ends in time: scoring stops where it is and says what it knows, the search ends, training
@@ -176,12 +177,10 @@ def pipeline(config: PipelineConfig, overwrite: bool, dry_run: bool, **files: st
       birbal pipeline --tasks my-tasks/ --train-config tiny --no-tune --output runs/mine \\
           --set mix.task_score.allow_shortfall=true
     """
-    given = {name.removesuffix("_config"): text for name, text in files.items() if text}
-    sections = {step: load_config(type(getattr(config, step)), find_config(step, text)) for step, text in given.items()}
-    config = config.replace(sections)
     if dry_run:
         from birbal_ray.pipeline import check_recipe
 
+        config = config.replace({"output": config.output or PLANNED_OUTPUT})
         print_plan(config, (None,), None, "text")
         check_recipe(join_steps(config))
         note("nothing was started (--dry-run)")
@@ -194,6 +193,12 @@ def run_recipe(config: PipelineConfig, overwrite: bool) -> None:
     from birbal_ray.pipeline import run_pipeline
     from birbal_ray.storage import join
 
+    evaluated: list[EvaluateResult] = []
+
+    def show_evaluation(result: EvaluateResult) -> None:
+        print_evaluate(result, "text", per_task=True)
+        evaluated.append(result)
+
     page = run_pipeline(
         config,
         overwrite=overwrite,
@@ -203,12 +208,14 @@ def run_recipe(config: PipelineConfig, overwrite: bool) -> None:
             "tune": lambda result: print_tune(result, "text"),
             "mix": lambda result: print_mix(result, "text"),
             "train": lambda result: print_train(result, "text"),
-            "evaluate": lambda result: print_evaluate(result, "text", per_task=True),
+            "evaluate": show_evaluation,
         },
     )
     note(f"\nthe adapter is in {config.output}/train/adapter, everything else on one page: {page}")
     on_path = "" if shutil.which("birbal") else f" (birbal is in {Path(sys.argv[0]).parent}, which is not on the PATH)"
     note(f"ask why a row is in the mix{on_path}:\n  {explain_command(join(config.output or '', 'mix'))}")
+    for result in evaluated:
+        refuse_loss(result, config.evaluate.gate)
 
 
 @click.command()
@@ -242,7 +249,7 @@ def print_plan(
     from birbal_ray.plan import money, plan_recipe, records_of
     from birbal_ray.progress import duration
 
-    joined = join_steps(config.replace({"output": config.output or "runs"}))
+    joined = join_steps(config.replace({"output": config.output or PLANNED_OUTPUT}))
     found = {card: plan_recipe(joined, card) for card in cards}
     rows: list[dict[str, Any]] = []
     for card, steps in found.items():

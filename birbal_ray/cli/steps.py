@@ -34,15 +34,15 @@ if TYPE_CHECKING:
     from birbal_ray.tune.run import TuneResult
 
 # Of the steps that ask a model about tasks.
-ASKING_FLAGS = {
-    "--tasks PATH": "tasks.path",
-    "--model NAME": "model.name",
-    "--output DIR": "output",
-    "--instances-per-task": "tasks.instances_per_task",
-    "--select WHICH": "tasks.select",
-    "--replicas": "resources.num_replicas",
-    "--device": "engine.device",
-}
+ASKING_FLAGS = (
+    "--tasks PATH = tasks.path",
+    "--model NAME = model.name",
+    "--output DIR",
+    "--instances-per-task",
+    "--select WHICH",
+    "--replicas = resources.num_replicas",
+    "--device",
+)
 
 
 def note_hours(plan: Callable[[], StepPlan], price_per_hour: float | None = None) -> None:
@@ -67,12 +67,7 @@ def note_hours(plan: Callable[[], StepPlan], price_per_hour: float | None = None
 @click.command()
 @settings_options(
     ScoreConfig,
-    {
-        **ASKING_FLAGS,
-        "--num-shots": "prompt.num_shots",
-        "--strict": "tasks.strict",
-        "--adaptive": "adaptive.enabled",
-    },
+    (*ASKING_FLAGS, "--num-shots", "--strict", "--adaptive = adaptive.enabled"),
     step="score",
 )
 @overwrite_option
@@ -98,6 +93,8 @@ def score(
     """
     from birbal_ray.score import run as step
 
+    if retry_errors and rescore:
+        raise click.UsageError("--retry-errors asks the model again, --rescore starts no engine; give one of them")
     if dry_run:
         print_score_plan(config, output_format)
     else:
@@ -190,13 +187,7 @@ def print_score_plan(config: ScoreConfig, output_format: str) -> None:
 @click.group(invoke_without_command=True)
 @settings_options(
     MixConfig,
-    {
-        "--scores DIR": "scores",
-        "--output DIR": "output",
-        "--model NAME": "model",
-        "--policy": "policy",
-        "--seed": "seed",
-    },
+    ("--scores DIR", "--output DIR", "--model NAME", "--policy", "--seed"),
     step="mix",
 )
 @overwrite_option
@@ -315,14 +306,14 @@ def print_mix(result: MixResult, output_format: str) -> None:
 @click.command()
 @settings_options(
     TuneConfig,
-    {
-        "--scores DIR": "scores",
-        "--output DIR": "output",
-        "--model NAME": "train.model.name: the proxy that is fine-tuned",
-        "--num-trials": "num_trials",
-        "--budget TIME": "budget",
-        "--seed": "seed",
-    },
+    (
+        "--scores DIR",
+        "--output DIR",
+        "--model NAME = train.model.name: the proxy that is fine-tuned",
+        "--num-trials",
+        "--budget TIME",
+        "--seed",
+    ),
     step="tune",
 )
 @overwrite_option
@@ -374,15 +365,15 @@ def print_tune(result: TuneResult, output_format: str) -> None:
 @click.command()
 @settings_options(
     TrainConfig,
-    {
-        "--mix DIR": "mix",
-        "--output DIR": "output",
-        "--model NAME": "model.name",
-        "--from-adapter DIR": "lora.from_adapter",
-        "--budget TIME": "budget",
-        "--device": "resources.device",
-        "--seed": "seed",
-    },
+    (
+        "--mix DIR",
+        "--output DIR",
+        "--model NAME = model.name",
+        "--from-adapter DIR",
+        "--budget TIME",
+        "--device",
+        "--seed",
+    ),
     step="train",
 )
 @overwrite_option
@@ -466,13 +457,7 @@ def print_train(result: TrainResult, output_format: str) -> None:
 @click.command()
 @settings_options(
     EvaluateConfig,
-    {
-        "--adapter DIR": "adapters",
-        "--merged DIR": "merged",
-        "--mix DIR": "mix",
-        **ASKING_FLAGS,
-        "--gate DELTA": "gate",
-    },
+    ("--adapter DIR = adapters", "--merged DIR", "--mix DIR", *ASKING_FLAGS, "--gate DELTA"),
     step="evaluate",
 )
 @click.option("--per-task", is_flag=True, help="Print every task's scores, not only the comparisons.")
@@ -493,17 +478,14 @@ def evaluate(config: EvaluateConfig, per_task: bool, overwrite: bool, dry_run: b
           --adapter mine=runs/train --adapter theirs=adapters/other --mix runs/mix --output runs/evaluate
     """
     from birbal_ray.evaluate import run as step
-    from birbal_ray.evaluate.compare import gate_failures
     from birbal_ray.plan import plan_evaluate
     from birbal_ray.progress import ProgressLine
     from birbal_ray.score.run import plan_run
-    from birbal_ray.storage import RunError
 
     if not dry_run:
         result = step.evaluate(config, overwrite=overwrite)
         print_evaluate(result, output_format, per_task=per_task)
-        if config.gate is not None and (failures := gate_failures(result.comparisons, config.gate)):
-            raise RunError("; ".join(failures))
+        refuse_loss(result, config.gate)
         return
     progress = ProgressLine()
     setup = step.prepare_evaluation(config)
@@ -568,6 +550,15 @@ def print_evaluate(result: EvaluateResult, output_format: str, *, per_task: bool
     counts = result.manifest["rows"]
     scored, errors = counted(counts["scored"], "row"), counted(counts["errors"], "error")
     note(f"{scored} scored of {counts['planned']:,}, {errors}; results: {result.folder}")
+
+
+def refuse_loss(result: EvaluateResult, gate: float | None) -> None:
+    """Raise RunError where a model lost more than the gate allows."""
+    from birbal_ray.evaluate.compare import gate_failures
+    from birbal_ray.storage import RunError
+
+    if gate is not None and (failures := gate_failures(result.comparisons, gate)):
+        raise RunError("; ".join(failures))
 
 
 # --- report

@@ -63,18 +63,18 @@ def merge(run: str, output: str, push: str | None, dry_run: bool, output_format:
 @click.command()
 @settings_options(
     ServeConfig,
-    {
-        "--run DIR": "run",
-        "--model NAME": "model.name",
-        "--adapter DIR": "model.adapter",
-        "--merged DIR": "merged",
-        "--host ADDRESS": "host",
-        "--port": "port",
-        "--token TEXT": "token",
-        "--allow-anyone": "allow_anyone",
-        "--compat": "compat",
-        "--device": "engine.device",
-    },
+    (
+        "--run DIR",
+        "--model NAME = model.name",
+        "--adapter DIR",
+        "--merged DIR",
+        "--host ADDRESS",
+        "--port",
+        "--token TEXT",
+        "--allow-anyone",
+        "--compat",
+        "--device",
+    ),
     step="serve",
 )
 @click.option("--openai", is_flag=True, help="Become vLLM's own OpenAI server, with model and adapter filled in.")
@@ -119,6 +119,8 @@ def status(run: str, watch: bool, output_format: str) -> None:
     """
     from birbal_ray.status import RUNNING, read_budget, read_plan, read_status
 
+    if watch and output_format != "text":
+        raise click.UsageError("--watch shows a screen of text; leave out --format or --watch")
     rows = read_status(run)
     if output_format != "text":
         times = [row.touched and datetime.fromtimestamp(row.touched, UTC).isoformat(timespec="seconds") for row in rows]
@@ -183,20 +185,20 @@ def _cells(row: Row, now: float) -> dict[str, Any]:
 @click.command()
 @settings_options(
     HarnessConfig,
-    {
-        "--model NAME": "model",
-        "--adapter DIR": "adapter",
-        "--output DIR": "output",
-        "--benchmark NAME": "benchmarks",
-        "--task NAME": "tasks",
-        "--include-path DIR": "include_path",
-        "--limit N": "limit",
-        "--num-fewshot N": "num_fewshot",
-        "--batch-size N|auto": "batch_size",
-        "--device NAME": "device",
-        "--backend": "backend",
-        "--team NAME": "team",
-    },
+    (
+        "--model NAME",
+        "--adapter DIR",
+        "--output DIR",
+        "--benchmark NAME = benchmarks",
+        "--task NAME = tasks",
+        "--include-path DIR",
+        "--limit N",
+        "--num-fewshot N",
+        "--batch-size N|auto",
+        "--device NAME",
+        "--backend",
+        "--team NAME",
+    ),
     step="harness",
 )
 @overwrite_option

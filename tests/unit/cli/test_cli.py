@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import subprocess
@@ -194,6 +195,37 @@ def test_dry_run_counts_and_starts_nothing(write_task, tmp_path):
     assert f"prompt tokens {10 * shared + own}: {10 * shared} shared" in result.stderr.replace(",", "")
     assert "nothing was started" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([*SCORE, "--retry-errors", "--rescore"], "--rescore starts no engine; give one of them"),
+        (["status", "{out}", "--watch", "--format", "json"], "leave out --format or --watch"),
+        (["doctor", "--cluster", "--config", "demo"], "give --score-config and --train-config"),
+        (
+            ["serve", "--openai", "--compat", "--model", "{out}", "--device", "cpu"],
+            "--compat is a rule of the submission",
+        ),
+        (["serve", "--token", "", "--model", "{out}"], "token = '': string should have at least 1 character"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(tmp_path, arguments, reason):
+    result = run(*(text.format(tasks=tmp_path, out=tmp_path / "out") for text in arguments))
+    assert result.exit_code == 2
+    assert reason in " ".join(result.stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_says_how_to_go_on(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", "rows/a.parquet")
+
+    monkeypatch.setattr("birbal_ray.score.run.score", full)
+    result = run("score", "--tasks", tmp_path, "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "No space left on device: 'rows/a.parquet'" in result.stderr
+    assert "make room on the disk; what is finished is kept; the same command continues" in result.stderr
 
 
 def test_doctor_reports_this_machine():

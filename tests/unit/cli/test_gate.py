@@ -60,3 +60,26 @@ def test_a_gate_that_is_no_share_of_a_score_is_refused(evaluate):
     for gate in ("-0.1", "nan", "2"):
         result, _ = evaluate(0.3, "--gate", gate)
         assert result.exit_code == 2 and "gate" in result.stderr
+
+
+def test_a_pipeline_ends_with_the_gate_s_verdict(evaluate, tmp_path, monkeypatch):
+    from birbal_ray import pipeline
+    from birbal_ray.cli import recipe
+
+    _, comparisons = evaluate(-0.1)
+    done = step.evaluate(None, overwrite=False)
+    monkeypatch.setattr(recipe, "explain_command", lambda mix: "birbal mix explain x")
+
+    def run_pipeline(config, *, overwrite, announce, show):
+        show["evaluate"](done)
+        return "report.html"
+
+    monkeypatch.setattr(pipeline, "run_pipeline", run_pipeline)
+    for gate, code in (("0.0", 1), ("1.0", 0)):
+        result = CliRunner().invoke(
+            main, ["pipeline", "--output", str(tmp_path / "p"), "--set", f"evaluate.gate={gate}"]
+        )
+        assert result.exit_code == code, result.output
+        assert result.stderr.count("error: adapter is") == code
+        assert "everything else on one page: report.html" in result.stderr
+    assert len(comparisons) > 1

@@ -42,10 +42,10 @@ class Everything(Settings):
     strict: bool = Field(False, description="stop")
 
 
-FLAGS = {
-    **{"--rate": "inner.rate", "--keep": "inner.keep", "--name WHO": "names", "--kind": "kinds", "--choice": "choice"},
-    **{"--count": "count: another help", "--limit N": "limit", "--budget TIME": "budget", "--strict": "strict"},
-}
+FLAGS = (
+    *("--rate", "--keep", "--name WHO = names", "--kind = kinds", "--choice"),
+    *("--count = count: another help", "--limit N", "--budget TIME", "--strict"),
+)
 
 
 @click.command()
@@ -129,4 +129,30 @@ def test_a_type_that_no_flag_can_give_is_a_bug_that_shows_at_once():
         many: int = 5
 
     with pytest.raises(TypeError, match="--table: no option for a setting of type"):
-        settings_options(Odd, {"--table": "table"}, step="score")
+        settings_options(Odd, ["--table"], step="score")
+
+
+@click.command()
+@settings_options(Everything, ["--rate"], step="score", sections=("inner",))
+def with_a_file_of_its_own(config):
+    """Print what arrives."""
+    click.echo(config.model_dump_json())
+
+
+def test_a_sections_own_file_replaces_the_section_and_set_and_flags_win_over_both(tmp_path):
+    (tmp_path / "all.yaml").write_text("count: 2\ninner: {rate: 0.75, keep: false}\n")
+    (tmp_path / "inner.yaml").write_text("rate: 0.25\n")
+    (tmp_path / "wrong.yaml").write_text("rates: 0.25\n")
+
+    def inner(*words):
+        result = CliRunner().invoke(with_a_file_of_its_own, [*words, "--config", str(tmp_path / "all.yaml")])
+        return json.loads(result.stdout) if result.exit_code == 0 else str(result.exception)
+
+    own = ("--inner-config", str(tmp_path / "inner.yaml"))
+    assert inner()["inner"] == {"rate": 0.75, "keep": False}
+    assert inner(*own)["inner"] == {"rate": 0.25, "keep": True}
+    assert inner(*own)["count"] == 2
+    assert inner(*own, "--set", "inner.keep=false")["inner"] == {"rate": 0.25, "keep": False}
+    assert inner(*own, "--set", "inner.rate=0.5", "--rate", "0.125")["inner"]["rate"] == 0.125
+    message = f"{tmp_path / 'wrong.yaml'}: unknown key 'inner.rates' (did you mean 'rate'?)"
+    assert message in inner("--inner-config", str(tmp_path / "wrong.yaml"))
