@@ -373,22 +373,28 @@ def test_a_folder_of_an_earlier_version_is_refused_in_one_line(scored, tmp_path)
         scored()
 
 
-@pytest.mark.parametrize("name", ["tasks.parquet", "rows/task_a/000000-000005.parquet"])
-def test_a_store_that_fails_for_a_moment_costs_no_row(scored, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "gone"),
+    [("tasks.parquet", []), ("000000-000005.parquet", []), ("000000-000005.parquet", ["tasks.parquet"])],
+)
+def test_a_store_that_fails_for_a_moment_costs_no_row(scored, tmp_path, monkeypatch, name, gone):
     scored()
     before = files(tmp_path)
-    (tmp_path / "run" / "manifest.json").unlink()  # as if it had been stopped at its end
-    read_table = Folder.read_table
+    for one in ("manifest.json", *gone):  # as if it had been stopped at its end
+        (tmp_path / "run" / one).unlink()
 
-    def failing(self, asked, columns=None):
-        if self.at(asked).endswith(name):
-            raise RunError(f"{self.at(asked)}: connection reset; check the bucket")
-        return read_table(self, asked, columns)
+    def failing(read):
+        def fail(self, asked, *arguments):
+            if asked.endswith(name):
+                raise RunError(f"{self.at(asked)}: connection reset; check the bucket")
+            return read(self, asked, *arguments)
 
-    monkeypatch.setattr(Folder, "read_table", failing)
-    with pytest.raises(RunError, match="check the bucket"):
+        return fail
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="check the bucket"):
+        for method in ("read_table", "read_bytes"):
+            patch.setattr(Folder, method, failing(getattr(Folder, method)))
         scored()
     assert files(tmp_path) == before
-    monkeypatch.setattr(Folder, "read_table", read_table)
     scored()
     assert files(tmp_path) == before
