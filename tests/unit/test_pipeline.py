@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -170,7 +171,8 @@ def test_a_larger_budget_comes_too_late_for_what_the_next_step_was_made_from(tmp
     (tmp_path / following).mkdir()
     (tmp_path / following / "run.json").write_text("{}")
     assert pipeline.settings_of(step, config, clock_in(tmp_path, budget=budget)).budget == 200
-    anew = pipeline.settings_of(step, config, clock_in(tmp_path, budget=budget, from_scratch=True)).budget
+    os.utime(tmp_path / step / "manifest.json", (1, 1))  # before the command that overwrites
+    anew = pipeline.settings_of(step, config, clock_in(tmp_path, budget=budget, overwrites="this command")).budget
     assert anew != 200, "with --overwrite"
 
 
