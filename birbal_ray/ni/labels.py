@@ -35,19 +35,14 @@ def label_task(task: Task, overrides: dict[str, Label] | None = None) -> Label:
         return overrides[task.name]
     if "Program Execution" in task.categories:
         return Label(EXACT_MATCH, "Program Execution: one computed answer")
-    words = reference_words_p95(task)
+    lengths = sorted(count_words(reference) for instance in task.instances for reference in instance.references)
+    words = lengths[math.ceil(0.95 * len(lengths)) - 1] if lengths else 0  # 95th percentile, nearest rank
     open_ended = sorted(OPEN_ENDED_CATEGORIES.intersection(task.categories))
     if words > MAX_SHORT_WORDS:
         return Label(GENERATION, f"p95 of reference length is {words} words > {MAX_SHORT_WORDS}")
     if open_ended:
         return Label(GENERATION, f"p95 {words} words, but open-ended category {open_ended[0]}")
     return Label(EXACT_MATCH, f"p95 of reference length is {words} words <= {MAX_SHORT_WORDS}")
-
-
-def reference_words_p95(task: Task) -> int:
-    """95th percentile (nearest rank) of the references' lengths in words (`ni.text.count_words`)."""
-    lengths = sorted(count_words(reference) for instance in task.instances for reference in instance.references)
-    return lengths[math.ceil(0.95 * len(lengths)) - 1] if lengths else 0
 
 
 def default_overrides() -> dict[str, Label]:

@@ -110,9 +110,13 @@ def parse_task(name: str, data: bytes | OSError) -> Task:
     repairs: Counter[str] = Counter()
     try:
         values = _parse_json(name, data, repairs)
+        definition = values.get("Definition")
+        first = definition[0] if isinstance(definition, list) and definition else definition
+        if not isinstance(first, str) or not first.strip():
+            raise TaskError(f"{name}.json: 'Definition' is {_kind(definition)}, expected a text or a list of texts")
         task = Task(
             name=name,
-            definition=_definition(name, values.get("Definition")),
+            definition=clean_text(first, Counter()),
             positive_examples=_examples(name, values.get("Positive Examples"), repairs),
             instances=_instances(name, values.get("Instances"), repairs),
             categories=_strings(values.get("Categories")),
@@ -123,7 +127,7 @@ def parse_task(name: str, data: bytes | OSError) -> Task:
             licenses=_strings(values.get("Instance License")),
             sha256=hashlib.sha256(data).hexdigest(),
             repairs={},
-            definition_is_text=isinstance(values.get("Definition"), str),
+            definition_is_text=isinstance(definition, str),
         )
     except RecursionError:
         raise TaskError(f"{name}.json: not a task file (nested too deeply)") from None
@@ -198,13 +202,6 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"the key {twice!r} is given twice in one object")
     return values
-
-
-def _definition(name: str, value: Any) -> str:
-    entries = [value] if isinstance(value, str) else value
-    if not isinstance(entries, list) or not entries or not isinstance(entries[0], str) or not entries[0].strip():
-        raise TaskError(f"{name}.json: 'Definition' is {_kind(value)}, expected a text or a list of texts")
-    return clean_text(entries[0], Counter())
 
 
 def _examples(name: str, value: Any, repairs: Counter[str]) -> tuple[Example, ...]:

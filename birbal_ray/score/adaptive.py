@@ -195,65 +195,43 @@ class AdaptiveSchedule:
         half = tally.half_width(task.label.value)
         if half > asked.score_margin:
             return f"score known to ±{half:.3f}, wanted ±{asked.score_margin:g}", False
-        # Those that its score at the interval's lower end gives it.
-        shares = (counts[task.name] for counts in self._allocate(task.label.value, task))
-        share, rows = (math.ceil(count * asked.failed_rows_factor) for count in shares)
+        share, rows = (math.ceil(count * asked.failed_rows_factor) for count in self._shares(task))
         if tally.num_failed < share:
             return f"{tally.num_failed} failed rows, a share of {share} is possible", False
-        if asked.even_fraction and tally.num_scored < rows:
+        if tally.num_scored < rows:
             return f"{tally.num_scored} rows, a share of {rows} with its even part is possible", False
         return f"score known to ±{half:.3f}, {tally.num_failed} failed rows fill a share of {share}", True
 
-    def _allocate(self, label: str, lowest: PlannedTask | None = None) -> tuple[dict[str, int], dict[str, int]]:
-        """Rows that the mix would take from each task of the label that has any: for its failures, and in all.
+    def _shares(self, task: PlannedTask) -> tuple[int, int]:
+        """Rows that the mix would take from the task, with its score at its interval's lower end: (failed ones, all).
 
-        The score of `lowest` is the lower end of its interval. Error rows are none of the mix's candidates.
+        Error rows are none of the mix's candidates.
         """
-        asked = self._settings
+        asked, label = self._settings, task.label.value
         budget = asked.exact_match_budget if label == EXACT_MATCH else asked.generation_budget
         peers = [(other, self._tallies[name]) for name, other in self._tasks.items() if other.label.value == label]
         known = [tally.mean for _, tally in peers if tally.num_scored]
         typical = sum(known) / len(known) if known else 0.0
         demands = []
         for other, tally in peers:
-            score = tally.mean if tally.num_scored else typical
-            if other is lowest:
+            score = min(1.0, tally.mean) if tally.num_scored else typical
+            if other is task:
                 score, _ = tally.interval(label)
             # The mix owes such a task no share of what it fails.
             unfit = 0 if other.unreachable_fraction > MAX_UNREACHABLE_FRACTION else None
             candidates = other.num_instances - (self._covered[other.name] - tally.num_scored)
             if candidates:
-                demands.append(TaskDemand(other.name, candidates, min(1.0, score), unfit))
-        for_failures = allocate(round(budget * (1 - asked.even_fraction)), demands, asked.gamma).counts
-        if not asked.even_fraction:
-            return for_failures, for_failures
-        return for_failures, allocate(budget, demands, asked.gamma, asked.even_fraction).counts
-
-    def _fills(self, task: PlannedTask, given: int) -> bool:
-        """Whether the failed rows fill the share for sure, by what the task is given with its score as it is.
-
-        Saves an allocation a task: a larger weight takes at most as many rows per weight.
-        """
-        tally, asked = self._tallies[task.name], self._settings
-        too_wide = tally.half_width(task.label.value) > asked.score_margin
-        if too_wide or tally.mean >= 1.0 or asked.even_fraction:
-            return False
-        low, _ = tally.interval(task.label.value)
-        larger = (1.0 - low) ** asked.gamma
-        most = (given + 1) * larger / (1.0 - tally.mean) ** asked.gamma + 1
-        return tally.num_failed >= most * asked.failed_rows_factor + 1
+                demands.append(TaskDemand(other.name, candidates, score, unfit))
+        even = asked.even_fraction
+        failed = allocate(round(budget * (1 - even)), demands, asked.gamma).counts[task.name]
+        return failed, allocate(budget, demands, asked.gamma, even).counts[task.name] if even else failed
 
     def _check_end(self) -> None:
         """With all scores known: a task that was stopped with too few failed rows for its share goes on."""
         if self._ended or len(self.stops) < len(self._tasks):
             return
-        given: dict[str, int] = {}
-        for label in {task.label.value for task in self._tasks.values()}:
-            given |= self._allocate(label)[0]
-        for name, stop in list(self.stops.items()):
+        for name, stop in list(self.stops.items()):  # an allocation each: half a second for 462 tasks
             task = self._tasks[name]
-            if self._covered[name] >= task.num_instances or self._fills(task, given[name]):
-                continue
             reason, enough = self._judge(task)
             if not enough:
                 del self.stops[name]

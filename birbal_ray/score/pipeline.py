@@ -117,7 +117,12 @@ def score_shards(
         watchdog.check(snapshot)
         if is_last:
             if error := ended.exception():
-                raise RunFailedError(f"{_root_reason(error)} (logs: {folder.at(LOG_FOLDER)})") from error
+                # The last telling line of the deepest cause: Ray wraps the reason in a page of traceback.
+                first, *_ = str(error).partition("The above exception was the direct cause of")
+                lines = [line.strip() for line in first.splitlines() if line.strip()]
+                advice = "For further information visit", "To change retry"  # of pydantic and of Ray Data
+                reason = [type(error).__name__, *(line for line in lines if not line.startswith(advice))][-1]
+                raise RunFailedError(f"{reason} (logs: {folder.at(LOG_FOLDER)})") from error
             return
 
 
@@ -165,6 +170,11 @@ def _dataset(
     context.target_max_block_size = 1  # else shards wait in the source until a block is full
     context.max_consecutive_actor_init_deaths = resources.num_replicas * (resources.max_start_retries + 1)
     per_node = math.ceil(resources.num_replicas / max(1, sum(node["Alive"] for node in ray.nodes())))
+    card: dict[str, Any] = {}  # Ray's options that tie a replica to a card, or keep it off others
+    if gpu and resources.accelerator_type:
+        card = {"accelerator_type": resources.accelerator_type}
+    elif gpu and resources.avoid_accelerator_types:
+        card = {"label_selector": {ACCELERATOR_LABEL: f"!in({','.join(resources.avoid_accelerator_types)})"}}
     return (
         # Without CPUs of its own, or Ray would fuse it with the next stage, and one worker would get every shard.
         ray.data.read_datasource(_source(monitor), num_cpus=0, override_num_blocks=1)
@@ -185,7 +195,7 @@ def _dataset(
             ),
             num_cpus=resources.cpus_per_replica,
             num_gpus=resources.gpus_per_replica if gpu else 0,
-            **_card(resources, gpu),
+            **card,
         )
         .map(
             ScoreAndWrite,
@@ -223,23 +233,3 @@ def _source(monitor: Any) -> Any:
             return [ReadTask(read, unknown)]
 
     return ShardSource()
-
-
-def _card(resources: ResourceSettings, gpu: bool) -> dict[str, Any]:
-    """Ray's options that tie a replica to a card or keep it off others."""
-    if not gpu:
-        return {}
-    if resources.accelerator_type:
-        return {"accelerator_type": resources.accelerator_type}
-    if resources.avoid_accelerator_types:
-        return {"label_selector": {ACCELERATOR_LABEL: f"!in({','.join(resources.avoid_accelerator_types)})"}}
-    return {}
-
-
-def _root_reason(error: BaseException) -> str:
-    """The last telling line of the deepest cause: Ray wraps the reason in a page of traceback."""
-    first, *_ = str(error).partition("The above exception was the direct cause of")
-    lines = [line.strip() for line in first.splitlines() if line.strip()]
-    # Advice that pydantic and Ray Data end with.
-    lines = [line for line in lines if not line.startswith(("For further information visit", "To change retry"))]
-    return lines[-1] if lines else type(error).__name__

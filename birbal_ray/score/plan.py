@@ -224,16 +224,6 @@ def publish_inputs(plan: ScorePlan, folder: Folder, *, everything: bool) -> Scor
     return replace(plan, tasks=tuple(tasks))
 
 
-def read_planned(folder: Folder, path: str, name: str, sha256: str) -> Task:
-    """A planned task's file, wherever the plan left it; raises TaskError where it is another one by now."""
-    task = reader.parse_task(
-        name, folder.read_bytes(path) if path.startswith(f"{INPUTS_FOLDER}/") else Path(path).read_bytes()
-    )
-    if task.sha256 != sha256:
-        raise TaskError(f"{path}: the file changed while the run was going on; run the same command again")
-    return task
-
-
 def completion_tokens(label: str, lengths: Sequence[int], settings: CompletionSettings) -> int:
     """Tokens a completion may take, from the token lengths of a task's references.
 

@@ -1,6 +1,6 @@
-"""An engine and a tokenizer that make things up, for tests of everything around them.
+"""An engine that makes answers up, for tests of everything around an engine.
 
-The engine keeps the contract of the real one: the same tests run against both.
+It keeps the contract of the real one: the same tests run against both.
 """
 
 from __future__ import annotations
@@ -10,38 +10,14 @@ import itertools
 import json
 import time
 from collections.abc import Iterable, Sequence
-from zlib import crc32
 
 from birbal_ray.score.engine import Completion, Request, RequestRefusedError, TokenLogprob
+from birbal_ray.score.tokens import NUM_EMBEDDINGS, word_token_ids
 
 WORDS = ("yes", "no", "red", "seven", "the river runs north", "a quiet morning", "it depends on the weather")
-NUM_EMBEDDINGS = 1 << 15
 BLOCK_TOKENS = 32  # prefixes are cached in whole blocks
 START_FAILURE = "SIMULATED_START_FAILURE"  # an environment variable: engines of this node never start
 ROW_ERROR, ENGINE_DEATH, SAYS = "SIMULATED-ROW-ERROR", "SIMULATED-ENGINE-DEATH", "SIMULATED-SAYS "
-
-_words: dict[int, str] = {}  # token id → word, of the words that this process has seen
-
-
-class SimulatedTokenizer:
-    """One token per word; equal words get equal ids on every machine. A chat's turns are `<role> text <end>`."""
-
-    bos_token_id = None
-    chat_template = "as apply_chat_template writes it"
-
-    def apply_chat_template(
-        self, messages: Sequence[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
-    ) -> str:
-        """The turns as one text."""
-        turns = "".join(f"<{one['role']}>\n{one['content']}\n<end>\n" for one in messages)
-        return turns + "<assistant>\n" * add_generation_prompt
-
-    def __call__(self, text: list[str], *, add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
-        return {"input_ids": [_token_ids(one.split()) for one in text]}
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """The words, of those that this process has seen, with one space between them."""
-        return " ".join(_words.get(token_id, f"<{token_id}>") for token_id in token_ids)
 
 
 class SimulatedEngine:
@@ -83,7 +59,7 @@ class SimulatedEngine:
             time.sleep(self._row_seconds)
         words = self._answer(request).split(" ")
         room = min(request.max_tokens, self.max_model_len - len(request.token_ids))
-        ids, finish_reason = _token_ids(words[:room]), "stop" if len(words) <= room else "length"
+        ids, finish_reason = word_token_ids(words[:room]), "stop" if len(words) <= room else "length"
         if ends := [place for place, token_id in enumerate(ids) if token_id in request.sampling.stop_token_ids]:
             ids, room, finish_reason = ids[: ends[0] + 1], ends[0], "stop"
         text = " ".join(words[:room])
@@ -129,9 +105,3 @@ def _token_logprobs(token_ids: Sequence[int]) -> tuple[TokenLogprob, ...]:
     """Made up: the likeliest token in place of each is the token itself."""
     made_up = [(one, -(one % 97 + 1) / 50) for one in token_ids]
     return tuple(TokenLogprob(token_id, logprob, token_id, logprob) for token_id, logprob in made_up)
-
-
-def _token_ids(words: Sequence[str]) -> list[int]:
-    ids = [crc32(word.encode()) % NUM_EMBEDDINGS for word in words]
-    _words.update(zip(ids, words, strict=True))
-    return ids

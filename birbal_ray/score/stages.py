@@ -25,9 +25,9 @@ import pyarrow as pa
 
 from birbal_ray import models
 from birbal_ray.cluster import log_to
-from birbal_ray.ni import prompt
+from birbal_ray.ni import prompt, reader
 from birbal_ray.ni.metrics import METRIC_OF_LABEL, score_answer
-from birbal_ray.ni.schema import Instance, Task, order_instances
+from birbal_ray.ni.schema import Instance, Task, TaskError, order_instances
 from birbal_ray.run import LOG_FOLDER
 from birbal_ray.schemas import ROWS_FOLDER, SCORE_ROWS
 from birbal_ray.score import plan
@@ -120,7 +120,10 @@ class BuildPrompts:
         return {"rows": pickle.dumps(ShardRows(shard, rows, shared, self._sampling))}
 
     def _read(self, path: str, name: str, sha256: str) -> tuple[Task, list[Instance]]:
-        task = plan.read_planned(self._folder, path, name, sha256)
+        published = path.startswith(f"{plan.INPUTS_FOLDER}/")
+        task = reader.parse_task(name, self._folder.read_bytes(path) if published else Path(path).read_bytes())
+        if task.sha256 != sha256:
+            raise TaskError(f"{path}: the file changed while the run was going on; run the same command again")
         return task, order_instances(task, self._config.seed, self._excluded)
 
 

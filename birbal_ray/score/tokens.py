@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
+from zlib import crc32
 
 from birbal_ray import models
 from birbal_ray.ni.prompt import STOP, ChatTemplate
 from birbal_ray.score.config import ScoreConfig
-from birbal_ray.score.simulated import SimulatedTokenizer
+
+NUM_EMBEDDINGS = 1 << 15  # of the simulated tokenizer and engine
 
 
 class Tokenizer(Protocol):
@@ -18,7 +21,7 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(config: ScoreConfig) -> Tokenizer:
-    """The model's tokenizer."""
+    """The model's tokenizer. The simulated backend splits at white space."""
     if config.engine.backend == "simulated":
         return SimulatedTokenizer()
     return models.load_tokenizer(models.resolve_model(config.model.name, config.model.revision, weights=False).path)
@@ -70,3 +73,34 @@ def stops(tokenizer: Any, chat: ChatTemplate | None) -> tuple[tuple[str, ...], t
         return (STOP,), ()
     (ids,) = tokenizer([chat.end_of_turn], add_special_tokens=False)["input_ids"]
     return ((), tuple(ids)) if len(ids) == 1 else (tuple(filter(None, [chat.end_of_turn])), ())
+
+
+_words: dict[int, str] = {}  # token id → word, of the words that this process has seen
+
+
+def word_token_ids(words: Sequence[str]) -> list[int]:
+    """Made-up ids below NUM_EMBEDDINGS; equal words get equal ids on every machine."""
+    ids = [crc32(word.encode()) % NUM_EMBEDDINGS for word in words]
+    _words.update(zip(ids, words, strict=True))
+    return ids
+
+
+class SimulatedTokenizer:
+    """For tests: one token per word; decodes the words it has seen. A chat's turns are `<role> text <end>`."""
+
+    bos_token_id = None
+    chat_template = "as apply_chat_template writes it"
+
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        """The turns as one text."""
+        turns = "".join(f"<{one['role']}>\n{one['content']}\n<end>\n" for one in messages)
+        return turns + "<assistant>\n" * add_generation_prompt
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
+        return {"input_ids": [word_token_ids(one.split()) for one in text]}
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The words with one space between them."""
+        return " ".join(_words.get(token_id, f"<{token_id}>") for token_id in token_ids)

@@ -19,8 +19,8 @@ from birbal_ray.run import RunError
 from birbal_ray.score.config import ResourceSettings
 from birbal_ray.score.engine import Adapter, EngineLoop, Request, Sampling, vllm_arguments
 from birbal_ray.score.monitor import COUNTED
-from birbal_ray.score.simulated import NUM_EMBEDDINGS, SimulatedTokenizer
 from birbal_ray.score.stages import load_engine
+from birbal_ray.score.tokens import NUM_EMBEDDINGS, SimulatedTokenizer
 from birbal_ray.serve.app import Service, is_loopback, make_app
 from birbal_ray.serve.config import ServeConfig, ServedEngine
 from birbal_ray.settings import ConfigError

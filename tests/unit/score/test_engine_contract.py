@@ -14,7 +14,8 @@ from birbal_ray.score.config import (
     vllm_argument_names,
 )
 from birbal_ray.score.engine import Adapter, vllm_arguments
-from birbal_ray.score.simulated import SimulatedEngine, SimulatedTokenizer
+from birbal_ray.score.simulated import SimulatedEngine
+from birbal_ray.score.tokens import SimulatedTokenizer
 from birbal_ray.settings import ConfigError, load_config
 from tests.fixtures.engine_contract import MAX_MODEL_LEN, EngineContract
 

@@ -17,7 +17,7 @@ from birbal_ray.score.config import CompletionSettings, ScoreConfig
 from birbal_ray.score.engine import Sampling
 from birbal_ray.score.plan import completion_tokens, plan_run, publish_inputs
 from birbal_ray.score.shards import ZERO_SHOT, RowFiles, Shard
-from birbal_ray.score.simulated import SimulatedTokenizer
+from birbal_ray.score.tokens import SimulatedTokenizer
 from birbal_ray.settings import load_config
 from birbal_ray.storage import open_folder
 from tests.unit.ni.test_reader import archive

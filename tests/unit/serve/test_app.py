@@ -12,7 +12,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from birbal_ray.score.engine import Completion, EngineLoop
-from birbal_ray.score.simulated import NUM_EMBEDDINGS, SAYS, SimulatedEngine, SimulatedTokenizer
+from birbal_ray.score.simulated import SAYS, SimulatedEngine
+from birbal_ray.score.tokens import NUM_EMBEDDINGS, SimulatedTokenizer
 from birbal_ray.serve.app import MAX_BODY_BYTES, Service, make_app
 
 HERE = ("127.0.0.1", 50000)
