@@ -10,6 +10,7 @@ Nothing is deleted but by name, and only what the step itself made: see `open_ru
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import functools
 import importlib.metadata
@@ -219,6 +220,8 @@ def open_run(
                 record = {"done": None, "total": None, **run._last_progress, "error": one_line(error)}
                 with contextlib.suppress(OSError, RunError):
                     run._writer.submit(folder.write_json, PROGRESS_FILE, record).result()
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise RunFailedError(f"{folder}: {error}; make room on the disk") from None
             raise
         finally:
             run._writer.shutdown()

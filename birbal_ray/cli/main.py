@@ -5,7 +5,6 @@ A command's module, with the settings' schemas, is imported when that command is
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import sys
@@ -96,10 +95,8 @@ class Commands(click.Group):
             if not isinstance(error, (*usage, RunError, OSError)):  # OSError: a full disk, a lost connection
                 raise
             click.echo(f"error: {error}", err=True)
-            is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if isinstance(error, RunFailedError) or is_full:
-                room = "make room on the disk; " if is_full else ""
-                click.echo(f"{room}what is finished is kept; the same command continues", err=True)
+            if isinstance(error, RunFailedError):
+                click.echo("what is finished is kept; the same command continues", err=True)
             context.exit(EXIT_USAGE if isinstance(error, usage) else EXIT_FAILED)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 
 import pytest
 
 from birbal_ray.manifest import check_input, read_manifest
-from birbal_ray.run import RunMismatchError, open_run
+from birbal_ray.run import RunFailedError, RunMismatchError, open_run
 from birbal_ray.settings import ConfigError, Settings
 from birbal_ray.storage import Folder, RunError, open_folder
 
@@ -450,3 +452,12 @@ def test_a_file_is_no_run_folder(tmp_path):
     ):
         pass
     assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_a_full_disk_names_the_folder_and_what_to_do(tmp_path):
+    with (
+        pytest.raises(RunFailedError, match=r"run: \[Errno 28\] No space left on device; make room on the disk$"),
+        open_run(tmp_path / "run", "score", {}, owns=()),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert "No space left" in open_folder(tmp_path / "run").read_json("progress.json")["error"]

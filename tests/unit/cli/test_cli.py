@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import io
 import json
 import subprocess
@@ -215,17 +214,6 @@ def test_an_option_that_would_do_nothing_is_refused(tmp_path, arguments, reason)
     assert result.exit_code == 2
     assert reason in " ".join(result.stderr.split())
     assert not list(tmp_path.iterdir())
-
-
-def test_a_full_disk_says_how_to_go_on(tmp_path, monkeypatch):
-    def full(*arguments, **options):
-        raise OSError(errno.ENOSPC, "No space left on device", "rows/a.parquet")
-
-    monkeypatch.setattr("birbal_ray.score.run.score", full)
-    result = run("score", "--tasks", tmp_path, "--output", tmp_path / "out")
-    assert result.exit_code == 1
-    assert "No space left on device: 'rows/a.parquet'" in result.stderr
-    assert "make room on the disk; what is finished is kept; the same command continues" in result.stderr
 
 
 def test_doctor_reports_this_machine():
