@@ -6,10 +6,9 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from birbal_ray.schemas import MANIFEST_FILE
+from birbal_ray.schemas import MANIFEST_FILE, RUN_FILE
 from birbal_ray.storage import FileStat, Folder, RunError, open_folder
 
-RUN_FILE = "run.json"
 FORMAT = 2  # of run.json and manifest.json; those of version 0.1 have none
 
 

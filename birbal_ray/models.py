@@ -21,10 +21,8 @@ from typing import Any
 
 import filelock
 
-from birbal_ray.manifest import RUN_FILE
 from birbal_ray.ni.prompt import CHAT, ChatTemplate, TemplateError, read_chat_template
-from birbal_ray.run import PROGRESS_FILE
-from birbal_ray.schemas import MANIFEST_FILE
+from birbal_ray.schemas import MANIFEST_FILE, PROGRESS_FILE, RUN_FILE
 from birbal_ray.settings import ConfigError, one_line, sha256_of
 from birbal_ray.storage import absolute, input_folder, is_url, join, make_cache_folder, write_atomic
 

@@ -14,7 +14,6 @@ from typing import Any
 from birbal_ray.cluster import job_metadata, ray_log_file, ray_session
 from birbal_ray.evaluate.run import evaluate
 from birbal_ray.lock import hold_lock
-from birbal_ray.manifest import RUN_FILE
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.datasets import source_problem
 from birbal_ray.mix.run import mix
@@ -31,6 +30,7 @@ from birbal_ray.run import (
     progress_seconds,
     sigterm_as_interrupt,
 )
+from birbal_ray.schemas import RUN_FILE
 from birbal_ray.score.pipeline import logical_cpus
 from birbal_ray.score.run import score
 from birbal_ray.settings import ConfigError, canonical_hash, one_line

@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray.lock import LOCK_RECORD, hold_lock
-from birbal_ray.manifest import FORMAT, RUN_FILE, wrong_files
-from birbal_ray.schemas import MANIFEST_FILE
+from birbal_ray.manifest import FORMAT, wrong_files
+from birbal_ray.schemas import MANIFEST_FILE, PROGRESS_FILE, RUN_FILE
 from birbal_ray.settings import ConfigError, Settings, canonical_hash, flatten, format_value, one_line
 from birbal_ray.storage import (
     DamagedFileError,
@@ -44,7 +44,6 @@ from birbal_ray.storage import (
     open_folder,
 )
 
-PROGRESS_FILE = "progress.json"
 LOG_FOLDER = "logs"
 # fnmatch: * spans folders.
 STANDARD_FILES = (RUN_FILE, PROGRESS_FILE, MANIFEST_FILE, "sessions/*.json", f"{LOG_FOLDER}/*.log")

@@ -65,6 +65,8 @@ TASKS = pa.schema(
     ]
 )
 
+RUN_FILE = "run.json"  # of every run: its step and identity
+PROGRESS_FILE = "progress.json"
 MANIFEST_FILE = "manifest.json"  # of a finished run: its files, counts and settings
 ROWS_FOLDER = "rows"  # SCORE_ROWS, one file {task}/{first}-{last}.parquet a range of the task's hash order
 TASKS_FILE = "tasks.parquet"

@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 from birbal_ray.cluster import WorkerRequest, can_place, job_metadata, ray_log_file, ray_session
-from birbal_ray.manifest import RUN_FILE
 from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.models import Model, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine, counted, duration, figures_key, save_figures
 from birbal_ray.run import Run, RunError, RunFailedError, StepResult, identity_differences, open_run
+from birbal_ray.schemas import RUN_FILE
 from birbal_ray.settings import ConfigError, require, sha256_of
 from birbal_ray.storage import Folder, absolute, input_folder
 from birbal_ray.train.config import TrainResources
