@@ -317,8 +317,8 @@ def _from_hub(name: str, revision: str | None, *, weights: bool) -> Model:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
+        HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -336,7 +336,7 @@ def _from_hub(name: str, revision: str | None, *, weights: bool) -> Model:
     except tuple(reasons) as error:
         reason = next(text for kind, text in reasons.items() if isinstance(error, kind))
         raise ModelError(f"model {name!r}: {reason}") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
+    except (LocalEntryNotFoundError, HTTPError, ConnectionError) as error:  # also of a download that broke off
         raise ModelError(
             f"model {name!r}: no such folder; the Hub can't be reached and no copy is in its cache "
             f"({type(error).__name__}); check the network, or give a local folder"

@@ -58,7 +58,7 @@ def push_to_hub(folder: Folder, names: list[str], repository: str) -> str:
     where the Hub refuses (no token, no right to write there) or can't be reached.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
 
     try:
         hub = HfApi()
@@ -71,7 +71,7 @@ def push_to_hub(folder: Folder, names: list[str], repository: str) -> str:
             operations = [CommitOperationAdd(target, str(here / name)) for name, target in targets.items()]
             hub.create_commit(repository, operations, commit_message="Upload from birbal_ray")
         return str(address)
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, ConnectionError) as error:
+    except (HTTPError, HFValidationError, LocalTokenNotFoundError, ConnectionError) as error:
         raise RunError(
             f"--push {repository}: the Hub did not take it ({one_line(error)[:300]}); set HF_TOKEN to a token that may "
             f"write there. The files are kept in {folder}, and the same command tries again"

@@ -140,6 +140,8 @@ def _run_worker(
             # Its node was taken away; Ray places the worker as soon as another one joins.
             progress.update(f"waiting: {reason}" if reason else shown.text(progress))
     except KeyboardInterrupt:
+        if reason:
+            raise  # no worker is there that could save anything
         folder.write_bytes(STOP_FILE, b"")  # refused where another run took the folder over, which must not be stopped
         grace = config.resources.stop_grace
         progress.message(f"stopping: the worker saves a checkpoint first (at most {grace:.0f} s)")

@@ -113,3 +113,15 @@ def test_records_of_a_merge_are_no_part_of_the_model(complete):
     assert models.resolve_model(str(complete)).fingerprint == before
     (complete / "generation_config.json").write_text("{}")
     assert models.resolve_model(str(complete)).fingerprint != before
+
+
+def test_a_download_that_breaks_off_is_said_in_one_line(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError
+
+    def broken(*arguments, **options):
+        raise HTTPError("the server closed the connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    with pytest.raises(models.ModelError, match=r"model 'owner/name': .* \(HTTPError\); check the network"):
+        models.resolve_model("owner/name")

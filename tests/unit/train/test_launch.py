@@ -143,3 +143,21 @@ def test_a_merge_compares_on_the_prompts_of_training_where_the_mix_is_gone(tmp_p
     write_json(tmp_path / "reference.json", {"prompts": [{"token_ids": [1, 2]}, {"token_ids": [3]}]})
     assert merge._read_prompts(gone, None, None, 8, tmp_path, progress) == [[1, 2], [3]]
     assert "compared on the 2 prompts that training kept" in capsys.readouterr().err
+
+
+def test_ctrl_c_waits_for_no_worker_that_is_not_there(folder, monkeypatch):
+    """Its node was taken away, and none has joined: nobody would save a checkpoint."""
+    answers = iter(["no node has a GPU", KeyboardInterrupt()])
+
+    def missing():
+        answer = next(answers)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(launch, "_fit", lambda *arguments: None)
+    monkeypatch.setattr(launch, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(launch, "NODES_SECONDS", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        launch._run_worker(TrainConfig(), None, folder, ProgressLine(), None, missing)
+    assert not folder.is_file("stop")
