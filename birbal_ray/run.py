@@ -83,6 +83,8 @@ class Run:
     manifest: dict[str, Any] | None  # of a complete run whose files are all there: there is nothing to do
     files: dict[str, FileStat] = field(default_factory=dict)  # what the folder held when it was opened, by name
     listed: dict[str, Any] = field(default_factory=dict)  # what a manifest said of them then, complete or not
+    changes: list[str] = field(default_factory=list)  # `key: old → new`, where `may_become` allows another identity
+    _record: Mapping[str, Any] = field(default_factory=dict)  # run.json of the present identity
     _started: float = field(default_factory=time.time)
     _earlier_seconds: float = 0.0  # of the sessions before this one
     _last_progress: dict[str, Any] = field(default_factory=dict)
@@ -123,6 +125,8 @@ class Run:
         """Delete the manifest: the run is unfinished again. Call it before the files of a finished run change."""
         self.folder.delete([MANIFEST_FILE])
         self.manifest = None
+        if self.changes:
+            self.folder.write_json(RUN_FILE, self._record)
 
     def finish(
         self, manifest: Mapping[str, Any], files: Mapping[str, FileRecord] | Iterable[str], *, summary: str
@@ -185,8 +189,8 @@ def open_run(
     STANDARD_FILES. `inputs`: the paths and URLs that the step reads. `settings`: key in `identity` → the schema of the
     settings under it. A setting that an earlier version did not know, and so did not record, counts as its default:
     a new setting's default must mean what was done before, or FORMAT must change. `may_become` says of an old and a new
-    identity whether the run may go on as the new one; run.json then has that, and a manifest keeps the one it was
-    written for.
+    identity whether the run may go on as the new one (`Run.changes`). A finished run keeps the old one in its records
+    until it is withdrawn.
 
     With `overwrite`, a finished run or one of another identity is deleted, file by file; an unfinished one of the same
     identity continues, so that a command with --overwrite can be repeated, too. With `starts_over`, an unfinished run
@@ -265,14 +269,16 @@ def _claim(
     earlier = _earlier_record(folder, step, finished, overwrite)
     was = _with_defaults(earlier.get("identity", {}), defaults, identity)
     same = earlier.get("format") == FORMAT and (was == identity or may_become(was, identity))
+    differences = identity_differences({"step": step, "identity": was}, record)
     if same and not (overwrite and MANIFEST_FILE in visible):
         folder.delete(leftovers)
-        if was != identity:
-            folder.write_json(RUN_FILE, record)
         manifest = _complete_manifest(folder, files) if MANIFEST_FILE in visible else None
-        return Run(folder, step, True, manifest, visible, listed)
+        run = Run(folder, step, True, manifest, visible, listed, differences, record)
+        if differences and not manifest:
+            run.withdraw()
+        return run
     if not overwrite and not (starts_over and MANIFEST_FILE not in visible):
-        raise RunMismatchError(folder, identity_differences({"step": step, "identity": was}, record))
+        raise RunMismatchError(folder, differences)
     # A pattern without a `/` means files directly in the run folder. Of those, a finished run's manifest names all.
     patterns = [glob for glob in (*owns, *STANDARD_FILES) if "/" in glob or "*" not in glob or not listed]
     made = {

@@ -110,7 +110,16 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
     plan = plan_run(setup.scoring, progress, excluded=setup.held_out.keys)
     inputs = [path for path in (config.tasks.path, *setup.mixes, *(one.path for one in setup.models[1:])) if path]
     output, identity, settings = config.output or "", _identity(setup, plan), IDENTITY_SETTINGS
-    with open_run(output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs, settings=settings) as run:
+    with open_run(
+        output,
+        STEP,
+        identity,
+        owns=OWNS,
+        overwrite=overwrite,
+        inputs=inputs,
+        settings=settings,
+        may_become=only_adds,
+    ) as run:
         if run.manifest:
             result = _read(run)
             for row in result.comparisons:
@@ -120,8 +129,10 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
                         f"{', '.join(named.values())}; now that its result is known it can't become "
                         f"{', '.join(setup.primary().values())}: leave primary as it was, or choose another --output"
                     )
-            progress.message(f"{run.folder} is up to date; nothing to do")
-            return result
+            if not run.changes:
+                progress.message(f"{run.folder} is up to date; nothing to do")
+                return result
+            run.withdraw()
         everything = is_url(config.tasks.path) or not run.folder.is_local
         plan = publish_inputs(plan, run.folder, everything=everything)
         write_plan(run.folder, plan)
@@ -135,6 +146,13 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
             more = {"asked_fraction": result.manifest["rows"]["planned"] / asked}  # the mix considered the others
             keep_figures(figures_key(STEP, config), run.sessions()[num_earlier:], time.monotonic() - started, **more)
         return result
+
+
+def only_adds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a new identity has further models or prompt formats, and asks the earlier ones as before."""
+    models = {name: new["models"].get(name) for name in old.get("models", {})}
+    formats = [one for one in new["prompt_formats"] if one in old.get("prompt_formats", [])]
+    return {**new, "models": models, "prompt_formats": formats} == old
 
 
 def prepare_evaluation(config: EvaluateConfig) -> Setup:

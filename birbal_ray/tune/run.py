@@ -13,8 +13,7 @@ from birbal_ray.cluster import WorkerRequest, can_place, job_metadata, ray_log_f
 from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.models import Model, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine, counted, duration, figures_key, save_figures
-from birbal_ray.run import Run, RunError, RunFailedError, StepResult, identity_differences, open_run
-from birbal_ray.schemas import RUN_FILE
+from birbal_ray.run import Run, RunError, RunFailedError, StepResult, open_run
 from birbal_ray.settings import ConfigError, require, sha256_of
 from birbal_ray.storage import Folder, absolute, input_folder
 from birbal_ray.train.config import TrainResources
@@ -68,14 +67,13 @@ def tune(config: TuneConfig, *, overwrite: bool = False) -> TuneResult:
         may_become=only_adds,
     ) as run:
         if before := run.manifest:
-            added = identity_differences(before, run.folder.read_json(RUN_FILE))
             # A search that its budget cut short goes on when it gets a larger one.
             had = before.get("budget") if before.get("cut_short") else None
-            if not added and (had is None or (config.budget or math.inf) <= had):
+            if not run.changes and (had is None or (config.budget or math.inf) <= had):
                 progress.message(f"{run.folder} is up to date; nothing to do")
                 return TuneResult(run.folder, before)
-            if added:
-                run.session({"added": added})
+            if run.changes:
+                run.session({"added": run.changes})
             run.withdraw()
         results, started = read_results(run.folder)
         scheduler = TrialScheduler(

@@ -317,13 +317,18 @@ def test_a_run_goes_on_as_another_identity_where_the_step_says_so(folder):
 
     with open_run(folder, "score", more, owns=OWNS, may_become=only_more) as opened:
         assert (opened.resumed, opened.manifest) == (True, earlier), "the manifest says what it was made from"
+        assert folder.read_json("run.json")["identity"] == IDENTITY, "a step may still refuse to go on"
+        opened.withdraw()
     assert folder.read_json("run.json")["identity"] == more
+    with open_run(folder, "score", IDENTITY, owns=OWNS, may_become=only_more) as opened:
+        assert opened.resumed, "an unfinished run goes on at once"
+        assert folder.read_json("run.json")["identity"] == IDENTITY
     with (
         pytest.raises(RunMismatchError, match=r"config.model: a → b"),
         open_run(folder, "score", {"config": {"model": "b", "more": 2, "seed": 1}}, owns=OWNS, may_become=only_more),
     ):
         pass
-    assert folder.read_json("run.json")["identity"] == more
+    assert folder.read_json("run.json")["identity"] == IDENTITY
     assert folder.is_file("tasks.parquet")
 
 

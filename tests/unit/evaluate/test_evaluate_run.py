@@ -80,3 +80,42 @@ def test_only_this_runs_folded_models_are_cleared_away(tmp_path, monkeypatch):
     (left[0].parent / ".folded-killed" / "mine").mkdir(parents=True)
     with step._model_of(setup, [one], places[0], ProgressLine()):
         assert not (left[0].parent / ".folded-killed").exists()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """asked(config) calls `evaluate` without engines: the models and prompt formats that it would ask for."""
+    monkeypatch.setattr(step, "_score", lambda *arguments: None)
+    monkeypatch.setattr(step, "_finish", lambda setup, plan, run: [one.name for one in setup.models])
+    return step.evaluate
+
+
+def second(config, tmp_path, value=1):
+    """The same evaluation, with another adapter behind the first."""
+    (tmp_path / "other").mkdir(exist_ok=True)
+    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
+    write_tensors(tmp_path / "other" / "adapter_model.safetensors", {"a.lora_A.weight": [1, 1]}, value)
+    return config.replace({"adapters": [*config.adapters, str(tmp_path / "other")]})
+
+
+def test_a_further_adapter_or_prompt_format_keeps_the_rows_that_are_there(config, asked, tmp_path):
+    fewer = config.replace({"prompt_formats": ["zero_shot"]})
+    finish(fewer)
+    for wider in (second(fewer, tmp_path), second(config, tmp_path)):
+        assert asked(wider) == ["base", "mine", "other"]
+        assert not (tmp_path / "run" / "manifest.json").exists()
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["identity"]["models"].keys() >= {"other"}
+    with pytest.raises(ConfigError, match=r"models.other: .* → \(none\)"):
+        asked(config)
+    with pytest.raises(ConfigError, match=r"models.other: "):
+        asked(second(config, tmp_path, value=2))
+    with pytest.raises(ConfigError, match=r"plan: "):
+        asked(second(config, tmp_path).replace({"tasks.instances_per_task": 1}))
+
+
+def test_an_adapter_in_front_would_be_another_primary_comparison(config, asked, tmp_path):
+    finish(config)
+    wider = second(config, tmp_path)
+    with pytest.raises(ConfigError, match=r"is mine, zero_shot, all; .* can't become other, zero_shot, all"):
+        asked(wider.replace({"adapters": wider.adapters[::-1]}))
+    assert asked(config).comparisons, "the refusal left the finished evaluation as it was"

@@ -704,7 +704,7 @@ def test_further_mixes_and_seeds_keep_every_trial_that_ended(tuned, tmp_path, ca
 
 
 def test_a_killed_addition_goes_on(tuned, monkeypatch):
-    """Killed between the new run.json and the end of the old manifest."""
+    """Killed before the old manifest is gone."""
     tuned()
     wider = {"repeats": {"top": 0, "seeds": 3}}
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
