@@ -35,7 +35,6 @@ from birbal_ray.score.pipeline import logical_cpus
 from birbal_ray.score.run import score
 from birbal_ray.settings import ConfigError, canonical_hash, one_line
 from birbal_ray.storage import DamagedFileError, Folder, RunError, input_folder, open_folder
-from birbal_ray.train.deadline import CLOCK_FILE as WORKER_CLOCK_FILE
 from birbal_ray.train.launch import logical_cpus as train_logical_cpus
 from birbal_ray.train.run import train
 from birbal_ray.tune.config import changed_mix
@@ -308,13 +307,10 @@ def settings_of(step: str, config: PipelineConfig, clock: BudgetClock) -> Any:
                 f"{duration(max(0.0, left))}; it needs {duration(least + TRAIN_START_SECONDS)}: give the same command "
                 "a larger --budget"
             )
-        # The budget is a part of what the run is made from; interruptions may have left less since it was set.
+        # The budget is a part of what the run is made from; interruptions may have left less since it was set, and
+        # packing or a wait for a node takes time that the worker's clock does not count.
         budget = clock.decide("train.budget", lambda: round(left - TRAIN_START_SECONDS, 1))
-        up = 0.0  # so long has the worker been up, by the training run's own clock
-        with contextlib.suppress(FileNotFoundError):
-            up = float(open_folder(settings.output or "").read_json(WORKER_CLOCK_FILE)["elapsed_seconds"])
-        now = up + left - TRAIN_START_SECONDS
-        return settings.replace({"budget": budget, "resources.shorter_budget": max(1.0, min(budget, now))})
+        return settings.replace({"budget": budget, "resources.end_by": time.time() + left - TRAIN_START_SECONDS})
     most = clock.decide("evaluate.instances_per_task", lambda: instances_that_fit(config, left))
     return settings.replace({"tasks.instances_per_task": most})
 

@@ -90,10 +90,8 @@ class TrainResources(Settings):
     wait: Duration = Field(
         600.0, ge=0, description="on a cluster: time to wait for a node that can take the worker, before it starts"
     )
-    shorter_budget: Duration | None = Field(
-        None,
-        gt=0,
-        description="end by then, if before `budget`; `birbal pipeline` sets it as time runs out",
+    end_by: float | None = Field(
+        None, description="end by this time (seconds since 1970), if before `budget`; `birbal pipeline` sets it"
     )
     simulated_card: bool = Field(False, description="for tests only: Ray's card is made up, torch computes on a CPU")
     memory_gib: float | None = Field(None, gt=0, description="memory to plan for; null asks the device")

@@ -72,6 +72,13 @@ class Clock:
             self.save()
 
 
+def budget_by_clock(budget_seconds: float | None, end_by: float | None, clock: Clock) -> float | None:
+    """The budget by a run's own clock, cut so that the session that has it ends by `end_by` (as time.time() counts)."""
+    if end_by is None:
+        return budget_seconds
+    return min(max(1.0, clock.elapsed_seconds + end_by - time.time()), budget_seconds or math.inf)
+
+
 class Deadline:
     """Says how far a run is (0 to 1), whether another step fits, how many will.
 

@@ -28,7 +28,7 @@ from birbal_ray.train.checkpoints import (
 )
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import IGNORED, PackedSamples
-from birbal_ray.train.deadline import CLOCK_FILE, Clock, Deadline, learning_rate_factor
+from birbal_ray.train.deadline import CLOCK_FILE, Clock, Deadline, budget_by_clock, learning_rate_factor
 from birbal_ray.train.preflight import WRITE_BYTES_PER_SECOND
 
 ENDS = ("epochs", "max_steps", "budget")
@@ -78,8 +78,8 @@ class BudgetTrainer(SFTTrainer):
     def __init__(self, settings: TrainConfig, folder: Path, clock: Clock, **options: Any) -> None:
         self.settings, self.folder = settings, folder
         self.remote = Remote(open_folder(folder), folder)
-        budgets = [one for one in (settings.budget, settings.resources.shorter_budget) if one is not None]
-        self.deadline = Deadline(min(budgets, default=None), 1, clock)
+        budget = budget_by_clock(settings.budget, settings.resources.end_by, clock)
+        self.deadline = Deadline(budget, 1, clock)
         self.run_progress = 0.0  # decided once a step: the schedule and the end must agree
         self.ended_by: str | None = None  # as in Outcome; None while the run goes on
         self._progress_step = -1

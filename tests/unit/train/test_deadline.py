@@ -1,11 +1,12 @@
 import json
 import math
+import time
 
 import pytest
 
 from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.deadline import Clock, Deadline, learning_rate_factor
+from birbal_ray.train.deadline import Clock, Deadline, budget_by_clock, learning_rate_factor
 
 
 class Time:
@@ -19,14 +20,14 @@ class Time:
 
 
 def run_to_the_end(budget, total_steps, step_seconds, tmp_path, setup_seconds=5.0):
-    time = Time()
-    deadline = Deadline(budget, total_steps, Clock(tmp_path / "clock.json", time))
+    now = Time()
+    deadline = Deadline(budget, total_steps, Clock(tmp_path / "clock.json", now))
     deadline.clock.eval_seconds, deadline.clock.save_seconds = 4.0, 1.0
-    time.now += setup_seconds
+    now.now += setup_seconds
     deadline.clock.start_stepping()
     progress, step = [deadline.progress(0)], 0
     while progress[-1] < 1.0 and step < total_steps:
-        time.now += step_seconds
+        now.now += step_seconds
         step += 1
         deadline.step_took(step_seconds)
         progress.append(deadline.progress(step))
@@ -34,14 +35,14 @@ def run_to_the_end(budget, total_steps, step_seconds, tmp_path, setup_seconds=5.
 
 
 def test_what_was_imported_before_the_clock_was_made_counts(tmp_path):
-    time = Time()
-    clock = Clock(tmp_path / "clock.json", time, started=time.now - 8.0)
-    time.now += 2.0
+    now = Time()
+    clock = Clock(tmp_path / "clock.json", now, started=now.now - 8.0)
+    now.now += 2.0
     clock.start_stepping()
-    time.now += 1.0
+    now.now += 1.0
     clock.save()
     assert (clock.elapsed_seconds, clock.setup_seconds) == (11.0, 10.0)
-    assert Clock(tmp_path / "clock.json", time).elapsed_seconds == 11.0
+    assert Clock(tmp_path / "clock.json", now).elapsed_seconds == 11.0
 
 
 def test_steps_that_all_fit_follow_the_steps(tmp_path):
@@ -63,26 +64,26 @@ def test_a_short_budget_ends_the_run_in_time_with_progress_one(tmp_path):
 
 
 def test_an_evaluation_that_is_due_counts_before_the_next_step(tmp_path):
-    time = Time()
-    deadline = Deadline(100, 1000, Clock(tmp_path / "clock.json", time))
+    now = Time()
+    deadline = Deadline(100, 1000, Clock(tmp_path / "clock.json", now))
     deadline.step_took(1.0)
-    time.now += 95
+    now.now += 95
     assert deadline.progress(10) < 1.0
     assert deadline.progress(10, due_seconds=4.0) == 1.0
 
 
 def test_time_survives_restarts(tmp_path):
-    time = Time()
-    first = Clock(tmp_path / "clock.json", time)
-    time.now += 7
+    now = Time()
+    first = Clock(tmp_path / "clock.json", now)
+    now.now += 7
     first.start_stepping()
-    time.now += 33
+    now.now += 33
     first.save()
-    time.now += 500  # nobody is up
-    second = Clock(tmp_path / "clock.json", time)
+    now.now += 500  # nobody is up
+    second = Clock(tmp_path / "clock.json", now)
     assert second.elapsed_seconds == 40
     assert second.setup_seconds == 7
-    time.now += 3
+    now.now += 3
     assert second.elapsed_seconds == 43
     assert second.setup_seconds == 10
     second.save()
@@ -90,27 +91,27 @@ def test_time_survives_restarts(tmp_path):
 
 
 def test_what_the_end_takes_is_held_back_after_a_restart_too(tmp_path):
-    time = Time()
-    first = Deadline(100, 1000, Clock(tmp_path / "clock.json", time))
+    now = Time()
+    first = Deadline(100, 1000, Clock(tmp_path / "clock.json", now))
     first.clock.eval_seconds, first.clock.save_seconds = 20.0, 10.0
     first.step_took(5.0)
-    time.now += 60
+    now.now += 60
     assert first.progress(10) < 1.0
     first.clock.save()
-    second = Deadline(100, 1000, Clock(tmp_path / "clock.json", time))
+    second = Deadline(100, 1000, Clock(tmp_path / "clock.json", now))
     assert second.reserve_seconds == first.reserve_seconds == pytest.approx(34)
-    time.now += 1.0
+    now.now += 1.0
     assert second.progress(10) == 1.0, "a step of 5 s would end after second 66"
     assert second.evaluation_fits()
-    time.now += 18.0
+    now.now += 18.0
     assert not second.evaluation_fits()
     second.step_took(1.0)
     assert second.clock.step_seconds == 1.0, "what this session measures counts"
 
 
 def test_forecast_counts_evaluations_and_stops_at_the_wanted_steps(tmp_path):
-    time = Time()
-    deadline = Deadline(1000, 500, Clock(tmp_path / "clock.json", time))
+    now = Time()
+    deadline = Deadline(1000, 500, Clock(tmp_path / "clock.json", now))
     assert deadline.forecast(0, 100, 64, 64) is None
     deadline.step_took(10.0)
     forecast = deadline.forecast(0, 100, 64, 64)
@@ -119,7 +120,7 @@ def test_forecast_counts_evaluations_and_stops_at_the_wanted_steps(tmp_path):
     assert forecast["epochs"] == pytest.approx(0.99)
     deadline.clock.eval_seconds = 640.0
     assert deadline.forecast(0, 100, 64, 64)["num_steps"] == math.floor((1000 - 1.1 * 640 - 1) / 20)
-    unlimited = Deadline(None, 500, Clock(tmp_path / "other.json", time))
+    unlimited = Deadline(None, 500, Clock(tmp_path / "other.json", now))
     unlimited.step_took(10.0)
     assert unlimited.forecast(3, 100, 64, 64)["num_steps"] == 500
     assert not unlimited.forecast(3, 100, 64, 64)["by_budget"]
@@ -150,3 +151,15 @@ def test_durations(text, seconds):
 def test_bad_durations_name_the_value(text):
     with pytest.raises(ConfigError, match="budget"):
         load_config(TrainConfig, flags={"budget": text})
+
+
+def test_a_recipe_s_deadline_counts_what_the_worker_s_clock_does_not(tmp_path):
+    """Packing, a wait for a node, another worker's start: the session still ends by the recipe's own time."""
+    clock = Clock(tmp_path / "clock.json")
+    clock._before = 200.0  # of earlier sessions
+    assert budget_by_clock(600.0, None, clock) == 600.0
+    assert budget_by_clock(None, None, clock) is None
+    assert budget_by_clock(600.0, time.time() + 100, clock) == pytest.approx(300, abs=9)
+    assert budget_by_clock(None, time.time() + 100, clock) == pytest.approx(300, abs=9)
+    assert budget_by_clock(250.0, time.time() + 100, clock) == 250.0
+    assert budget_by_clock(600.0, time.time() - 500, clock) == 1.0, "the run ends at once, and says so"
