@@ -181,9 +181,13 @@ class TrialScheduler:
                 return spec
         kinds = {spec.kind for spec in self._specs.values()}
         if not kinds & {PREDICTED, REPEAT, TRANSFER}:
+            # Stand-ins, for its time, of a further trial and of what follows the search.
+            one = self._first[BASE_MODEL]
+            longer = replace(one, tokens=config.transfer.factor * config.proxy.tokens)
+            rest = [one] * (1 + config.predicts + config.num_repeats) + [longer] * config.num_transfers
             for number in range(config.num_trials):
                 if f"search-{number:03d}" not in self._specs:
-                    if self._fits([self._first[BASE_MODEL], *self._verification()]):
+                    if self._fits(rest):
                         return self._propose(number)
                     break  # the rest of the budget is for what proves something
         if any(self._specs[key].kind not in (REPEAT, TRANSFER) for key in self.running):
@@ -215,12 +219,6 @@ class TrialScheduler:
         work = sum(longest * max(1.0, spec.tokens / self.config.proxy.tokens) for spec in specs)
         rounds = max(1.0, len(specs) / self.config.resources.max_concurrent)
         return self.seconds_left() > work / len(specs) * math.ceil(rounds)
-
-    def _verification(self) -> list[TrialSpec]:
-        """Stand-ins for what follows the search, for its time."""
-        config, one = self.config, self._first[BASE_MODEL]
-        longer = replace(one, tokens=config.transfer.factor * config.proxy.tokens)
-        return [one] * (self.config.predicts + self.config.num_repeats) + [longer] * self.config.num_transfers
 
     def _propose(self, number: int) -> TrialSpec:
         """Sobol points first (Optuna's own quasi-random start is random), then Optuna's Gaussian process."""
