@@ -13,6 +13,7 @@ from birbal_ray.manifest import check_input, read_manifest
 from birbal_ray.run import RunFailedError, RunMismatchError, open_run
 from birbal_ray.settings import ConfigError, Settings
 from birbal_ray.storage import Folder, RunError, open_folder
+from tests.fixtures.s3_server import BUCKET
 
 OWNS = ("rows/*/*.parquet", "tasks.parquet")
 IDENTITY = {"config": {"seed": 1, "model": "a"}}
@@ -466,3 +467,13 @@ def test_a_full_disk_names_the_folder_and_what_to_do(tmp_path):
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert "No space left" in open_folder(tmp_path / "run").read_json("progress.json")["error"]
+
+
+@pytest.mark.parametrize("ends", [KeyboardInterrupt(), ValueError("half a file")])
+def test_whatever_ends_a_run_whose_lock_is_lost_the_lock_is_the_reason(s3, ends):
+    with (
+        pytest.raises(RunError, match="another run took this folder over"),
+        open_run(f"s3://{BUCKET}/lost-{type(ends).__name__}", "score", {}, owns=()) as opened,
+    ):
+        opened.folder.guard.lost = "another run took this folder over"
+        raise ends
