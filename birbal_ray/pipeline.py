@@ -184,17 +184,19 @@ def run_pipeline(
     config = join_steps(config)
     steps, folder = config.steps, open_folder(config.output or "")
     least = least_seconds(config)
-    num_pages = 0
+    num_pages, is_first = 0, not folder.is_file(CLOCK_FILE)
+    if is_first:
+        check_recipe(config)  # before anything is made
     with ExitStack() as stack:
         stack.enter_context(sigterm_as_interrupt())
         folder = replace(folder, guard=stack.enter_context(hold_lock(folder)))
         overwrites = canonical_hash(config.model_dump(mode="json")) if overwrite else ""
         clock = BudgetClock(folder, config.budget, config.shares, least, overwrites=overwrites)
-        if clock.is_new:
+        if clock.is_new and not is_first:
             refuse_small_budget(config, least)
         is_done = not overwrite and all(folder.is_file(f"{step}/{MANIFEST_FILE}") for step in steps if step != "report")
         clock.has_ended = is_done  # a second call looks at what is there: it takes no time of the budget
-        if clock.starts_over("mix") or not folder.is_file(f"mix/{MANIFEST_FILE}"):
+        if not is_first and (clock.starts_over("mix") or not folder.is_file(f"mix/{MANIFEST_FILE}")):
             check_sources(config)
         if clock.is_new or not (is_done or folder.is_file(PLAN_FILE)):
             with clock.running(steps[0]):

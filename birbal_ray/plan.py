@@ -21,7 +21,7 @@ from birbal_ray.models import ModelError, resolve_model
 from birbal_ray.ni import catalog, labels, prompt, reader
 from birbal_ray.ni.metrics import EXACT_MATCH
 from birbal_ray.ni.schema import TaskError
-from birbal_ray.progress import counted, duration, figures_key, last_figures, last_throughput
+from birbal_ray.progress import counted, duration, figures_key, last_figures
 from birbal_ray.recipe import PipelineConfig
 from birbal_ray.score.config import ScoreConfig, TaskSettings
 from birbal_ray.score.run import throughput_key
@@ -313,7 +313,7 @@ def plan_report(config: PipelineConfig) -> StepPlan:
 
 def training_speed(config: TrainConfig, gpu: str | None = None) -> Speed:
     """Tokens a second of a fine-tune."""
-    if gpu is None and (rate := last_throughput(rate_key(config))):
+    if gpu is None and (rate := last_figures(rate_key(config)).get("tokens_per_second")):
         return speeds.measured(rate)
     if (card := gpu or config.resources.accelerator_type) in speeds.CARDS:
         return speeds.training_tokens(card, _flop_per_token(config))
@@ -388,7 +388,7 @@ def _prompt_speed(config: ScoreConfig, sizes: Sequence[TaskSizes], gpu: str | No
     own, new, cached = (_mean(sizes, name) for name in ("own_tokens", "completion_tokens", "shared_tokens"))
     device = _device(config.engine.device, gpu)
     here = config.replace({"engine.device": device})
-    if gpu is None and (rate := last_throughput(throughput_key(here))):
+    if gpu is None and (rate := last_figures(throughput_key(here)).get("tokens_per_second")):
         return speeds.measured(rate / (own + new + cached))  # the kept rate counts cached tokens, too
     if (card := gpu or config.resources.accelerator_type) in speeds.CARDS:
         return speeds.prompts(card, num_weights(config.model.name), own, new)

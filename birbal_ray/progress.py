@@ -14,7 +14,7 @@ from typing import TextIO
 from birbal_ray.settings import Settings, canonical_hash
 from birbal_ray.storage import RunError, cache_folder, write_atomic
 
-THROUGHPUT_FILE = "throughput.json"
+FIGURES_FILE = "throughput.json"
 CLOCK_FILE, PLAN_FILE = "clock.json", "plan.json"  # of a pipeline: time taken and time planned, by step
 # Of a step's settings: what doesn't change how fast it works here.
 NOT_IN_KEYS = {
@@ -89,16 +89,6 @@ def repeating(seconds: float, work: Callable[[], None]) -> Iterator[None]:
         thread.join()
 
 
-def save_throughput(key: str, tokens_per_second: float) -> None:
-    """Keep a speed that this machine reached, for the next run's estimate."""
-    _save({key: tokens_per_second})
-
-
-def last_throughput(key: str) -> float | None:
-    """The speed kept last under this key on this machine, in tokens a second, or None."""
-    return _throughputs().get(key)
-
-
 def figures_key(step: str, config: Settings) -> str:
     """Under which a step's figures are kept: equal for settings that do the same work.
 
@@ -112,23 +102,20 @@ def figures_key(step: str, config: Settings) -> str:
 
 def save_figures(key: str, **figures: float) -> None:
     """Keep what a step's parts took on this machine (load_seconds, rows_per_second, …), for the next run's estimate."""
-    _save({f"{key} {name}": value for name, value in figures.items()})
+    content = {**_kept_figures(), **{f"{key} {name}": value for name, value in figures.items()}}
+    with contextlib.suppress(OSError):  # an estimate isn't worth a failed run
+        write_atomic(cache_folder() / FIGURES_FILE, json.dumps(content, indent=1).encode())
 
 
 def last_figures(key: str) -> dict[str, float]:
     """What `save_figures` kept under this key on this machine, by name; empty before the first run."""
-    return {name.removeprefix(f"{key} "): value for name, value in _throughputs().items() if name.startswith(f"{key} ")}
+    kept = _kept_figures()
+    return {name.removeprefix(f"{key} "): value for name, value in kept.items() if name.startswith(f"{key} ")}
 
 
-def _save(figures: dict[str, float]) -> None:
-    with contextlib.suppress(OSError):  # an estimate isn't worth a failed run
-        content = json.dumps({**_throughputs(), **figures}, indent=1)
-        write_atomic(cache_folder() / THROUGHPUT_FILE, content.encode())
-
-
-def _throughputs() -> dict[str, float]:
+def _kept_figures() -> dict[str, float]:
     try:
-        return dict(json.loads((cache_folder() / THROUGHPUT_FILE).read_text(encoding="utf-8")))
+        return dict(json.loads((cache_folder() / FIGURES_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
 

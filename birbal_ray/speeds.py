@@ -1,6 +1,6 @@
 """How fast a card is, before anything has run on it: arithmetic on data sheets, as a range that names its source.
 
-What this machine measured itself goes first (`progress.last_throughput`); these figures stand in until it has.
+What this machine measured itself goes first (`progress.last_figures`); these figures stand in until it has.
 """
 
 from __future__ import annotations

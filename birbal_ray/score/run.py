@@ -16,7 +16,7 @@ import pyarrow as pa
 from birbal_ray import models
 from birbal_ray.cluster import decide_device, job_metadata, ray_log_file, ray_session
 from birbal_ray.ni.metrics import METRIC_VERSION
-from birbal_ray.progress import ProgressLine, counted, figures_key, save_figures, save_throughput
+from birbal_ray.progress import ProgressLine, counted, figures_key, save_figures
 from birbal_ray.run import LOG_FOLDER, Run, StepResult, open_run, package_versions
 from birbal_ray.schemas import QUARANTINE_FILE, ROWS_FOLDER, TASK_SCORES, TASK_SCORES_FILE, TASKS_FILE
 from birbal_ray.score.adaptive import TIME_UP, USED_UP, AdaptiveSchedule, Decision, FixedSchedule, Schedule
@@ -357,7 +357,7 @@ def _score(
         progress.close()
         run.session({**session.record(), "wall_seconds": round(time.monotonic() - started, 3)})
     if (rate := session.record()["tokens_per_second"]) and config.engine.backend == "vllm":
-        save_throughput(throughput_key(config), rate / replicas)
+        save_figures(throughput_key(config), tokens_per_second=rate / replicas)
     return {name: file.record for name, file in session.files.items()}, {one.task: one.reason for one in log}
 
 

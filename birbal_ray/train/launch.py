@@ -18,7 +18,7 @@ from typing import Any
 
 from birbal_ray.cluster import WorkerRequest, can_place, job_metadata, log_to, ray_log_file, ray_session
 from birbal_ray.models import Model, ModelError, quiet_libraries, resolve_model
-from birbal_ray.progress import ProgressLine, duration, save_throughput
+from birbal_ray.progress import ProgressLine, duration, save_figures
 from birbal_ray.run import LOG_FOLDER, Run, RunFailedError
 from birbal_ray.settings import ConfigError, one_line
 from birbal_ray.storage import Folder, RunError, read_json, write_json
@@ -102,8 +102,7 @@ def train_on_cluster(
                 f"{result['eased']}; continuing with batch.micro={config.batch.micro} "
                 f"batch.accumulation={config.batch.accumulation}, from the last checkpoint"
             )
-    for name, value in result.pop("speeds", {}).items():
-        save_throughput(f"{rate_key(config)}{name}", value)
+    save_figures(rate_key(config), **result.pop("speeds", {}))
     return result
 
 
@@ -354,8 +353,9 @@ def measured_speeds(folder: Path) -> dict[str, float]:
     if not seconds or not (folder / CLOCK_FILE).exists():
         return {}
     clock = read_json(folder / CLOCK_FILE)
+    rate = sum(line["tokens"] for line in steps[1:]) / seconds
     names = ("setup_seconds", "eval_seconds", "save_seconds", "best_seconds")
-    return {"": sum(line["tokens"] for line in steps[1:]) / seconds, **{f" {name}": clock[name] for name in names}}
+    return {"tokens_per_second": rate, **{name: clock[name] for name in names}}
 
 
 def why_diverged(line: Mapping[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray.models import Model, quiet_libraries
-from birbal_ray.progress import duration, last_figures, last_throughput
+from birbal_ray.progress import duration, last_figures
 from birbal_ray.settings import ConfigError
 from birbal_ray.speeds import CARDS, training_tokens
 from birbal_ray.train.config import TrainConfig
@@ -226,8 +226,8 @@ def run_preflight(config: TrainConfig, model: Model, packing: dict[str, Packing]
     change = None if memory is None or fits else change_that_fits(shapes, config, memory)
     steps_per_epoch = packing["train"].num_packs / (config.batch.micro * config.batch.accumulation)
     tokens_per_step = packing["train"].num_tokens / steps_per_epoch
-    key = rate_key(config)
-    rate, source, kept = last_throughput(key), "last seen here", last_figures(key)
+    kept, source = last_figures(rate_key(config)), "last seen here"
+    rate = kept.get("tokens_per_second")
     least = None
     if rate:
         setup, evaluation, save, best = (kept.get(f"{name}_seconds", 0.0) for name in ("setup", "eval", "save", "best"))

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
-from birbal_ray.progress import ProgressLine, save_throughput
+from birbal_ray.progress import ProgressLine, save_figures
 from birbal_ray.run import RunError, RunFailedError, open_run
 from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.train import run as step
@@ -124,7 +124,7 @@ def test_a_dry_run_tells_memory_on_stdout_and_the_forecast_on_stderr(birbal_trai
     assert "speed unknown on this device: add --calibrate, or train once" in result.stderr
 
     config = load_config(TrainConfig, flags={**SMALL, "model.name": str(tiny_model), "resources.device": "cpu"})
-    save_throughput(rate_key(config), 1000.0)
+    save_figures(rate_key(config), tokens_per_second=1000.0)
     result = birbal_train(tiny_mix, "--dry-run", "--budget", "10s")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[0].split() == ["part", "GiB", "how"]

@@ -11,7 +11,7 @@ from birbal_ray import doctor, pipeline, plan
 from birbal_ray.cli.main import main
 from birbal_ray.cli.options import find_config
 from birbal_ray.cli.steps import note_hours
-from birbal_ray.progress import PLAN_FILE, figures_key, last_figures, save_figures, save_throughput
+from birbal_ray.progress import PLAN_FILE, figures_key, last_figures, save_figures
 from birbal_ray.recipe import PipelineConfig, join_steps
 from birbal_ray.report.load import read_times
 from birbal_ray.score.run import keep_figures
@@ -55,7 +55,7 @@ def ran_before(config):
     save_figures(figures_key("mix", config.mix), seconds=3.0, candidates=300.0)
     save_figures("report", page_seconds=2.0)
     key = rate_key(config.train)
-    save_throughput(key, 50.0)
+    save_figures(key, tokens_per_second=50.0)
     save_figures(key, setup_seconds=20.0, eval_seconds=5.0, best_seconds=1.0, save_seconds=1.0, overhead_seconds=15.0)
 
 
@@ -206,7 +206,7 @@ def test_what_cannot_be_planned_is_said_and_does_not_stop_the_run(tmp_path):
 
 
 def test_a_pipeline_dry_run_prints_the_plan_and_refuses_what_cannot_work(tmp_path, monkeypatch):
-    save_throughput("smollm2-135m cpu vllm", 1000.0)
+    save_figures("smollm2-135m cpu vllm", tokens_per_second=1000.0)
     arguments = ["pipeline", "--config", "tiny", "--device", "cpu", "--output", str(tmp_path / "run"), "--dry-run"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
