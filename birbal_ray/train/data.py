@@ -257,7 +257,7 @@ def _tokenise(
 ) -> tuple[pa.Table, int]:
     """(samples that fit, number of rows over the sequence length)."""
     samples: list[pa.Table] = []  # of each batch: as Python's numbers all rows would take several times the memory
-    num_long, shortest = 0, None
+    num_done, num_long, shortest = 0, 0, None
     for batch in table.to_batches(max_chunksize=BATCH_ROWS):
         fitting = []
         for one, labels in encode_rows(tokenizer, batch.to_pydict(), chat):
@@ -269,7 +269,7 @@ def _tokenise(
                     continue
             fitting.append({"input_ids": one[:sequence_length], "loss_start": start})
         samples.append(pa.Table.from_pylist(fitting, schema=SAMPLES))
-        num_done = sum(map(len, samples)) + num_long
+        num_done += batch.num_rows
         progress(f"tokenised {num_done:,} of {table.num_rows:,} {split} rows")
     if not any(map(len, samples)):
         raise ConfigError(

@@ -8,8 +8,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from benchmarks.search import compare
+from birbal_ray.cli.main import main
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import mix
 from birbal_ray.models import Model
@@ -646,6 +648,23 @@ def test_the_hours_of_a_search_are_the_plan_s(monkeypatch, tmp_path):
     assert plan.high_seconds == pytest.approx(30 + rounds * (60 + 100))
     assert plan.source == "proxy.tokens_per_second"
     assert money([plan], 3.0 * 2)[0] == pytest.approx(plan.low_seconds / 3600 * 6)
+
+
+def test_a_dry_run_prints_trials_hours_and_costs(scores, tmp_path, monkeypatch):
+    monkeypatch.setenv("BIRBAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tune_run, "resolve_model", lambda *arguments: Model("proxy", tmp_path, None, "f"))
+    settings = ["num_trials=0", "mixes={steep: {task_score: {gamma: 3}}}", "baselines=[uniform]", "repeats.seeds=2"]
+    settings += ["proxy.tokens=3600", "proxy.tokens_per_second=1", "resources.price_per_hour=2"]
+    given = [part for one in settings for part in ("--set", one)]
+    done = CliRunner().invoke(main, ["tune", "--scores", str(scores), "--dry-run", "--format", "csv", *given])
+    assert done.exit_code == 0, done.output
+    table = done.stdout.splitlines()
+    assert table[0] == "trials,number,tokens each"
+    assert table[-1] == "in all,5,14400"
+    # A base model and four fresh seeds of an hour each, one after the other.
+    assert "takes 5 h 00 min to 5 h 05 min (proxy.tokens_per_second): 4 short fine-tunes of 3,600 tokens" in done.stderr
+    assert "costs 10.02 to 10.18, at 2 an hour" in done.stderr
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.fixture
