@@ -206,11 +206,18 @@ def job_metadata(step: str, output: object) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _session_folder() -> Iterator[Path]:
-    """A new folder for a local cluster's files, short enough for Ray's sockets, locked until it is removed."""
+    """A `locked_folder` for a local cluster's files, short enough for Ray's sockets."""
     parent = Path(tempfile.gettempdir())
     if len(str(parent / f"{FOLDER_PREFIX}1234567-12345678")) > MAX_FOLDER_LENGTH:
         print(f"TMPDIR {parent} is too long for the paths of Ray's sockets: Ray's files go to /tmp", file=sys.stderr)
         parent = Path("/tmp")  # noqa: S108
+    with locked_folder(parent) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def locked_folder(parent: Path) -> Iterator[Path]:
+    """A new folder, locked until it is removed; that of a killed process goes by `remove_stale_folders`."""
     # Locked before it has the name by which another driver could take it for a dead one's.
     hidden = Path(tempfile.mkdtemp(prefix=f".{FOLDER_PREFIX}{os.getpid()}-", dir=parent))
     lock = filelock.FileLock(hidden / FOLDER_LOCK)
@@ -277,7 +284,7 @@ def _check_answers(address: str) -> None:
 
 
 def remove_stale_folders() -> None:
-    """Remove local clusters' folders whose driver is gone (it was killed and could not).
+    """Remove folders of local clusters and of trials whose process is gone (it was killed and could not).
 
     The kernel says so by the folder's lock, also of drivers in other pid namespaces (containers that share /tmp).
     """

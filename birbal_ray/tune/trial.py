@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from birbal_ray.cluster import log_to
+from birbal_ray.cluster import locked_folder, log_to, remove_stale_folders
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.rows import NATURAL_INSTRUCTIONS
 from birbal_ray.mix.run import ANY_SIZE_MIB, mix
@@ -34,22 +33,22 @@ def run_trial(options: dict[str, Any]) -> None:
     """One trial, in a worker process. Only its log and its result go to the run's folder."""
     spec, settings = TrialSpec(**options["spec"]), TuneConfig.model_validate(options["settings"])
     run = open_folder(options["run"])
-    work = Path(tempfile.mkdtemp(prefix="birbal-trial-"))
-    log = run.local / trial_file(spec, LOG_FILE) if run.is_local else work / "trial.log"
-    log_to(log)
-    try:
-        model = resolve_model(settings.train.model.name, settings.train.model.revision)
-        if model.fingerprint != options["fingerprint"]:
-            raise RunError(f"{model.path}: not the model that the search was started with, on this node")
-        reporter = RungReporter(run, spec, 1 if spec.kind == BASE else settings.validation.num_rungs)
-        made = make_mix(spec, settings, work / "mix")
-        judge(spec, settings, model, work, made, options["labels"], reporter)
-    finally:
-        if not run.is_local:
-            with contextlib.suppress(OSError, RunError):  # an outage, or a lock that is lost: the trial itself is over
-                run.upload(log, trial_file(spec, LOG_FILE))
-        shutil.rmtree(work, ignore_errors=True)
-        gc.collect()
+    remove_stale_folders()  # of trials that were killed here
+    with locked_folder(Path(tempfile.gettempdir())) as work:
+        log = run.local / trial_file(spec, LOG_FILE) if run.is_local else work / "trial.log"
+        log_to(log)
+        try:
+            model = resolve_model(settings.train.model.name, settings.train.model.revision)
+            if model.fingerprint != options["fingerprint"]:
+                raise RunError(f"{model.path}: not the model that the search was started with, on this node")
+            reporter = RungReporter(run, spec, 1 if spec.kind == BASE else settings.validation.num_rungs)
+            made = make_mix(spec, settings, work / "mix")
+            judge(spec, settings, model, work, made, options["labels"], reporter)
+        finally:
+            if not run.is_local:
+                with contextlib.suppress(OSError, RunError):  # an outage, or a lost lock: the trial itself is over
+                    run.upload(log, trial_file(spec, LOG_FILE))
+            gc.collect()
 
 
 def make_mix(spec: TrialSpec, config: TuneConfig, folder: Path) -> dict[str, Any]:
