@@ -74,7 +74,7 @@ def read_files(
         first, last = RowFiles.range_of(name)
         try:
             table = pq.ParquetFile(pa.BufferReader(content)).read(list(columns), use_threads=False)
-        except (pa.ArrowInvalid, OSError):  # pyarrow raises either
+        except (pa.ArrowException, OSError):  # pyarrow raises either
             table = None
         if table is None or table.num_rows != last - first:
             damaged.append(name)

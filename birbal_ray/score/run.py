@@ -78,7 +78,7 @@ def score(
     """Run, continue or amend a score run in `config.output`.
 
     Rows that are there and that the settings still ask for are kept as they are. `retry_errors` scores error rows
-    again; `rescore_all` computes all scores from the stored predictions and starts no engine.
+    again; `rescore_all` computes all scores from the stored predictions and, alone, starts no engine.
 
     Raises ConfigError (wrong settings, a run of another model or prompt), TaskError (task files), ModelError,
     RunError (the run failed; finished files are kept and a rerun continues).
@@ -119,8 +119,9 @@ def score(
         describe_plan(plan, config, progress)
         num_earlier = len(run.sessions())
         todo = publish_inputs(plan, run.folder, everything=is_url(inputs[0]) or not run.folder.is_local)
-        retries = find_error_rows(rows, found, todo.tasks) if retry_errors and not rescore_all else []
-        new, stops = _score(run, todo, config, fingerprint, found, retries, progress, start_engines=not rescore_all)
+        retries = find_error_rows(rows, found, todo.tasks) if retry_errors else []
+        may_start = retry_errors or not rescore_all
+        new, stops = _score(run, todo, config, fingerprint, found, retries, progress, start_engines=may_start)
         found = RowFiles({*found.all_names(), *new})
         result = _finish(run, plan, config, found, records | new, stops, revision)
         if config.engine.backend == "vllm":

@@ -235,6 +235,17 @@ def test_rescore_computes_all_scores_and_says_what_has_no_prediction(scored, tmp
         scored(rescore_all=True)
 
 
+def test_one_command_scores_again_and_tries_error_rows_again(scored, write_task, tmp_path, monkeypatch):
+    entries = task_values(20)["Instances"]
+    entries[13]["input"] = "word " * 300
+    write_task("task_c", Instances=entries)
+    assert scored(engine__max_model_len=200).manifest["rows"]["errors"] == {"prompt too long": 1}
+    monkeypatch.setattr(stages, "score_answer", lambda label, answer, references: 0.5)
+    result = scored(engine__max_model_len=4096, retry_errors=True, rescore_all=True)
+    assert result.manifest["rows"]["errors"] == {}
+    assert {row["score"] for row in rows(tmp_path).values()} == {0.5}
+
+
 def test_rows_without_their_table_are_known_by_their_own_metadata(scored, tmp_path):
     scored()
     before = files(tmp_path)
