@@ -233,7 +233,8 @@ class EngineMonitor:
             suspect = self._suspects[shard]
             self._state.deaths.append(f"replica {replica[:12]} at {shard}, rows {part[0]} to {part[1]} alone: {reason}")
             self._restarts[replica] -= 1  # it finds out; the restart that follows is no one's fault
-            if suspect.blame(part, reason):
+            # Another replica may have died of it, too: one that Ray lost sight of, with the same shard.
+            if part in suspect.parts and suspect.blame(part, reason):
                 self._state.fatal.append(f"{shard}, row {part[0]}: {reason}")
                 for other in suspect.at_deaths:  # the row explains them
                     self._restarts[other] -= 1

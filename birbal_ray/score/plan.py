@@ -366,6 +366,6 @@ def _outcomes(files: Sequence[reader.TaskFile], planner: _TaskPlanner) -> Iterat
             write_atomic(cache, _CACHED.dump_json(known | found))
 
 
-def _size_and_time(file: Path) -> tuple[int, int]:
+def _size_and_time(file: Path) -> tuple[int, int, int]:
     stat = file.stat()
-    return stat.st_size, stat.st_mtime_ns
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns  # copying and unpacking may set the first time, never both

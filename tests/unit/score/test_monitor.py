@@ -263,6 +263,24 @@ def test_a_suspect_that_survives_alone_is_cleared_and_the_others_wait_unharmed()
     assert not board.begin("r1", second, 100)[0], "in flight at one death"
 
 
+def test_two_replicas_that_die_of_the_same_part_halve_it_once():
+    """Ray gave the shard to another replica, and the first one, which it lost sight of, was still at it."""
+    board = monitor()
+    (shard,) = shards(1)
+    for replica in ("r1", "r2"):
+        board.started(replica, "n1")
+        board.ready(replica)
+        board.begin(replica, shard.name, 100)
+        board.died(replica, "poison")
+        board.started(replica, "n1")
+    for replica in ("r1", "r2"):
+        assert board.begin(replica, shard.name, 100)[0]
+        board.trying(replica, shard.name, (0, 100))
+    for replica in ("r1", "r2"):
+        board.died(replica, "poison")
+    assert board.begin("r3", shard.name, 100) == (True, [(0, 50), (50, 100)], {})
+
+
 def test_an_engine_that_dies_of_everything_ends_the_run():
     board, dog = monitor(), watch()
     board.started("r1", "n1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import threading
 from dataclasses import replace
@@ -108,6 +109,12 @@ def test_a_plan_is_cached_by_a_files_size_and_time(write_task, monkeypatch, tmp_
     write_task("task_a", 7)
     assert plan_run(config(folder)).tasks[0].num_instances == 7
     assert plan_run(config(folder, seed=1)).tasks[0].num_instances == 7
+    file = folder / "task_a.json"
+    stat, text = file.stat(), file.read_text(encoding="utf-8")
+    file.write_text(text.replace("warm", "cold"), encoding="utf-8")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file.stat().st_size == stat.st_size
+    assert plan_run(config(folder)).tasks[0].definition == "Say whether the colour is cold."
 
 
 def test_a_plan_is_cached_for_one_tokenizer(write_task, monkeypatch, tmp_path):
