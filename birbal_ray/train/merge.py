@@ -44,10 +44,6 @@ MODELFILE = "Modelfile"
 ENGINE_LOG = f"{LOG_FOLDER}/engine.log"
 
 
-class MergeResult(StepResult):
-    """A model folder and how it compares."""
-
-
 def merge(
     run: str,
     output: str,
@@ -57,7 +53,7 @@ def merge(
     modelfile: bool = False,
     engine: bool = True,
     overwrite: bool = False,
-) -> MergeResult:
+) -> StepResult:
     """Fold the adapter of a training run into base weights of `dtype`, as a model folder in `output`.
 
     The comparison holds, over eval prompts of the run's mix: the largest absolute difference of the next-token logits,
@@ -80,7 +76,7 @@ def merge(
         folder = merging.folder
         if merging.manifest:
             progress.message(f"{folder} is up to date; nothing to do")
-            return MergeResult(folder, merging.manifest)
+            return StepResult(folder, merging.manifest)
         tokenizer, chat = _read_prompt_format(trained, model)
         text = ollama_modelfile(tokenizer, chat) if modelfile else None
         adapter = input_folder(run, lambda name: name.startswith(f"{ADAPTER_FOLDER}/")) / ADAPTER_FOLDER
@@ -110,7 +106,7 @@ def merge(
                     folder.upload(working / file, file)
         manifest = {"model": trained["model"], "dtype": dtype, "comparison": comparison}
         same = f"{comparison['same_tokens_fraction']:.1%} of {comparison['num_prompts']} answers' tokens the same"
-        return MergeResult(folder, merging.finish(manifest, files, summary=f"{dtype} weights; {same}"))
+        return StepResult(folder, merging.finish(manifest, files, summary=f"{dtype} weights; {same}"))
 
 
 def plan_merge(run: str, *, modelfile: bool = False) -> list[str]:
