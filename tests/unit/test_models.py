@@ -125,3 +125,21 @@ def test_a_download_that_breaks_off_is_said_in_one_line(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
     with pytest.raises(models.ModelError, match=r"model 'owner/name': .* \(HTTPError\); check the network"):
         models.resolve_model("owner/name")
+
+
+def test_weights_are_not_downloaded_twice(complete, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    weights = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    there = ["README.md", "config.json", "consolidated.safetensors", "tokenizer.json", *weights]
+    taken = []
+
+    def download(name, *, revision, **patterns):
+        taken.append(list(filter_repo_objects(there, **patterns)))
+        return str(complete)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    models.resolve_model("owner/name")
+    models.resolve_model("owner/name", weights=False)
+    assert taken == [["config.json", "tokenizer.json", *weights], ["config.json", "tokenizer.json"]]
