@@ -83,7 +83,11 @@ def allocate(budget: int, demands: Sequence[TaskDemand], gamma: float = 1.0, eve
         if not 0.0 <= demand.task_score <= 1.0:
             raise ValueError(f"task {demand.name!r}: task score {demand.task_score}, expected 0 to 1")
     ordered = sorted(demands, key=lambda demand: demand.name)
-    weights = _as_integers({d.name: (1.0 - d.task_score) ** gamma if d.weight is None else d.weight for d in ordered})
+    given = {d.name: (1.0 - d.task_score) ** gamma if d.weight is None else d.weight for d in ordered}
+    # Times one power of two: exact, since a float's denominator is one.
+    ratios = {name: weight.as_integer_ratio() for name, weight in given.items()}
+    scale = max((denominator for _, denominator in ratios.values()), default=1)
+    weights = {name: numerator * (scale // denominator) for name, (numerator, denominator) in ratios.items()}
     weights = _with_even_part(weights, even_fraction)
     limits = {d.name: d.num_candidates if weights[d.name] else 0 for d in ordered}
     capped, total = [], sum(weights.values())
@@ -123,13 +127,6 @@ def band_name(number: int) -> str:
 def train_size(num_rows: int, eval_fraction: float) -> int:
     """Rows of the training side, at least one of any; the rest, in the same order, is the evaluation side."""
     return max(int((1 - eval_fraction) * num_rows), min(1, num_rows))
-
-
-def _as_integers(weights: dict[str, float]) -> dict[str, int]:
-    """The weights times one power of two: exact, since a float's denominator is one."""
-    ratios = {name: weight.as_integer_ratio() for name, weight in weights.items()}
-    scale = max((denominator for _, denominator in ratios.values()), default=1)
-    return {name: numerator * (scale // denominator) for name, (numerator, denominator) in ratios.items()}
 
 
 def _with_even_part(weights: dict[str, int], fraction: float) -> dict[str, int]:

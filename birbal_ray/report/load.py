@@ -29,13 +29,8 @@ from birbal_ray.train.checkpoints import METRICS_FILE, read_metrics
 Row = Mapping[str, Any]
 STEPS = ("score", "mix", "train", "evaluate")  # those with a section of their own, in the order they run
 LABELS = ("exact_match", "generation")
-NEW_COLUMNS = (
-    "is_primary",
-    "p_value",
-    "p_adjusted",
-    "detectable_difference",
-    "note",
-)  # runs of version 0.1.0 lack them
+# Runs of version 0.1.0 lack them.
+NEW_COLUMNS = ("is_primary", "p_value", "p_adjusted", "detectable_difference", "note")
 
 
 @dataclass(frozen=True, slots=True)
