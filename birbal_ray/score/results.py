@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from birbal_ray.manifest import read_manifest
 from birbal_ray.schemas import ROWS_FOLDER, SCORE_ROWS, TASKS_FILE
@@ -20,8 +20,7 @@ from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.plan import PlannedTask
 from birbal_ray.score.shards import RowFiles, Shard, Tally, WrittenFile, row_folder
 from birbal_ray.score.stages import score_table, write_rows
-from birbal_ray.settings import sha256_of
-from birbal_ray.storage import FileRecord, Folder, RunError, open_folder, write_atomic
+from birbal_ray.storage import DamagedFileError, FileRecord, Folder, RunError, open_folder, write_atomic
 
 PUBLISHED_COLUMNS = ["orig_input", "few_shot_prompt", "answer", "prediction"]
 TOKENS = ("prompt", "cached", "completion")
@@ -64,24 +63,20 @@ def read_files(
     """Each task's files, {name: columns of its rows}, in hash order: all `found` below `folder`, the rows folder.
 
     Puts the record of each file into `records`, if given, unless it is there. A task with a damaged file is passed
-    over; after the last task DamagedRowsError names all of these files. A store that can't be reached raises RunError:
-    its files may be whole.
+    over; after the last task DamagedRowsError names all of these files.
     """
     damaged: list[str] = []
 
     def read(name: str) -> pa.Table | None:
-        content = folder.read_bytes(name)
         first, last = RowFiles.range_of(name)
-        try:
-            table = pq.ParquetFile(pa.BufferReader(content)).read(list(columns), use_threads=False)
-        except (pa.ArrowException, OSError):  # pyarrow raises either
-            table = None
-        if table is None or table.num_rows != last - first:
-            damaged.append(name)
-            return None
-        if records is not None and name not in records:
-            records[name] = FileRecord(sha256_of(content), len(content))
-        return table
+        with contextlib.suppress(DamagedFileError):
+            table = folder.read_table(name, [*columns])
+            if table.num_rows == last - first:
+                if records is not None and name not in records:
+                    records[name] = folder.record_of(name)
+                return table
+        damaged.append(name)
+        return None
 
     with ThreadPoolExecutor(READERS) as readers:
         for task in tasks:
