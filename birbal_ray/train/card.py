@@ -30,10 +30,17 @@ def publish_adapter(
 ) -> list[str]:
     """Copy the best adapter to adapter/ of the run, with its card; the names of its files.
 
-    It names the base model so that others can load it: as on the Hub where it came from there.
+    It names the base model so that others can load it: as on the Hub where it came from there. Raises RunError for a
+    folder without weights.
     """
+    files = best.files()
+    if ADAPTER_WEIGHTS not in files:
+        raise RunError(
+            f"{best}: no {ADAPTER_WEIGHTS}, although {folder.at('best.json')} names this folder's adapter as the best; "
+            "put it back and run the same command again (the latest checkpoint holds an adapter, too)"
+        )
     names = [f"{ADAPTER_FOLDER}/{CARD_FILE}"]
-    for file in best.files().keys() - {CARD_FILE}:
+    for file in files.keys() - {CARD_FILE}:
         name = f"{ADAPTER_FOLDER}/{file}"
         names.append(name)
         if file == ADAPTER_CONFIG:
