@@ -113,11 +113,15 @@ class Remote:
         latest = latest_checkpoint(self.working / CHECKPOINTS_FOLDER)
         folders = [BEST_FOLDER, *([f"{CHECKPOINTS_FOLDER}/{latest.name}"] if latest else [])]
         there = self.folder.files()
-        for file in (file for name in folders for file in (self.working / name).rglob("*") if file.is_file()):
+        files = [file for name in folders for file in (self.working / name).rglob("*") if file.is_file()]
+        names = []  # as they are now: what this session writes beside them is added when it is complete
+        for file in sorted(files, key=lambda file: file.stat().st_mtime_ns):
             name, status = file.relative_to(self.working).as_posix(), file.stat()
             if name in there and there[name].size == status.st_size:
                 self._sent[name] = status.st_size, status.st_mtime_ns
-        self.add(*folders, *STATE_FILES)
+            else:
+                names.append(name)
+        self.add(*names, *STATE_FILES)
 
     def prune(self, keep: int) -> None:
         """Delete what was uploaded and is superseded: complete checkpoints but the latest `keep`, older best adapters.
