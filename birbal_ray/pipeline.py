@@ -80,14 +80,12 @@ class BudgetClock:
         self._is_overwriting = bool(overwrites)
         self._overwrites: dict[str, Any] = earlier.get("overwrites") or {}  # `since`: seconds since the epoch
         if overwrites and self._overwrites.get("command") != overwrites:
-            folder.write_json(CLOCK_FILE, {})
-            began = folder.stat(CLOCK_FILE)  # by the clock that gives the manifests their times
-            earlier, self._overwrites = {}, {"command": overwrites, "since": began.modified if began else time.time()}
+            earlier, self._overwrites = {}, {"command": overwrites}  # it begins with the first step, if none refuses it
         self.spent: dict[str, float] = dict(earlier.get("spent_seconds", {}))
         # Another budget is another plan: what was decided for the old one does not bind it.
         same = earlier.get("budget_seconds") == budget
         self.decided: dict[str, Any] = dict(earlier.get("decided", {})) if same else {}
-        self.search_failed = bool(same and earlier.get("search_failed"))  # in an earlier session, or in this one
+        self.search_failed = bool(earlier.get("search_failed"))  # in an earlier session, or in this one
         self.is_new = not earlier or not same
         self.has_ended = False
         self._lock = threading.Lock()
@@ -103,6 +101,10 @@ class BudgetClock:
         if self.has_ended:
             yield
             return
+        if self._is_overwriting and "since" not in self._overwrites:
+            self._folder.write_json(CLOCK_FILE, {})
+            began = self._folder.stat(CLOCK_FILE)  # by the clock that gives the manifests their times
+            self._overwrites["since"] = began.modified if began else time.time()
         before, start = self.spent.get(step, 0.0), self._now()
 
         def count() -> None:
@@ -139,7 +141,7 @@ class BudgetClock:
     def starts_over(self, step: str) -> bool:
         """Whether a command that overwrites has yet to make `step` from scratch."""
         made = self._folder.stat(f"{step}/{MANIFEST_FILE}") if self._is_overwriting else None
-        return self._is_overwriting and not (made and made.modified >= self._overwrites["since"])
+        return self._is_overwriting and not (made and made.modified >= self._overwrites.get("since", math.inf))
 
     def end(self) -> None:
         """Everything is made: the next command that overwrites, the same one, too, is a new one."""
@@ -190,7 +192,9 @@ def run_pipeline(
     with ExitStack() as stack:
         stack.enter_context(sigterm_as_interrupt())
         folder = replace(folder, guard=stack.enter_context(hold_lock(folder)))
-        overwrites = canonical_hash(config.model_dump(mode="json")) if overwrite else ""
+        # A larger budget, which training may ask for, is the same command.
+        command = config.model_dump(mode="json", exclude={"budget", "shares"})
+        overwrites = canonical_hash(command) if overwrite else ""
         clock = BudgetClock(folder, config.budget, config.shares, least, overwrites=overwrites)
         if clock.is_new and not is_first:
             refuse_small_budget(config, least)
@@ -236,7 +240,8 @@ def run_pipeline(
 
 def run_step(step: str, config: PipelineConfig, clock: BudgetClock, announce: Callable[[str], None]) -> Any:
     """A step's result; None of a search that a budget does not wait for. Raises as the step does."""
-    if step == "tune" and clock.search_failed and open_folder(config.mix.output or "").is_file(MANIFEST_FILE):
+    is_mixed = open_folder(config.mix.output or "").is_file(MANIFEST_FILE) and not clock.starts_over("mix")
+    if step == "tune" and clock.search_failed and is_mixed:
         announce("the search failed before the mix was made, with the ratios of its settings; it is not tried again")
         return None
     try:

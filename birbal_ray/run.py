@@ -224,7 +224,9 @@ def open_run(
                 with contextlib.suppress(OSError, RunError):
                     run._writer.submit(folder.write_json, PROGRESS_FILE, record).result()
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise RunFailedError(f"{folder}: {error}; make room on the disk") from None
+                raise RunError(
+                    f"{folder}: {error}; make room on the disk: what is finished is kept; the same command continues"
+                ) from None
             raise
         finally:
             run._writer.shutdown()

@@ -42,7 +42,7 @@ from birbal_ray.score.shards import PromptVariant, RowFiles
 from birbal_ray.score.stages import find_model
 from birbal_ray.settings import ConfigError, canonical_hash
 from birbal_ray.statistics import MIN_TASKS, detectable_difference
-from birbal_ray.storage import FileRecord, Folder, is_url, make_cache_folder
+from birbal_ray.storage import DamagedFileError, FileRecord, Folder, is_url, make_cache_folder
 
 STEP = "evaluate"
 OWNS = ("rows/*.parquet", "inputs/*", "tasks.parquet", "quarantine.jsonl", EVALUATION_FILE, COMPARISONS_FILE)
@@ -120,15 +120,15 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
         settings=settings,
         may_become=only_adds,
     ) as run:
+        for row in _earlier_comparisons(run.folder):
+            if row["is_primary"] and (named := {key: row[key] for key in setup.primary()}) != setup.primary():
+                raise ConfigError(
+                    f"{run.folder}: the comparison that was named before this evaluation ran is "
+                    f"{', '.join(named.values())}; now that its result is known it can't become "
+                    f"{', '.join(setup.primary().values())}: leave primary as it was, or choose another --output"
+                )
         if run.manifest:
             result = _read(run)
-            for row in result.comparisons:
-                if row["is_primary"] and (named := {key: row[key] for key in setup.primary()}) != setup.primary():
-                    raise ConfigError(
-                        f"{run.folder}: the comparison that was named before this evaluation ran is "
-                        f"{', '.join(named.values())}; now that its result is known it can't become "
-                        f"{', '.join(setup.primary().values())}: leave primary as it was, or choose another --output"
-                    )
             if not run.changes:
                 progress.message(f"{run.folder} is up to date; nothing to do")
                 return result
@@ -146,6 +146,14 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
             more = {"asked_fraction": result.manifest["rows"]["planned"] / asked}  # the mix considered the others
             keep_figures(figures_key(STEP, config), run.sessions()[num_earlier:], time.monotonic() - started, **more)
         return result
+
+
+def _earlier_comparisons(folder: Folder) -> list[dict[str, Any]]:
+    """What an earlier session found, also one whose manifest was withdrawn for further models."""
+    with contextlib.suppress(FileNotFoundError, DamagedFileError):
+        rows: list[dict[str, Any]] = folder.read_table(COMPARISONS_FILE).to_pylist()
+        return rows
+    return []
 
 
 def only_adds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

@@ -117,7 +117,8 @@ class Remote:
         names = []  # as they are now: what this session writes beside them is added when it is complete
         for file in sorted(files, key=lambda file: file.stat().st_mtime_ns):
             name, status = file.relative_to(self.working).as_posix(), file.stat()
-            if name in there and there[name].size == status.st_size:
+            stored = there.get(name)
+            if stored and stored.size == status.st_size and stored.modified >= int(status.st_mtime):
                 self._sent[name] = status.st_size, status.st_mtime_ns
             else:
                 names.append(name)

@@ -89,6 +89,8 @@ def tune(config: TuneConfig, *, overwrite: bool = False) -> TuneResult:
         options["labels"] = {task.name: task.label for task in scores.tasks}
         if scheduler.seconds_left() > 0:
             search(config, scheduler, run.folder, run_trial, options, progress, run=run)
+        elif len(results) < scheduler.num_trials:
+            scheduler.cut_short = "the budget had ended before the last trials"
         result = _finish(config, scheduler, run, progress)
         if not run.resumed:
             save_figures(kept_under, **figures_of(scheduler, result.manifest["wall_seconds"]))

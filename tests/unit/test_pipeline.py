@@ -342,6 +342,23 @@ def test_a_pipeline_that_overwrites_keeps_what_it_made_when_it_is_called_again(r
     assert recipe() == []
 
 
+def test_a_refused_command_that_overwrites_leaves_the_clock_as_it_was(recipe):
+    recipe(budget=5000.0)
+    before = (recipe.folder / CLOCK_FILE).read_bytes()
+    with pytest.raises(ConfigError, match="budget"):
+        recipe(overwrite=True, budget=1.0)
+    assert (recipe.folder / CLOCK_FILE).read_bytes() == before
+    assert recipe(budget=5000.0) == []
+
+
+def test_a_larger_budget_is_the_same_command_that_overwrites(recipe):
+    recipe.ends["train"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        recipe(overwrite=True, budget=5000.0)
+    del recipe.ends["train"]
+    assert recipe(overwrite=True, budget=6000.0) == ["train", "evaluate"]
+
+
 def test_another_command_that_overwrites_starts_from_scratch(recipe):
     recipe.ends["train"] = KeyboardInterrupt()
     for budget, mix in ((None, 0), (5000.0, 1)):
@@ -386,6 +403,6 @@ def test_a_search_that_failed_is_tried_again_until_the_mix_is_made_without_it(re
     with pytest.raises(KeyboardInterrupt):
         recipe(budget=5000.0)
     recipe.ends.clear()
-    assert recipe(budget=5000.0) == ["train", "evaluate"], "a mix that is made keeps its ratios"
+    assert recipe(budget=6000.0) == ["train", "evaluate"], "a mix that is made keeps its ratios, in any budget"
     assert any("is not tried again" in text for text in recipe.said)
-    assert recipe(budget=5000.0, overwrite=True) == ALL
+    assert recipe(budget=6000.0, overwrite=True) == ALL

@@ -61,6 +61,15 @@ def test_the_primary_comparison_can_not_be_chosen_when_its_result_is_known(confi
         step.evaluate(config.replace({"primary.prompt_format": "few_shot"}))
 
 
+def test_nor_while_a_further_model_is_not_finished(config, asked, tmp_path):
+    finish(config)
+    wider = second(config, tmp_path)
+    asked(wider)
+    assert not (tmp_path / "run" / "manifest.json").exists()
+    with pytest.raises(ConfigError, match=r"is mine, zero_shot, all; .* can't become other, zero_shot, all"):
+        asked(wider.replace({"primary.model": "other"}))
+
+
 def test_only_this_runs_folded_models_are_cleared_away(tmp_path, monkeypatch):
     """For runs at URLs they lie in the machine's cache, where another evaluation may be at work."""
     monkeypatch.setenv("BIRBAL_CACHE", str(tmp_path / "cache"))

@@ -766,6 +766,14 @@ def test_a_search_that_its_budget_cut_short_goes_on_with_a_larger_one(tuned, cap
     assert manifest["added"] == [] and len(keys) + len(more) == 5
 
 
+def test_mixes_that_come_after_the_budget_wait_for_a_larger_one(tuned):
+    tuned(budget=1e9)
+    wider = {"mixes": {"steep": STEEP, "flat": FLAT}}
+    keys, manifest = tuned(budget=1e-9, **wider)
+    assert keys == [] and manifest["cut_short"] == "the budget had ended before the last trials"
+    assert tuned(budget=1e9, **wider)[0] == ["flat-seed1", "flat-seed2"]
+
+
 def test_a_budget_that_ended_before_any_trial_is_said(tuned):
     with pytest.raises(RunFailedError, match=r"the budget of 0 s was over before any trial had ended; .* --budget"):
         tuned(budget=1e-9)
