@@ -174,8 +174,8 @@ def test_a_larger_budget_comes_too_late_for_what_the_next_step_was_made_from(tmp
     (tmp_path / following / "run.json").write_text("{}")
     assert pipeline.settings_of(step, config, clock_in(tmp_path, budget=budget)).budget == 200
     os.utime(tmp_path / step / "manifest.json", (1, 1))  # before the command that overwrites
-    anew = pipeline.settings_of(step, config, clock_in(tmp_path, budget=budget, overwrites="this command")).budget
-    assert anew != 200, "with --overwrite"
+    restarted = pipeline.settings_of(step, config, clock_in(tmp_path, budget=budget, overwrites="this command")).budget
+    assert restarted != 200, "with --overwrite"
 
 
 def test_an_evaluation_asks_what_its_time_allows(tmp_path):

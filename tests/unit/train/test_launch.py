@@ -68,8 +68,8 @@ def test_a_card_that_is_full_says_so_in_several_ways(tmp_path):
 
 
 @pytest.fixture
-def begun(tmp_path, monkeypatch):
-    """begun(**changes) calls `train` up to where Ray would start; the machine was slow lately."""
+def start_training(tmp_path, monkeypatch):
+    """start_training(**changes) calls `train` up to where Ray would start; the machine was slow lately."""
     packing = SimpleNamespace(num_tokens=100, num_samples=10)
     found = Preflight(
         parts=[], memory_bytes=None, change=None, fits=True, num_trainable=1, packing={}, kernel="",
@@ -96,22 +96,22 @@ def begun(tmp_path, monkeypatch):
     return call
 
 
-def test_a_run_that_is_under_way_is_not_refused_for_a_machine_that_became_slower(begun, tmp_path, capsys):
+def test_a_run_that_is_under_way_is_not_refused_for_a_machine_that_became_slower(start_training, tmp_path, capsys):
     with pytest.raises(Exception, match="budget=60 s is too short"):
-        begun(budget="60s")
+        start_training(budget="60s")
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     with pytest.raises(RunError, match="this is where Ray starts"):
-        begun(budget="60s")
+        start_training(budget="60s")
     assert "continuing from the last checkpoint" in capsys.readouterr().err
 
 
-def test_how_often_checkpoints_are_saved_may_change(begun):
+def test_how_often_checkpoints_are_saved_may_change(start_training):
     with pytest.raises(RunError, match="this is where Ray starts"):
-        begun()
+        start_training()
     with pytest.raises(RunError, match="this is where Ray starts"):
-        begun(checkpoint={"every_minutes": 2, "every_steps": 8, "keep": 1})
+        start_training(checkpoint={"every_minutes": 2, "every_steps": 8, "keep": 1})
     with pytest.raises(Exception, match=r"settings.evaluation.every_steps: 64 → 8"):
-        begun(evaluation={"every_steps": 8})
+        start_training(evaluation={"every_steps": 8})
 
 
 def test_an_adapter_goes_from_the_best_folder_to_the_adapter_folder(folder, monkeypatch):
