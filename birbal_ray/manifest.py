@@ -60,10 +60,16 @@ def check_input(folder: Folder, manifest: Mapping[str, Any], names: Iterable[str
             found = folder.record_of(name).sha256
         except FileNotFoundError:
             raise RunError(f"{folder.at(name)}: missing; {remake}") from None
-        record = manifest.get("files", {}).get(name)
-        expected = record["sha256"] if isinstance(record, Mapping) else record  # version 0.1's mix: the hash alone
-        if isinstance(expected, str) and expected != found:
+        if listed_sha256(manifest, name) not in (None, found):
             raise RunError(f"{folder.at(name)}: edited since its run finished (its sha256 is another); {remake}")
+
+
+def listed_sha256(manifest: Mapping[str, Any], name: str) -> str | None:
+    """The sha256 that a manifest gives for a file; None where it gives none, as version 0.1's often did."""
+    files = manifest.get("files")
+    record = files.get(name) if isinstance(files, Mapping) else None
+    found = record.get("sha256") if isinstance(record, Mapping) else record  # version 0.1's mix: the hash alone
+    return found if isinstance(found, str) else None
 
 
 def wrong_files(manifest: Mapping[str, Any], files: Mapping[str, FileStat]) -> list[str]:

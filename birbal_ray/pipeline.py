@@ -15,8 +15,8 @@ from birbal_ray.cluster import job_metadata, ray_log_file, ray_session
 from birbal_ray.evaluate.run import evaluate
 from birbal_ray.lock import hold_lock
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.mix.datasets import source_problem
 from birbal_ray.mix.run import mix
+from birbal_ray.mix.sources import source_problem
 from birbal_ray.models import ModelError
 from birbal_ray.ni import catalog, reader
 from birbal_ray.plan import LOAD_SECONDS, fitting_instances, least_seconds, plan_recipe, records_of

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import pyarrow.compute as pc
 
 from birbal_ray.evaluate.models import EvaluatedModel
-from birbal_ray.manifest import check_input, read_manifest
-from birbal_ray.mix.inspect import read_batches
-from birbal_ray.mix.rows import AUDIT, AUDIT_FILE, MIX_ROWS, NATURAL_INSTRUCTIONS
+from birbal_ray.manifest import listed_sha256, read_manifest
+from birbal_ray.mix.inspect import read_audit
+from birbal_ray.mix.rows import MIX_ROWS, NATURAL_INSTRUCTIONS
+from birbal_ray.mix.scores import read_batches
 from birbal_ray.ni.schema import text_key
 from birbal_ray.run import RunError
 from birbal_ray.settings import ConfigError
@@ -66,18 +67,18 @@ def held_out(*places: str | os.PathLike[str]) -> HeldOut:
     keys: set[str] = set()
     all_sampled: set[str] = set()
     for mix in map(open_folder, places):
-        check_input(mix, read_manifest(mix, "mix"), (AUDIT_FILE, "train.parquet", "eval.parquet"))
+        manifest = read_manifest(mix, "mix")
         sampled: set[str] = set()
         candidates: dict[str, list[str]] = {}
-        for batch in read_batches(mix, AUDIT_FILE, AUDIT, ["row_id", "source", "task", "kept"]):
+        for batch in read_audit(mix, manifest, ["row_id", "source", "task", "kept"]):
             ours = batch.filter(pc.equal(batch["source"], NATURAL_INSTRUCTIONS))
             sampled |= set(ours.filter(ours["kept"])["task"].to_pylist())
             for task, row_id in zip(ours["task"].to_pylist(), ours["row_id"].to_pylist(), strict=True):
                 candidates.setdefault(task, []).append(row_id)
         keys.update(row_id for task in sampled for row_id in candidates[task])
         all_sampled |= sampled
-        for split in ("train", "eval"):
-            for batch in read_batches(mix, f"{split}.parquet", MIX_ROWS, ["instruction", "input"]):
-                texts = zip(batch["instruction"].to_pylist(), batch["input"].to_pylist(), strict=True)
-                keys.update(text_key(instruction, text) for instruction, text in texts)
+        for name in ("train.parquet", "eval.parquet"):
+            sha256 = listed_sha256(manifest, name)
+            for batch in read_batches(mix, name, MIX_ROWS, ["instruction", "input"], sha256):
+                keys.update(map(text_key, batch["instruction"].to_pylist(), batch["input"].to_pylist()))
     return HeldOut(frozenset(keys), frozenset(all_sampled) if places else None)

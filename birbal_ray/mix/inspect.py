@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from birbal_ray.manifest import read_manifest
+from birbal_ray.manifest import listed_sha256, read_manifest
 from birbal_ray.mix.allocation import BIRBAL_2023, TASK_SCORE
 from birbal_ray.mix.rows import AUDIT, AUDIT_FILE, MIX_TASKS, NATURAL_INSTRUCTIONS, Reason
-from birbal_ray.mix.scores import check_columns, read_table
-from birbal_ray.mix.write import BATCH_ROWS
-from birbal_ray.run import RUN_FILE, RunError, identity_differences, one_line
+from birbal_ray.mix.scores import read_batches, read_rows
+from birbal_ray.run import RUN_FILE, identity_differences
 from birbal_ray.schemas import TASKS_FILE
 from birbal_ray.settings import ConfigError, nearest
 from birbal_ray.storage import Folder, open_folder
@@ -28,9 +26,10 @@ def explain(mix: str | os.PathLike[str] | Folder, row_id: str) -> dict[str, Any]
     Raises RunError when the folder is no finished mix, ConfigError when the row was no candidate.
     """
     folder = open_folder(mix)
-    settings = read_manifest(folder, "mix", oldest=2)["identity"]["settings"]
-    record = _find(folder, row_id)
-    tasks = {(row["source"], row["task"]): row for row in read_table(folder, TASKS_FILE, MIX_TASKS).to_pylist()}
+    manifest = read_manifest(folder, "mix", oldest=2)
+    settings = manifest["identity"]["settings"]
+    record = _find(folder, manifest, row_id)
+    tasks = {(row["source"], row["task"]): row for row in read_rows(folder, manifest, TASKS_FILE, MIX_TASKS)}
     if record is None:
         names = [name for _, name in tasks]
         wanted = row_id.rsplit(":", 1)[0]
@@ -41,13 +40,10 @@ def explain(mix: str | os.PathLike[str] | Folder, row_id: str) -> dict[str, Any]
         )
     # Outside sources have one line each, under the source's name.
     name = record["task"] if record["source"] == NATURAL_INSTRUCTIONS else record["source"]
-    task = tasks.get((record["source"], name))
-    if task is None:
-        raise RunError(f"{folder.at(TASKS_FILE)}: no line for {name!r}; the file was edited, run `birbal mix` again")
-    other = _find(folder, record["duplicate_of"]) if record["duplicate_of"] is not None else None
+    task = tasks[record["source"], name]
+    other = _find(folder, manifest, record["duplicate_of"]) if record["duplicate_of"] is not None else None
     answer: dict[str, Any] = {
-        "row_id": row_id,
-        **{name: record[name] for name in ("kept", "split", "reason")},
+        **{name: record[name] for name in ("row_id", "kept", "split", "reason")},
         "why": _why(record, task, settings, other),
         **{name: record[name] for name in ("source", "task", "label", "score")},
         "task_score": task["task_score"],
@@ -65,35 +61,41 @@ def diff(a: str | os.PathLike[str] | Folder, b: str | os.PathLike[str] | Folder)
 
     `tasks` holds only the tasks whose counts differ, largest difference first.
     """
-    first, second = open_folder(a), open_folder(b)
-    for folder in (first, second):
-        read_manifest(folder, "mix")
-    kept = [_kept(folder) for folder in (first, second)]
-    both = pc.sum(pc.is_in(kept[0]["row_id"], kept[1]["row_id"])).as_py()
-    # (source, task) → rows kept; outside rows under the task their source names
-    ours, theirs = (Counter(zip(one["source"].to_pylist(), one["task"].to_pylist(), strict=True)) for one in kept)
-    tasks: list[dict[str, Any]] = [
-        {"source": source, "task": task, "a": ours[source, task], "b": theirs[source, task]}
-        for source, task in sorted(ours.keys() | theirs.keys())
-    ]
-    sources: dict[str, dict[str, Any]] = {}
-    for row in tasks:
-        total = sources.setdefault(row["source"], {"source": row["source"], "a": 0, "b": 0})
-        total["a"] += row["a"]
-        total["b"] += row["b"]
-    changed = [{**row, "difference": row["b"] - row["a"]} for row in tasks if row["a"] != row["b"]]
+    folders = [open_folder(place) for place in (a, b)]
+    kept = []
+    for folder in folders:
+        tables = read_audit(folder, read_manifest(folder, "mix"), ["row_id", "source", "task", "kept"])
+        kept.append(pa.concat_tables(table.filter(table["kept"]) for table in tables))
+    both = pc.sum(pc.is_in(kept[0]["row_id"], kept[1]["row_id"])).as_py() or 0
+    num_a, num_b = map(len, kept)
+    changed = [row for row in _count_rows(kept, "source", "task") if row["difference"]]
     return {
-        "settings": identity_differences(first.read_json(RUN_FILE), second.read_json(RUN_FILE)),
-        "rows": {
-            "a": ours.total(),
-            "b": theirs.total(),
-            "in_both": both,
-            "only_a": ours.total() - both,
-            "only_b": theirs.total() - both,
-        },
-        "sources": [{**row, "difference": row["b"] - row["a"]} for row in sources.values()],
+        "settings": identity_differences(*(folder.read_json(RUN_FILE) for folder in folders)),
+        "rows": {"a": num_a, "b": num_b, "in_both": both, "only_a": num_a - both, "only_b": num_b - both},
+        "sources": _count_rows(kept, "source"),
         "tasks": sorted(changed, key=lambda row: (-abs(row["difference"]), row["source"], row["task"])),
     }
+
+
+def read_audit(folder: Folder, manifest: Mapping[str, Any], columns: Sequence[str] = AUDIT.names) -> Iterator[pa.Table]:
+    """Columns of a finished mix's audit, as `read_batches` reads them."""
+    return read_batches(folder, AUDIT_FILE, AUDIT, columns, listed_sha256(manifest, AUDIT_FILE))
+
+
+def _count_rows(kept: Sequence[pa.Table], *columns: str) -> list[dict[str, Any]]:
+    """For each value of the columns: the rows of the first and of the second table, and how many more these are."""
+    ours, theirs = (Counter(zip(*(table[name].to_pylist() for name in columns), strict=True)) for table in kept)
+    return [
+        dict(zip(columns, key, strict=True)) | {"a": ours[key], "b": theirs[key], "difference": theirs[key] - ours[key]}
+        for key in sorted(ours.keys() | theirs.keys())
+    ]
+
+
+def _find(folder: Folder, manifest: Mapping[str, Any], row_id: str) -> dict[str, Any] | None:
+    for table in read_audit(folder, manifest):
+        for row in table.filter(pc.equal(table["row_id"], row_id)).to_pylist():
+            return dict(row)
+    return None
 
 
 def _why(
@@ -117,28 +119,3 @@ def _why(
     if other is not None:
         return f"{text}: {other['row_id']} ({'kept' if other['kept'] else 'dropped: ' + other['reason']})"
     return text
-
-
-def _find(folder: Folder, row_id: str) -> dict[str, Any] | None:
-    for table in read_batches(folder, AUDIT_FILE, AUDIT, AUDIT.names):
-        found = table.filter(pc.equal(table["row_id"], row_id))
-        if len(found):
-            return dict(found.slice(0, 1).to_pylist()[0])
-    return None
-
-
-def _kept(folder: Folder) -> pa.Table:
-    tables = read_batches(folder, AUDIT_FILE, AUDIT, ["row_id", "source", "task", "kept"])
-    return pa.concat_tables(table.filter(table["kept"]) for table in tables)
-
-
-def read_batches(folder: Folder, name: str, schema: pa.Schema, columns: list[str]) -> Iterator[pa.Table]:
-    """Columns of a mix's file, BATCH_ROWS rows at a time. Raises RunError where it is damaged or lacks one."""
-    place = folder.at(name)
-    try:
-        with folder.open_input(name) as data, pq.ParquetFile(data) as file:
-            check_columns(place, file.schema_arrow, pa.schema([schema.field(name) for name in columns]))
-            for batch in file.iter_batches(BATCH_ROWS, columns=columns):
-                yield pa.Table.from_batches([batch])
-    except (pa.ArrowException, OSError) as error:
-        raise RunError(f"{place}: can't be read ({one_line(error)}); run `birbal mix` again") from None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,11 @@ from birbal_ray.mix import dedup, reading
 from birbal_ray.mix.allocation import TASK_SCORE, train_size
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.contamination import build_index, chosen_families, families_of
-from birbal_ray.mix.datasets import Origin, read_source
-from birbal_ray.mix.features import NEAR_FEATURES
 from birbal_ray.mix.reading import Chunk, Context
 from birbal_ray.mix.rows import NATURAL_INSTRUCTIONS, Flags, Reason
 from birbal_ray.mix.scores import AGAIN, ScoreFolder
 from birbal_ray.mix.select import Candidates, Decisions, Group, decide
+from birbal_ray.mix.sources import Origin, read_source
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import RunError
 
@@ -43,12 +44,20 @@ class MixPlan:
     row_ids: pa.Array
     subtasks: pa.Array
     decisions: Decisions
-    num_train: int
+
+    @property
+    def num_train(self) -> int:
+        """Kept rows of the train split, the first in the mix's order; the others are for evaluation."""
+        return train_size(self.decisions.num_kept, self.context.config.eval_fraction)
+
+    @property
+    def num_texts(self) -> int:
+        """Rows of all splits."""
+        return self.decisions.num_kept + self.decisions.num_validation
 
     def read_texts(self) -> Iterator[pa.Table]:
         """TEXTS of all rows of a split, in file order: the second reading, of the files that hold any."""
-        num_texts = self.decisions.num_kept + self.decisions.num_validation
-        ranks = np.where(self.decisions.rank < num_texts, self.decisions.rank, -1).astype(np.int32)
+        ranks = np.where(self.decisions.rank < self.num_texts, self.decisions.rank, -1).astype(np.int32)
         parts = [ranks[start:end] for start, end in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
         chunks = [(chunk, part) for chunk, part in zip(self.chunks, parts, strict=False) if (part >= 0).any()]
         yield from reading.run_in_order(reading.read_chunk_texts, chunks, self.context)
@@ -85,27 +94,27 @@ class MixPlan:
     def composition(self) -> list[dict[str, Any]]:
         """One row per source and label: tasks, candidates, kept, train, eval, share of the mix."""
         kept = self.decisions.reason == Reason.KEPT
-        train = self._per_group(kept & (self.decisions.rank < self.num_train))
-        rows: dict[tuple[str, str], dict[str, Any]] = {}
-        for number, task in enumerate(self.task_table()):
-            row = rows.setdefault(
-                (task["source"], task["label"] or ""),
-                {"source": task["source"], "label": task["label"], "tasks": 0, "candidates": 0, "kept": 0, "train": 0},
-            )
-            row["tasks"] += 1
-            row["candidates"] += task["num_candidates"]
-            row["kept"] += task["num_kept"]
-            row["train"] += int(train[number])
+        is_counted = {
+            "candidates": np.ones(len(kept), bool),
+            "kept": kept,
+            "train": kept & (self.decisions.rank < self.num_train),
+        }
+        counts = {name: self._per_group(is_one) for name, is_one in is_counted.items()}
+        rows: dict[tuple[str, str | None], Counter[str]] = {}
+        for number, group in enumerate(self.context.groups):
+            row = rows.setdefault((group.source, group.label), Counter())
+            row.update({"tasks": 1, **{name: int(per_group[number]) for name, per_group in counts.items()}})
         total = max(1, self.decisions.num_kept)
-        return [{**row, "eval": row["kept"] - row["train"], "share": row["kept"] / total} for row in rows.values()]
+        return [
+            {"source": source, "label": label, **row, "eval": row["kept"] - row["train"], "share": row["kept"] / total}
+            for (source, label), row in rows.items()
+        ]
 
     def contaminated(self) -> dict[str, int]:
         """Candidates per finding: `family:{evaluation}` for each, `ngram`."""
-        found: dict[str, int] = {}
-        sizes = self._per_group(np.ones(len(self.candidates), bool))
-        for number, group in enumerate(self.context.groups):
-            for family in group.families:
-                found[f"family:{family}"] = found.get(f"family:{family}", 0) + int(sizes[number])
+        found: Counter[str] = Counter()
+        for group, size in zip(self.context.groups, self._per_group(np.ones(len(self.candidates), bool)), strict=True):
+            found.update({f"family:{family}": int(size) for family in group.families})
         ngram = int(((self.candidates.flags & np.uint16(Flags.NGRAM)) != 0).sum())
         return dict(sorted(found.items())) | ({"ngram": ngram} if ngram else {})
 
@@ -150,30 +159,40 @@ def plan_mix(context: Context, origins: Sequence[Origin], work: Path, report: Re
     """
     config, scores = context.config, context.scores
     chunks = reading.plan_chunks(scores.files, config.resources.chunk_mib << 20)
-    collected = _Collected(work, config.dedup.near)
-    for table in reading.run_in_order(reading.read_chunk_features, chunks, context):
-        collected.add([table])
-        report(f"read {collected.offsets[-1]:,} of {scores.num_rows:,} candidates")
-    outside_files = []
-    for number, (source, origin) in enumerate(zip(config.sources, origins, strict=True), len(scores.tasks)):
-        report(f"reading source {source.name} ({origin.location})")
-        outside_files.append(work / f"{source.name}.parquet")
-        collected.add(reading.keep_outside_rows(read_source(source, origin), number, context, outside_files[-1]))
-    candidates = Candidates(**{name: collected.take(name).to_numpy() for name in Candidates.__dataclass_fields__})
+    outside_files = [work / f"{source.name}.parquet" for source in config.sources]
+    work.mkdir(parents=True, exist_ok=True)
+    features: list[pa.Table] = []  # in the candidates' order
+    offsets = [0]  # where each chunk, and then each outside file, ends
+    with (work / "signatures").open("wb") as signatures:  # 512 bytes a row
+
+        def add(tables: Iterable[pa.Table]) -> None:
+            for table in tables:
+                if config.dedup.near:
+                    signatures.write(b"".join(table["signature"].to_pylist()))
+                    table = table.drop_columns("signature")
+                features.append(table)
+            offsets.append(sum(map(len, features)))
+
+        for table in reading.run_in_order(reading.read_chunk_features, chunks, context):
+            add([table])
+            report(f"read {offsets[-1]:,} of {scores.num_rows:,} candidates")
+        outside = zip(config.sources, origins, outside_files, strict=True)
+        for number, (source, origin, file) in enumerate(outside, len(scores.tasks)):
+            report(f"reading source {source.name} ({origin.location})")
+            add(reading.keep_outside_rows(read_source(source, origin), number, context, file))
+    columns = pa.concat_tables(features)
+    candidates = Candidates(**{name: columns[name].to_numpy() for name in Candidates.__dataclass_fields__})
     # 64-bit offsets: the texts of all candidates together may be larger than 2 GiB.
-    row_ids, subtasks = (collected.take(name).cast(pa.large_string()).combine_chunks() for name in ("row_id", "task"))
+    row_ids, subtasks = (columns[name].cast(pa.large_string()).combine_chunks() for name in ("row_id", "task"))
     _check_complete(candidates, row_ids, context)
-    decisions = decide(candidates, context.groups, config, collected.near_duplicates(config.dedup.near_threshold))
+    near = None
+    if config.dedup.near:
+        table = np.memmap(work / "signatures", np.uint32, "r", shape=(len(candidates), dedup.NUM_HASHES))
+        exact_key, threshold = columns["exact_key"].to_numpy(), config.dedup.near_threshold
+        near = partial(dedup.near_duplicates, exact_key=exact_key, table=table, threshold=threshold)
+    decisions = decide(candidates, context.groups, config, near)
     plan = MixPlan(
-        context,
-        tuple(chunks),
-        tuple(outside_files),
-        np.array(collected.offsets),
-        candidates,
-        row_ids,
-        subtasks,
-        decisions,
-        train_size(decisions.num_kept, config.eval_fraction),
+        context, tuple(chunks), tuple(outside_files), np.array(offsets), candidates, row_ids, subtasks, decisions
     )
     if not decisions.num_kept:
         dropped = ", ".join(f"{number:,} {reason}" for reason, number in plan.dropped().items())
@@ -181,65 +200,32 @@ def plan_mix(context: Context, origins: Sequence[Origin], work: Path, report: Re
     return plan
 
 
-class _Collected:
-    """Feature tables as they come, in the candidates' order; signatures go to a file (512 bytes a row)."""
-
-    def __init__(self, work: Path, has_signatures: bool) -> None:
-        work.mkdir(parents=True, exist_ok=True)
-        self.offsets = [0]
-        self.tables: list[pa.Table] = []
-        self.signatures = work / "signatures" if has_signatures else None
-        if self.signatures:
-            self.signatures.unlink(missing_ok=True)
-
-    def add(self, tables: Iterator[pa.Table] | list[pa.Table]) -> None:
-        """The tables of one chunk or source."""
-        count = 0
-        for table in tables:
-            count += len(table)
-            if self.signatures:
-                with self.signatures.open("ab") as file:
-                    for part in table["signature"].chunks:
-                        file.write(part.buffers()[1].slice(4 * dedup.NUM_HASHES * part.offset)[: part.nbytes])
-                table = table.drop_columns("signature")
-            self.tables.append(table)
-        self.offsets.append(self.offsets[-1] + count)
-
-    def take(self, name: str) -> pa.ChunkedArray:
-        """One column, shape (candidates,); it is dropped from the tables."""
-        pieces = [piece for table in self.tables for piece in table[name].chunks]
-        self.tables = [table.drop_columns(name) for table in self.tables]
-        return pa.chunked_array(pieces, NEAR_FEATURES.field(name).type)
-
-    def near_duplicates(self, threshold: float) -> Callable[[NDArray[np.int64]], dict[int, int]] | None:
-        """`dedup.near_duplicates` of these candidates, None where none are sought."""
-        if self.signatures is None:
-            return None
-        exact_key = self.take("exact_key").to_numpy()
-        table = np.memmap(self.signatures, np.uint32, "r", shape=(len(exact_key), dedup.NUM_HASHES))
-        return lambda order: dedup.near_duplicates(order, exact_key, table, threshold)
-
-
 def make_context(config: MixConfig, scores: ScoreFolder) -> Context:
     """What both readings need. Raises ConfigError for an unknown evaluation or a file of evaluation texts."""
     families = chosen_families(config.contamination.evaluations, config.contamination.families)
-    tasks = []
-    for t in scores.tasks:
-        found = families_of([t.name, *t.sources], families)
-        tasks.append(Group(t.name, NATURAL_INSTRUCTIONS, t.label, t.task_score, families=found, unfit=t.unreachable))
-    outside = [
+    groups = [
+        Group(
+            t.name,
+            NATURAL_INSTRUCTIONS,
+            t.label,
+            t.task_score,
+            families=families_of([t.name, *t.sources], families),
+            unfit=t.unreachable,
+        )
+        for t in scores.tasks
+    ]
+    groups += [
         Group(s.name, s.name, max_rows=s.max_rows, families=families_of([s.name], families)) for s in config.sources
     ]
     files = config.contamination.files
     ngrams = build_index(files, config.contamination.ngram) if files else None
-    per_task = [
-        # The published scripts took the first letter of a definition that is a text.
-        (t.name, t.label, t.license, t.definition[:1] if config.compat and t.definition_is_text else t.definition)
-        for t in scores.tasks
-    ]
-    columns = [pa.array(list(column), pa.string()) for column in zip(*per_task, strict=True)]
+    tasks = [{"name": t.name, "label": t.label, "license": t.license, "definition": t.definition} for t in scores.tasks]
+    for row, t in zip(tasks, scores.tasks, strict=True):
+        if config.compat and t.definition_is_text:
+            row["definition"] = t.definition[:1]  # the published scripts took the first letter of a text
     is_small = scores.num_bytes <= min(reading.KEPT_BYTES, config.resources.in_process_mib << 20)
-    return Context(config, scores, (*tasks, *outside), ngrams, {} if is_small else None, *columns)
+    columns = pa.RecordBatch.from_pylist(tasks)
+    return Context(config, scores, tuple(groups), ngrams, {} if is_small else None, columns)
 
 
 def _check_complete(rows: Candidates, row_ids: pa.Array, context: Context) -> None:

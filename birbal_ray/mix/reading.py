@@ -57,11 +57,7 @@ class Context:
     ngrams: NgramIndex | None
     # File → its TEXT_COLUMNS, kept by the first reading where all files together are small; else None.
     kept: dict[str, pa.Table] | None
-    # Of the tasks, each of shape (tasks,).
-    names: pa.Array
-    labels: pa.Array
-    licenses: pa.Array
-    definitions: pa.Array
+    tasks: pa.RecordBatch  # name, label, license, definition: row i is of `scores.tasks[i]`
 
     @property
     def in_process(self) -> bool:
@@ -128,13 +124,13 @@ def read_chunk_texts(wanted: tuple[Chunk, NDArray[np.int32]], context: Context) 
         rank = ranks[start : start + len(rows)]
         start += len(rows)
         rows = rows.take(pa.array(np.flatnonzero(rank >= 0)))
-        number = pc.index_in(rows["task"], context.names)
+        number = pc.index_in(rows["task"], context.tasks["name"]).combine_chunks()
         columns = {
             "rank": rank[rank >= 0],
-            "instruction": context.definitions.take(number),
+            "instruction": context.tasks["definition"].take(number),
             "input": rows["orig_input"],
             "output": first_references(rows["answer"].combine_chunks()),
-            "license": context.licenses.take(number),
+            "license": context.tasks["license"].take(number),
         }
         tables.append(pa.table(columns, schema=TEXTS))
     return pa.concat_tables(tables)
@@ -197,11 +193,11 @@ def sort_texts(tables: Iterator[pa.Table], num_texts: int, folder: Path, batch_r
 
 
 def _scored_block(rows: pa.Table, place: str, context: Context) -> Block:
-    group = pc.index_in(rows["task"], context.names).combine_chunks()
+    group = pc.index_in(rows["task"], context.tasks["name"]).combine_chunks()
     if group.null_count:
         unknown = rows["task"].filter(pc.is_null(group))[0].as_py()
         raise RunError(f"{place}: task {unknown!r} is not in the run's tasks.parquet; {AGAIN}")
-    if not pc.all(pc.equal(rows["label"], context.labels.take(group))).as_py():
+    if not pc.all(pc.equal(rows["label"], context.tasks["label"].take(group))).as_py():
         raise RunError(f"{place}: its rows have another label than tasks.parquet gives their task; {AGAIN}")
     answer = rows["answer"].combine_chunks()
     has_error = rows["error"].is_valid().to_numpy() | (pc.list_value_length(answer).to_numpy() == 0)
@@ -219,7 +215,7 @@ def _scored_block(rows: pa.Table, place: str, context: Context) -> Block:
         flags=flags,
         score=np.where(has_error, np.nan, rows["score"].to_numpy()),
         row_id=rows["row_id"].combine_chunks(),
-        instruction=context.definitions.take(group),
+        instruction=context.tasks["definition"].take(group),
         input=rows["orig_input"].combine_chunks(),
         output=pc.fill_null(first_references(answer), ""),
         answers=answers,

@@ -16,12 +16,12 @@ import pyarrow as pa
 
 from birbal_ray.cluster import job_metadata, ray_session
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.mix.datasets import Origin, origin_of
 from birbal_ray.mix.files import sha256_of_file
 from birbal_ray.mix.plan import MixPlan, make_context, plan_mix
 from birbal_ray.mix.reading import Context, sort_texts
 from birbal_ray.mix.rows import MIX_TASKS
 from birbal_ray.mix.scores import ScoreFolder, open_scores
+from birbal_ray.mix.sources import Origin, origin_of
 from birbal_ray.mix.write import BATCH_ROWS, CARD_FILE, OWN_FILES, dataset_card, write_mix
 from birbal_ray.progress import ProgressLine, figures_key, save_figures
 from birbal_ray.run import open_run
@@ -39,8 +39,13 @@ class MixResult:
     """What a run left, or (folder None) what a dry run would have written."""
 
     folder: Folder | None
-    composition: list[dict[str, Any]]
     manifest: dict[str, Any]
+
+    @property
+    def composition(self) -> list[dict[str, Any]]:
+        """One row per source and label."""
+        rows: list[dict[str, Any]] = self.manifest["composition"]
+        return rows
 
 
 def mix(config: MixConfig, *, overwrite: bool = False) -> MixResult:
@@ -67,7 +72,7 @@ def mix(config: MixConfig, *, overwrite: bool = False) -> MixResult:
     ) as run:
         if run.manifest is not None:
             progress.message(f"{run.folder} is up to date: {run.manifest['rows']['kept']:,} rows; nothing to do")
-            return MixResult(run.folder, run.manifest["composition"], run.manifest)
+            return MixResult(run.folder, run.manifest)
 
         def tell(text: str) -> None:
             progress.update(text)
@@ -76,11 +81,8 @@ def mix(config: MixConfig, *, overwrite: bool = False) -> MixResult:
         context = make_context(config, scores)
         with _work_folder(run.folder) as work, _ray_if_needed(context):
             plan = plan_mix(context, origins, work, tell)
-            total, num_texts = len(plan.candidates), plan.decisions.num_kept + plan.decisions.num_validation
-            texts = sort_texts(plan.read_texts(), num_texts, work / "texts", BATCH_ROWS)
-            files, licenses = write_mix(
-                plan, texts, run.folder, lambda rows: tell(f"wrote {rows:,} of {total:,} audit rows")
-            )
+            texts = sort_texts(plan.read_texts(), plan.num_texts, work / "texts", BATCH_ROWS)
+            files, licenses = write_mix(plan, texts, run.folder, tell)
         progress.close()
         manifest = _manifest(plan, licenses, origins)
         table = pa.Table.from_pylist(plan.task_table(), schema=MIX_TASKS)
@@ -93,7 +95,7 @@ def mix(config: MixConfig, *, overwrite: bool = False) -> MixResult:
         if not config.validation_rows_per_task:  # else it is a trial's, among others
             seconds = time.monotonic() - started
             save_figures(figures_key(STEP, config), seconds=seconds, candidates=float(rows["candidates"]))
-        return MixResult(run.folder, done["composition"], done)
+        return MixResult(run.folder, done)
 
 
 def dry_run(config: MixConfig) -> MixResult:
@@ -104,7 +106,7 @@ def dry_run(config: MixConfig) -> MixResult:
     with _work_folder(None) as work, _ray_if_needed(context):
         plan = plan_mix(context, origins, work, progress.update)
     progress.close()
-    return MixResult(None, plan.composition(), _manifest(plan, {}, origins))
+    return MixResult(None, _manifest(plan, {}, origins))
 
 
 @contextmanager

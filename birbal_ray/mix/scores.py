@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from birbal_ray.manifest import read_manifest
+from birbal_ray.manifest import listed_sha256, read_manifest
 from birbal_ray.ni.metrics import EXACT_MATCH, GENERATION, MAX_UNREACHABLE_FRACTION
 from birbal_ray.schemas import ROWS_FOLDER, SCORE_ROWS, TASK_SCORES, TASK_SCORES_FILE, TASKS, TASKS_FILE
 from birbal_ray.settings import ConfigError, canonical_hash, one_line, sha256_of
@@ -89,61 +90,71 @@ def open_scores(place: str | os.PathLike[str] | Folder, model: str | None = None
             f"{folder}: scored by {made_by or 'an unnamed model'}, the configuration says model = {model!r}; "
             "point --scores at that model's run, or correct model (null takes any)"
         )
-    # Manifests of earlier versions list few files, or something else under that name.
-    records = manifest["files"] if isinstance(manifest.get("files"), Mapping) else {}
-    listed = {name: str(one["sha256"]) for name, one in records.items() if isinstance(one, Mapping) and "sha256" in one}
     # A task's name may begin with a dot; what a killed writer left begins with .tmp-.
     files = tuple(
-        ScoreFile(name, stat.size, listed.get(name))
+        ScoreFile(name, stat.size, listed_sha256(manifest, name))
         for name, stat in folder.files(ROWS_FOLDER, hidden=True).items()
         if name.endswith(".parquet") and "/.tmp-" not in name
     )
     if not files:
         raise RunError(f"{folder.at(ROWS_FOLDER)}: no Parquet files; the score run's rows are gone, {AGAIN}")
     content = canonical_hash([[file.name, file.sha256 or file.size] for file in files])
-    tasks = _tasks(folder, listed)
+    tasks = _read_tasks(folder, manifest)
     return ScoreFolder(folder, made_by, str(manifest.get("identity_hash", "")), content, tasks, files)
 
 
-def read_table(
-    folder: Folder, name: str, schema: pa.Schema, sha256: str | None = None, optional: Sequence[str] = ()
-) -> pa.Table:
-    """The schema's columns, and the `optional` ones that are there; the bytes are checked against `sha256`, if given.
+def read_batches(
+    folder: Folder, name: str, schema: pa.Schema, columns: Sequence[str], sha256: str | None, later: Sequence[str] = ()
+) -> Iterator[pa.Table]:
+    """Columns of one file of a finished run, and those of `later` that are there, some thousand rows at a time.
 
-    Raises RunError naming the file and the column, or that the file was edited.
+    The bytes are checked against `sha256`, if given. Raises RunError naming the file and the column, or that the file
+    was edited.
     """
     place = folder.at(name)
     try:
         data = folder.read_bytes(name)
     except FileNotFoundError:
         raise RunError(f"{place}: no such file; the run before is incomplete, run it again") from None
-    try:
-        with pq.ParquetFile(pa.BufferReader(data)) as file:
-            check_columns(place, file.schema_arrow, schema)
-            columns = [*schema.names, *(name for name in optional if name in file.schema_arrow.names)]
-            table = file.read(columns=columns, use_threads=False)  # threads cost a file of a few hundred rows 50 % more
-    except (pa.ArrowException, OSError) as error:
-        raise RunError(f"{place}: not a readable Parquet file ({one_line(error)}); run its step again") from None
     if sha256 is not None and sha256_of(data) != sha256:
         raise RunError(
-            f"{place}: edited since its run finished (the manifest has another sha256); restore it or {AGAIN}"
+            f"{place}: edited since its run finished (the manifest has another sha256); put the original back, "
+            "or run its step again"
         )
-    return table
-
-
-def check_columns(place: str, found: pa.Schema, wanted: pa.Schema) -> None:
-    """Raise RunError when a column of `wanted` is missing or of another type."""
-    for field in wanted:
-        if field.name not in found.names:
-            raise RunError(f"{place}: column {field.name!r} is missing (found {', '.join(found.names)})")
-        if found.field(field.name).type != field.type:
-            raise RunError(f"{place}: column {field.name!r} is {found.field(field.name).type}, expected {field.type}")
+    try:
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
+            found = file.schema_arrow
+            for field in map(schema.field, columns):
+                if field.name not in found.names:
+                    raise RunError(f"{place}: column {field.name!r} is missing (found {', '.join(found.names)})")
+                if (kind := found.field(field.name).type) != field.type:
+                    raise RunError(f"{place}: column {field.name!r} is {kind}, expected {field.type}")
+            names = [*columns, *(name for name in later if name in found.names)]
+            yield found.empty_table().select(names)  # of a file without rows, too, there is a table
+            # Threads cost a file of a few hundred rows 50 % more.
+            for batch in file.iter_batches(columns=names, use_threads=False):
+                yield pa.Table.from_batches([batch])
+    except (pa.ArrowException, OSError) as error:
+        raise RunError(f"{place}: not a readable Parquet file ({one_line(error)}); run its step again") from None
 
 
 def read_scored(scores: ScoreFolder, file: ScoreFile, columns: Sequence[str]) -> pa.Table:
     """Columns of one file of SCORE_ROWS. Raises RunError when it is damaged or was edited."""
-    schema = pa.schema([SCORE_ROWS.field(name) for name in columns])
-    return read_table(scores.folder, file.name, schema, file.sha256).combine_chunks()
+    tables = read_batches(scores.folder, file.name, SCORE_ROWS, columns, file.sha256)
+    return pa.concat_tables(tables).combine_chunks()
+
+
+def read_rows(
+    folder: Folder,
+    manifest: Mapping[str, Any],
+    name: str,
+    schema: pa.Schema,
+    columns: Sequence[str] = (),
+    later: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """The rows of a small table of a finished run, as `read_batches` reads them; without `columns`, the schema's."""
+    tables = read_batches(folder, name, schema, columns or schema.names, listed_sha256(manifest, name), later)
+    return [row for table in tables for row in table.to_pylist()]
 
 
 def check_rows(place: str, rows: pa.Table) -> None:
@@ -167,15 +178,12 @@ def _refuse(place: str, is_wrong: pa.ChunkedArray, problem: str) -> None:
         raise RunError(f"{place}, row {pc.indices_nonzero(is_wrong)[0].as_py() + 1}: {problem}; {AGAIN}")
 
 
-def _tasks(folder: Folder, listed: Mapping[str, str]) -> tuple[ScoredTask, ...]:
+def _read_tasks(folder: Folder, manifest: Mapping[str, Any]) -> tuple[ScoredTask, ...]:
     place = folder.at(TASK_SCORES_FILE)
-    needed = pa.schema([TASK_SCORES.field(name) for name in SCORE_COLUMNS])
-    table = read_table(folder, TASK_SCORES_FILE, needed, listed.get(TASK_SCORES_FILE))
-    scores = {row["task"]: (number, row) for number, row in enumerate(table.to_pylist(), 1)}
-    needed = pa.schema([TASKS.field(name) for name in TASK_COLUMNS])
+    rows = read_rows(folder, manifest, TASK_SCORES_FILE, TASK_SCORES, SCORE_COLUMNS)
+    scores = {row["task"]: (number, row) for number, row in enumerate(rows, 1)}
     tasks = []
-    described = read_table(folder, TASKS_FILE, needed, listed.get(TASKS_FILE), LATER_COLUMNS)
-    for line, row in enumerate(described.to_pylist(), 1):
+    for line, row in enumerate(read_rows(folder, manifest, TASKS_FILE, TASKS, TASK_COLUMNS, LATER_COLUMNS), 1):
         for name in TASK_COLUMNS:
             if row[name] is None:
                 raise RunError(f"{folder.at(TASKS_FILE)}, row {line}: {name} is null; {AGAIN}")
@@ -183,15 +191,17 @@ def _tasks(folder: Folder, listed: Mapping[str, str]) -> tuple[ScoredTask, ...]:
             raise RunError(f"{place}: no row for task {row['task']!r} of {TASKS_FILE}; {AGAIN}")
         number, score = scores[row["task"]]
         value, num_scored = score["task_score"], score["num_scored"]
+        problem = ""
         if row["label"] not in (EXACT_MATCH, GENERATION) or score["label"] != row["label"]:
-            raise RunError(
-                f"{place}, row {number}: label {score['label']!r} of task {row['task']!r} is not known; {AGAIN}"
-            )
-        if (value is None) if num_scored else (value is not None):
-            raise RunError(f"{place}, row {number}: task_score is {value} with {num_scored} scored rows; {AGAIN}")
-        if value is not None and not 0.0 <= value <= 1.0:
-            raise RunError(f"{place}, row {number}: task_score is {value}, expected 0 to 1; {AGAIN}")
+            problem = f"label {score['label']!r} of task {row['task']!r} is not known"
+        elif (value is None) if num_scored else (value is not None):
+            problem = f"task_score is {value} with {num_scored} scored rows"
+        elif value is not None and not 0.0 <= value <= 1.0:
+            problem = f"task_score is {value}, expected 0 to 1"
+        if problem:
+            raise RunError(f"{place}, row {number}: {problem}; {AGAIN}")
         fraction = row.get("unreachable_fraction") or 0.0
+        why = f"{row.get('unreachable_reason')} (in {fraction:.0%} of its instances)"
         tasks.append(
             ScoredTask(
                 row["task"],
@@ -201,9 +211,7 @@ def _tasks(folder: Folder, listed: Mapping[str, str]) -> tuple[ScoredTask, ...]:
                 tuple(row["sources"]),
                 score["num_instances"],
                 value,
-                unreachable=f"{row.get('unreachable_reason')} (in {fraction:.0%} of its instances)"
-                if fraction > MAX_UNREACHABLE_FRACTION
-                else None,
+                unreachable=why if fraction > MAX_UNREACHABLE_FRACTION else None,
                 stop_reason=row.get("stop_reason"),
                 definition_is_text=bool(row.get("definition_is_text")),
             )

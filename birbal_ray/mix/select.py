@@ -97,6 +97,7 @@ class Decisions:
             label: np.array([group.label == label for group in groups], bool)
             for label in (EXACT_MATCH, GENERATION, None)
         }
+        self.is_label[ANY_LABEL] = ~self.is_label[None]
 
     def drop_unusable(self) -> None:
         """Rows that no policy may use."""
@@ -159,19 +160,14 @@ class Decisions:
     def take_by_budget(self) -> None:
         """Fill the budgets; under task_score one for each label, and inside a task failed rows come first."""
         settings, rows = self.config.task_score, self.rows
-        alive = self._alive()
-        alive = alive[~self.is_label[None][rows.group[alive]]]
+        alive = self._of_label(ANY_LABEL)
         self._count(alive, self.usable)
-        budgets = {EXACT_MATCH: settings.exact_match_budget, GENERATION: settings.generation_budget}
-        members = {label: np.flatnonzero(self.is_label[label]) for label in budgets}
         by_score = self.config.policy == allocation.TASK_SCORE
+        budgets = {EXACT_MATCH: settings.exact_match_budget, GENERATION: settings.generation_budget}
         if not by_score:
             budgets = {ANY_LABEL: sum(budgets.values())}
-            members = {ANY_LABEL: np.flatnonzero(~self.is_label[None])}
         for label, budget in budgets.items():
-            self.allocations[label] = self._allocate(label, budget, members[label])
-            for number in members[label]:
-                self.allocated[number] = self.allocations[label].counts.get(self.groups[number].name, 0)
+            self._allocate(label, budget)
         is_later = None
         if by_score:
             score, is_exact = rows.score[alive], self.is_label[EXACT_MATCH][rows.group[alive]]
@@ -219,8 +215,7 @@ class Decisions:
 
     def limit_sources(self) -> None:
         """At most max_rows of each outside source, the first in hash order."""
-        alive = self._alive()
-        alive = alive[self.is_label[None][self.rows.group[alive]]]
+        alive = self._of_label(None)
         if self.config.policy == allocation.BIRBAL_2023:
             # Published: each source drops its long rows before it is sampled.
             alive = self._drop_among(alive, Flags.TOO_LONG, Reason.TOO_LONG)
@@ -245,8 +240,8 @@ class Decisions:
         self.rank[order] = np.arange(len(order))
         self.num_kept, self.num_validation, _ = np.bincount(part, minlength=3).tolist()
 
-    def _allocate(self, label: str, budget: int, members: NDArray[np.int64]) -> Allocation:
-        policy, settings = self.config.policy, self.config.task_score
+    def _allocate(self, label: str, budget: int) -> None:
+        policy, settings, members = self.config.policy, self.config.task_score, np.flatnonzero(self.is_label[label])
         demands = []
         for number in members[self.usable[members] > 0]:
             group, usable = self.groups[number], int(self.usable[number])
@@ -256,18 +251,18 @@ class Decisions:
         result = allocation.allocate(budget, demands, settings.gamma, even)
         if result.shortfall and not settings.allow_shortfall:
             there = budget - result.shortfall
+            what, kind = f"{label}_budget", label
             if label == ANY_LABEL:
                 what, kind = "exact_match_budget + task_score.generation_budget", "scored"
-            else:
-                what, kind = f"{label}_budget", label
             of = int(np.isin(self.rows.group, members).sum())
             raise ConfigError(
                 f"task_score.{what} = {budget}: only {there} {kind} candidates can be drawn (of {of} scored; the rest "
                 "are filtered, repeats, or of tasks that are due no share: score 1, or a metric that can't reach it); "
-                f"lower it to at most {there}, or set "
-                "task_score.allow_shortfall=true"
+                f"lower it to at most {there}, or set task_score.allow_shortfall=true"
             )
-        return result
+        self.allocations[label] = result
+        for number in members:
+            self.allocated[number] = result.counts.get(self.groups[number].name, 0)
 
     def _beyond(
         self,
@@ -287,7 +282,7 @@ class Decisions:
     def _alive(self) -> NDArray[np.int64]:
         return np.flatnonzero(self.reason == UNDECIDED)
 
-    def _of_label(self, label: str) -> NDArray[np.int64]:
+    def _of_label(self, label: str | None) -> NDArray[np.int64]:
         alive = self._alive()
         mine: NDArray[np.int64] = alive[self.is_label[label][self.rows.group[alive]]]
         return mine

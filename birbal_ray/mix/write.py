@@ -44,7 +44,7 @@ OWN_FILES = (*mix_files((*SPLITS, VALIDATION)), TASKS_FILE, CARD_FILE, ALPACA_IN
 
 
 def write_mix(
-    plan: MixPlan, texts: Iterator[pa.Table], folder: Folder, report: Callable[[int], None] = lambda rows: None
+    plan: MixPlan, texts: Iterator[pa.Table], folder: Folder, report: Callable[[str], None] = lambda text: None
 ) -> tuple[dict[str, FileRecord], dict[str, set[str]]]:
     """Write the audit, and the rows of `texts` (TEXTS in rank order, BATCH_ROWS at a time) to their splits.
 
@@ -89,7 +89,7 @@ def write_mix(
             sink.write(b"\n]\n")
         for start in range(0, len(plan.candidates), BATCH_ROWS):
             audit.write_table(view.audit(start, start + BATCH_ROWS), row_group_size=BATCH_ROWS)
-            report(start)
+            report(f"wrote {start:,} of {len(plan.candidates):,} audit rows")
     written = {name: sink.record for name, sink in sinks.items()}
     # LLaMA-Factory finds datasets through this file; its default column names are the alpaca ones.
     columns = {"prompt": "question", "response": "answer"}
@@ -110,7 +110,6 @@ def dataset_card(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> st
     values = {
         **manifest,
         "size": next(name for limit, name in SIZES.items() if rows["kept"] < limit),
-        "composition": [{**row, "share": f"{row['share']:.1%}"} for row in manifest["composition"]],
         "left_out": [
             {"reason": name, "rows": count, "meaning": Reason[name.upper()].text}
             for name, count in rows["dropped"].items()
@@ -129,11 +128,10 @@ class _View:
         self.plan, decided, groups = plan, plan.decisions, plan.context.groups
         self.order = np.empty(len(plan.candidates), np.int64)  # rank → candidate index
         self.order[decided.rank] = np.arange(len(self.order))
-        end = decided.num_kept + decided.num_validation
         self.split_ranges = (
             ("train", 0, plan.num_train),
             ("eval", plan.num_train, decided.num_kept),
-            (VALIDATION, decided.num_kept, end),
+            (VALIDATION, decided.num_kept, plan.num_texts),
         )
         self.sources = pa.array([group.source for group in groups], pa.string())
         self.labels = pa.array([group.label for group in groups], pa.string())
@@ -214,5 +212,5 @@ def _cell(value: Any) -> str:
     """A value in a Markdown table, which can't hold every sign."""
     if value is None:
         return ""
-    text = f"{value:,}" if isinstance(value, int) else str(value)
+    text = f"{value:,}" if isinstance(value, int) else f"{value:.1%}" if isinstance(value, float) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")

@@ -14,11 +14,9 @@ from birbal_ray.mix.datasets import (
     CHOOSE_COMPLETION,
     HUB_DATASETS,
     SUMMARIZE,
-    origin_of,
-    read_source,
-    source_problem,
 )
 from birbal_ray.mix.rows import OUTSIDE_ROWS
+from birbal_ray.mix.sources import origin_of, read_source, source_problem
 from birbal_ray.settings import ConfigError
 
 RECORDS = {

@@ -489,8 +489,8 @@ def test_overwrite_takes_no_file_that_a_mix_does_not_write(name, scores, tmp_pat
 
 def test_a_finished_mix_needs_no_hub(scores, tmp_path, monkeypatch, capsys):
     from birbal_ray.mix import plan, run
-    from birbal_ray.mix.datasets import Origin
     from birbal_ray.mix.rows import OUTSIDE_ROWS
+    from birbal_ray.mix.sources import Origin
 
     row = {"instruction": "", "input": "one two three four five six", "output": "seven", "task": "lima"}
     row |= {"row_id": "lima:1", "license": "x", "llm_written": False, "unwanted": False}
@@ -520,3 +520,16 @@ def test_the_card_does_not_say_where_a_users_file_lies(made, outside):
     folder = str(outside["path"]).rpartition("/")[0]
     assert folder not in (made.folder.local / "README.md").read_text()
     assert made.manifest["sources"][0]["location"] == outside["path"], "its own record does"
+
+
+@pytest.mark.parametrize("name", ["audit.parquet", "tasks.parquet"])
+def test_questions_to_an_edited_mix_are_refused(name, scores, tmp_path):
+    folder = mix(config(scores, tmp_path / "m")).folder
+    row_id = read(folder.local, "audit.parquet")[0]["row_id"]
+    data = (folder.local / name).read_bytes()
+    (folder.local / name).write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])  # of the same size
+    with pytest.raises(RunError, match=rf"{name}: edited since its run finished.*put the original back"):
+        explain(folder, row_id)
+    if name == "audit.parquet":
+        with pytest.raises(RunError, match=rf"{name}: edited since its run finished"):
+            diff(folder, folder)
