@@ -12,8 +12,13 @@ Order 0 is the run's hash order; the others shuffle each task's rows and say how
 (a) prompts of the full pass for each prompt of the adaptive one
 (b) tasks whose score is within the margin of the full pass's score
 (c) half the sum of differences between the allocations' shares (total variation), and how much of them is filled
-(d) the same rule on 462 tasks, with sizes of real tasks (69 are at hand, the others are drawn from these) and scores
+(d) the fewest prompts that any rule could do with (`floor`): each task scored up to the row that completes the failed
+    rows of its share, as if shares and scores were known beforehand, and no less than the first look
+(e) the same rule on 462 tasks, with sizes of real tasks (69 are at hand, the others are drawn from these) and scores
     drawn from the replayed tasks: prompts, hours on one RTX 4090, and what the decisions cost
+
+`--factors` are values of `adaptive.failed_rows_factor`: below 1 a task may stop before its failed rows fill its share,
+and the mix takes other rows of it in their place.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -194,6 +200,22 @@ def replay(tasks: list[TaskScores], asked: AdaptiveSettings) -> Replay:
     return result
 
 
+def failed_rows(task: TaskScores, asked: AdaptiveSettings) -> np.ndarray:
+    """bool (instances,): the rows that the model failed, as `Tally.of` counts them."""
+    return task.scores == 0 if task.label == EXACT_MATCH else task.scores < asked.failed_below
+
+
+def fewest_prompts(full: list[TaskScores], counts: Mapping[str, int], asked: AdaptiveSettings) -> int:
+    """Rows up to the last failed one of each task's share, at least the first look; all rows where too few failed."""
+    total = 0
+    for task in full:
+        wanted = math.ceil(counts.get(task.name, 0) * asked.failed_rows_factor)
+        places = np.flatnonzero(failed_rows(task, asked))[:wanted]
+        needed = len(task.scores) if len(places) < wanted else places[-1] + 1 if wanted else 0
+        total += min(len(task.scores), max(asked.first_instances, int(needed)))
+    return total
+
+
 def allocation(tasks: list[TaskScores], budgets: Mapping[str, int], asked: AdaptiveSettings) -> dict[str, Any]:
     """What the mix gives each task from these scores: counts, the budget's filled part, the failed rows' part of it."""
     counts: dict[str, int] = {}
@@ -206,9 +228,9 @@ def allocation(tasks: list[TaskScores], budgets: Mapping[str, int], asked: Adapt
         ]
         counts |= allocate(budget, demands, asked.gamma).counts
     total = max(1, sum(counts.values()))
-    below = {task.name: 1e-300 if task.label == EXACT_MATCH else asked.failed_below for task in tasks}
-    failed = sum(min(counts.get(task.name, 0), int((task.scores < below[task.name]).sum())) for task in tasks)
+    failed = sum(min(counts.get(task.name, 0), int(failed_rows(task, asked).sum())) for task in tasks)
     return {
+        "counts": counts,
         "shares": {name: count / total for name, count in counts.items()},
         "filled": total / max(1, sum(budgets.values())),
         "failed_fraction": failed / total,
@@ -216,7 +238,7 @@ def allocation(tasks: list[TaskScores], budgets: Mapping[str, int], asked: Adapt
 
 
 def compare(full: list[TaskScores], asked: AdaptiveSettings) -> dict[str, Any]:
-    """The adaptive pass over the full one's scores: figures (a) to (c)."""
+    """The adaptive pass over the full one's scores: figures (a) to (d)."""
     budgets = {EXACT_MATCH: asked.exact_match_budget, GENERATION: asked.generation_budget}
     result = replay(full, asked)
     errors = [
@@ -228,6 +250,7 @@ def compare(full: list[TaskScores], asked: AdaptiveSettings) -> dict[str, Any]:
     return {
         "prompts": result.num_rows,
         "full_prompts": sum(len(task.scores) for task in full),
+        "floor": fewest_prompts(full, theirs["counts"], asked),
         "within_margin": sum(error <= asked.score_margin for error in errors) / len(errors),
         "largest_error": max(errors),
         "total_variation": sum(abs(ours["shares"].get(name, 0.0) - share) for name, share in theirs["shares"].items())
@@ -250,10 +273,11 @@ def orders(tasks: list[TaskScores], count: int) -> Iterator[list[TaskScores]]:
         yield [task.shuffled(chance) for task in tasks]
 
 
-def scaled(margin: float, rows: Mapping[str, int], rows_of_462: Mapping[str, int]) -> AdaptiveSettings:
+def scaled(margin: float, factor: float, rows: Mapping[str, int], rows_of_462: Mapping[str, int]) -> AdaptiveSettings:
     """Budgets that are the same share of `rows` as the mix's are of the 462 tasks' rows, by label."""
     exact, generation = (round(BUDGET * rows[label] / rows_of_462[label]) for label in (EXACT_MATCH, GENERATION))
-    return AdaptiveSettings(score_margin=margin, exact_match_budget=exact, generation_budget=generation)
+    budgets = {"exact_match_budget": exact, "generation_budget": generation}
+    return AdaptiveSettings(score_margin=margin, failed_rows_factor=factor, **budgets)
 
 
 def rows_by_label(tasks: list[TaskScores]) -> dict[str, int]:
@@ -263,28 +287,31 @@ def rows_by_label(tasks: list[TaskScores]) -> dict[str, int]:
 
 
 def measure(
-    name: str, tasks: list[TaskScores], margins: list[float], num_orders: int, of_462: Mapping[str, int]
+    name: str, tasks: list[TaskScores], settings: list[tuple[float, float]], num_orders: int, of_462: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """Replays at each margin, printed: the run's order beside the mean of all orders."""
+    """Replays with each (margin, factor), printed: the run's order beside the mean of all orders."""
     sizes = [len(task.scores) for task in tasks]
     print(f"\n{name}: {len(tasks)} tasks, {min(sizes):,} to {max(sizes):,} instances each, {sum(sizes):,} in all")
     print(
-        f"{'margin':>6} {'order':>12} {'prompts':>8} {'fewer':>7} {'within':>7} {'TV':>6} {'filled':>14} {'failed':>14}"
+        f"{'margin':>6} {'factor':>6} {'order':>12} {'prompts':>8} {'fewer':>7} {'floor':>8} {'within':>7} {'TV':>6} "
+        f"{'filled':>14} {'failed':>14}"
     )
     figures = []
-    for margin in margins:
-        asked = scaled(margin, rows_by_label(tasks), of_462)
+    for margin, factor in settings:
+        asked = scaled(margin, factor, rows_by_label(tasks), of_462)
         runs = [compare(order, asked) for order in orders(tasks, num_orders)]
         means = {key: statistics.fmean(run[key] for run in runs) for key in runs[0]}
         for order, one in (("the run's", runs[0]), (f"mean of {num_orders}", means))[:num_orders]:
+            fewer, floor = (one["full_prompts"] / one[key] for key in ("prompts", "floor"))
             print(
-                f"{margin:6g} {order:>12} {one['prompts']:8,.0f} {one['full_prompts'] / one['prompts']:6.2f}x "
+                f"{margin:6g} {factor:6g} {order:>12} {one['prompts']:8,.0f} {fewer:6.2f}x {floor:7.2f}x "
                 f"{one['within_margin']:7.1%} {one['total_variation']:6.1%} "
                 f"{one['filled']:6.1%} ({one['full_filled']:.0%}) "
                 f"{one['failed_fraction']:6.1%} ({one['full_failed_fraction']:.0%})"
             )
         budgets = {"exact_match": asked.exact_match_budget, "generation": asked.generation_budget}
-        figures.append({"tasks": name, "margin": margin, "budgets": budgets, "order_0": runs[0], "mean": means})
+        about = {"tasks": name, "margin": margin, "factor": factor, "budgets": budgets}
+        figures.append({**about, "order_0": runs[0], "mean": means})
     return figures
 
 
@@ -294,6 +321,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="Parquet of (task, label, order, score)")
     parser.add_argument("--synthetic", action="store_true", help="made-up scores of 24 tasks of 1,000 instances")
     parser.add_argument("--margins", type=float, nargs="+", default=[0.03, 0.05, 0.1])
+    parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 0.5], help="of failed rows wanted")
     parser.add_argument("--orders", type=int, default=20, help="the run's order and so many less one shuffled ones")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
@@ -316,17 +344,18 @@ def main() -> None:
         f"462 tasks: {sum(of_462.values()):,} instances, {of_462[EXACT_MATCH]:,} of them exact match; "
         f"{num_read} tasks' sizes are known, the others drawn from them"
     )
-    figures = measure("scores at hand", tasks, arguments.margins, arguments.orders, of_462)
+    settings = [(margin, factor) for factor in arguments.factors for margin in arguments.margins]
+    figures = measure("scores at hand", tasks, settings, arguments.orders, of_462)
     if min(len(task.scores) for task in tasks) < FULL_INSTANCES:
         resampled = [task.drawn(task.name, FULL_INSTANCES, chance) for task in tasks]
         name = f"the same tasks, resampled to {FULL_INSTANCES:,} instances"
-        figures += measure(name, resampled, arguments.margins, arguments.orders, of_462)
+        figures += measure(name, resampled, settings, arguments.orders, of_462)
     sources = {label: [task for task in tasks if task.label == label] for label in (EXACT_MATCH, GENERATION)}
     drawn = [
         sources[label][int(chance.integers(len(sources[label])))].drawn(name, size, chance)
         for name, label, size in selected
     ]
-    large = measure("462 tasks, scores drawn from these", drawn, arguments.margins, 1, of_462)
+    large = measure("462 tasks, scores drawn from these", drawn, settings, 1, of_462)
     for one in (entry["order_0"] for entry in large):
         hours, full = (prompts / PROMPTS_PER_SECOND / 3600 for prompts in (one["prompts"], one["full_prompts"]))
         print(

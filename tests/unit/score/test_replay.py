@@ -50,3 +50,13 @@ def test_the_kept_scores_are_24_tasks_in_hash_order():
     tasks = adaptive.read_tasks(kept)
     assert len(tasks) == 24 and sum(len(task.scores) for task in tasks) == kept.num_rows
     assert all(np.nanmin(task.scores) >= 0 and np.nanmax(task.scores) <= 1 for task in tasks)
+
+
+def test_the_fewest_prompts_end_at_the_last_failed_row_of_each_share():
+    first = AdaptiveSettings(first_instances=2)
+    late, rare, none = [1.0] * 7 + [0.0] * 3, [1.0] * 9 + [0.0], [0.0] * 10
+    tasks = adaptive.read_tasks(table(late=late, rare=rare, none=none))
+    counts = {"late": 2, "rare": 2, "none": 0}
+    assert adaptive.fewest_prompts(tasks, counts, first) == 9 + 10 + 2, "the second zero, all rows, the first look"
+    half = first.model_copy(update={"failed_rows_factor": 0.5})
+    assert adaptive.fewest_prompts(tasks, counts, half) == 8 + 10 + 2
