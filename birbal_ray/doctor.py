@@ -14,9 +14,9 @@ import psutil
 
 from birbal_ray import models
 from birbal_ray.cluster import Node, WorkerRequest, can_place, nodes_of, ray_session
+from birbal_ray.manifest import package_versions
 from birbal_ray.mix.config import SourceSettings
 from birbal_ray.mix.sources import source_problem
-from birbal_ray.run import package_versions
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.pipeline import replica_request
 from birbal_ray.settings import ConfigError, one_line

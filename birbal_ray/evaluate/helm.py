@@ -22,14 +22,13 @@ from birbal_ray.evaluate.config import HarnessConfig
 from birbal_ray.evaluate.harness import HarnessResult, require_places
 from birbal_ray.models import find_adapter, resolve_model
 from birbal_ray.progress import ProgressLine
-from birbal_ray.run import RunError, RunFailedError, open_run
+from birbal_ray.run import RunError, RunFailedError, Step, open_run
 from birbal_ray.settings import ConfigError, one_line
 from birbal_ray.storage import cache_folder
 
-STEP = "helm"
 SUITE = "birbal"
 RESULTS_FILE = "results.json"
-OWNS = ("helm/*", RESULTS_FILE)
+STEP = Step("helm", ("helm/*", RESULTS_FILE))
 HELM = "crfm-helm==0.5.16"
 # What HELM imports on the way to a model behind HTTP, in the versions that it was tried with; --no-deps leaves out
 # torch and spacy.
@@ -74,7 +73,7 @@ def run_helm(config: HarnessConfig, *, overwrite: bool = False) -> HarnessResult
     identity["adapter"] = adapter.fingerprint if adapter else None
     name = Path(model.name).name
     team = config.team or (f"{name} + {adapter.name}" if adapter else name)
-    with open_run(config.output or "", STEP, identity, owns=OWNS, overwrite=overwrite) as run:
+    with open_run(config.output or "", STEP, identity, overwrite=overwrite) as run:
         folder = run.folder.local
         run.withdraw()
         helm = environment(progress)

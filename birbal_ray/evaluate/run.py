@@ -20,7 +20,7 @@ from birbal_ray.evaluate.heldout import HeldOut, find_mixes, held_out
 from birbal_ray.evaluate.models import ADAPTER, BASE, EvaluatedModel, resolve_models
 from birbal_ray.models import REFERENCE_FILE, Model, load_with_adapter, merge_adapter, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine, counted, figures_key
-from birbal_ray.run import LOG_FOLDER, Run, RunError, StepResult, open_run
+from birbal_ray.run import LOG_FOLDER, Run, RunError, Step, StepResult, open_run
 from birbal_ray.schemas import COMPARISONS, COMPARISONS_FILE, EVALUATION, EVALUATION_FILE, ROWS_FOLDER
 from birbal_ray.score.adaptive import FixedSchedule
 from birbal_ray.score.config import CPU_SHARD_ROWS, ScoreConfig
@@ -44,8 +44,17 @@ from birbal_ray.settings import ConfigError, canonical_hash
 from birbal_ray.statistics import MIN_TASKS, detectable_difference
 from birbal_ray.storage import DamagedFileError, FileRecord, Folder, is_url, make_cache_folder
 
-STEP = "evaluate"
 OWNS = ("rows/*.parquet", "inputs/*", "tasks.parquet", "quarantine.jsonl", EVALUATION_FILE, COMPARISONS_FILE)
+
+
+def only_adds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a new identity has further models or prompt formats, and asks the earlier ones as before."""
+    models = {name: new["models"].get(name) for name in old.get("models", {})}
+    formats = [one for one in new["prompt_formats"] if one in old.get("prompt_formats", [])]
+    return {**new, "models": models, "prompt_formats": formats} == old
+
+
+STEP = Step("evaluate", OWNS, IDENTITY_SETTINGS, only_adds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +118,8 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
     setup = prepare_evaluation(config)
     plan = plan_run(setup.scoring, progress, excluded=setup.held_out.keys)
     inputs = [path for path in (config.tasks.path, *setup.mixes, *(one.path for one in setup.models[1:])) if path]
-    output, identity, settings = config.output or "", _identity(setup, plan), IDENTITY_SETTINGS
-    with open_run(
-        output,
-        STEP,
-        identity,
-        owns=OWNS,
-        overwrite=overwrite,
-        inputs=inputs,
-        settings=settings,
-        may_become=only_adds,
-    ) as run:
+    identity = _identity(setup, plan)
+    with open_run(config.output or "", STEP, identity, inputs=inputs, overwrite=overwrite) as run:
         for row in _earlier_comparisons(run.folder):
             if row["is_primary"] and (named := {key: row[key] for key in setup.primary()}) != setup.primary():
                 raise ConfigError(
@@ -144,7 +144,7 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
             asked = len(plan.tasks) * (config.tasks.instances_per_task or plan.num_rows)
             asked *= len(setup.models) * len(config.prompt_formats)
             more = {"asked_fraction": result.manifest["rows"]["planned"] / asked}  # the mix considered the others
-            keep_figures(figures_key(STEP, config), run.sessions()[num_earlier:], time.monotonic() - started, **more)
+            keep_figures(figures_key(STEP.name, config), run.sessions()[num_earlier:], time.monotonic() - started, **more)
         return result
 
 
@@ -154,13 +154,6 @@ def _earlier_comparisons(folder: Folder) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = folder.read_table(COMPARISONS_FILE).to_pylist()
         return rows
     return []
-
-
-def only_adds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether a new identity has further models or prompt formats, and asks the earlier ones as before."""
-    models = {name: new["models"].get(name) for name in old.get("models", {})}
-    formats = [one for one in new["prompt_formats"] if one in old.get("prompt_formats", [])]
-    return {**new, "models": models, "prompt_formats": formats} == old
 
 
 def prepare_evaluation(config: EvaluateConfig) -> Setup:
@@ -230,7 +223,7 @@ def _score(setup: Setup, plan: ScorePlan, run: Run, progress: ProgressLine) -> N
     if not todo:
         return
     log_file = ray_log_file(run.folder)
-    with ray_session(logical_cpus(setup.scoring), log_file, about=job_metadata(STEP, setup.config.output)):
+    with ray_session(logical_cpus(setup.scoring), log_file, about=job_metadata(STEP.name, setup.config.output)):
         if waiting := check_cluster(setup.scoring):
             progress.message(waiting)
         for served, shards in todo:

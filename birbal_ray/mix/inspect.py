@@ -10,12 +10,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from birbal_ray.manifest import listed_sha256, read_manifest
+from birbal_ray.manifest import identity_differences, listed_sha256, read_manifest
 from birbal_ray.mix.allocation import BIRBAL_2023, TASK_SCORE
 from birbal_ray.mix.rows import AUDIT, AUDIT_FILE, MIX_TASKS, NATURAL_INSTRUCTIONS, Reason
 from birbal_ray.mix.scores import read_batches, read_rows
-from birbal_ray.run import RUN_FILE, identity_differences
-from birbal_ray.schemas import TASKS_FILE
+from birbal_ray.schemas import RUN_FILE, TASKS_FILE
 from birbal_ray.settings import ConfigError, nearest
 from birbal_ray.storage import Folder, open_folder
 

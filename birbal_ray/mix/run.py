@@ -24,12 +24,13 @@ from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.mix.sources import Origin, origin_of
 from birbal_ray.mix.write import BATCH_ROWS, CARD_FILE, OWN_FILES, dataset_card, write_mix
 from birbal_ray.progress import ProgressLine, figures_key, save_figures
-from birbal_ray.run import open_run
+from birbal_ray.run import Step, open_run
 from birbal_ray.schemas import MANIFEST_FILE, TASKS_FILE
 from birbal_ray.settings import ConfigError, require
 from birbal_ray.storage import Folder, RunError, absolute, open_folder
 
-STEP = "mix"
+# A mix appears all at once, so an unfinished one holds nothing that other settings could spoil.
+STEP = Step("mix", OWN_FILES, {"settings": MixConfig}, starts_over=True)
 WORK_FOLDER = ".work"
 ANY_SIZE_MIB = 1 << 20
 
@@ -59,17 +60,7 @@ def mix(config: MixConfig, *, overwrite: bool = False) -> MixResult:
     scores, origins = _inputs(config, progress, {} if overwrite else _origins_in(open_folder(output)))
     identity = _identity(config, scores, origins)
     inputs = [config.scores or "", *config.contamination.files, *(s.path for s in config.sources if s.path)]
-    # A mix appears all at once, so an unfinished one holds nothing that other settings could spoil.
-    with open_run(
-        output,
-        STEP,
-        identity,
-        owns=OWN_FILES,
-        overwrite=overwrite,
-        starts_over=True,
-        inputs=inputs,
-        settings={"settings": MixConfig},
-    ) as run:
+    with open_run(output, STEP, identity, inputs=inputs, overwrite=overwrite) as run:
         if run.manifest is not None:
             progress.message(f"{run.folder} is up to date: {run.manifest['rows']['kept']:,} rows; nothing to do")
             return MixResult(run.folder, run.manifest)
@@ -94,7 +85,7 @@ def mix(config: MixConfig, *, overwrite: bool = False) -> MixResult:
         done = run.finish(manifest, files, summary=summary)
         if not config.validation_rows_per_task:  # else it is a trial's, among others
             seconds = time.monotonic() - started
-            save_figures(figures_key(STEP, config), seconds=seconds, candidates=float(rows["candidates"]))
+            save_figures(figures_key(STEP.name, config), seconds=seconds, candidates=float(rows["candidates"]))
         return MixResult(run.folder, done)
 
 
@@ -154,7 +145,7 @@ def _ray_if_needed(context: Context) -> AbstractContextManager[object]:
     if context.in_process:
         return nullcontext()
     num_cpus = context.config.resources.num_cpus or (os.cpu_count() or 2) + 2
-    return ray_session(num_cpus, about=job_metadata(STEP, context.config.output))
+    return ray_session(num_cpus, about=job_metadata(STEP.name, context.config.output))
 
 
 def _identity(config: MixConfig, scores: ScoreFolder, origins: Sequence[Origin]) -> dict[str, Any]:

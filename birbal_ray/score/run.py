@@ -15,9 +15,10 @@ import pyarrow as pa
 
 from birbal_ray import models
 from birbal_ray.cluster import decide_device, job_metadata, ray_log_file, ray_session
+from birbal_ray.manifest import package_versions
 from birbal_ray.ni.metrics import METRIC_VERSION
 from birbal_ray.progress import ProgressLine, counted, figures_key, save_figures
-from birbal_ray.run import LOG_FOLDER, Run, StepResult, open_run, package_versions
+from birbal_ray.run import LOG_FOLDER, Run, Step, StepResult, open_run
 from birbal_ray.schemas import QUARANTINE_FILE, ROWS_FOLDER, TASK_SCORES, TASK_SCORES_FILE, TASKS_FILE
 from birbal_ray.score.adaptive import TIME_UP, USED_UP, AdaptiveSchedule, Decision, FixedSchedule, Schedule
 from birbal_ray.score.config import (
@@ -37,7 +38,6 @@ from birbal_ray.score.stages import METADATA_KEY, find_model
 from birbal_ray.settings import ConfigError, Settings, canonical_hash, require
 from birbal_ray.storage import DamagedFileError, FileRecord, Folder, RunError, input_folder, is_url
 
-STEP = "score"
 OWNS = ("rows/*.parquet", TASKS_FILE, TASK_SCORES_FILE, QUARANTINE_FILE, "decisions.json", "inputs/*", "set_aside/*")
 DECISIONS_FILE, SET_ASIDE_FOLDER = "decisions.json", "set_aside"
 MIN_ROWS = 50  # answered, for their speed to say anything
@@ -49,6 +49,7 @@ IDENTITY_SETTINGS: Mapping[str, type[Settings]] = {
     "completion": CompletionSettings,
     "engine": EngineSettings,
 }
+STEP = Step("score", OWNS, IDENTITY_SETTINGS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +84,14 @@ def score(
     Raises ConfigError (wrong settings, a run of another model or prompt), TaskError (task files), ModelError,
     RunError (the run failed; finished files are kept and a rerun continues).
     """
-    progress, started, kept_under = ProgressLine(), time.monotonic(), figures_key(STEP, config)
+    progress, started, kept_under = ProgressLine(), time.monotonic(), figures_key(STEP.name, config)
     inputs = [path for path in (config.tasks.path, config.tasks.label_overrides) if path]
     config = resolve_config(config)
     plan = plan_run(config, progress)
     config, revision, fingerprint = pin_model(config)
     identity = identity_of(config, fingerprint)
-    output, settings = config.output or "", IDENTITY_SETTINGS
     with (
-        open_run(output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs, settings=settings) as run,
+        open_run(config.output or "", STEP, identity, inputs=inputs, overwrite=overwrite) as run,
         _damaged_rows_set_aside(run),
     ):
         plan, amendment = amend(run, plan)
@@ -347,7 +347,7 @@ def _score(
         keep(snapshot.decisions)
 
     try:
-        with ray_session(logical_cpus(config), ray_log_file(run.folder), about=job_metadata(STEP, config.output)):
+        with ray_session(logical_cpus(config), ray_log_file(run.folder), about=job_metadata(STEP.name, config.output)):
             if waiting := check_cluster(config):
                 progress.message(waiting)
             replicas, logs = config.resources.num_replicas, run.folder.at(LOG_FOLDER)

@@ -41,7 +41,6 @@ from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.deadline import CLOCK_FILE
 from birbal_ray.train.preflight import rate_key
 
-STEP = "train"
 RAY_FOLDER = "ray"
 POLL_SECONDS = 1.0
 NODES_SECONDS = 5.0  # between two checks of the cluster's nodes
@@ -80,7 +79,7 @@ def train_on_cluster(
     times; then RunFailedError is raised. Errors that would only come again end the run at once, by RunError. A worker
     whose card is full is replaced by one with a smaller micro batch. `run` gets progress.json.
     """
-    with ray_session(logical_cpus(config), ray_log_file(folder), about=job_metadata(STEP, config.output)):
+    with ray_session(logical_cpus(config), ray_log_file(folder), about=job_metadata("train", config.output)):
         import ray
 
         def missing() -> str | None:

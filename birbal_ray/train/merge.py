@@ -28,7 +28,7 @@ from birbal_ray.models import (
 )
 from birbal_ray.ni.prompt import BIRBAL, STOP, ChatTemplate, render_prompt
 from birbal_ray.progress import ProgressLine
-from birbal_ray.run import LOG_FOLDER, StepResult, open_run
+from birbal_ray.run import LOG_FOLDER, Step, StepResult, open_run
 from birbal_ray.score.config import EngineSettings, ResourceSettings
 from birbal_ray.score.reference import Agreement, compare_with_peft, reference_prompts, why_not_applied
 from birbal_ray.settings import ConfigError, one_line
@@ -36,8 +36,7 @@ from birbal_ray.storage import RunError, cache_folder, input_folder, open_folder
 from birbal_ray.train.card import CARD_FILE, PUSHED_MANIFEST, merged_card
 from birbal_ray.train.data import IGNORED, encode_rows, text_columns
 
-STEP = "merge"
-OWNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", CARD_FILE, "Modelfile")
+STEP = Step("merge", ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", CARD_FILE, "Modelfile"))
 WORKING = ".merging-"
 NEW_TOKENS = 16
 MODELFILE = "Modelfile"
@@ -72,7 +71,7 @@ def merge(
         "model_fingerprint": model.fingerprint,
     }
     inputs = [run, str(model.path)]
-    with open_run(output, STEP, identity, owns=OWNS, overwrite=overwrite, inputs=inputs) as merging:
+    with open_run(output, STEP, identity, inputs=inputs, overwrite=overwrite) as merging:
         folder = merging.folder
         if merging.manifest:
             progress.message(f"{folder} is up to date; nothing to do")

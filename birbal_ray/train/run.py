@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from birbal_ray.cluster import decide_device
-from birbal_ray.manifest import check_input, read_manifest
+from birbal_ray.manifest import check_input, package_versions, read_manifest
 from birbal_ray.models import Model, find_adapter, load_tokenizer, pin_model, read_template, resolve_model
 from birbal_ray.ni.prompt import CHAT
 from birbal_ray.progress import ProgressLine, save_figures
-from birbal_ray.run import Run, StepResult, open_run, package_versions, sigterm_as_interrupt
+from birbal_ray.run import Run, Step, StepResult, open_run, sigterm_as_interrupt
 from birbal_ray.settings import ConfigError, require
 from birbal_ray.storage import Folder, RunError, absolute, is_url, open_folder
 from birbal_ray.train.card import CURVE_FILE, draw_loss_curve, publish_adapter
@@ -40,7 +40,7 @@ from birbal_ray.train.checkpoints import (
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import Packing, prepare, text_columns
 from birbal_ray.train.deadline import CLOCK_FILE
-from birbal_ray.train.launch import STEP, train_on_cluster, why_diverged
+from birbal_ray.train.launch import train_on_cluster, why_diverged
 from birbal_ray.train.preflight import (
     Preflight,
     describe_preflight,
@@ -52,6 +52,15 @@ from birbal_ray.train.preflight import (
 
 CALIBRATION_STEPS = 4
 TEXT_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+
+
+def _differ_in_checkpoints(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether two identities differ at most in when checkpoints are saved, which decides nothing of the adapter."""
+    one, other = ({**i, "settings": {**i.get("settings", {}), "checkpoint": None}} for i in (old, new))
+    return one == other
+
+
+STEP = Step("train", OWNS, {"settings": TrainConfig}, _differ_in_checkpoints)
 
 
 class TrainResult(StepResult):
@@ -70,16 +79,7 @@ def train(config: TrainConfig, *, overwrite: bool = False) -> TrainResult:
     mix, mix_manifest = read_mix(config)
     identity = _identity(config, model, mix_manifest)
     inputs = [mix.place, str(model.path), *filter(None, [config.lora.from_adapter])]
-    with open_run(
-        output,
-        STEP,
-        identity,
-        owns=OWNS,
-        overwrite=overwrite,
-        inputs=inputs,
-        settings={"settings": TrainConfig},
-        may_become=_differ_in_checkpoints,
-    ) as run:
+    with open_run(output, STEP, identity, inputs=inputs, overwrite=overwrite) as run:
         if run.manifest:
             progress.message(f"{run.folder} is up to date; nothing to do")
             return TrainResult(run.folder, run.manifest)
@@ -245,12 +245,6 @@ def _identity(config: TrainConfig, model: Model, mix_manifest: dict[str, Any]) -
         "mix": {name: mix_manifest["files"][name] for name in ("train.parquet", "eval.parquet")},
         "packages": package_versions(TEXT_PACKAGES),
     }
-
-
-def _differ_in_checkpoints(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether two identities differ at most in when checkpoints are saved, which decides nothing of the adapter."""
-    one, other = ({**i, "settings": {**i.get("settings", {}), "checkpoint": None}} for i in (old, new))
-    return one == other
 
 
 def _finish(

@@ -13,7 +13,7 @@ from birbal_ray.cluster import WorkerRequest, can_place, job_metadata, ray_log_f
 from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.models import Model, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine, counted, duration, figures_key, save_figures
-from birbal_ray.run import Run, RunError, RunFailedError, StepResult, open_run
+from birbal_ray.run import Run, RunError, RunFailedError, Step, StepResult, open_run
 from birbal_ray.settings import ConfigError, require, sha256_of
 from birbal_ray.storage import Folder, absolute, input_folder
 from birbal_ray.train.config import TrainResources
@@ -35,10 +35,31 @@ from birbal_ray.tune.space import num_rows, searched_ratios
 from birbal_ray.tune.stats import by_name, compare_seeds, describe_comparisons, rank_agreement, winner
 from birbal_ray.tune.trial import LOG_FILE, run_trial
 
-STEP = "tune"
 TRIALS_FILE, BEST_FILE = "trials.parquet", "best_mix.yaml"
 SEARCH_PICTURE, SEEDS_PICTURE = "search.png", "verdict.png"
 OWNS = (TRIALS_FILE, BEST_FILE, SEARCH_PICTURE, SEEDS_PICTURE, f"{TRIALS_FOLDER}/*", "ray_tune/*")
+
+
+def only_adds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a new identity asks for further mixes, baselines, fresh seeds or longer runs, and changes no trial.
+
+    These measure what the earlier ones did. What is added comes behind what was named before, so that the comparison
+    that was named beforehand stays the same.
+    """
+    was, now = old.get("settings", {}), new["settings"]
+    if not {"mixes", "baselines", "repeats", "transfer"} <= was.keys():
+        return False
+    without = {
+        **now,
+        "mixes": dict(list(now["mixes"].items())[: len(was["mixes"])]),
+        "baselines": now["baselines"][: len(was["baselines"])],
+        "repeats": {**now["repeats"], "seeds": min(now["repeats"]["seeds"], was["repeats"]["seeds"])},
+        "transfer": now["transfer"] if was["transfer"]["factor"] else was["transfer"],
+    }
+    return {**new, "settings": without} == old and list(without["mixes"]) == list(was["mixes"])
+
+
+STEP = Step("tune", OWNS, {"settings": TuneConfig}, only_adds)
 
 
 class TuneResult(StepResult):
@@ -51,21 +72,12 @@ def tune(config: TuneConfig, *, overwrite: bool = False) -> TuneResult:
     Raises ConfigError (settings, scores, another run's folder), ModelError, RunError (the search broke
     off or every trial failed; trials that ended are kept and the same command goes on).
     """
-    progress, kept_under = ProgressLine(), figures_key(STEP, config)
+    progress, kept_under = ProgressLine(), figures_key(STEP.name, config)
     config, scores, model = resolve_config(config)
     inputs = [config.scores or "", *config.validation.files]
     identity = _identity(config, scores, model)
     output = require(config.output, "--output")
-    with open_run(
-        output,
-        STEP,
-        identity,
-        owns=OWNS,
-        overwrite=overwrite,
-        inputs=inputs,
-        settings={"settings": TuneConfig},
-        may_become=only_adds,
-    ) as run:
+    with open_run(output, STEP, identity, inputs=inputs, overwrite=overwrite) as run:
         if before := run.manifest:
             # A search that its budget cut short goes on when it gets a larger one.
             had = before.get("budget") if before.get("cut_short") else None
@@ -95,25 +107,6 @@ def tune(config: TuneConfig, *, overwrite: bool = False) -> TuneResult:
         if not run.resumed:
             save_figures(kept_under, **figures_of(scheduler, result.manifest["wall_seconds"]))
         return result
-
-
-def only_adds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether a new identity asks for further mixes, baselines, fresh seeds or longer runs, and changes no trial.
-
-    These measure what the earlier ones did. What is added comes behind what was named before, so that the comparison
-    that was named beforehand stays the same.
-    """
-    was, now = old.get("settings", {}), new["settings"]
-    if not {"mixes", "baselines", "repeats", "transfer"} <= was.keys():
-        return False
-    without = {
-        **now,
-        "mixes": dict(list(now["mixes"].items())[: len(was["mixes"])]),
-        "baselines": now["baselines"][: len(was["baselines"])],
-        "repeats": {**now["repeats"], "seeds": min(now["repeats"]["seeds"], was["repeats"]["seeds"])},
-        "transfer": now["transfer"] if was["transfer"]["factor"] else was["transfer"],
-    }
-    return {**new, "settings": without} == old and list(without["mixes"]) == list(was["mixes"])
 
 
 def figures_of(scheduler: TrialScheduler, wall_seconds: float) -> dict[str, float]:
@@ -220,7 +213,7 @@ def search(
     """Run what the scheduler hands out on the connected cluster, or on a local one made for it."""
     resources = config.resources
     trial = WorkerRequest("worker", 1, resources.num_cpus, resources.num_gpus, resources.accelerator_type)
-    about = job_metadata(STEP, folder)
+    about = job_metadata(STEP.name, folder)
     logical = resources.num_cpus * resources.max_concurrent + 1
     with ray_session(logical, ray_log_file(folder), dashboard=True, about=about) as dashboard:
         import ray

@@ -119,7 +119,7 @@ def test_helm_unmodified_runs_to_the_end_without_a_retry(tmp_path):
         "birbal_long_prompt",
     }
     assert all(0 <= row["value"] <= 1 for row in result.rows)
-    assert read_manifest(result.folder, helm.STEP)["num_retries"] == 0
+    assert read_manifest(result.folder, helm.STEP.name)["num_retries"] == 0
     long_prompts = result.folder.local / "helm" / "runs" / helm.SUITE
     (state,) = long_prompts.glob("birbal_long_prompt*/scenario_state.json")
     lengths = [len(one["request"]["prompt"].split()) for one in json.loads(state.read_text())["request_states"]]

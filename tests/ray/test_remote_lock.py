@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from birbal_ray import lock
-from birbal_ray.run import open_run
+from birbal_ray.run import Step, open_run
 from birbal_ray.storage import Folder, RunError, open_folder
 from tests.conftest import slow
 from tests.fixtures.s3_server import BUCKET, python_at, s3_proxy
@@ -21,7 +21,7 @@ HOLD = """
 import sys, time
 from birbal_ray import lock, run
 lock.LEASE_SECONDS, lock.RENEW_SECONDS, lock.LEASE_MARGIN_SECONDS = 1.2, 0.2, 0.1
-with run.open_run(sys.argv[1], "score", {}, owns=()) as opened:
+with run.open_run(sys.argv[1], run.Step("score"), {}) as opened:
     print("held", flush=True)
     end = time.monotonic() + float(sys.argv[2])
     while time.monotonic() < end:
@@ -53,13 +53,13 @@ def test_the_holder_is_named_and_a_killed_ones_lock_is_taken_over(folder, short_
     holder = python_at({}, HOLD, folder.place, "60")
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     message = f"another run is writing here \\(pid {holder.pid} on"
-    with pytest.raises(RunError, match=message), open_run(folder, "score", {}, owns=()):
+    with pytest.raises(RunError, match=message), open_run(folder, Step("score"), {}):
         pass
     assert lock.lock_holder(folder)["pid"] == holder.pid
     holder.kill()
     holder.wait()
     assert lock.lock_holder(folder) is None
-    with open_run(folder, "score", {}, owns=()):
+    with open_run(folder, Step("score"), {}):
         assert lock.lock_holder(folder)["pid"] == os.getpid()
     assert lock.lock_holder(folder) is None
 
@@ -68,7 +68,7 @@ def test_a_dead_holder_on_another_machine_is_waited_for(s3, short_lease):
     folder = open_folder(f"s3://{BUCKET}/elsewhere")
     folder.write_json(".lock.json", {**lock.this_process(), "host": "gone", "beat": 3})
     start = time.monotonic()
-    with open_run(folder, "score", {}, owns=()) as opened:
+    with open_run(folder, Step("score"), {}) as opened:
         assert time.monotonic() - start >= lock.LEASE_SECONDS
         opened.check()
 
@@ -76,7 +76,7 @@ def test_a_dead_holder_on_another_machine_is_waited_for(s3, short_lease):
 def test_who_loses_the_lock_stops_and_publishes_nothing(s3, short_lease, interruptible):
     """As after a long pause of the machine: another run took the folder over."""
     folder = open_folder(f"s3://{BUCKET}/lost")
-    with pytest.raises(RunError, match="took this folder over"), open_run(folder, "score", {}, owns=()) as opened:
+    with pytest.raises(RunError, match="took this folder over"), open_run(folder, Step("score"), {}) as opened:
         folder.write_json(".lock.json", {**lock.this_process(), "host": "other", "beat": 1})
         time.sleep(20)  # interrupted by the thread that renews
         opened.finish({}, [], summary="")
@@ -84,7 +84,7 @@ def test_who_loses_the_lock_stops_and_publishes_nothing(s3, short_lease, interru
     assert folder.read_json(".lock.json")["host"] == "other", "and the lock stays the other's"
     with (
         pytest.raises(RunError, match="took this folder over"),
-        open_run(f"s3://{BUCKET}/lost-2", "score", {}, owns=()) as opened,
+        open_run(f"s3://{BUCKET}/lost-2", Step("score"), {}) as opened,
     ):
         opened.folder.write_json(".lock.json", {**lock.this_process(), "host": "other", "beat": 1})
         opened.folder.guard._valid_until = 0.0
@@ -101,7 +101,7 @@ def test_whoever_works_for_a_run_that_lost_its_lock_publishes_nothing_more(s3, m
         reads.append(name)
         return read(self, name, **options)
 
-    with pytest.raises(RunError, match="took this folder over"), open_run(url, "score", {}, owns=()) as opened:
+    with pytest.raises(RunError, match="took this folder over"), open_run(url, Step("score"), {}) as opened:
         monkeypatch.setattr(Folder, "read_version", counted)
         rows = pickle.loads(pickle.dumps(opened.folder)).subfolder("rows")
         again = pickle.loads(pickle.dumps(rows))
@@ -129,7 +129,7 @@ def test_the_question_who_holds_the_lock_waits_through_an_outage(s3, monkeypatch
     monkeypatch.setattr(lock, "RENEW_SECONDS", 60.0)
     with s3_proxy(s3, lambda method, path: None if down.is_set() else 0.0) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server["AWS_ENDPOINT_URL"])
-        with open_run(url, "score", {}, owns=()) as opened:
+        with open_run(url, Step("score"), {}) as opened:
             opened.folder.guard._valid_until = 0.0
             for number, folder in enumerate((opened.folder, pickle.loads(pickle.dumps(opened.folder)))):
                 down.set()
@@ -141,7 +141,7 @@ def test_the_question_who_holds_the_lock_waits_through_an_outage(s3, monkeypatch
 
 def test_a_worker_that_outlives_its_run_publishes_nothing_more(s3):
     url = f"s3://{BUCKET}/outlived"
-    with open_run(url, "score", {}, owns=()) as opened:
+    with open_run(url, Step("score"), {}) as opened:
         there = pickle.loads(pickle.dumps(opened.folder))
     with pytest.raises(RunError, match="has ended"):
         there.write_bytes("rows/a", b"1")

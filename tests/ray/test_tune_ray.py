@@ -123,10 +123,10 @@ def test_tune_may_pickle_what_holds_the_run(tmp_path):
     from ray import cloudpickle
 
     from birbal_ray.progress import ProgressLine
-    from birbal_ray.run import open_run
+    from birbal_ray.run import Step, open_run
     from birbal_ray.tune.searcher import ShowProgress, SpecSearcher
 
-    with open_run(tmp_path, "tune", {}, owns=["*"]) as run:
+    with open_run(tmp_path, Step("tune", ["*"]), {}) as run:
         scheduler = TrialScheduler(TuneConfig(num_trials=1), remember=lambda spec: run.check())
         for one in (SpecSearcher(scheduler, run.folder, {}), ShowProgress(scheduler, run, ProgressLine())):
             assert cloudpickle.loads(cloudpickle.dumps(one)) is not None

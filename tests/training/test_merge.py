@@ -11,7 +11,7 @@ from birbal_ray.cli.main import main
 from birbal_ray.models import load_tokenizer, read_template, resolve_model
 from birbal_ray.ni.prompt import render_prompt
 from birbal_ray.progress import ProgressLine
-from birbal_ray.run import MANIFEST_FILE, open_run
+from birbal_ray.run import MANIFEST_FILE, Step, open_run
 from birbal_ray.score.reference import Agreement
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import RunError, read_json, write_json
@@ -42,7 +42,7 @@ def trained(tiny_model, tiny_mix, tmp_path_factory):
         "settings": {"mix": str(tiny_mix)},
         "result": {"best_step": 4},
     }
-    with open_run(folder, "train", identity, owns=["adapter/*"]) as run:
+    with open_run(folder, Step("train", ["adapter/*"]), identity) as run:
         model.save_pretrained(folder / "adapter")
         run.finish(manifest, [name for name in run.folder.files() if name.startswith("adapter/")], summary="")
     return folder

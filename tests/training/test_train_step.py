@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
 from birbal_ray.progress import ProgressLine, save_figures
-from birbal_ray.run import RunError, RunFailedError, open_run
+from birbal_ray.run import RunError, RunFailedError, Step, open_run
 from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.train import run as step
 from birbal_ray.train.config import TrainConfig
@@ -52,13 +52,13 @@ def empty(folder, tiny_mix):
 
 
 def unfinished(folder, tiny_mix):
-    with open_run(folder, "mix", {}, owns=[]):
+    with open_run(folder, Step("mix"), {}):
         pass
     return 1, f"{folder}: an unfinished `birbal mix` run (no manifest.json); rerun its command to finish it"
 
 
 def of_another_step(folder, tiny_mix):
-    with open_run(folder, "score", {}, owns=[]) as run:
+    with open_run(folder, Step("score"), {}) as run:
         run.finish({}, [], summary="")
     return 1, f"{folder}: the output of `birbal score`, expected that of `birbal mix`"
 
@@ -213,7 +213,7 @@ def test_a_run_without_an_adapter_says_why(tmp_path):
     metrics = "".join(json.dumps(line) + "\n" for line in lines)
     with (
         pytest.raises(RunError, match="the eval loss is not a number since step 4: the adapter diverged"),
-        open_run(tmp_path / "run", "train", {}, owns=[]) as run,
+        open_run(tmp_path / "run", Step("train"), {}) as run,
     ):
         run.folder.write_bytes("metrics.jsonl", metrics.encode())
         step._finish(TrainConfig(), None, run, {}, {}, {}, ProgressLine())

@@ -14,7 +14,7 @@ from birbal_ray import pipeline
 from birbal_ray.lock import hold_lock
 from birbal_ray.progress import CLOCK_FILE
 from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps
-from birbal_ray.run import RunFailedError, RunMismatchError, open_run
+from birbal_ray.run import RunFailedError, RunMismatchError, Step, open_run
 from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.status import read_budget
 from birbal_ray.storage import RunError, open_folder
@@ -289,7 +289,7 @@ def recipe(tmp_path, monkeypatch):
     def fake(step):
         def run(settings, *, overwrite):
             where = open_folder(settings.output)
-            with open_run(where, step, {"from": made_from.get(step, 0)}, owns=("rows",), overwrite=overwrite) as opened:
+            with open_run(where, Step(step, ("rows",)), {"from": made_from.get(step, 0)}, overwrite=overwrite) as opened:
                 if step in ends:
                     raise ends[step]
                 if opened.manifest is None:

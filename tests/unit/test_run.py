@@ -10,18 +10,19 @@ import time
 import pytest
 
 from birbal_ray.manifest import check_input, read_manifest
-from birbal_ray.run import RunMismatchError, open_run
+from birbal_ray.run import RunMismatchError, Step, open_run
 from birbal_ray.settings import ConfigError, Settings
 from birbal_ray.storage import Folder, RunError, open_folder
 from tests.fixtures.s3_server import BUCKET
 
 OWNS = ("rows/*/*.parquet", "tasks.parquet")
+SCORE = Step("score", OWNS)
 IDENTITY = {"config": {"seed": 1, "model": "a"}}
 
 
 def finished(folder, identity=IDENTITY, step="score", names=("rows/a/0.parquet", "tasks.parquet")):
     """A finished run; gives its manifest."""
-    with open_run(folder, step, identity, owns=OWNS) as opened:
+    with open_run(folder, Step(step, OWNS), identity) as opened:
         records = {name: folder.write_bytes(name, name.encode()) for name in names}
         return opened.finish({"rows": 3}, records, summary="3 rows")
 
@@ -31,7 +32,7 @@ def contents(folder):
 
 
 def test_a_run_goes_from_its_record_through_progress_to_its_manifest(folder):
-    with open_run(folder, "score", IDENTITY, owns=OWNS) as opened:
+    with open_run(folder, SCORE, IDENTITY) as opened:
         assert (opened.resumed, opened.manifest, opened.files) == (False, None, {})
         assert folder.read_json("run.json")["identity"] == IDENTITY
         opened.progress(1, 4, text="1 of 4 rows", rate_per_second=2.0)
@@ -52,7 +53,7 @@ def test_a_run_goes_from_its_record_through_progress_to_its_manifest(folder):
     assert (manifest["step"], manifest["rows"], manifest["summary"]) == ("score", 4, "4 rows")
     assert manifest["files"] == {"rows/a/0.parquet": {"sha256": record.sha256, "size": 4}}
     assert manifest["packages"]["pyarrow"] and manifest["wall_seconds"] >= 0
-    with open_run(folder, "score", IDENTITY, owns=OWNS) as opened:
+    with open_run(folder, SCORE, IDENTITY) as opened:
         assert (opened.resumed, opened.manifest) == (True, manifest)
         assert opened.files["rows/a/0.parquet"].size == 4
         opened.session({"prompts": 0})
@@ -63,15 +64,15 @@ def test_a_run_goes_from_its_record_through_progress_to_its_manifest(folder):
 
 
 def test_wall_seconds_are_those_of_all_sessions(folder, monkeypatch):
-    with open_run(folder, "score", IDENTITY, owns=OWNS) as opened:
+    with open_run(folder, SCORE, IDENTITY) as opened:
         opened._started -= 100
         opened.progress(1, 2, final=True)
-    with open_run(folder, "score", IDENTITY, owns=OWNS) as opened:
+    with open_run(folder, SCORE, IDENTITY) as opened:
         assert 100 <= opened.wall_seconds < 160
 
 
 def test_what_ended_a_session_is_recorded(folder):
-    with pytest.raises(RunError), open_run(folder, "train", {}, owns=()) as opened:
+    with pytest.raises(RunError), open_run(folder, Step("train"), {}) as opened:
         opened.progress(3, 9, text="step 3 of 9", final=True)
         raise RunError("the card\nran out of memory")
     seen = folder.read_json("progress.json")
@@ -83,7 +84,7 @@ def test_changed_identity_is_refused_with_the_difference(folder):
     before = contents(folder)
     with (
         pytest.raises(RunMismatchError) as caught,
-        open_run(folder, "score", {"config": {"seed": 2, "model": "a"}}, owns=OWNS),
+        open_run(folder, SCORE, {"config": {"seed": 2, "model": "a"}}),
     ):
         pass
     assert caught.value.differences == ["config.seed: 1 → 2"]
@@ -93,17 +94,17 @@ def test_changed_identity_is_refused_with_the_difference(folder):
 
 def test_overwrite_deletes_a_finished_run_and_continues_an_unfinished_one(folder):
     finished(folder)
-    with open_run(folder, "score", IDENTITY, owns=OWNS, overwrite=True) as opened:
+    with open_run(folder, SCORE, IDENTITY, overwrite=True) as opened:
         assert (opened.resumed, opened.manifest, opened.files) == (False, None, {})
         assert contents(folder).keys() == {"run.json"}
         folder.write_bytes("tasks.parquet", b"1")
-    with open_run(folder, "score", IDENTITY, owns=OWNS, overwrite=True) as opened:
+    with open_run(folder, SCORE, IDENTITY, overwrite=True) as opened:
         assert opened.resumed, "the same command, stopped and called again, loses nothing"
         assert "tasks.parquet" in opened.files
-    with open_run(folder, "score", {"other": 1}, owns=OWNS, overwrite=True) as opened:
+    with open_run(folder, SCORE, {"other": 1}, overwrite=True) as opened:
         assert not opened.resumed and contents(folder).keys() == {"run.json"}
     folder.write_bytes("run.json", b"{")
-    with open_run(folder, "score", IDENTITY, owns=OWNS, overwrite=True) as opened:
+    with open_run(folder, SCORE, IDENTITY, overwrite=True) as opened:
         assert not opened.resumed and folder.read_json("run.json")["identity"] == IDENTITY
 
 
@@ -116,11 +117,11 @@ def test_an_inputs_folder_is_refused(folder, overwrite):
         message = f"this folder {word} an input"
         with (
             pytest.raises(ConfigError, match=message),
-            open_run(output.place, "mix", {}, owns=("*",), overwrite=overwrite, inputs=[scores.place, "org/model"]),
+            open_run(output.place, Step("mix", ("*",)), {}, overwrite=overwrite, inputs=[scores.place, "org/model"]),
         ):
             pass
     assert contents(folder) == before
-    with open_run(folder.subfolder("runs/score-2"), "mix", {}, owns=("*",), inputs=[scores.place]):
+    with open_run(folder.subfolder("runs/score-2"), Step("mix", ("*",)), {}, inputs=[scores.place]):
         pass
 
 
@@ -131,7 +132,7 @@ def test_another_steps_run_is_refused(folder, overwrite):
     message = "holds the output of `birbal train`, not of `birbal score`; choose another --output"
     with (
         pytest.raises(ConfigError, match=message),
-        open_run(folder, "score", IDENTITY, owns=("*",), overwrite=overwrite),
+        open_run(folder, Step("score", ("*",)), IDENTITY, overwrite=overwrite),
     ):
         pass
     assert contents(folder) == before
@@ -144,25 +145,25 @@ def test_files_that_the_step_did_not_make_are_never_deleted(folder, name):
     before = contents(folder)
     with (
         pytest.raises(ConfigError, match=rf"--overwrite deletes nothing here.*\(first: {name}\)"),
-        open_run(folder, "score", IDENTITY, owns=OWNS, overwrite=True),
+        open_run(folder, SCORE, IDENTITY, overwrite=True),
     ):
         pass
     assert contents(folder) == before
-    with open_run(folder, "score", IDENTITY, owns=OWNS) as opened:  # without it nothing would be deleted
+    with open_run(folder, SCORE, IDENTITY) as opened:  # without it nothing would be deleted
         assert opened.manifest
 
 
 def test_hidden_files_of_others_are_left_alone(folder):
     finished(folder)
     folder.write_bytes(".git/config", b"mine")
-    with open_run(folder, "score", IDENTITY, owns=OWNS, overwrite=True):
+    with open_run(folder, SCORE, IDENTITY, overwrite=True):
         assert folder.read_bytes(".git/config") == b"mine"
 
 
 def test_a_strangers_folder_is_not_touched(folder):
     folder.write_bytes("thesis.txt", b"mine")
     message = r"not empty and not a birbal run.*thesis\.txt"
-    with pytest.raises(ConfigError, match=message), open_run(folder, "score", {}, owns=("*",), overwrite=True):
+    with pytest.raises(ConfigError, match=message), open_run(folder, Step("score", ("*",)), {}, overwrite=True):
         pass
     assert contents(folder) == {"thesis.txt": b"mine"}
 
@@ -180,7 +181,7 @@ def test_a_finished_run_that_lost_or_changed_a_file_is_made_again(folder, capsys
         if "manifest" not in reason and "JSON" not in reason and reason != "files":
             with pytest.raises(RunError, match=reason):
                 read_manifest(folder, "score")
-        with open_run(folder, "score", IDENTITY, owns=OWNS) as opened:
+        with open_run(folder, SCORE, IDENTITY) as opened:
             assert (opened.resumed, opened.manifest) == (True, None)
             assert "manifest.json" not in folder.files()
         assert reason in capsys.readouterr().err
@@ -243,7 +244,7 @@ def test_folders_of_the_previous_version_are_read_and_never_continued(folder, fi
     else:
         check_input(folder, manifest, ["train.parquet"])
     message = "earlier version of birbal_ray made this run.*choose another --output"
-    with pytest.raises(ConfigError, match=message) as caught, open_run(folder, "mix", {"seed": 1}, owns=OWNS):
+    with pytest.raises(ConfigError, match=message) as caught, open_run(folder, Step("mix", OWNS), {"seed": 1}):
         pass
     assert "\n" not in str(caught.value)
     assert contents(folder) == before
@@ -252,11 +253,11 @@ def test_folders_of_the_previous_version_are_read_and_never_continued(folder, fi
 def test_temporary_files_of_killed_processes_are_cleared_and_others_are_not(tmp_path):
     folder = open_folder(tmp_path)
     (tmp_path / ".tmp-1-2-run.json").write_text("{")
-    with open_run(folder, "score", IDENTITY, owns=OWNS):
+    with open_run(folder, SCORE, IDENTITY):
         folder.write_bytes("rows/a/.tmp-1-2-0.parquet", b"half")
         folder.write_bytes(".tmp-1-2-tasks.parquet", b"half")
         (tmp_path / ".tmp-mine").mkdir()  # no name that a writer of ours gives
-    with open_run(folder, "score", IDENTITY, owns=OWNS) as opened:
+    with open_run(folder, SCORE, IDENTITY) as opened:
         assert opened.resumed
         assert set(folder.files(hidden=True)) == {"run.json", ".lock", ".lock.json"}
         assert (tmp_path / ".tmp-mine").exists()
@@ -271,7 +272,7 @@ def test_temporary_names_are_nobodys_where_no_run_was_begun(tmp_path):
         message = r"not a birbal run.*holds \.tmp-notes, \.tmp-thesis\)"
         with (
             pytest.raises(ConfigError, match=message),
-            open_run(tmp_path, "score", {}, owns=("*",), overwrite=overwrite),
+            open_run(tmp_path, Step("score", ("*",)), {}, overwrite=overwrite),
         ):
             pass
     assert (tmp_path / ".tmp-thesis" / "chapter.txt").read_text() == (tmp_path / ".tmp-notes").read_text() == "mine"
@@ -282,13 +283,13 @@ def test_overwrite_deletes_nothing_behind_a_link(tmp_path):
     outside.mkdir()
     (outside / "a.parquet").write_bytes(b"mine")
     folder = open_folder(tmp_path / "run")
-    with open_run(folder, "score", IDENTITY, owns=("*.parquet", "rows/*")):
+    with open_run(folder, Step("score", ("*.parquet", "rows/*")), IDENTITY):
         folder.write_bytes("rows/a.parquet", b"ours")
     (folder.local / "link").symlink_to(outside)
     (folder.local / "rows" / "link").symlink_to(outside)
     with (
         pytest.raises(ConfigError, match=r"--overwrite deletes nothing here.*link/a\.parquet"),
-        open_run(folder, "score", {"other": 1}, owns=("*.parquet", "rows/*"), overwrite=True),
+        open_run(folder, Step("score", ("*.parquet", "rows/*")), {"other": 1}, overwrite=True),
     ):
         pass
     assert (outside / "a.parquet").read_bytes() == b"mine"
@@ -297,13 +298,13 @@ def test_overwrite_deletes_nothing_behind_a_link(tmp_path):
 
 def test_a_pattern_without_a_folder_owns_no_file_in_one(tmp_path):
     folder = open_folder(tmp_path)
-    with open_run(folder, "merge", IDENTITY, owns=("*.json", "*.txt")):
+    with open_run(folder, Step("merge", ("*.json", "*.txt")), IDENTITY):
         folder.write_bytes("config.json", b"{}")
     for name in ("harness/run.json", "notes/todo.txt"):  # another step's run, a user's notes
         folder.write_bytes(name, b"{}")
     with (
         pytest.raises(ConfigError, match=r"holds 2 file\(s\) that `birbal merge` did not make \(first: harness/run"),
-        open_run(folder, "merge", {"other": 1}, owns=("*.json", "*.txt"), overwrite=True),
+        open_run(folder, Step("merge", ("*.json", "*.txt")), {"other": 1}, overwrite=True),
     ):
         pass
     assert folder.is_file("config.json")
@@ -316,17 +317,18 @@ def test_a_run_goes_on_as_another_identity_where_the_step_says_so(folder):
     def only_more(old, new):
         return {**new["config"], "more": 0} == {**old["config"], "more": 0}
 
-    with open_run(folder, "score", more, owns=OWNS, may_become=only_more) as opened:
+    step = Step("score", OWNS, may_become=only_more)
+    with open_run(folder, step, more) as opened:
         assert (opened.resumed, opened.manifest) == (True, earlier), "the manifest says what it was made from"
         assert folder.read_json("run.json")["identity"] == IDENTITY, "a step may still refuse to go on"
         opened.withdraw()
     assert folder.read_json("run.json")["identity"] == more
-    with open_run(folder, "score", IDENTITY, owns=OWNS, may_become=only_more) as opened:
+    with open_run(folder, step, IDENTITY) as opened:
         assert opened.resumed, "an unfinished run goes on at once"
         assert folder.read_json("run.json")["identity"] == IDENTITY
     with (
         pytest.raises(RunMismatchError, match=r"config.model: a → b"),
-        open_run(folder, "score", {"config": {"model": "b", "more": 2, "seed": 1}}, owns=OWNS, may_become=only_more),
+        open_run(folder, step, {"config": {"model": "b", "more": 2, "seed": 1}}),
     ):
         pass
     assert folder.read_json("run.json")["identity"] == IDENTITY
@@ -343,9 +345,8 @@ def test_a_setting_that_came_later_counts_as_its_default(tmp_path, section):
     old, same, other = ({"settings": values} for values in ({"seed": 1}, Kept().model_dump(), {"seed": 1, "later": 2}))
     finished(open_folder(tmp_path), old)
     kept = (tmp_path / "run.json").read_bytes()
-    with open_run(
-        tmp_path, "score", same if section is Kept else old, owns=OWNS, settings={"settings": section}
-    ) as run:
+    step = Step("score", OWNS, settings={"settings": section})
+    with open_run(tmp_path, step, same if section is Kept else old) as run:
         assert run.manifest, "the run is the same one"
     assert (tmp_path / "run.json").read_bytes() == kept, "its hash stays what later steps know"
     for identity, lines in (
@@ -355,7 +356,7 @@ def test_a_setting_that_came_later_counts_as_its_default(tmp_path, section):
     ):
         with (
             pytest.raises(RunMismatchError) as caught,
-            open_run(tmp_path, "score", identity, owns=OWNS, settings={"settings": section}),
+            open_run(tmp_path, step, identity),
         ):
             pass
         assert caught.value.differences == lines
@@ -381,26 +382,26 @@ def test_a_store_that_fails_is_not_taken_for_damage(tmp_path, monkeypatch, name,
         pytest.raises(RunError, match=r"check the bucket$"),  # and no advice to delete anything
     ):
         patch.setattr(Folder, "read_bytes", failing)
-        with open_run(folder, "score", IDENTITY, owns=OWNS, overwrite=overwrite):
+        with open_run(folder, SCORE, IDENTITY, overwrite=overwrite):
             pass
     assert contents(folder) == before
 
 
 def test_an_unfinished_run_that_starts_over_makes_room_for_other_settings(folder):
-    options = {"owns": ("tasks.parquet",), "starts_over": True}
-    with open_run(folder, "mix", IDENTITY, **options):
+    mix = Step("mix", ("tasks.parquet",), starts_over=True)
+    with open_run(folder, mix, IDENTITY):
         folder.write_bytes("tasks.parquet", b"half")
         folder.write_bytes("notes.txt", b"mine")
-    with open_run(folder, "mix", {"other": 1}, **options) as opened:
+    with open_run(folder, mix, {"other": 1}) as opened:
         assert not opened.resumed and folder.read_json("run.json")["identity"] == {"other": 1}
         assert folder.files().keys() == {"run.json", "notes.txt"}
         opened.finish({}, {}, summary="")
     before = contents(folder)
-    with pytest.raises(RunMismatchError), open_run(folder, "mix", IDENTITY, **options):
+    with pytest.raises(RunMismatchError), open_run(folder, mix, IDENTITY):
         pass
     with (
         pytest.raises(ConfigError, match="holds the output of `birbal mix`"),
-        open_run(folder, "score", {}, owns=("*",), starts_over=True),
+        open_run(folder, Step("score", ("*",), starts_over=True), {}),
     ):
         pass
     assert contents(folder) == before
@@ -414,7 +415,7 @@ def test_another_steps_run_is_refused_where_its_record_is_damaged(tmp_path):
     for overwrite in (False, True):
         with (
             pytest.raises(ConfigError, match="holds the output of `birbal train`, not of `birbal mix`"),
-            open_run(folder, "mix", IDENTITY, owns=("*",), overwrite=overwrite),
+            open_run(folder, Step("mix", ("*",)), IDENTITY, overwrite=overwrite),
         ):
             pass
     assert contents(folder) == before
@@ -428,7 +429,7 @@ def test_a_finished_runs_own_list_says_what_it_made(tmp_path, name):
     folder.write_bytes(name, b"mine")
     with (
         pytest.raises(ConfigError, match=f"--overwrite deletes nothing here.*first: {name}"),
-        open_run(folder, "score", IDENTITY, owns=owns, overwrite=True),
+        open_run(folder, Step("score", owns), IDENTITY, overwrite=True),
     ):
         pass
     assert folder.read_bytes(name) == b"mine"
@@ -444,7 +445,7 @@ def test_a_run_of_a_later_version_is_left_to_it(tmp_path):
         read_manifest(folder, "score")
     with (
         pytest.raises(ConfigError, match="a later version of birbal_ray made this run"),
-        open_run(folder, "score", IDENTITY, owns=OWNS),
+        open_run(folder, SCORE, IDENTITY),
     ):
         pass
     assert contents(folder) == before
@@ -454,7 +455,7 @@ def test_a_file_is_no_run_folder(tmp_path):
     (tmp_path / "notes").write_text("mine")
     with (
         pytest.raises(ConfigError, match="notes: is a file, expected a folder"),
-        open_run(tmp_path / "notes", "score", {}, owns=()),
+        open_run(tmp_path / "notes", Step("score"), {}),
     ):
         pass
     assert (tmp_path / "notes").read_text() == "mine"
@@ -465,7 +466,7 @@ def test_a_full_disk_names_the_folder_and_what_to_do(tmp_path):
         pytest.raises(
             RunError, match=r"run: \[Errno 28\] No space left on device; make room on the disk: .* continues$"
         ),
-        open_run(tmp_path / "run", "score", {}, owns=()),
+        open_run(tmp_path / "run", Step("score"), {}),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert "No space left" in open_folder(tmp_path / "run").read_json("progress.json")["error"]
@@ -475,7 +476,7 @@ def test_a_full_disk_names_the_folder_and_what_to_do(tmp_path):
 def test_whatever_ends_a_run_whose_lock_is_lost_the_lock_is_the_reason(s3, ends):
     with (
         pytest.raises(RunError, match="another run took this folder over"),
-        open_run(f"s3://{BUCKET}/lost-{type(ends).__name__}", "score", {}, owns=()) as opened,
+        open_run(f"s3://{BUCKET}/lost-{type(ends).__name__}", Step("score"), {}) as opened,
     ):
         opened.folder.guard.lost = "another run took this folder over"
         raise ends

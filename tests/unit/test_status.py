@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
 from birbal_ray.lock import this_process
-from birbal_ray.run import open_run
+from birbal_ray.run import Step, open_run
 from birbal_ray.settings import ConfigError
 from birbal_ray.status import read_plan, read_status
 from birbal_ray.storage import RunError, open_folder
@@ -35,14 +35,14 @@ SUMMARY = "17 rows, 1 with errors"
 
 def start(folder, step, **progress):
     """A run that was stopped after it said how far it was."""
-    with open_run(folder, step, {"made": "up"}, owns=()) as run:
+    with open_run(folder, Step(step), {"made": "up"}) as run:
         if progress:
             run.progress(**{"done": None, "total": None, **progress}, final=True)
     return open_folder(folder)
 
 
 def finish(folder, step):
-    with open_run(folder, step, {"made": "up"}, owns=()) as run:
+    with open_run(folder, Step(step), {"made": "up"}) as run:
         run.progress(17, 17, text="17 of 17 rows", final=True)
         run.finish({**DONE[step], "wall_seconds": 12.5}, {}, summary=SUMMARY)
     return open_folder(folder)
@@ -77,16 +77,16 @@ def test_a_finished_run_says_its_summary(folder):
 
 
 def test_what_ended_a_session_is_shown_until_the_next_one(folder):
-    with pytest.raises(RunError), open_run(folder, "train", {"made": "up"}, owns=()) as run:
+    with pytest.raises(RunError), open_run(folder, Step("train"), {"made": "up"}) as run:
         run.progress(12, 300, text="step 12 of 300", final=True)
         raise RunError("the card ran out of memory")
     assert only(folder).progress == "step 12 of 300, failed: the card ran out of memory"
-    with open_run(folder, "train", {"made": "up"}, owns=()):  # it was an earlier session's
+    with open_run(folder, Step("train"), {"made": "up"}):  # it was an earlier session's
         assert "failed" not in only(folder).progress
 
 
 def test_running_is_what_a_living_process_holds(folder):
-    with open_run(folder, "score", {"made": "up"}, owns=()) as run:
+    with open_run(folder, Step("score"), {"made": "up"}) as run:
         run.progress(1, 4, text="1 of 4 rows", final=True)
         before = {name: stat for name, stat in folder.files(hidden=True).items() if "lock" not in name}
         row = only(folder, time.time() + 60)
@@ -213,12 +213,12 @@ def test_damaged_records_are_told_with_the_way_out(folder, content):
     assert f"{folder}/score/run.json: not " in score.progress
     assert score.next == "run the same birbal score command again, with --overwrite"
     assert mix.next == "run the same birbal mix command again"
-    with open_run(folder.subfolder("mix"), "mix", {"made": "up"}, owns=()) as run:  # as it says
+    with open_run(folder.subfolder("mix"), Step("mix"), {"made": "up"}) as run:  # as it says
         assert run.resumed and run.manifest is None
     folder.delete(["score/manifest.json"])
     assert [row.state for row in read_status(folder.place) if row.step == "?"] == ["damaged"]
     assert command(folder.place).exit_code == command(folder.at("score")).exit_code == 0
-    with open_run(folder.subfolder("score"), "score", {"made": "up"}, owns=(), overwrite=True) as run:
+    with open_run(folder.subfolder("score"), Step("score"), {"made": "up"}, overwrite=True) as run:
         assert not run.resumed
 
 
@@ -272,7 +272,7 @@ def test_what_is_no_run_folder_is_wrong_usage(tmp_path):
 
 def test_the_command_prints_three_formats(folder):
     finish(folder.subfolder("score"), "score")
-    with open_run(folder.subfolder("mix"), "mix", {}, owns=()):
+    with open_run(folder.subfolder("mix"), Step("mix"), {}):
         text = command(folder.place)
         table = list(csv.DictReader(io.StringIO(command(folder.place, "--format", "csv").stdout)))
         values = json.loads(command(folder.place, "--format", "json").stdout)

@@ -19,7 +19,7 @@ from birbal_ray.pipeline import _mix_settings
 from birbal_ray.plan import money, plan_tune
 from birbal_ray.progress import ProgressLine
 from birbal_ray.recipe import PipelineConfig
-from birbal_ray.run import RUN_FILE, Run, RunFailedError, RunMismatchError, open_run
+from birbal_ray.run import RUN_FILE, Run, RunFailedError, RunMismatchError, Step, open_run
 from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.storage import open_folder
 from birbal_ray.tune import run as tune_run
@@ -265,7 +265,7 @@ def test_a_baseline_that_wins_by_its_fresh_seeds_alone_gives_its_mix(scores, tmp
             scheduler.tell(TrialResult(spec, FINISHED, 0.5, [[1, 0.5]]))
         else:
             scheduler.tell(result_of(spec))
-    with open_run(tmp_path, "tune", {}, owns=["*"]) as run:
+    with open_run(tmp_path, Step("tune", ["*"]), {}) as run:
         result = _finish(config, scheduler, run, ProgressLine())
     assert result.manifest["best"] == {"mix": "uniform", "is_baseline": True, "ratios": {}}
     best = load_config(MixConfig, tmp_path / "best_mix.yaml")
@@ -563,7 +563,7 @@ def test_without_a_search_the_best_mix_of_the_users_is_what_birbal_mix_gets(scor
     while (spec := scheduler.next()) is not None:
         loss = losses[spec.name] + 0.01 * spec.seed
         scheduler.tell(TrialResult(spec, FINISHED, loss, [[1, loss]]))
-    with open_run(tmp_path, "tune", {}, owns=["*"]) as run:
+    with open_run(tmp_path, Step("tune", ["*"]), {}) as run:
         manifest = _finish(config, scheduler, run, ProgressLine()).manifest
     assert manifest["best"] == {"mix": "steep", "is_baseline": False, "ratios": {}}
     assert load_config(MixConfig, tmp_path / "best_mix.yaml").task_score.gamma == 3
