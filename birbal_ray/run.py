@@ -269,8 +269,7 @@ def _claim(folder: Folder, step: Step, identity: dict[str, Any], *, overwrite: b
     ours = {
         name
         for name in files
-        if name in listed
-        or any(fnmatch.fnmatchcase(name, glob) for glob in patterns if "/" in glob or "/" not in name)
+        if name in listed or any(fnmatch.fnmatchcase(name, glob) for glob in patterns if "/" in glob or "/" not in name)
         if not _is_behind_link(folder, name)
     }
     if overwrite and (unknown := sorted(visible.keys() - ours)):

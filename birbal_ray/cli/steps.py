@@ -418,7 +418,7 @@ def train(
         result = step.train(config, overwrite=overwrite)
         print_train(result, output_format)
         if push:
-            from birbal_ray.models import ADAPTER_FOLDER
+            from birbal_ray.adapters import ADAPTER_FOLDER
             from birbal_ray.train.card import push_to_hub
 
             names = [name for name in result.manifest["files"] if name.startswith(f"{ADAPTER_FOLDER}/")]

@@ -18,9 +18,10 @@ from typing import Any
 
 import filelock
 
+from birbal_ray.adapters import find_adapter
 from birbal_ray.evaluate.config import HarnessConfig
 from birbal_ray.evaluate.harness import HarnessResult, require_places
-from birbal_ray.models import find_adapter, resolve_model
+from birbal_ray.models import resolve_model
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import RunError, RunFailedError, Step, open_run
 from birbal_ray.settings import ConfigError, one_line

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from birbal_ray.models import Model, find_adapter, resolve_model
+from birbal_ray.adapters import find_adapter
+from birbal_ray.models import Model, resolve_model
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import absolute, is_url
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from birbal_ray.adapters import REFERENCE_FILE, load_with_adapter, merge_adapter
 from birbal_ray.cluster import job_metadata, ray_log_file, ray_session
 from birbal_ray.evaluate.compare import adjust, compare, pair_tasks, scopes
 from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.evaluate.heldout import HeldOut, find_mixes, held_out
 from birbal_ray.evaluate.models import ADAPTER, BASE, EvaluatedModel, resolve_models
-from birbal_ray.models import REFERENCE_FILE, Model, load_with_adapter, merge_adapter, pin_model, resolve_model
+from birbal_ray.models import Model, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine, counted, figures_key
 from birbal_ray.run import LOG_FOLDER, Run, RunError, Step, StepResult, open_run
 from birbal_ray.schemas import COMPARISONS, COMPARISONS_FILE, EVALUATION, EVALUATION_FILE, ROWS_FOLDER
@@ -144,7 +145,9 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
             asked = len(plan.tasks) * (config.tasks.instances_per_task or plan.num_rows)
             asked *= len(setup.models) * len(config.prompt_formats)
             more = {"asked_fraction": result.manifest["rows"]["planned"] / asked}  # the mix considered the others
-            keep_figures(figures_key(STEP.name, config), run.sessions()[num_earlier:], time.monotonic() - started, **more)
+            keep_figures(
+                figures_key(STEP.name, config), run.sessions()[num_earlier:], time.monotonic() - started, **more
+            )
         return result
 
 

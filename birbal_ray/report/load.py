@@ -8,9 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from birbal_ray.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, adapter_fingerprint
 from birbal_ray.evaluate.models import ADAPTER, BASE
 from birbal_ray.mix.rows import AUDIT_FILE, MIX_TASKS, Reason
-from birbal_ray.models import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, adapter_fingerprint
 from birbal_ray.progress import CLOCK_FILE, PLAN_FILE
 from birbal_ray.run import MANIFEST_FILE, RUN_FILE, RunError
 from birbal_ray.schemas import (

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.models import REFERENCE_FILE, ModelError
+from birbal_ray.adapters import REFERENCE_FILE
+from birbal_ray.models import ModelError
 from birbal_ray.score.engine import Adapter, Engine, Request, Sampling
 
 CHOICES = 20  # next tokens that a reference holds of each prompt

@@ -24,6 +24,7 @@ from typing import Any
 import pyarrow as pa
 
 from birbal_ray import models
+from birbal_ray.adapters import find_adapter
 from birbal_ray.cluster import log_to
 from birbal_ray.ni import prompt, reader
 from birbal_ray.ni.metrics import METRIC_OF_LABEL, score_answer
@@ -347,7 +348,7 @@ def find_model(config: ScoreConfig) -> tuple[models.Model, models.AdapterFolder 
         model = models.resolve_model(config.model.name, config.model.revision)
     if not config.model.adapter:
         return model, None, model.fingerprint
-    adapter = models.find_adapter(config.model.adapter, model)
+    adapter = find_adapter(config.model.adapter, model)
     return model, adapter, f"{model.fingerprint}+{adapter.fingerprint}"
 
 

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from birbal_ray.adapters import find_adapter
 from birbal_ray.cluster import decide_device
 from birbal_ray.manifest import read_manifest
-from birbal_ray.models import find_adapter, load_tokenizer, resolve_model
+from birbal_ray.models import load_tokenizer, resolve_model
 from birbal_ray.run import RunError
 from birbal_ray.score.config import ResourceSettings
 from birbal_ray.score.engine import Adapter, EngineLoop, Request, Sampling, vllm_arguments

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from birbal_ray.models import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, REFERENCE_FILE, Model
+from birbal_ray.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, REFERENCE_FILE
+from birbal_ray.models import Model
 from birbal_ray.ni.prompt import CHAT
 from birbal_ray.run import MANIFEST_FILE
 from birbal_ray.settings import one_line

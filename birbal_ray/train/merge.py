@@ -13,19 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from birbal_ray.adapters import ADAPTER_FOLDER, REFERENCE_FILE, load_with_adapter, merge_adapter
 from birbal_ray.cluster import log_to
 from birbal_ray.manifest import check_input, read_manifest
-from birbal_ray.models import (
-    ADAPTER_FOLDER,
-    REFERENCE_FILE,
-    TOKENIZER_FILES,
-    Model,
-    load_tokenizer,
-    load_with_adapter,
-    merge_adapter,
-    read_template,
-    resolve_model,
-)
+from birbal_ray.models import TOKENIZER_FILES, Model, load_tokenizer, read_template, resolve_model
 from birbal_ray.ni.prompt import BIRBAL, STOP, ChatTemplate, render_prompt
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import LOG_FOLDER, Step, StepResult, open_run

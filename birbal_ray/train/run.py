@@ -16,9 +16,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from birbal_ray.adapters import find_adapter
 from birbal_ray.cluster import decide_device
 from birbal_ray.manifest import check_input, package_versions, read_manifest
-from birbal_ray.models import Model, find_adapter, load_tokenizer, pin_model, read_template, resolve_model
+from birbal_ray.models import Model, load_tokenizer, pin_model, read_template, resolve_model
 from birbal_ray.ni.prompt import CHAT
 from birbal_ray.progress import ProgressLine, save_figures
 from birbal_ray.run import Run, Step, StepResult, open_run, sigterm_as_interrupt

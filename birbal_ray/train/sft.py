@@ -21,7 +21,8 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig
 
-from birbal_ray.models import REFERENCE_FILE, load_tokenizer
+from birbal_ray.adapters import REFERENCE_FILE
+from birbal_ray.models import load_tokenizer
 from birbal_ray.storage import RunError, read_json, write_atomic, write_json
 from birbal_ray.train.attention import choose_attention
 from birbal_ray.train.checkpoints import (

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from birbal_ray.models import Model, ModelError, find_adapter
+from birbal_ray.adapters import find_adapter
+from birbal_ray.models import Model, ModelError
 from birbal_ray.settings import ConfigError
 from tests.fixtures.tensors import write_tensors
 

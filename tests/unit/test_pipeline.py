@@ -289,7 +289,9 @@ def recipe(tmp_path, monkeypatch):
     def fake(step):
         def run(settings, *, overwrite):
             where = open_folder(settings.output)
-            with open_run(where, Step(step, ("rows",)), {"from": made_from.get(step, 0)}, overwrite=overwrite) as opened:
+            with open_run(
+                where, Step(step, ("rows",)), {"from": made_from.get(step, 0)}, overwrite=overwrite
+            ) as opened:
                 if step in ends:
                     raise ends[step]
                 if opened.manifest is None:

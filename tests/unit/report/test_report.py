@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
+from birbal_ray.adapters import adapter_fingerprint
 from birbal_ray.cli.main import main
 from birbal_ray.evaluate.leaderboard import METRICS
-from birbal_ray.models import adapter_fingerprint
 from birbal_ray.report.conclusions import conclusion_of
 from birbal_ray.report.plots import draw
 from birbal_ray.report.run import report

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from birbal_ray.adapters import adapter_fingerprint
 from birbal_ray.evaluate.config import EvaluateConfig
-from birbal_ray.models import adapter_fingerprint
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.run import pin_model
 from birbal_ray.settings import ConfigError, load_config
