@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 
 from birbal_ray import models
-from birbal_ray.adapters import find_adapter
+from birbal_ray.adapters import AdapterFolder, find_adapter
 from birbal_ray.cluster import log_to
 from birbal_ray.ni import prompt, reader
 from birbal_ray.ni.metrics import METRIC_OF_LABEL, score_answer
@@ -340,7 +340,7 @@ def _log_into(folder: Folder, name: str) -> Callable[[], None]:
     return upload
 
 
-def find_model(config: ScoreConfig) -> tuple[models.Model, models.AdapterFolder | None, str]:
+def find_model(config: ScoreConfig) -> tuple[models.Model, AdapterFolder | None, str]:
     """(model, its adapter if the settings name one, fingerprint of both); ConfigError for another model's adapter."""
     if config.engine.backend == "simulated":
         model = models.Model("simulated", Path("simulated"), None, "simulated")
