@@ -26,16 +26,16 @@ from birbal_ray.recipe import PipelineConfig
 from birbal_ray.score.config import ScoreConfig, TaskSettings
 from birbal_ray.score.run import throughput_key
 from birbal_ray.settings import ConfigError, require
-from birbal_ray.speeds import MEASURED, Speed
+from birbal_ray.speeds import LOAD_SECONDS, MEASURED, Speed
 from birbal_ray.storage import input_folder
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.preflight import flops_per_token, rate_key, shapes_of
+from birbal_ray.train.forecast import forecast_training, rate_key, training_speed
+from birbal_ray.train.preflight import flops_per_token, shapes_of
 from birbal_ray.tune.config import TuneConfig
 
 CHARACTERS_PER_TOKEN = 4.0  # of English in the tokenizers of Llama, Mistral and Qwen, near enough for a range
 DEFINITION_TOKENS = 60  # of a training row, beside its input and output
 SAMPLED_INSTANCES = 40  # of each task, to learn how long its prompts are
-LOAD_SECONDS = {"cpu": (20.0, 60.0), "gpu": (40.0, 180.0)}  # an engine, or a model to train, until it works
 SEARCH_START_SECONDS = (5.0, 30.0)
 SEARCH_HASTE = 0.8  # a trial took from 40 to 62 s in one search on two shared cores (docs/log.md)
 MIX_ROWS_PER_SECOND = (5_000.0, 50_000.0)
@@ -118,7 +118,10 @@ def plan_recipe(config: PipelineConfig, gpu: str | None = None) -> list[StepPlan
         rest = budget - used - limits["evaluate"] - limits["report"]
     rows, per_row = _mix_sizes(config, sizes)
     kept = {} if gpu else last_figures(rate_key(_on(config.train, gpu)))
-    plans["train"] = plan_train(config.train, rows, kept.get("tokens_per_row", per_row), gpu, rest)
+    per_row = kept.get("tokens_per_row", per_row)
+    held_back = rows * config.mix.eval_fraction
+    tokens = (rows - held_back) * per_row, min(held_back, config.train.evaluation.num_rows) * per_row
+    plans["train"] = plan_train(config.train, *tokens, gpu, rest)
     return [plans[step] for step in config.steps]
 
 
@@ -277,30 +280,20 @@ def plan_mix(config: MixConfig, candidates: int) -> StepPlan:
 
 
 def plan_train(
-    config: TrainConfig,
-    num_rows: float,
-    tokens_per_row: float,
-    gpu: str | None = None,
-    rest: float | None = None,
+    config: TrainConfig, train_tokens: float, eval_tokens: float, gpu: str | None = None, rest: float | None = None
 ) -> StepPlan:
-    """A fine-tune on a mix; `rest`: the seconds that the other steps leave it."""
+    """A fine-tune; tokens: of an epoch, of an evaluation; `rest`: the seconds that the other steps leave it."""
     config = _on(config, gpu)
-    speed, kept = training_speed(config, gpu), {} if gpu else last_figures(rate_key(config))
-    tokens = num_rows * tokens_per_row
-    load: tuple[float, float] = LOAD_SECONDS[config.resources.device]
-    if "overhead_seconds" in kept:
-        steps = config.epochs * tokens / (config.batch.micro * config.batch.accumulation * config.batch.sequence_length)
-        evaluation, best, save, setup, start = (
-            kept.get(f"{name}_seconds", 0.0) for name in ("eval", "best", "save", "setup", "overhead")
-        )
-        evaluations, saves = steps / config.evaluation.every_steps + 1, steps / config.checkpoint.every_steps + 1
-        load = _around(start + setup + evaluations * (evaluation + best) + saves * save)
-    low, high = load[0] + config.epochs * tokens / speed.high, load[1] + config.epochs * tokens / speed.low
-    work = f"{config.epochs:g} epochs of about {tokens / 1e3:,.0f} thousand tokens"
+    per_step = config.batch.micro * config.batch.accumulation * config.batch.sequence_length
+    kept = {} if gpu else last_figures(rate_key(config))
+    found = forecast_training(config, per_step, eval_tokens, _training_speed(config, gpu), kept)
+    low, high = found.seconds(config.epochs * train_tokens / per_step)
+    work = f"{config.epochs:g} epochs of about {train_tokens / 1e3:,.0f} thousand tokens"
     if rest is not None and high > rest:
-        fits = [min(config.epochs, max(0.0, rest - load[1]) * rate / tokens) for rate in speed[:2]]
+        epochs = found.steps_within(rest - found.start_seconds) * per_step / train_tokens
+        fits = [min(config.epochs, epochs * (1 + sign * found.spread)) for sign in (-1, 1)]
         work += f"; {fits[0]:.2g} to {fits[1]:.2g} fit"
-    return StepPlan("train", work, low, high, rest, speed.source)
+    return StepPlan("train", work, low, high, rest, found.source)
 
 
 def plan_report(config: PipelineConfig) -> StepPlan:
@@ -311,13 +304,10 @@ def plan_report(config: PipelineConfig) -> StepPlan:
     return StepPlan("report", "one page", pages * low, pages * high, None, MEASURED if kept else "docs/log.md")
 
 
-def training_speed(config: TrainConfig, gpu: str | None = None) -> Speed:
+def _training_speed(config: TrainConfig, gpu: str | None) -> Speed:
     """Tokens a second of a fine-tune."""
-    if gpu is None and (rate := last_figures(rate_key(config)).get("tokens_per_second")):
-        return speeds.measured(rate)
-    if (card := gpu or config.resources.accelerator_type) in speeds.CARDS:
-        return speeds.training_tokens(card, _flop_per_token(config))
-    return _scale_speed(CPU_TOKENS, config.resources.device, config.model.name)
+    found = training_speed(config, lambda: _flop_per_token(config), gpu)
+    return found or _scale_speed(CPU_TOKENS, config.resources.device, config.model.name)
 
 
 def _flop_per_token(config: TrainConfig) -> float:
@@ -411,7 +401,7 @@ def _trial_seconds(config: TuneConfig, gpu: str | None) -> tuple[list[tuple[floa
     if gpu is None and (rate := config.proxy.tokens_per_second):
         speed = Speed(rate, rate, "proxy.tokens_per_second")
     else:
-        speed = training_speed(train, gpu)
+        speed = _training_speed(train, gpu)
     load, tokens = LOAD_SECONDS[device], config.proxy.tokens
     trials = load[0] / 4 + tokens / speed.high, load[1] + tokens / speed.low
     return list(zip(SEARCH_START_SECONDS, trials, strict=True)), speed.source
@@ -426,12 +416,12 @@ def _rounds(config: TuneConfig, num_searched: int, gpu: str | None) -> float:
 
 
 def _mix_sizes(config: PipelineConfig, sizes: Sequence[TaskSizes]) -> tuple[float, float]:
-    """(rows of the mix that a recipe trains on, tokens of one)."""
+    """(rows of a recipe's mix, tokens of one)."""
     asked = config.mix.task_score.exact_match_budget + config.mix.task_score.generation_budget
     found = chosen(sizes, config.score.tasks)
     rows = min(asked, sum(one.num_instances for one in found)) + sum(one.max_rows or 0 for one in config.mix.sources)
     per_row = sum(one.own_tokens + one.completion_tokens for one in found) / len(found) + DEFINITION_TOKENS
-    return rows * (1 - config.mix.eval_fraction), per_row
+    return rows, per_row
 
 
 def _on(config: TrainConfig, gpu: str | None) -> TrainConfig:

@@ -16,6 +16,7 @@ PREFILL_UTILISATION = (0.40, 0.75)
 DECODED_TOGETHER = (25, 60)  # sequences per reading of the weights; Mistral-7B on 24 GB holds about 40
 WEIGHT_BYTES = 2  # bf16
 MEASURED = "measured on this machine"
+LOAD_SECONDS = {"cpu": (20.0, 60.0), "gpu": (40.0, 180.0)}  # an engine, or a model to train, until it works
 
 
 @dataclass(frozen=True, slots=True)

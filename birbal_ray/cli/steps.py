@@ -405,11 +405,10 @@ def train(
         found = step.dry_run(config, calibrate=calibrate)
         from birbal_ray.plan import plan_train
 
-        print_preflight(found, config, output_format)
+        print_preflight(found, output_format)
         refuse_if_too_large(found)
-        rows = found.packing["train"]
-        per_row = rows.num_tokens / max(1, rows.num_samples)
-        note_hours(lambda: plan_train(config, rows.num_samples, per_row, rest=config.budget))
+        train, held_back = (found.packing[split].num_tokens for split in ("train", "eval"))
+        note_hours(lambda: plan_train(config, train, held_back, rest=config.budget))
         if push:
             from birbal_ray.train.card import ADAPTER_FILES, PUSHED_MANIFEST
 
@@ -425,7 +424,7 @@ def train(
             note(f"uploaded to {push_to_hub(result.folder, names, push)}")
 
 
-def print_preflight(found: Preflight, config: TrainConfig, output_format: str) -> None:
+def print_preflight(found: Preflight, output_format: str) -> None:
     """Memory by part on stdout, the rest on stderr."""
     from birbal_ray.train.preflight import GIB, describe_preflight, total_bytes
 
@@ -435,9 +434,9 @@ def print_preflight(found: Preflight, config: TrainConfig, output_format: str) -
         fits = "fits" if found.fits else "too little"
         rows.append({"part": "the device has", "GiB": found.memory_bytes / GIB, "how": fits})
     print_table(rows, output_format)
-    for line in describe_preflight(found, config):
+    for line in describe_preflight(found):
         note(line)
-    if found.tokens_per_second is None:
+    if found.forecast is None:
         note("speed unknown on this device: add --calibrate, or train once")
 
 

@@ -18,9 +18,9 @@ from typing import Any
 from birbal_ray.progress import repeating
 from birbal_ray.settings import canonical_hash, one_line
 from birbal_ray.storage import Folder, RunError, absolute, cache_folder, sync
-from birbal_ray.train.deadline import CLOCK_FILE
 
 METRICS_FILE = "metrics.jsonl"  # one line for each step or evaluation
+CLOCK_FILE = "clock.json"  # what of the budget is used, see `deadline.Clock`
 STATUS_FILE = "status.json"  # the worker's state, rewritten every second
 BEST_FILE = "best.json"  # the step and folder of the adapter with the lowest eval loss
 STOP_FILE = "stop"  # asks the worker to save a checkpoint and end

@@ -15,7 +15,6 @@ from typing import Any
 from birbal_ray.progress import repeating
 from birbal_ray.storage import write_json
 
-CLOCK_FILE = "clock.json"
 HEARTBEAT_SECONDS = 2.0
 STEPS_REMEMBERED = 8  # the next step is expected to take as long as the longest of these
 MARGIN = 1.1  # on measured evaluation and saving times

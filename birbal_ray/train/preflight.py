@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from birbal_ray.models import Model, quiet_libraries
 from birbal_ray.progress import duration, last_figures
 from birbal_ray.settings import ConfigError
-from birbal_ray.speeds import CARDS, training_tokens
+from birbal_ray.speeds import CARDS
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import Packing
+from birbal_ray.train.forecast import Forecast, forecast_training, num_passes, rate_key, training_speed
 
 GIB = 1 << 30
 # NF4 with double quantisation: half a byte a weight, one byte a block of 64 weights for its absmax,
@@ -24,8 +25,6 @@ OPTIMIZER_BYTES = {"paged_adamw_32bit": 8.0, "adamw_torch": 8.0, "adamw_8bit": 2
 LOGIT_CHUNK_TOKENS = 256  # TRL's fused LM head computes the loss in chunks
 # What a card keeps for itself: CUDA context, workspaces of cuBLAS; and memory lost between blocks.
 CONTEXT_BYTES, FRAGMENTATION = int(0.8 * GIB), 0.03
-WRITE_BYTES_PER_SECOND = 200e6  # of a slow disk
-LOADING_SECONDS = 120.0  # from start to first evaluation, where no run has measured it
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,22 +162,27 @@ def change_that_fits(shapes: Shapes, config: TrainConfig, limit_bytes: int) -> s
     """
     changes: dict[str, Any] = {}
     while total_bytes(estimate(shapes, config)) > limit_bytes:
-        batch = config.batch
         if not config.gradient_checkpointing:
             change: dict[str, Any] = {"gradient_checkpointing": True}
-        elif batch.micro > 1:
-            micro = batch.micro // 2
-            change = {"batch.micro": micro, "batch.accumulation": batch.accumulation * batch.micro // micro}
+        elif config.batch.micro > 1:
+            change = with_micro(config, config.batch.micro // 2)
         elif config.model.quantization == "none":
             change = {"model.quantization": "nf4"}
-        elif batch.sequence_length > 512:
-            change = {"batch.sequence_length": batch.sequence_length // 2}
+        elif config.batch.sequence_length > 512:
+            change = {"batch.sequence_length": config.batch.sequence_length // 2}
         elif config.lora.r > 8:
             change = {"lora.r": config.lora.r // 2}
         else:
             return None
         config, changes = config.replace(change), {**changes, **change}
     return " ".join(f"{key}={value}".lower() for key, value in changes.items())
+
+
+def with_micro(config: TrainConfig, most: int) -> dict[str, int]:
+    """The settings that put at most `most` sequences into a micro batch, and as many as before into a step."""
+    product = config.batch.micro * config.batch.accumulation
+    micro = next(size for size in range(min(most, config.batch.micro), 0, -1) if product % size == 0)
+    return {"batch.micro": micro, "batch.accumulation": product // micro}
 
 
 def device_memory_bytes(config: TrainConfig) -> int | None:
@@ -200,71 +204,38 @@ def device_memory_bytes(config: TrainConfig) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """What a dry run found out. Bytes; tokens; seconds; `steps` are optimizer steps."""
+    """What a dry run found out; the configuration's device is decided."""
 
+    config: TrainConfig
     parts: list[Part]
-    memory_bytes: int | None
+    memory_bytes: int | None  # of the device; None: unknown
     change: str | None  # `key=value …` that would make it fit; None when it fits or nothing helps
-    fits: bool
     num_trainable: int
     packing: dict[str, Packing]
-    kernel: str  # what will compute attention
-    steps_per_epoch: float
-    tokens_per_second: float | None
-    speed_source: str  # where that figure comes from
-    least_budget_seconds: float | None  # loading, a step, the first and the last evaluation, saving; as measured here
-    steps_in_budget: int | None
-    epochs_in_budget: float | None
+    forecast: Forecast | None  # None where the device's speed is unknown
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device holds it, as far as is known."""
+        return self.memory_bytes is None or total_bytes(self.parts) <= self.memory_bytes
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps."""
+        return self.packing["train"].num_packs / (self.config.batch.micro * self.config.batch.accumulation)
 
 
 def run_preflight(config: TrainConfig, model: Model, packing: dict[str, Packing]) -> Preflight:
     """Memory, steps and time; nothing is loaded, the model's config is enough."""
     shapes = shapes_of(model.path, config.lora.target_modules)
-    parts = estimate(shapes, config)
-    memory = device_memory_bytes(config)
-    fits = memory is None or total_bytes(parts) <= memory
-    change = None if memory is None or fits else change_that_fits(shapes, config, memory)
-    steps_per_epoch = packing["train"].num_packs / (config.batch.micro * config.batch.accumulation)
-    tokens_per_step = packing["train"].num_tokens / steps_per_epoch
-    kept, source = last_figures(rate_key(config)), "last seen here"
-    rate = kept.get("tokens_per_second")
-    least = None
-    if rate:
-        setup, evaluation, save, best = (kept.get(f"{name}_seconds", 0.0) for name in ("setup", "eval", "save", "best"))
-        least = setup + evaluation + tokens_per_step / rate + save + best
-    elif (name := config.resources.accelerator_type or "") in CARDS:
-        low, high, source = training_tokens(name, flops_per_token(shapes, config))
-        rate = (low + high) / 2
-        setup = LOADING_SECONDS
-        evaluation = packing["eval"].num_tokens / (rate * num_passes(config))
-        best = num_trainable(shapes, config.lora.r) * MASTER_BYTES / WRITE_BYTES_PER_SECOND
-        save = 3 * best
-    steps = None
-    if rate and config.budget:
-        step = (
-            tokens_per_step / rate + evaluation / config.evaluation.every_steps + save / config.checkpoint.every_steps
-        )
-        steps = max(0, int((config.budget - setup - evaluation - save - best) / step))
-    return Preflight(
-        parts=parts,
-        memory_bytes=memory,
-        change=change,
-        fits=fits,
-        num_trainable=num_trainable(shapes, config.lora.r),
-        packing=packing,
-        kernel=expected_kernel(config),
-        steps_per_epoch=steps_per_epoch,
-        tokens_per_second=rate,
-        speed_source=source,
-        least_budget_seconds=least,
-        steps_in_budget=steps,
-        epochs_in_budget=steps / steps_per_epoch if steps is not None else None,
-    )
-
-
-def num_passes(config: TrainConfig) -> int:
-    """Passes through the layers in a training step: forward, backward, and forward again to recompute activations."""
-    return 3 if config.gradient_checkpointing else 2
+    memory, trainable = device_memory_bytes(config), num_trainable(shapes, config.lora.r)
+    change = None if memory is None else change_that_fits(shapes, config, memory) or None
+    found = Preflight(config, estimate(shapes, config), memory, change, trainable, packing, None)
+    if speed := training_speed(config, lambda: flops_per_token(shapes, config)):
+        tokens = packing["train"].num_tokens / found.steps_per_epoch, packing["eval"].num_tokens
+        kept = last_figures(rate_key(config))
+        found = replace(found, forecast=forecast_training(config, *tokens, speed, kept, trainable * MASTER_BYTES))
+    return found
 
 
 def flops_per_token(shapes: Shapes, config: TrainConfig) -> float:
@@ -283,9 +254,9 @@ def flops_per_token(shapes: Shapes, config: TrainConfig) -> float:
     return flops
 
 
-def describe_preflight(found: Preflight, config: TrainConfig) -> list[str]:
+def describe_preflight(found: Preflight) -> list[str]:
     """Lines that say what will be trained on what, and how much of it will fit in the budget."""
-    lines = []
+    config, lines = found.config, []
     for split, packing in found.packing.items():
         lines.append(
             f"{split}: {packing.num_samples:,} samples, {packing.num_tokens:,} tokens ({packing.num_loss_tokens:,} "
@@ -295,27 +266,26 @@ def describe_preflight(found: Preflight, config: TrainConfig) -> list[str]:
         if packing.num_long:
             done = "dropped" if config.batch.long_samples == "drop" else "cut at the end"
             lines.append(f"{split}: {packing.num_long:,} samples over batch.sequence_length were {done}")
-    lines.append(f"attention: {found.kernel}")
-    tokens = config.batch.micro * config.batch.sequence_length
-    if warning := dense_mask_warning(config.model.attention, tokens):
+    lines.append(f"attention: {expected_kernel(config)}")
+    if warning := dense_mask_warning(config.model.attention, config.batch.micro * config.batch.sequence_length):
         lines.append(f"warning: {warning}")
-    need = total_bytes(found.parts) / GIB
     have = f" of {found.memory_bytes / GIB:.1f}" if found.memory_bytes else ""
+    need = total_bytes(found.parts) / GIB
     lines.append(f"{found.num_trainable:,} trainable parameters; about {need:.1f} GiB needed{have}")
     lines.append(f"{found.steps_per_epoch:,.1f} optimizer steps an epoch, {config.epochs:g} epochs asked for")
-    if found.tokens_per_second:
-        seconds = config.epochs * found.packing["train"].num_tokens / found.tokens_per_second
-        rate = f"{found.tokens_per_second:,.0f} tokens/s"
-        if found.speed_source == "last seen here":
-            lines.append(f"at the {rate} last seen here that takes {duration(seconds)}")
+    if forecast := found.forecast:
+        low, high = forecast.seconds(config.epochs * found.steps_per_epoch)
+        rate, takes = f"{forecast.tokens_per_second:,.0f} tokens/s", f"{duration(low)} to {duration(high)}"
+        if forecast.is_measured:
+            lines.append(f"at the {rate} last seen here that takes {takes}")
         else:
-            lines.append(f"estimate, not measured: {rate} ({found.speed_source}); that takes {duration(seconds)}")
-    if found.epochs_in_budget is not None:
-        fit = f"{found.epochs_in_budget:.2g} epochs ({found.steps_in_budget:,} steps)"
-        if found.epochs_in_budget < config.epochs:
-            lines.append(f"{fit} will fit in the budget; {config.epochs:g} were asked for")
-        elif found.speed_source != "last seen here":
-            lines.append(f"{fit} would fit in the budget")
+            lines.append(f"estimate, not measured: {rate} ({forecast.source}); that takes {takes}")
+        steps = forecast.steps_within(config.budget or 0.0)
+        epochs = steps / found.steps_per_epoch
+        if config.budget and (epochs < config.epochs or not forecast.is_measured):
+            fit = f"{epochs:.2g} epochs ({int(steps):,} steps)"
+            asked = f"will fit in the budget; {config.epochs:g} were asked for"
+            lines.append(f"{fit} {asked if epochs < config.epochs else 'would fit in the budget'}")
     return lines
 
 
@@ -351,20 +321,11 @@ def refuse_if_too_large(found: Preflight) -> None:
     raise ConfigError(f"about {need:.1f} GiB are needed, the device has {have:.1f}; {advice}")
 
 
-def refuse_if_too_short(found: Preflight, config: TrainConfig) -> None:
-    """Raise ConfigError where the budget is shorter than loading, one step, two evaluations and saving take here."""
-    if config.budget and found.least_budget_seconds and config.budget < found.least_budget_seconds:
+def refuse_if_too_short(found: Preflight) -> None:
+    """Raise ConfigError where the budget is shorter than loading, one step, two evaluations and saving took here."""
+    budget, least = found.config.budget, found.forecast.least_budget_seconds if found.forecast else 0.0
+    if budget and found.forecast and found.forecast.is_measured and budget < least:
         raise ConfigError(
-            f"budget={config.budget:.0f} s is too short: loading, a step, the evaluations and saving took "
-            f"{found.least_budget_seconds:.0f} s on this device; set --budget to "
-            f"{math.ceil(found.least_budget_seconds)}s or more"
+            f"budget={budget:.0f} s is too short: loading, a step, the evaluations and saving took {least:.0f} s on "
+            f"this device; set --budget to {math.ceil(least)}s or more"
         )
-
-
-def rate_key(config: TrainConfig) -> str:
-    """Under which the tokens per second of such a run are kept."""
-    settings = config.batch
-    where = config.resources.accelerator_type or config.resources.device
-    shape = f"{settings.sequence_length} {settings.micro} r{config.lora.r} {config.model.quantization}"
-    kernel = "" if config.model.attention == "auto" else f" {config.model.attention}"
-    return f"train {config.model.name} {where} {shape}{kernel}"

@@ -28,6 +28,7 @@ from birbal_ray.storage import Folder, RunError, absolute, is_url, open_folder
 from birbal_ray.train.card import CURVE_FILE, draw_loss_curve, publish_adapter
 from birbal_ray.train.checkpoints import (
     BEST_FILE,
+    CLOCK_FILE,
     EASED_FILE,
     METRICS_FILE,
     OWNS,
@@ -40,16 +41,16 @@ from birbal_ray.train.checkpoints import (
 )
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import Packing, prepare, text_columns
-from birbal_ray.train.deadline import CLOCK_FILE
-from birbal_ray.train.launch import train_on_cluster, why_diverged
+from birbal_ray.train.forecast import rate_key
+from birbal_ray.train.launch import train_on_cluster
 from birbal_ray.train.preflight import (
     Preflight,
     describe_preflight,
-    rate_key,
     refuse_if_too_large,
     refuse_if_too_short,
     run_preflight,
 )
+from birbal_ray.train.worker import why_diverged
 
 CALIBRATION_STEPS = 4
 TEXT_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
@@ -94,13 +95,13 @@ def train(config: TrainConfig, *, overwrite: bool = False) -> TrainResult:
                 if name not in run.files:
                     run.folder.upload(file, name)
         found = run_preflight(config, model, packing)
-        for line in describe_preflight(found, config):
+        for line in describe_preflight(found):
             progress.message(line)
         refuse_if_too_large(found)
         if METRICS_FILE in run.files:
             progress.message(f"continuing from the last checkpoint in {run.folder}")
         else:  # a run that is under way ends in time whatever this machine has measured since
-            refuse_if_too_short(found, config)
+            refuse_if_too_short(found)
         run.folder.delete([STOP_FILE])
         outcome = train_on_cluster(config, model, run.folder, progress, run)
         if outcome["ended_by"] == "stop":

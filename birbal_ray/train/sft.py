@@ -29,6 +29,7 @@ from birbal_ray.train.checkpoints import (
     BEST_FILE,
     BEST_FOLDER,
     CHECKPOINTS_FOLDER,
+    CLOCK_FILE,
     METRICS_FILE,
     OUTCOME_FILE,
     PACKED_FOLDER,
@@ -42,7 +43,7 @@ from birbal_ray.train.checkpoints import (
 )
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import load_packs
-from birbal_ray.train.deadline import CLOCK_FILE, Clock
+from birbal_ray.train.deadline import Clock
 from birbal_ray.train.self_check import apply_kernels, check_model
 from birbal_ray.train.trainer import ENDS, BudgetTrainer, Outcome, PackDataset, compute_dtype
 

@@ -20,6 +20,7 @@ from birbal_ray.storage import open_folder, write_json
 from birbal_ray.train.attention import name_kernel
 from birbal_ray.train.checkpoints import (
     CHECKPOINTS_FOLDER,
+    CLOCK_FILE,
     METRICS_FILE,
     OUTCOME_FILE,
     Remote,
@@ -28,8 +29,8 @@ from birbal_ray.train.checkpoints import (
 )
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import IGNORED, PackedSamples
-from birbal_ray.train.deadline import CLOCK_FILE, Clock, Deadline, budget_by_clock, learning_rate_factor
-from birbal_ray.train.preflight import WRITE_BYTES_PER_SECOND
+from birbal_ray.train.deadline import Clock, Deadline, budget_by_clock, learning_rate_factor
+from birbal_ray.train.forecast import WRITE_BYTES_PER_SECOND
 
 ENDS = ("epochs", "max_steps", "budget")
 REFERENCE_PROMPTS, REFERENCE_TOKENS = 4, 1024

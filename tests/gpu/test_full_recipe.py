@@ -236,7 +236,7 @@ def test_out_of_memory_eases_to_half_the_micro_batch(card, results, mistral, fol
 
     import torch
 
-    from birbal_ray.train import launch, sft
+    from birbal_ray.train import launch, sft, worker
 
     config = recipe(mistral)
     small = recipe(mistral, **{"batch.micro": 1, "batch.accumulation": 8})
@@ -249,18 +249,18 @@ def test_out_of_memory_eases_to_half_the_micro_batch(card, results, mistral, fol
     ]
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, sum(needs) / 2 / total))
-    monkeypatch.setattr(launch, "log_to", lambda file: None)
+    monkeypatch.setattr(worker, "log_to", lambda file: None)
     monkeypatch.setattr(
-        launch,
+        worker,
         "fine_tune_here",
         lambda config, fingerprint, remote, started: asdict(sft.fine_tune(config, mistral, remote.working)),
     )
-    first = launch.run_session(config, "", Remote(open_folder(folder), folder), "node", 0.0)
+    first = worker.run_session(config, "", Remote(open_folder(folder), folder), "node", 0.0)
     assert first["eased"].startswith("the card ran out of memory at batch.micro=2")
     free_card()
     eased = launch.ease(config, open_folder(folder))
     assert (eased.batch.micro, eased.batch.accumulation) == (1, 8)
-    done = launch.run_session(eased, "", Remote(open_folder(folder), folder), "node", 0.0)
+    done = worker.run_session(eased, "", Remote(open_folder(folder), folder), "node", 0.0)
     torch.cuda.set_per_process_memory_fraction(min(1.0, CARD_BYTES / total))
     assert done["num_steps"] == 3
     results["out of memory"] = first["eased"]

@@ -332,8 +332,8 @@ def test_killed_after_its_last_checkpoint_a_run_has_ended(tiny_model, run_folder
 
 
 def test_a_run_that_diverges_ends_at_once(tiny_model, run_folder):
-    from birbal_ray.train.launch import why_diverged
     from birbal_ray.train.sft import fine_tune
+    from birbal_ray.train.worker import why_diverged
 
     def report(line):
         if reason := why_diverged(line):
@@ -381,7 +381,7 @@ def test_a_full_disk_is_said_once_whatever_stays_full(tmp_path, monkeypatch):
     """The half checkpoint goes first, so that there is room for the reason; where there is none, the driver gets it."""
     import errno
 
-    from birbal_ray.train import launch
+    from birbal_ray.train import worker
 
     half = tmp_path / "checkpoints" / ".work"
 
@@ -394,12 +394,12 @@ def test_a_full_disk_is_said_once_whatever_stays_full(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         path.write_text(json.dumps(value))
 
-    monkeypatch.setattr(launch, "fine_tune_here", fill)
-    monkeypatch.setattr(launch, "log_to", lambda file: None)
-    monkeypatch.setattr(launch, "write_json", write)
+    monkeypatch.setattr(worker, "fine_tune_here", fill)
+    monkeypatch.setattr(worker, "log_to", lambda file: None)
+    monkeypatch.setattr(worker, "write_json", write)
     full = []
     for _ in range(2):
-        assert "no space left on the disk" in launch.run_session(settings(), "", remote(tmp_path), "node", 0.0)["error"]
+        assert "no space left on the disk" in worker.run_session(settings(), "", remote(tmp_path), "node", 0.0)["error"]
         assert not half.exists()
         full.append("by others too")
     assert "no space left on the disk" in json.loads((tmp_path / "session.json").read_text())["error"]
@@ -408,33 +408,35 @@ def test_a_full_disk_is_said_once_whatever_stays_full(tmp_path, monkeypatch):
 def test_errors_that_would_come_again_are_told_from_those_a_restart_mends(tmp_path, monkeypatch):
     import errno
 
-    from birbal_ray.train.launch import lasting_reason
+    from birbal_ray.train.worker import lasting_reason
 
-    full = lasting_reason(OSError(errno.ENOSPC, "No space left on device"), tmp_path)
+    config = settings(batch__micro=1)
+    full = lasting_reason(OSError(errno.ENOSPC, "No space left on device"), tmp_path, config)
     assert "no space left on the disk; the last checkpoint is complete" in full
     assert "no space left" in lasting_reason(
-        RuntimeError("SafetensorError: No space left on device (os error 28)"), tmp_path
+        RuntimeError("SafetensorError: No space left on device (os error 28)"), tmp_path, config
     )
 
     stopped = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")  # of torch.save
-    assert lasting_reason(stopped, tmp_path) is None
+    assert lasting_reason(stopped, tmp_path, config) is None
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
-        assert "no space left" in lasting_reason(stopped, tmp_path)
+        assert "no space left" in lasting_reason(stopped, tmp_path, config)
 
     class OutOfMemoryError(RuntimeError):
         pass
 
-    reason = lasting_reason(OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), tmp_path)
+    plain = config.replace({"gradient_checkpointing": False})
+    reason = lasting_reason(OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), tmp_path, plain)
     assert "the last checkpoint is kept. The run continues with gradient_checkpointing=true" in reason
     assert "overwrite" not in full + reason, "no advice destroys work"
-    assert lasting_reason(RuntimeError("NCCL went away"), tmp_path) is None
+    assert lasting_reason(RuntimeError("NCCL went away"), tmp_path, config) is None
 
 
 def test_out_of_memory_continues_with_half_the_micro_batch_and_trains_the_same_tokens(
     tiny_model, packed, tmp_path, monkeypatch
 ):
-    from birbal_ray.train import launch, sft
+    from birbal_ray.train import launch, sft, worker
 
     class OutOfMemoryError(RuntimeError):
         pass
@@ -457,16 +459,16 @@ def test_out_of_memory_continues_with_half_the_micro_batch_and_trains_the_same_t
     undisturbed, folder = folders.values()
     sft.fine_tune(config, tiny_model, undisturbed)
 
-    monkeypatch.setattr(launch, "log_to", lambda file: None)
+    monkeypatch.setattr(worker, "log_to", lambda file: None)
     monkeypatch.setattr(
-        launch,
+        worker,
         "fine_tune_here",
         lambda config, fingerprint, remote, started: asdict(sft.fine_tune(config, tiny_model, remote.working)),
     )
     with monkeypatch.context() as patch:
         patch.setattr(sft.BudgetTrainer, "compute_loss", too_large_for(1))
         micros = []
-        while "eased" in (result := launch.run_session(config, "", remote(folder), "node", 0.0)):
+        while "eased" in (result := worker.run_session(config, "", remote(folder), "node", 0.0)):
             assert result["eased"] == f"the card ran out of memory at batch.micro={config.batch.micro}"
             config = launch.ease(config, open_folder(folder))
             micros.append((config.batch.micro, config.batch.accumulation))
@@ -486,7 +488,7 @@ def test_out_of_memory_continues_with_half_the_micro_batch_and_trains_the_same_t
         other.mkdir()
         (tmp_path / "packs").rename(other / "packed")
         assert (
-            "ran out of memory at batch.micro=1" in launch.run_session(config, "", remote(other), "node", 0.0)["error"]
+            "ran out of memory at batch.micro=1" in worker.run_session(config, "", remote(other), "node", 0.0)["error"]
         )
 
 

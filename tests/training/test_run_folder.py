@@ -12,7 +12,7 @@ import pytest
 from birbal_ray.run import RunError
 from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.storage import open_folder
-from birbal_ray.train import card, launch, sft
+from birbal_ray.train import card, launch, sft, worker
 from birbal_ray.train import run as step
 from birbal_ray.train.checkpoints import Remote, download_state, working_folder
 from birbal_ray.train.config import TrainConfig
@@ -40,7 +40,7 @@ def without_ray(tiny_model, monkeypatch, tmp_path):
         def session(remote):
             if stops and remote.working != folder:
                 remote.stop_requested = lambda: True
-            return launch.run_session(config, model.fingerprint, remote, "node", 0.0)
+            return worker.run_session(config, model.fingerprint, remote, "node", 0.0)
 
         try:
             if folder.is_local:
@@ -56,11 +56,11 @@ def without_ray(tiny_model, monkeypatch, tmp_path):
 
     def fine_tune_here(config, fingerprint, remote, started):
         outcome = sft.fine_tune(config, tiny_model, remote.working, remote=remote)
-        return asdict(outcome) | {"speeds": launch.measured_speeds(remote.working)}
+        return asdict(outcome) | {"speeds": worker.measured_speeds(remote.working)}
 
     monkeypatch.setattr(launch, "_fit", fit)
-    monkeypatch.setattr(launch, "fine_tune_here", fine_tune_here)
-    monkeypatch.setattr(launch, "log_to", lambda file: None)
+    monkeypatch.setattr(worker, "fine_tune_here", fine_tune_here)
+    monkeypatch.setattr(worker, "log_to", lambda file: None)
     monkeypatch.setattr(launch, "ray_session", lambda *arguments, **options: contextlib.nullcontext())
     monkeypatch.setattr(launch, "can_place", lambda *arguments: None)
     monkeypatch.setattr("ray.nodes", lambda: [])

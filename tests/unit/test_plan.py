@@ -19,7 +19,8 @@ from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.speeds import CARDS
 from birbal_ray.storage import open_folder
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.preflight import GIB, estimate, rate_key, shapes_of, total_bytes
+from birbal_ray.train.forecast import rate_key
+from birbal_ray.train.preflight import GIB, estimate, shapes_of, total_bytes
 from birbal_ray.tune.config import TuneConfig
 from birbal_ray.tune.run import figures_of
 from birbal_ray.tune.scheduler import BASE_MODEL, FINISHED, TrialResult, TrialScheduler, TrialSpec

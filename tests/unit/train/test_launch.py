@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 
 from birbal_ray.progress import ProgressLine
+from birbal_ray.speeds import MEASURED
 from birbal_ray.storage import RunError, write_json
-from birbal_ray.train import launch
+from birbal_ray.train import launch, worker
 from birbal_ray.train import run as step
 from birbal_ray.train.config import TrainConfig
+from birbal_ray.train.forecast import Forecast
 from birbal_ray.train.preflight import Preflight
 
 
@@ -55,33 +57,35 @@ def test_an_outage_while_the_driver_looks_at_the_worker_ends_nothing(monkeypatch
     ],
 )
 def test_a_machine_out_of_memory_gets_advice_that_keeps_the_work(tmp_path, error):
-    reason = launch.lasting_reason(error, tmp_path)
+    reason = worker.lasting_reason(error, tmp_path, TrainConfig())
     assert "ran out of memory" in reason and "the last checkpoint is kept" in reason
     assert "half the batch.micro and twice the batch.accumulation" in reason
-    assert not launch.out_of_memory(error), "a smaller micro batch on the card is no answer"
+    assert not worker.out_of_memory(error), "a smaller micro batch on the card is no answer"
+    one = TrainConfig(batch={"micro": 1, "accumulation": 8})
+    reason = worker.lasting_reason(error, tmp_path, one)
+    assert reason.endswith("The run continues on a machine with more memory"), "there is no half of one"
+    reason = worker.lasting_reason(error, tmp_path, one.replace({"gradient_checkpointing": False}))
+    assert reason.endswith("continues with gradient_checkpointing=true, or on a machine with more memory")
 
 
 def test_a_card_that_is_full_says_so_in_several_ways(tmp_path):
     for text in ("CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"):
-        assert launch.out_of_memory(RuntimeError(text))
-        assert "the card ran out of memory" in launch.lasting_reason(RuntimeError(text), tmp_path)
+        assert worker.out_of_memory(RuntimeError(text))
+        assert "the card ran out of memory" in worker.lasting_reason(RuntimeError(text), tmp_path, TrainConfig())
 
 
 @pytest.fixture
 def start_training(tmp_path, monkeypatch):
     """start_training(**changes) calls `train` up to where Ray would start; the machine was slow lately."""
     packing = SimpleNamespace(num_tokens=100, num_samples=10)
-    found = Preflight(
-        parts=[], memory_bytes=None, change=None, fits=True, num_trainable=1, packing={}, kernel="",
-        steps_per_epoch=1.0, tokens_per_second=100.0, speed_source="last seen here", least_budget_seconds=90.0,
-        steps_in_budget=0, epochs_in_budget=0.0,
-    )  # fmt: skip
+    took = Forecast(100.0, 0.1, MEASURED, start_seconds=0.0, once_seconds=80.0, step_seconds=10.0)
     model = SimpleNamespace(path=tmp_path / "model", fingerprint="f")
     mix = SimpleNamespace(place=str(tmp_path / "mix")), {"files": {"train.parquet": "a", "eval.parquet": "b"}}
     monkeypatch.setattr(step, "resolve_config", lambda config: (config, model))
     monkeypatch.setattr(step, "read_mix", lambda config: mix)
     monkeypatch.setattr(step, "_pack", lambda *arguments: {"train": packing})
-    monkeypatch.setattr(step, "run_preflight", lambda *arguments: found)
+    found = {"parts": [], "memory_bytes": None, "change": None, "num_trainable": 1, "packing": {}, "forecast": took}
+    monkeypatch.setattr(step, "run_preflight", lambda config, *arguments: Preflight(config, **found))
     monkeypatch.setattr(step, "describe_preflight", lambda *arguments: [])
 
     def train_on_cluster(config, model, folder, progress, run):
@@ -147,7 +151,21 @@ def test_a_merge_compares_on_the_prompts_of_training_where_the_mix_is_gone(tmp_p
 
 def test_ctrl_c_waits_for_no_worker_that_is_not_there(folder, monkeypatch):
     """Its node was taken away, and none has joined: nobody would save a checkpoint."""
-    answers = iter(["no node has a GPU", KeyboardInterrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(monkeypatch, folder, ["no node has a GPU", KeyboardInterrupt(), "no node has a GPU"])
+    assert not folder.is_file("stop")
+
+
+def test_ctrl_c_lets_a_worker_save_whose_node_has_just_come_back(folder, monkeypatch):
+    """Also where the driver has not yet looked at the nodes again."""
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(monkeypatch, folder, ["no node has a GPU", KeyboardInterrupt(), None])
+    assert folder.is_file("stop")
+
+
+def interrupt(monkeypatch, folder, answers):
+    """Run a worker that never ends; `answers`: what the driver finds at each look at the cluster."""
+    answers = iter(answers)
 
     def missing():
         answer = next(answers)
@@ -158,6 +176,5 @@ def test_ctrl_c_waits_for_no_worker_that_is_not_there(folder, monkeypatch):
     monkeypatch.setattr(launch, "_fit", lambda *arguments: None)
     monkeypatch.setattr(launch, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(launch, "NODES_SECONDS", -1.0)
-    with pytest.raises(KeyboardInterrupt):
-        launch._run_worker(TrainConfig(), None, folder, ProgressLine(), None, missing)
-    assert not folder.is_file("stop")
+    config = TrainConfig(resources={"stop_grace": 0.01})
+    launch._run_worker(config, None, folder, ProgressLine(), None, missing)

@@ -1,10 +1,15 @@
 """The estimate on made-up shapes, by hand, and what it advises."""
 
+from dataclasses import replace
+
 import pytest
 
+from birbal_ray import speeds
 from birbal_ray.settings import ConfigError, load_config
+from birbal_ray.speeds import MEASURED
 from birbal_ray.train import preflight
 from birbal_ray.train.config import TrainConfig
+from birbal_ray.train.forecast import Forecast, forecast_training
 from birbal_ray.train.preflight import (
     GIB,
     Preflight,
@@ -14,6 +19,7 @@ from birbal_ray.train.preflight import (
     num_trainable,
     refuse_if_too_large,
     total_bytes,
+    with_micro,
 )
 
 # Mistral-7B: 32 layers of q, k, v, o, gate, up, down; 32,000 words; the head is not tied.
@@ -60,11 +66,7 @@ def test_the_advice_is_the_first_change_that_fits_and_keeps_the_tokens_a_step():
 
 def test_refusal_names_need_memory_and_the_change():
     parts = [preflight.Part("base weights", 30 * GIB, "")]
-    found = Preflight(
-        parts=parts, memory_bytes=24 * GIB, change="batch.micro=1 batch.accumulation=8", fits=False, num_trainable=1,
-        packing={}, kernel="", steps_per_epoch=1.0, tokens_per_second=None, speed_source="", least_budget_seconds=None,
-        steps_in_budget=None, epochs_in_budget=None,
-    )  # fmt: skip
+    found = Preflight(TrainConfig(), parts, 24 * GIB, "batch.micro=1 batch.accumulation=8", 1, {}, None)
     with pytest.raises(
         ConfigError,
         match=r"30.0 GiB are needed, the device has 24.0; it would fit with --set batch.micro=1 --set batch.acc",
@@ -140,12 +142,42 @@ def test_the_kernel_to_expect_is_named(flags, kernel):
 
 
 def test_a_budget_shorter_than_what_was_measured_here_is_refused():
-    found = Preflight(
-        parts=[], memory_bytes=None, change=None, fits=True, num_trainable=1, packing={}, kernel="",
-        steps_per_epoch=1.0, tokens_per_second=100.0, speed_source="last seen here", least_budget_seconds=90.2,
-        steps_in_budget=0, epochs_in_budget=0.0,
-    )  # fmt: skip
-    config = load_config(TrainConfig, flags={"budget": "60s"})
+    took = Forecast(100.0, 0.1, MEASURED, start_seconds=50.0, once_seconds=80.0, step_seconds=10.2)
+
+    def with_budget(text, forecast=took):
+        return Preflight(load_config(TrainConfig, flags={"budget": text}), [], None, None, 1, {}, forecast)
+
     with pytest.raises(ConfigError, match=r"budget=60 s is too short: .* took 90 s .* set --budget to 91s or more"):
-        preflight.refuse_if_too_short(found, config)
-    preflight.refuse_if_too_short(found, load_config(TrainConfig, flags={"budget": "91s"}))
+        preflight.refuse_if_too_short(with_budget("60s"))
+    preflight.refuse_if_too_short(with_budget("91s"))
+    preflight.refuse_if_too_short(with_budget("60s", replace(took, source="arithmetic")))
+
+
+def test_a_forecast_by_hand():
+    """10 steps of 1,000 tokens at 100 a second; an evaluation and the best adapter every 5 steps, a checkpoint too."""
+    config = load_config(TrainConfig, flags={**FULL, "evaluation.every_steps": 5, "checkpoint.every_steps": 5})
+    kept = dict(zip(("setup", "eval", "best", "save", "overhead"), (20.0, 5.0, 1.0, 2.0, 30.0), strict=True))
+    figures = {f"{name}_seconds": seconds for name, seconds in kept.items()}
+    found = forecast_training(config, 1000, 400, speeds.measured(100.0), figures)
+    assert (found.tokens_per_second, found.is_measured) == (100.0, True)
+    assert found.once_seconds == 20 + 5 + 1 + 2
+    assert found.step_seconds == pytest.approx(10 + (5 + 1 + 2) / 5)
+    assert found.least_budget_seconds == pytest.approx(28 + 11.6)
+    likeliest = 30 + 28 + 10 * 11.6
+    assert found.seconds(10) == pytest.approx((likeliest / 1.1, likeliest / 0.9))
+    assert found.steps_within(28 + 10 * 11.6) == pytest.approx(10)
+    assert found.steps_within(1) == 0
+    guessed = forecast_training(
+        config.replace({"resources.device": "cpu"}), 1000, 600, speeds.measured(100.0), {}, 200e6
+    )
+    # 20 to 60 s to load on a CPU, 3 passes a training step against one, a second to write the adapter, 3 a checkpoint.
+    assert guessed.once_seconds == pytest.approx(40 + 600 / 300 + 1 + 3)
+
+
+@pytest.mark.parametrize(
+    ("micro", "accumulation", "most", "wanted"),
+    [(8, 1, 4, (4, 2)), (5, 1, 2, (1, 5)), (3, 4, 2, (2, 6)), (1, 4, 2, (1, 4))],
+)
+def test_a_smaller_micro_batch_keeps_the_sequences_of_a_step(micro, accumulation, most, wanted):
+    config = load_config(TrainConfig, flags={"batch.micro": micro, "batch.accumulation": accumulation})
+    assert tuple(with_micro(config, most).values()) == wanted

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from birbal_ray.storage import RunError, cache_folder, open_folder
-from birbal_ray.train import card, launch
+from birbal_ray.train import card, launch, worker
 from birbal_ray.train import run as step
 from birbal_ray.train.checkpoints import BEST_FILE, METRICS_FILE, finish_checkpoint, working_folder
 from birbal_ray.train.config import TrainConfig
@@ -47,7 +47,7 @@ def train(s3, tmp_path, monkeypatch):
     model = SimpleNamespace(path=tmp_path / "model", name="proxy", revision=None, fingerprint="f")
     mix = SimpleNamespace(place="s3://mix"), {"files": {"train.parquet": 1, "eval.parquet": 2}, "identity_hash": "m"}
     packing = Packing(4, 0, 4, 100, 50, 1, 1.0)
-    found = Preflight([], None, None, True, 1, {}, "", 1.0, None, "", None, None, None)
+    found = Preflight(TrainConfig(), [], None, None, 1, {}, None)
 
     def pack(config, model, mix, folder, progress):
         (folder / "packed").mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def train(s3, tmp_path, monkeypatch):
 
     def run_ray_train(config, model, folder):
         options = {"config": config.model_dump(mode="json"), "fingerprint": "f", "folder": folder}
-        return launch.train_on_worker(options)
+        return worker.train_on_worker(options)
 
     def fine_tune_here(config, fingerprint, remote, started):
         call.worker(remote.working)
@@ -72,8 +72,8 @@ def train(s3, tmp_path, monkeypatch):
         (step, "draw_loss_curve", lambda metrics, best, sink: sink.write(b"PNG")),
         (card, "adapter_card", lambda manifest, mix: "# An adapter\n"),
         (launch, "_run_ray_train", run_ray_train),
-        (launch, "fine_tune_here", fine_tune_here),
-        (launch, "log_to", lambda file: None),
+        (worker, "fine_tune_here", fine_tune_here),
+        (worker, "log_to", lambda file: None),
         (launch, "ray_session", lambda *arguments, **options: contextlib.nullcontext()),
         (launch, "can_place", lambda *arguments: None),
     ):
@@ -113,7 +113,7 @@ def test_what_another_session_left_here_goes_up_with_the_next_one(train, monkeyp
 
     train.worker = end
     with monkeypatch.context() as patch, pytest.raises(ConnectionError):
-        patch.setattr(launch.Remote, "add", lambda remote, *names: None)
+        patch.setattr(worker.Remote, "add", lambda remote, *names: None)
         train(url)
     assert (working_folder(folder) / METRICS_FILE).exists() and not folder.is_file(METRICS_FILE)
     train.worker = lambda working: None  # it finds that its run has ended
