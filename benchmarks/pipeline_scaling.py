@@ -141,7 +141,8 @@ def measure_driver(work: Path, rows: int, replicas: int) -> dict[str, Any]:
         def __init__(self, _: Any, __: Any, ___: Any, monitor: Any, folder: Any, *____: Any) -> None:
             import ray
 
-            self._monitor, self._replica = monitor, ray.get_runtime_context().get_actor_id()
+            self._folder, self._monitor = folder, monitor
+            self._replica = ray.get_runtime_context().get_actor_id()
             ray.get(monitor.started.remote(self._replica, "node"))
             ray.get(monitor.ready.remote(self._replica))
             self._first = folder.local / f"first-{self._replica}"
@@ -149,25 +150,15 @@ def measure_driver(work: Path, rows: int, replicas: int) -> dict[str, Any]:
         def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
             import ray
 
+            from birbal_ray.score.shards import Tally, WrittenFile
+            from birbal_ray.storage import FileRecord
+
             if not self._first.exists():
                 self._first.write_text(repr(time.time()))
             shard = pickle.loads(row["shard"])
             ray.get(self._monitor.begin.remote(self._replica, shard.name, shard.num_rows))
             self._monitor.completed.remote(self._replica, shard.name)
             self._monitor.add.remote(self._replica, {"rows": shard.num_rows, "prompt_tokens": 300 * shard.num_rows})
-            return row
-
-    class Write:
-        def __init__(self, _: Any, folder: Any, monitor: Any) -> None:
-            self._folder, self._monitor = folder, monitor
-
-        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-            import ray
-
-            from birbal_ray.score.shards import Tally, WrittenFile
-            from birbal_ray.storage import FileRecord
-
-            shard = pickle.loads(row["shard"])
             file = self._folder.local / "rows" / shard.name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch()
@@ -176,7 +167,7 @@ def measure_driver(work: Path, rows: int, replicas: int) -> dict[str, Any]:
             ray.get(self._monitor.written.remote(done))
             return {"file": shard.name}
 
-    pipeline.BuildPrompts, pipeline.Generate, pipeline.ScoreAndWrite = Build, Complete, Write  # type: ignore[misc,assignment]
+    pipeline.BuildPrompts, pipeline.ScorePrompts = Build, Complete  # type: ignore[misc,assignment]
     config = settings(work, work / "run", replicas)
     folder = open_folder(str(work / "run"))
     folder.local.mkdir(parents=True, exist_ok=True)

@@ -18,12 +18,10 @@ from birbal_ray.score.adaptive import Schedule
 from birbal_ray.score.config import ResourceSettings, ScoreConfig
 from birbal_ray.score.engine import Adapter
 from birbal_ray.score.monitor import EngineMonitor, Snapshot, Watchdog
-from birbal_ray.score.stages import BuildPrompts, Generate, ScoreAndWrite
+from birbal_ray.score.stages import BuildPrompts, ScorePrompts
 from birbal_ray.settings import one_line
 from birbal_ray.storage import Folder
 
-WRITE_CPUS = 0.25  # logical: scoring and writing a shard takes milliseconds
-REPLICAS_PER_WRITER = 4
 MONITOR_ATTEMPTS, MONITOR_PAUSE_SECONDS = 3, 2.0
 ACCELERATOR_LABEL = "ray.io/accelerator-type"  # of a node, set by Ray
 POLL_SECONDS = 1.0  # each poll costs the cores that may be the engine's a few milliseconds
@@ -33,13 +31,7 @@ IDLE_SECONDS = 0.2  # the source waits so long when there is nothing to give out
 def logical_cpus(config: ScoreConfig) -> float:
     """Logical CPUs that the pipeline needs at once, with one to spare."""
     resources = config.resources
-    engines = resources.num_replicas * resources.cpus_per_replica
-    return engines + resources.num_prepare_workers + num_writers(config) * WRITE_CPUS + 1
-
-
-def num_writers(config: ScoreConfig) -> int:
-    """Processes that score and write."""
-    return math.ceil(config.resources.num_replicas / REPLICAS_PER_WRITER)
+    return resources.num_replicas * resources.cpus_per_replica + resources.num_prepare_workers + 1
 
 
 def replica_request(config: ScoreConfig) -> WorkerRequest:
@@ -90,7 +82,7 @@ def score_shards(
     import ray
 
     resources = config.resources
-    # Enough that every engine has its shards and the next one, and the stages around it theirs.
+    # Enough that every engine has its shards and the next one, and the stage before it its own.
     limit = resources.num_replicas * (resources.shards_in_flight + 2) + 2 * resources.num_prepare_workers + 2
     monitor = _start_monitor(schedule, limit, resources, seconds)
     ended: Future[None] = Future()
@@ -185,7 +177,7 @@ def _dataset(
             num_cpus=1,
         )
         .map(
-            Generate,
+            ScorePrompts,
             fn_constructor_args=(config, model_fingerprint, tuple(adapters), monitor, folder, per_node),
             compute=ActorPoolStrategy(
                 size=resources.num_replicas,
@@ -196,14 +188,6 @@ def _dataset(
             num_cpus=resources.cpus_per_replica,
             num_gpus=resources.gpus_per_replica if gpu else 0,
             **card,
-        )
-        .map(
-            ScoreAndWrite,
-            fn_constructor_args=(config, folder, monitor),
-            # Actors, not tasks: they start beside the engines. A task's process starts when the first shard
-            # is there, and until it runs (12 s on a busy machine) nothing would be written.
-            compute=ActorPoolStrategy(size=num_writers(config)),
-            num_cpus=WRITE_CPUS,
         )
     )
 

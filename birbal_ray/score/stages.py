@@ -1,8 +1,8 @@
 """The stages a shard passes through, each a Ray Data map over rows of one shard each.
 
-build prompts (read, count tokens) → generate (engine) → score and write (one Parquet file). A Ray Data row is a
-complete shard, so a block can never split one. Every stage runs on whatever node has room, reads and writes the run
-folder itself, and makes the same rows when it is retried; the last one publishes whole files: exactly once.
+build prompts (read, count tokens) → score prompts (engine, metric, one Parquet file). A Ray Data row is a complete
+shard, so a block can never split one. Each stage runs on whatever node has room, reads and writes the run folder
+itself, and makes the same rows when it is retried; the second one publishes complete files: exactly once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,17 +55,30 @@ LOG_UPLOAD_SECONDS = 10.0
 GATHER_SECONDS = 0.1  # the first shards reach an engine together, in any order
 METADATA_KEY = b"birbal"  # of a file of rows: what its rows were made from
 
-Row = dict[str, Any]  # columns of SCORE_ROWS; between building and generating also token_ids, empty with an error
+Row = dict[str, Any]  # columns of SCORE_ROWS, and until it is scored also token_ids, empty with an error
 
 
 @dataclass(frozen=True, slots=True)
 class ShardRows:
-    """What a stage hands to the next, pickled: a shard's rows, and what all of its prompts have in common."""
+    """What the first stage hands to the second, pickled: a shard's rows, and what all of its prompts have in common."""
 
     shard: Shard
     rows: list[Row]
     prefix_token_ids: list[int]  # what the prompts begin with
     sampling: Sampling
+
+    def requests(self, first: int, last: int, adapter: str = "") -> dict[int, Request]:
+        """The engine's requests for the rows [first, last) that have no error yet, by the row's index.
+
+        `adapter`: of shards whose variant names none.
+        """
+        about = self.shard.max_completion_tokens, self.shard.variant.adapter or adapter, self.sampling
+        rows = ((index, self.rows[index]) for index in range(first, last))
+        return {
+            index: Request(row["few_shot_prompt"], row["token_ids"], *about)
+            for index, row in rows
+            if row["error"] is None
+        }
 
 
 class BuildPrompts:
@@ -87,24 +100,19 @@ class BuildPrompts:
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """`{"shard"}` → `{"rows": ShardRows}` with prompts."""
         shard: Shard = pickle.loads(row["shard"])  # noqa: S301 (our own source's)
-        config = self._config
         task, ordered = self._ordered_instances(shard.path, shard.task, shard.sha256)
         instances = ordered[shard.first : shard.last]
         if shard.retry is not None:
             instances = [instances[position] for position in shard.retry]
         trained = shard.variant.prompt_format == ZERO_SHOT
-        examples = () if trained else prompt.examples_of(task, config.prompt.num_shots)
+        examples = () if trained else prompt.examples_of(task, self._config.prompt.num_shots)
         about: dict[str, Any] = {"chat": self._chat, "preamble": not trained}
         tokens_of = functools.partial(prompt_token_ids, self._tokenizer, as_trained=trained, chat=self._chat)
         prompts = [prompt.render_prompt(task.definition, examples, one.input, **about) for one in instances]
-        usable = [text for text, instance in zip(prompts, instances, strict=True) if instance.error is None]
-        token_ids = iter(tokens_of(usable))
+        limits = shard.max_completion_tokens, self._config.engine.max_model_len
         rows: list[Row] = []
-        for instance, text in zip(instances, prompts, strict=True):
-            ids = next(token_ids) if instance.error is None else []
-            error = instance.error or plan.too_long_reason(
-                len(ids), shard.max_completion_tokens, config.engine.max_model_len
-            )
+        for instance, text, ids in zip(instances, prompts, tokens_of(prompts), strict=True):
+            error = instance.error or plan.too_long_reason(len(ids), *limits)
             rows.append(
                 {
                     "orig_input": instance.input,
@@ -128,8 +136,8 @@ class BuildPrompts:
         return task, order_instances(task, self._config.seed, self._excluded)
 
 
-class Generate:
-    """One engine; gets the completions of the shards given to it by several threads at once.
+class ScorePrompts:
+    """One engine. Completes the prompts of the shards given to it by several threads at once, scores and writes them.
 
     A process whose engine fails ends itself (the device may be poisoned), and Ray starts it again under the same
     actor id; what was in flight is tried again. The monitor knows which shards these were.
@@ -147,7 +155,8 @@ class Generate:
         import ray
 
         context = ray.get_runtime_context()
-        self._monitor, self._replica = monitor, context.get_actor_id() or "driver"
+        self._config, self._folder, self._monitor = config, folder, monitor
+        self._replica = context.get_actor_id() or "driver"
         self._upload_log = _log_into(folder, f"{LOG_FOLDER}/replica-{self._replica[:12]}.log")
         # Straight to the file: Ray's own stdout object keeps what is printed for a while.
         os.write(1, f"replica {self._replica} pid {os.getpid()} node {context.get_node_id()}\n".encode())
@@ -171,39 +180,36 @@ class Generate:
         ray.get(monitor.ready.remote(self._replica))
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """BuildPrompts' row → the same with completed rows."""
+        """BuildPrompts' row → the name of the shard's file, which is written."""
         import ray
 
         built: ShardRows = pickle.loads(row["rows"])  # noqa: S301
-        shard, rows = built.shard, built.rows
-        os.write(1, f"begins {shard.name}\n".encode())
-        about = shard.max_completion_tokens, shard.variant.adapter or self._adapter, built.sampling
+        name = built.shard.name
+        os.write(1, f"begins {name}\n".encode())
         completions: dict[int, Completion] = {}
-        alone, parts, fatal = ray.get(self._monitor.begin.remote(self._replica, shard.name, len(rows)))
+        alone, parts, fatal = ray.get(self._monitor.begin.remote(self._replica, name, len(built.rows)))
         with self._turns.take(alone=alone):
             for first, last in parts:
-                indices = [index for index in range(first, last) if rows[index]["error"] is None]
                 if alone:
-                    ray.get(self._monitor.trying.remote(self._replica, shard.name, (first, last)))
-                given = (rows[index] for index in indices)
-                requests = [Request(one["few_shot_prompt"], one["token_ids"], *about) for one in given]
+                    ray.get(self._monitor.trying.remote(self._replica, name, (first, last)))
                 try:
-                    done = self._collect(requests, built.prefix_token_ids)
+                    completions |= self._complete(built.requests(first, last, self._adapter), built.prefix_token_ids)
                 except EngineDeadError as error:
                     self._end(self._monitor.died, str(error))
-                completions |= dict(zip(indices, done, strict=True))
-            for index, reason in fatal.items():
-                completions[index] = Completion("", None, 0, None, f"the engine died of it: {reason}")
-            self._monitor.completed.remote(self._replica, shard.name)
-        return {"rows": pickle.dumps(replace(built, rows=complete_rows(rows, completions)))}
+            self._monitor.completed.remote(self._replica, name)
+        for index, reason in fatal.items():
+            completions[index] = Completion("", None, 0, None, f"the engine died of it: {reason}")
+        # Here and not in a stage of its own: Ray's driver pays for each stage that a shard passes.
+        ray.get(self._monitor.written.remote(write_shard(built, completions, self._folder, self._config)))
+        return {"file": name}
 
-    def _collect(self, requests: Sequence[Request], prefix: Sequence[int]) -> list[Completion]:
-        """The requests' completions in order; the monitor hears of them as they come."""
-        completions: list[Completion] = []
+    def _complete(self, requests: Mapping[int, Request], prefix: Sequence[int]) -> dict[int, Completion]:
+        """The requests' completions; the monitor hears of them as they come."""
+        completions: dict[int, Completion] = {}
         counts, reported = Counter[str](), time.monotonic()
-        for request, future in zip(requests, self._loop.submit(requests, prefix), strict=True):
-            done = future.result()
-            completions.append(done)
+        futures = self._loop.submit(list(requests.values()), prefix)
+        for (index, request), future in zip(requests.items(), futures, strict=True):
+            completions[index] = done = future.result()
             counts.update(
                 rows=1,
                 errors=int(done.error is not None),
@@ -226,43 +232,24 @@ class Generate:
         os._exit(1)
 
 
-class ScoreAndWrite:
-    """Scores a shard's completions, writes its Parquet file under its final name, tells the monitor."""
+def write_shard(
+    built: ShardRows, completions: Mapping[int, Completion], folder: Folder, config: ScoreConfig
+) -> WrittenFile:
+    """Score what an engine made of a shard's prompts and publish its file in the run folder.
 
-    def __init__(self, config: ScoreConfig, folder: Folder, monitor: Any) -> None:
-        self._folder, self._monitor = folder.subfolder(ROWS_FOLDER), monitor
-        self._failed_below, self._format = config.adaptive.failed_below, config.prompt.format
-
-    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Generate's row → the file's name."""
-        import ray
-
-        completed: ShardRows = pickle.loads(row["rows"])  # noqa: S301
-        shard = completed.shard
-        table = score_table(shard.task, shard.label, completed.rows, self._format)
-        if shard.retry is not None:
-            table = replace_rows(self._folder.read_table(shard.name), shard.retry, table)
-        ray.get(self._monitor.written.remote(write_rows(self._folder, table, shard, self._failed_below)))
-        return {"file": shard.name}
-
-
-def complete_rows(rows: Iterable[Row], completions: Mapping[int, Completion]) -> list[Row]:
-    """Rows with what the engine made of their prompts, by the row's index; one without a completion has an error."""
-    completed = []
-    for index, row in enumerate(rows):
+    `completions`: by the row's index; a row without one has its error.
+    """
+    shard, rows = built.shard, folder.subfolder(ROWS_FOLDER)
+    completed: list[Row] = []
+    for index, row in enumerate(built.rows):
         done = completions.get(index) or Completion("", None, 0, None, row["error"])
-        ran = done if done.error is None else None
-        completed.append(
-            {
-                **{name: value for name, value in row.items() if name != "token_ids"},
-                "prediction": done.text,
-                "error": row["error"] or done.error,
-                "num_cached_tokens": ran and ran.num_cached_tokens,
-                "num_completion_tokens": ran and ran.num_completion_tokens,
-                "finish_reason": ran and ran.finish_reason,
-            }
-        )
-    return completed
+        ran = ("num_cached_tokens", "num_completion_tokens", "finish_reason") if done.error is None else ()
+        about = {name: getattr(done, name) for name in ran}
+        completed.append({**row, **about, "prediction": done.text, "error": done.error})
+    table = score_table(shard.task, shard.label, completed, config.prompt.format)
+    if shard.retry is not None:
+        table = replace_rows(rows.read_table(shard.name), shard.retry, table)
+    return write_rows(rows, table, shard, config.adaptive.failed_below)
 
 
 def write_rows(folder: Folder, table: pa.Table, shard: Shard, failed_below: float) -> WrittenFile:
@@ -289,11 +276,11 @@ def replace_rows(old: pa.Table, positions: Sequence[int], new: pa.Table) -> pa.T
 
 def score_table(task: str, label: str, completed: list[Row], prompt_format: str = prompt.BIRBAL) -> pa.Table:
     """SCORE_ROWS of one task from completed rows (or from SCORE_ROWS, scored again); an error row has no score."""
+    about = {"task": task, "label": label, "metric": METRIC_OF_LABEL[label]}
     rows = []
     for row in completed:
         extracted = prompt.extract_answer(row["prediction"], chat=prompt_format == prompt.CHAT)
         score = score_answer(label, extracted, row["answer"]) if row["error"] is None else None
-        about = {"task": task, "label": label, "metric": METRIC_OF_LABEL[label]}
         rows.append({**row, **about, "extracted": extracted, "score": score})
     return pa.Table.from_pylist(rows, schema=SCORE_ROWS)
 

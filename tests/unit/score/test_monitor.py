@@ -129,7 +129,7 @@ def test_an_output_that_this_node_does_not_see_is_reported(clock, tmp_path):
         (
             [{"CPU": 16, "GPU": 1, "accelerator_type:A10G": 1}, {"CPU": 16, "GPU": 1}],
             {"engine.device": "gpu", "resources.num_replicas": 2, "resources.accelerator_type": "A10G"},
-            "1 of 2 replicas (it has 2 nodes, 32 CPUs of 4.25 needed, 2 GPUs, cards: A10G)",
+            "1 of 2 replicas (it has 2 nodes, 32 CPUs of 4 needed, 2 GPUs, cards: A10G)",
         ),
     ],
 )
