@@ -45,8 +45,7 @@ from birbal_ray.ni.metrics import EXACT_MATCH, GENERATION, MAX_UNREACHABLE_FRACT
 from birbal_ray.schemas import ROWS_FOLDER, TASKS_FILE
 from birbal_ray.score.adaptive import AdaptiveSchedule
 from birbal_ray.score.config import AdaptiveSettings
-from birbal_ray.score.plan import PlannedTask
-from birbal_ray.score.shards import RowFiles, Shard, Tally, WrittenFile
+from birbal_ray.score.shards import PlannedTask, RowFiles, Shard, Tally, WrittenFile
 from birbal_ray.storage import FileRecord, open_folder
 
 NI_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"

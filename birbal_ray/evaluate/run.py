@@ -26,10 +26,9 @@ from birbal_ray.schemas import COMPARISONS, COMPARISONS_FILE, EVALUATION, EVALUA
 from birbal_ray.score.adaptive import FixedSchedule
 from birbal_ray.score.config import CPU_SHARD_ROWS, ScoreConfig
 from birbal_ray.score.engine import Adapter
-from birbal_ray.score.monitor import Session
 from birbal_ray.score.pipeline import check_cluster, logical_cpus, score_shards
-from birbal_ray.score.plan import ScorePlan, plan_run, publish_inputs
-from birbal_ray.score.results import DamagedRowsError, read_scores, summarise
+from birbal_ray.score.plan import plan_run, publish_inputs
+from birbal_ray.score.results import DamagedRowsError, summarise
 from birbal_ray.score.run import (
     IDENTITY_SETTINGS,
     describe_plan,
@@ -39,7 +38,8 @@ from birbal_ray.score.run import (
     resolve_config,
     write_plan,
 )
-from birbal_ray.score.shards import PromptVariant, RowFiles
+from birbal_ray.score.session import Session
+from birbal_ray.score.shards import PromptVariant, RowFiles, ScorePlan
 from birbal_ray.score.stages import find_model
 from birbal_ray.settings import ConfigError, canonical_hash
 from birbal_ray.statistics import MIN_TASKS, detectable_difference
@@ -286,14 +286,14 @@ def _finish(setup: Setup, plan: ScorePlan, run: Run) -> EvaluateResult:
     for one in setup.models:
         for variant in setup.variants(one):
             try:
-                results = summarise(rows_folder, found, plan.tasks, variant_folder=variant.folder)
+                results = summarise(rows_folder, found, plan.tasks, None, variant.folder, keep_scores=True)
             except DamagedRowsError as error:
                 folder.delete(f"{ROWS_FOLDER}/{name}" for name in error.names)
                 raise RunError(f"{error}; run the same command again, which scores these rows again") from None
             for row in results.task_scores:
                 where = {"held_out": setup.held_out.kind(row["task"]), "model": one.name, "kind": one.kind}
                 evaluation.append({**row, **where, "prompt_format": variant.prompt_format})
-            scores[one.name, variant.prompt_format] = read_scores(rows_folder, found, plan.tasks, variant.folder)
+            scores[one.name, variant.prompt_format] = results.scores
             files |= {f"{ROWS_FOLDER}/{name}": record for name, record in results.files.items()}
             rows["planned"] += results.rows["planned"]
             rows["scored"] += results.rows["scored"]

@@ -89,7 +89,8 @@ def make_tasks(
     groups: dict[str, dict[str, tuple[int, list[str]]]] = {}  # group → input → (row number, outputs)
     for number, row in enumerate(rows, 1):
         group = _text(row.get(options.group_by)) if options.group_by else ""
-        inputs = [_text(row.get(column)) for column in options.inputs]
+        inputs = {column: _text(row.get(column)) or "" for column in options.inputs}
+        blank = [column for column, text in inputs.items() if not text.strip()]
         cells = [row.get(column) for column in options.outputs]
         values = [one for cell in cells for one in (cell if isinstance(cell, (list, tuple)) else [cell])]
         outputs = [text for text in map(_text, values) if text is not None and text.strip()]
@@ -97,17 +98,14 @@ def make_tasks(
             dropped["more cells than the header has"].append(number)
         elif group is None or (options.group_by and not group.strip()):
             dropped[f"no text in column {options.group_by!r}"].append(number)
-        elif not all(text and text.strip() for text in inputs):
-            column = next(
-                name for name, text in zip(options.inputs, inputs, strict=True) if not (text and text.strip())
-            )
-            dropped[f"no text in column {column!r}"].append(number)
+        elif blank:
+            dropped[f"no text in column {blank[0]!r}"].append(number)
         elif not outputs:
             dropped[f"no text in {' or '.join(f'column {name!r}' for name in options.outputs)}"].append(number)
         else:
-            lines = (f"{column}: {text}" for column, text in zip(options.inputs, inputs, strict=True))
-            one = inputs[0] if len(inputs) == 1 else "\n".join(lines)
-            known = groups.setdefault(group, {}).setdefault(str(one), (number, []))[1]
+            lines = [f"{column}: {text}" for column, text in inputs.items()]
+            one = inputs[options.inputs[0]] if len(lines) == 1 else "\n".join(lines)
+            known = groups.setdefault(group, {}).setdefault(one, (number, []))[1]
             if known:
                 new = not set(outputs) <= set(known)
                 what = ": its output became a reference" if new else ""

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from birbal_ray.mix.allocation import TaskDemand, allocate
 from birbal_ray.ni.metrics import EXACT_MATCH, MAX_UNREACHABLE_FRACTION
 from birbal_ray.score.config import AdaptiveSettings
-from birbal_ray.score.plan import PlannedTask, shards_of
-from birbal_ray.score.shards import RowFiles, Shard, Tally, WrittenFile
+from birbal_ray.score.shards import PlannedTask, RowFiles, Shard, Tally, WrittenFile, shards_of
 
 GROW, STOP = "grow", "stop"
 USED_UP = "all instances that the run takes are scored"

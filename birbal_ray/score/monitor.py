@@ -5,25 +5,17 @@ from __future__ import annotations
 import math
 import pickle
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from birbal_ray.progress import ProgressLine, counted, duration
-from birbal_ray.run import LOG_FOLDER, RunFailedError
-from birbal_ray.schemas import ROWS_FOLDER
-from birbal_ray.score.config import ResourceSettings
 from birbal_ray.score.shards import WrittenFile
-from birbal_ray.storage import Folder
 
 if TYPE_CHECKING:
     from birbal_ray.score.adaptive import Decision, Schedule
 
 KILLED = "its process was killed (out of memory?)"
 DEATHS_OF_A_SUSPECT = 2  # a shard that was in flight at so many deaths runs alone
-MAX_FATAL_INSTANCES = 16  # beyond that the engine is broken, not the prompts
-SHARED_SECONDS = 120.0  # a network file system's attribute caches are older than a minute at times
 COUNTED = ("rows", "errors", "prompt_tokens", "cached_tokens", "completion_tokens")
 
 Part = tuple[int, int]  # rows of a shard: [first, last)
@@ -33,7 +25,6 @@ Part = tuple[int, int]  # rows of a shard: [first, last)
 class Suspect:
     """A shard that was in flight when engines died. `parts`: what is sent to the engine one after the other."""
 
-    name: str
     parts: list[Part]
     at_deaths: list[str] = field(default_factory=list)  # replicas that died with this shard among others in flight
     fatal: dict[int, str] = field(default_factory=dict)  # row → the engine's last words
@@ -54,6 +45,20 @@ class Suspect:
         middle = (first + last) // 2
         self.parts[position : position + 1] = [(first, middle), (middle, last)]
         return False
+
+
+@dataclass(slots=True)
+class Replica:
+    """What the ledger knows of one engine's process, which Ray starts again under the same id."""
+
+    node: str = ""  # where it was started last
+    takes_requests: bool = False
+    was_ready: bool = False  # at any time
+    is_dead: bool = False  # it said so and has not come back
+    failed_starts: int = 0  # since it was ready
+    restarts: int = 0  # on the node it died on, beside those that `fatal` rows explain
+    in_flight: dict[str, int] = field(default_factory=dict)  # shard → its number of rows
+    trying: tuple[str, Part] | None = None  # a shard's part that has the engine alone
 
 
 @dataclass
@@ -82,7 +87,7 @@ class Snapshot:
 
 
 class EngineMonitor:
-    """A Ray actor (zero CPUs) beside the driver, that replicas, writers and the source of shards talk to.
+    """A Ray actor (zero CPUs) beside the driver, that replicas and the source of shards talk to.
 
     Ray restarts a dead replica under the same actor id: the second `started` of an id is a restart, unless it
     comes from another node, which is a preemption and not counted. `limit` bounds the shards that are given out
@@ -90,28 +95,14 @@ class EngineMonitor:
     `seconds` nothing more is given out, where the schedule allows that.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        limit: int,
-        max_start_retries: int,
-        seconds: float = math.inf,
-    ) -> None:
-        self._schedule, self._limit = schedule, limit
+    def __init__(self, schedule: Schedule, limit: int, max_start_retries: int, seconds: float = math.inf) -> None:
+        self._schedule, self._limit, self._max_start_retries = schedule, limit, max_start_retries
         self._deadline = time.monotonic() + seconds
-        self._max_start_retries = max_start_retries
         self._issued: list[bytes] = []
         self._written: set[str] = set()
         self._state = Snapshot(time.monotonic())
-        self._nodes: dict[str, str] = {}
-        self._ready: set[str] = set()
-        self._was_ready: set[str] = set()
-        self._failed_starts: Counter[str] = Counter()
-        self._restarts: Counter[str] = Counter()
-        self._dead: set[str] = set()  # replicas that said so and have not come back
-        self._in_flight: dict[str, dict[str, int]] = {}  # replica → shard → its number of rows
-        self._trying: dict[str, tuple[str, Part]] = {}  # replica → the part that has its engine alone
-        self._suspects: dict[str, Suspect] = {}
+        self._replicas: defaultdict[str, Replica] = defaultdict(Replica)  # by actor id
+        self._suspects: dict[str, Suspect] = {}  # by shard
         self._meters: dict[str, Any] = {}
 
     def take(self, position: int) -> list[bytes] | None:
@@ -128,37 +119,31 @@ class EngineMonitor:
 
     def started(self, replica: str, node: str) -> bool:
         """A replica's process runs, before it loads its model; False: it was tried too often and is to wait."""
-        before = self._nodes.get(replica)
-        self._nodes[replica] = node
-        if before is None:
-            self._state.num_started += 1
-        elif before != node:
+        known = self._replicas[replica]
+        if known.node not in ("", node):
             self._state.num_moves += 1
-            self._in_flight.pop(replica, None)
-            self._trying.pop(replica, None)
-        elif replica in self._was_ready:
-            self._restarts[replica] += 1
-            if replica not in self._dead:
-                self._bury(replica, KILLED)
-        elif replica not in self._dead:
+            known.in_flight, known.trying = {}, None
+        elif known.was_ready:
+            known.restarts += 1
+            self.died(replica, KILLED)
+        elif known.node and not known.is_dead:
             self.start_failed(replica, KILLED)
-        self._ready.discard(replica)
-        self._dead.discard(replica)
+        known.node, known.takes_requests, known.is_dead = node, False, False
         self._touch()
-        return self._failed_starts[replica] <= self._max_start_retries
+        return known.failed_starts <= self._max_start_retries
 
     def start_failed(self, replica: str, reason: str) -> None:
         """A replica could not load its engine; its process ends now."""
-        self._failed_starts[replica] += 1
+        self._replicas[replica].failed_starts += 1
+        self._replicas[replica].is_dead = True
         self._state.deaths.append(f"replica {replica[:12]} did not start: {reason}")
-        self._dead.add(replica)
         self._touch()
 
     def ready(self, replica: str) -> None:
         """A replica takes requests."""
-        self._ready.add(replica)
-        self._was_ready.add(replica)
-        self._failed_starts[replica] = 0
+        known = self._replicas[replica]
+        known.takes_requests = known.was_ready = True
+        known.failed_starts = 0
         self._state.ready_at = self._state.ready_at or time.monotonic()
         self._touch()
 
@@ -167,26 +152,46 @@ class EngineMonitor:
 
         A shard that is not alone counts as in flight from now on.
         """
-        suspect = self._suspects.get(shard) or Suspect(shard, [(0, num_rows)])
+        suspect = self._suspects.get(shard) or Suspect([(0, num_rows)])
         if not suspect.alone:
-            self._in_flight.setdefault(replica, {})[shard] = num_rows
+            self._replicas[replica].in_flight[shard] = num_rows
         return suspect.alone, suspect.parts, suspect.fatal
 
     def trying(self, replica: str, shard: str, part: Part) -> None:
         """A suspect's part is about to have the replica's engine alone."""
-        self._trying[replica] = (shard, part)
+        self._replicas[replica].trying = (shard, part)
 
     def completed(self, replica: str, shard: str) -> None:
         """A shard has left a replica's engine."""
-        self._trying.pop(replica, None)
-        self._in_flight.get(replica, {}).pop(shard, None)
+        self._replicas[replica].trying = None
+        self._replicas[replica].in_flight.pop(shard, None)
 
     def died(self, replica: str, reason: str) -> None:
-        """A replica's engine failed; its process ends now. Every shard in flight says so: it counts once."""
-        if replica not in self._dead:
-            self._dead.add(replica)
-            self._bury(replica, reason)
-            self._touch()
+        """A replica's engine failed; its process ends now. Every shard in flight says so: it counts once.
+
+        Who was in the engine is suspected; a part that had it alone is blamed.
+        """
+        known, deaths = self._replicas[replica], self._state.deaths
+        if known.is_dead:
+            return
+        shards, trying = known.in_flight, known.trying
+        known.is_dead, known.in_flight, known.trying = True, {}, None
+        self._touch()
+        if trying is None:
+            deaths.append(f"replica {replica[:12]} at {', '.join(sorted(shards)) or 'no shard'}: {reason}")
+            for shard, num_rows in shards.items():
+                self._suspects.setdefault(shard, Suspect([(0, num_rows)])).at_deaths.append(replica)
+            return
+        shard, part = trying
+        deaths.append(f"replica {replica[:12]} at {shard}, rows {part[0]} to {part[1]} alone: {reason}")
+        known.restarts -= 1  # it finds out; the restart that follows is no one's fault
+        suspect = self._suspects[shard]
+        # Another replica may have died of it, too: one that Ray lost sight of, with the same shard.
+        if part in suspect.parts and suspect.blame(part, reason):
+            self._state.fatal.append(f"{shard}, row {part[0]}: {reason}")
+            for other in suspect.at_deaths:  # the row explains them
+                self._replicas[other].restarts -= 1
+            suspect.at_deaths.clear()
 
     def add(self, replica: str, counts: dict[str, int]) -> None:
         """What a replica completed since its last report; also to be had from Ray's metrics (Prometheus)."""
@@ -217,172 +222,17 @@ class EngineMonitor:
 
     def snapshot(self) -> Snapshot:
         """The state now; files and decisions since the last call."""
-        state = self._state
+        state, replicas = self._state, self._replicas.values()
+        state.num_started = len(replicas)
+        state.num_ready = sum(one.takes_requests and not one.is_dead for one in replicas)
+        state.num_unstartable = sum(one.failed_starts > self._max_start_retries for one in replicas)
+        state.most_restarts = max((one.restarts for one in replicas), default=0)
         state.rows_total, state.work_total = self._schedule.size()
         state.decisions = self._schedule.decided()
-        state.running = sorted({shard for shards in self._in_flight.values() for shard in shards})
-        state.running += [shard for shard, _ in self._trying.values()]
+        state.running = sorted({shard for one in replicas for shard in one.in_flight})
+        state.running += [one.trying[0] for one in replicas if one.trying]
         given, state.files = replace(state), []
         return given
 
-    def _bury(self, replica: str, reason: str) -> None:
-        """Find out who was in the engine when it died."""
-        shards = self._in_flight.pop(replica, {})
-        if replica in self._trying:
-            shard, part = self._trying.pop(replica)
-            suspect = self._suspects[shard]
-            self._state.deaths.append(f"replica {replica[:12]} at {shard}, rows {part[0]} to {part[1]} alone: {reason}")
-            self._restarts[replica] -= 1  # it finds out; the restart that follows is no one's fault
-            # Another replica may have died of it, too: one that Ray lost sight of, with the same shard.
-            if part in suspect.parts and suspect.blame(part, reason):
-                self._state.fatal.append(f"{shard}, row {part[0]}: {reason}")
-                for other in suspect.at_deaths:  # the row explains them
-                    self._restarts[other] -= 1
-                suspect.at_deaths.clear()
-            return
-        self._state.deaths.append(f"replica {replica[:12]} at {', '.join(sorted(shards)) or 'no shard'}: {reason}")
-        for shard, num_rows in shards.items():
-            self._suspects.setdefault(shard, Suspect(shard, [(0, num_rows)])).at_deaths.append(replica)
-
     def _touch(self) -> None:
-        state = self._state
-        state.num_ready = len(self._ready - self._dead)
-        state.num_unstartable = sum(count > self._max_start_retries for count in self._failed_starts.values())
-        state.most_restarts = max(self._restarts.values(), default=0)
-        state.version += 1
-
-
-class Watchdog:
-    """Fails the run when no engine can start, engines keep dying, nothing moves, or written files never show here."""
-
-    def __init__(self, resources: ResourceSettings, folder: Folder) -> None:
-        self._resources, self._folder, self._logs = resources, folder, folder.at(LOG_FOLDER)
-        self._version, self._moved_at = -1, time.monotonic()
-        self._unseen: list[str] | None = []  # files that writers published, until one is seen
-        self._written_at: float | None = None  # when they published the first
-
-    def check(self, seen: Snapshot) -> None:
-        """Raise RunFailedError if it is time to stop."""
-        asked, last = self._resources, seen.deaths[-1] if seen.deaths else KILLED
-        if seen.num_unstartable >= asked.num_replicas:
-            raise RunFailedError(f"no engine could start; {last} (logs: {self._logs})")
-        if seen.most_restarts > asked.max_engine_restarts:
-            raise RunFailedError(
-                f"an engine died {seen.most_restarts} times, resources.max_engine_restarts is "
-                f"{asked.max_engine_restarts}; the last time: {last} (logs: {self._logs})"
-            )
-        if len(seen.fatal) > MAX_FATAL_INSTANCES:
-            raise RunFailedError(
-                f"engines died of {len(seen.fatal)} different instances, so the engine is broken rather than the "
-                f"prompts; the last one: {seen.fatal[-1]} (logs: {self._logs})"
-            )
-        if seen.version != self._version:
-            self._version, self._moved_at = seen.version, time.monotonic()
-        elif time.monotonic() - self._moved_at > asked.no_progress_minutes * 60:
-            state = "loading its model" if seen.num_ready == 0 else "at work"
-            raise RunFailedError(
-                f"no progress for {asked.no_progress_minutes:g} minutes (resources.no_progress_minutes); "
-                f"{seen.num_started} engine(s) started, last seen {state} (logs: {self._logs})"
-            )
-        if self._unseen is not None:
-            self._unseen += [f"{ROWS_FOLDER}/{file.name}" for file in seen.files]
-        if self._unseen:
-            self._written_at = self._written_at or time.monotonic()
-            if any(self._folder.is_file(name) for name in self._unseen[:3]):
-                self._unseen = None
-            elif time.monotonic() - self._written_at > SHARED_SECONDS:
-                raise RunFailedError(
-                    f"{self._folder.at(self._unseen[0])}: written on another node and not seen here; --output must be "
-                    "on storage that all nodes see, or an s3:// or gs:// URL"
-                )
-
-
-class Session:
-    """What one session sees of its pipeline: files, rates, deaths. Feeds the progress line and progress.json.
-
-    `report` takes the fields of progress.json (Run.progress); `name` goes in front of the line.
-    """
-
-    def __init__(
-        self, progress: ProgressLine, rows_before: int, report: Callable[..., None] | None = None, name: str = ""
-    ) -> None:
-        self.files: dict[str, WrittenFile] = {}
-        self.last = Snapshot(time.monotonic())
-        self._progress, self._rows_before, self._report, self._name = progress, rows_before, report, name
-
-    def see(self, snapshot: Snapshot) -> None:
-        """Take a snapshot in."""
-        for death in snapshot.deaths[len(self.last.deaths) :]:
-            self._progress.message(f"{self._name}an engine died: {death}")
-        for fatal in snapshot.fatal[len(self.last.fatal) :]:
-            self._progress.message(f"{self._name}an error row, because engines died of it: {fatal}")
-        self.files |= {file.name: file for file in snapshot.files}
-        self.last = snapshot
-        text = self._name + progress_text(snapshot, self._rows_before)
-        self._progress.update(text)
-        if self._report:
-            self._report(text=text, **rates(snapshot, self._rows_before))
-
-    def record(self) -> dict[str, Any]:
-        """For sessions/ and the manifest: rows, seconds by phase, rates, every death with its reason.
-
-        Steady state runs from the first engine's being ready to the last file's being written.
-        """
-        seen = self.last
-        ready_at = seen.ready_at if seen.ready_at is not None else time.monotonic()
-        steady = max(0.0, (seen.written_at or ready_at) - ready_at)
-        computed = seen.counts["prompt_tokens"] + seen.counts["completion_tokens"]
-        return {
-            "rows": seen.rows_written,
-            "load_seconds": round(ready_at - seen.started_at, 3),
-            "steady_seconds": round(steady, 3),
-            "rows_per_second": round(seen.rows_written / steady, 3) if steady else None,
-            "tokens_per_second": round(computed / steady, 1) if steady else None,
-            "engine_restarts": len(seen.deaths) + seen.num_moves,
-            "deaths": list(seen.deaths),
-            "fatal_instances": list(seen.fatal),
-        }
-
-
-def rates(seen: Snapshot, rows_before: int) -> dict[str, Any]:
-    """Fields of progress.json: rows done and to do, rates since the first engine was ready, the time left.
-
-    The time left goes by expected tokens, not rows: tasks of long completions come first.
-    """
-    counts, now = seen.counts, time.monotonic()
-    rows = max(seen.rows_written, counts["rows"])
-    seconds = max(1e-9, now - seen.ready_at) if seen.ready_at is not None else None
-    work_rate = counts["work"] / seconds if seconds else 0.0
-    left = max(0, seen.work_total - counts["work"])
-    total = rows_before + seen.rows_total
-    return {
-        "done": min(total, rows_before + rows),
-        "total": total,
-        "rate_per_second": round(rows / seconds, 3) if seconds else None,
-        "prompt_tokens_per_second": round(counts["prompt_tokens"] / seconds, 1) if seconds else None,
-        "cached_fraction": counts["cached_tokens"] / counts["prompt_tokens"] if counts["prompt_tokens"] else 0.0,
-        "errors": max(seen.errors_written, counts["errors"]),
-        "eta_seconds": round(left / work_rate, 1) if work_rate else None,
-        "num_engines": seen.num_ready,
-        "running": seen.running[:20],
-    }
-
-
-def progress_text(seen: Snapshot, rows_before: int) -> str:
-    """The progress line."""
-    if seen.ready_at is None:
-        waited = duration(time.monotonic() - seen.started_at)
-        return f"loading the model ({seen.num_started} engine(s) started, {waited})"
-    now = rates(seen, rows_before)
-    eta = now["eta_seconds"]
-    parts = [
-        f"{now['done']}/{now['total']} rows",
-        f"{now['rate_per_second']:.1f} rows/s",
-        f"{now['prompt_tokens_per_second']:.0f} prompt tokens/s",
-        f"{now['cached_fraction']:.0%} from cache",
-        counted(now["errors"], "error"),
-        f"ETA {duration(eta)}" if eta is not None else "ETA ?",
-    ]
-    if seen.deaths or seen.num_moves:
-        parts.append(counted(len(seen.deaths) + seen.num_moves, "engine restart"))
-    return " · ".join(parts)
+        self._state.version += 1

@@ -17,7 +17,8 @@ from birbal_ray.run import LOG_FOLDER, RunError, RunFailedError
 from birbal_ray.score.adaptive import Schedule
 from birbal_ray.score.config import ResourceSettings, ScoreConfig
 from birbal_ray.score.engine import Adapter
-from birbal_ray.score.monitor import EngineMonitor, Snapshot, Watchdog
+from birbal_ray.score.monitor import EngineMonitor, Snapshot
+from birbal_ray.score.session import Watchdog
 from birbal_ray.score.stages import BuildPrompts, ScorePrompts
 from birbal_ray.settings import one_line
 from birbal_ray.storage import Folder

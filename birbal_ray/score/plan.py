@@ -7,12 +7,10 @@ import functools
 import gc
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
 from pydantic import TypeAdapter
 
 from birbal_ray import models
@@ -21,9 +19,8 @@ from birbal_ray.ni.metrics import EXACT_MATCH, METRIC_VERSION, find_unreachable
 from birbal_ray.ni.prompt import ChatTemplate
 from birbal_ray.ni.schema import Instance, Task, TaskError, order_instances
 from birbal_ray.progress import ProgressLine
-from birbal_ray.schemas import TASKS
 from birbal_ray.score.config import CompletionSettings, ScoreConfig
-from birbal_ray.score.shards import SCORED, PromptVariant, RowFiles, Shard
+from birbal_ray.score.shards import PlannedTask, ScorePlan
 from birbal_ray.score.tokens import Tokenizer, encode, load_tokenizer, prompt_token_ids
 from birbal_ray.settings import canonical_hash
 from birbal_ray.storage import Folder, cache_folder, write_atomic
@@ -34,113 +31,6 @@ KEPT_OF_A_TASK = (
     *("name", "sha256", "repairs", "definition", "definition_is_text"),
     *("categories", "sources", "domains", "licenses"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedTask:
-    """One task of the run. Token counts are None unless the plan was asked to count."""
-
-    name: str
-    path: str
-    member: str | None  # of the archive at `path`
-    sha256: str
-    label: labels.Label
-    num_available: int
-    num_instances: int  # that the run takes, at most
-    num_shots: int
-    max_completion_tokens: int
-    repairs: dict[str, int]
-    definition: str
-    categories: tuple[str, ...]
-    sources: tuple[str, ...]
-    domains: tuple[str, ...]
-    licenses: tuple[str, ...]
-    num_excluded: int = 0  # instances that the run may not take
-    unreachable_fraction: float = 0.0  # of usable instances: not even a reference scores 1 there
-    unreachable_reason: str | None = None
-    definition_is_text: bool = False
-    num_shared_tokens: int | None = None  # the prefix, once
-    num_own_tokens: int | None = None  # what follows it, over all instances
-    num_too_long: int | None = None
-    num_prompts: int | None = None  # for the engine: neither too long nor without a reference
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What decides this task's predictions, beside what decides all rows of the run."""
-        return {"sha256": self.sha256, "max_completion_tokens": self.max_completion_tokens}
-
-    def shard(
-        self, first: int, last: int, variant: PromptVariant = SCORED, retry: tuple[int, ...] | None = None
-    ) -> Shard:
-        """The range [first, last) of its hash order."""
-        about = self.name, self.path, self.sha256, self.label.value
-        return Shard(*about, first, last, self.max_completion_tokens, variant, retry)
-
-
-@dataclass(frozen=True, slots=True)
-class ScorePlan:
-    """The tasks of a run by name, and the files that were left out: (file, reason)."""
-
-    tasks: tuple[PlannedTask, ...]
-    quarantined: tuple[tuple[str, str], ...]
-    excluded: tuple[tuple[str, str], ...]
-    absent: tuple[str, ...]
-    unknown_overrides: tuple[str, ...] = ()  # tasks of tasks.label_overrides that have no file
-
-    @property
-    def num_rows(self) -> int:
-        """Rows that the run will hold, at most."""
-        return sum(task.num_instances for task in self.tasks)
-
-    def shards(
-        self, shard_rows: int, found: RowFiles | None = None, variants: Sequence[PromptVariant] = (SCORED,)
-    ) -> list[Shard]:
-        """Shards of all rows that are not `found`, those of one task and variant adjacent, long completions first.
-
-        A task of long completions that comes last leaves the engines a handful of sequences to the end
-        (docs/decisions/0002): started first, the short ones fill the batch beside it.
-        """
-        found = found or RowFiles(())
-        longest_first = sorted(self.tasks, key=lambda task: (-task.max_completion_tokens, task.name))
-        return [
-            shard
-            for variant, task in itertools.product(variants, longest_first)
-            for shard in shards_of(
-                task, shard_rows, found.gaps(f"{variant.folder}{task.name}", task.num_instances), variant
-            )
-        ]
-
-    def table(self, stops: Mapping[str, str]) -> pa.Table:
-        """The tasks as TASKS rows; `stops`: why a task was not scored further."""
-        names = set(TASKS.names)
-        return pa.Table.from_pylist(
-            [
-                {
-                    **{key: value for key, value in asdict(task).items() if key in names},
-                    "task": task.name,
-                    "label": task.label.value,
-                    "label_reason": task.label.reason,
-                    "metric_version": METRIC_VERSION,
-                    "stop_reason": stops.get(task.name),
-                }
-                for task in self.tasks
-            ],
-            schema=TASKS,
-        )
-
-
-def shards_of(
-    task: PlannedTask,
-    shard_rows: int,
-    gaps: Iterable[tuple[int, int]],
-    variant: PromptVariant = SCORED,
-) -> list[Shard]:
-    """Ranges of a task cut at multiples of `shard_rows`."""
-    shards = []
-    for first, last in gaps:
-        cuts = [first, *range((first // shard_rows + 1) * shard_rows, last, shard_rows), last]
-        shards += [task.shard(start, end, variant) for start, end in itertools.pairwise(cuts)]
-    return shards
 
 
 def plan_run(
@@ -353,33 +243,23 @@ def _outcomes(files: Sequence[reader.TaskFile], planner: _TaskPlanner) -> Iterat
     if use_cache:
         with contextlib.suppress(OSError, ValueError):
             known = _CACHED.validate_json(cache.read_bytes())
-    unknown = {}
-    for file in files:
-        name = f"{file.path.resolve()}:{file.member}:{file.path.exists() and _size_and_time(file.path)}"
-        if name in known:
-            yield file, known[name]
-        else:
-            unknown[file] = name
+    names = {
+        file: f"{file.path.resolve()}:{file.member}:{file.path.exists() and _size_and_time(file.path)}"
+        for file in files
+    }
+    yield from ((file, known[name]) for file, name in names.items() if name in known)
     found = {}
-    with _collector_paused():
-        for file, task in reader.read_tasks(list(unknown)):
-            found[unknown[file]] = outcome = planner(file, task)
+    # The search for cycles would go through all that a large file became, over and over: a third of the time.
+    gc.disable()
+    try:
+        for file, task in reader.read_tasks([file for file, name in names.items() if name not in known]):
+            found[names[file]] = outcome = planner(file, task)
             yield file, outcome
+    finally:
+        gc.enable()
     if use_cache and found:
         with contextlib.suppress(OSError, ValueError):
             write_atomic(cache, _CACHED.dump_json(known | found))
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """No search for cycles: it goes through all that a large file became, over and over, a third of the time."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 def _size_and_time(file: Path) -> tuple[int, int, int]:

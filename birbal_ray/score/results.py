@@ -17,8 +17,7 @@ import pyarrow.compute as pc
 from birbal_ray.manifest import read_manifest
 from birbal_ray.schemas import ROWS_FOLDER, SCORE_ROWS, TASKS_FILE
 from birbal_ray.score.config import ScoreConfig
-from birbal_ray.score.plan import PlannedTask
-from birbal_ray.score.shards import RowFiles, Shard, Tally, WrittenFile, row_folder
+from birbal_ray.score.shards import PlannedTask, RowFiles, Shard, Tally, WrittenFile, row_folder
 from birbal_ray.score.stages import score_table, write_rows
 from birbal_ray.storage import DamagedFileError, FileRecord, Folder, RunError, open_folder, write_atomic
 
@@ -38,12 +37,16 @@ class DamagedRowsError(RunError):
 
 @dataclass
 class Results:
-    """TASK_SCORES rows by task name, the manifest's counts of rows and tokens, and a record of every file read."""
+    """TASK_SCORES rows by task name, the manifest's counts of rows and tokens, and a record of every file read.
+
+    `scores`, if they are kept: task → row id → score, of the rows that have one.
+    """
 
     task_scores: list[dict[str, Any]] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)  # prompt, cached, completion; of the rows that ran
     files: dict[str, FileRecord] = field(default_factory=dict)
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def rows(self) -> dict[str, Any]:
@@ -88,30 +91,19 @@ def read_files(
         raise DamagedRowsError(folder, sorted(damaged))
 
 
-def read_scores(
-    folder: Folder, found: RowFiles, tasks: Sequence[PlannedTask], variant_folder: str = ""
-) -> dict[str, dict[str, float]]:
-    """Task → row id → score, of the rows that have one, in the files that `read_files` reads."""
-    scores: dict[str, dict[str, float]] = {}
-    for task, files in read_files(folder, found, tasks, ["row_id", "score"], variant_folder):
-        for table in files.values():
-            rows = table.filter(pc.is_valid(table["score"]))
-            found_here = zip(rows["row_id"].to_pylist(), rows["score"].to_pylist(), strict=True)
-            scores.setdefault(task.name, {}).update(found_here)
-    return scores
-
-
 def summarise(
     folder: Folder,
     found: RowFiles,
     tasks: Sequence[PlannedTask],
     known: Mapping[str, FileRecord] | None = None,
     variant_folder: str = "",
+    *,
+    keep_scores: bool = False,
 ) -> Results:
     """Add up the rows of `tasks`, whose ranges are all `found` below `folder`, the rows folder.
 
-    `known`: records of files whose hash need not be made again. Raises DamagedRowsError, and RunError when a task's
-    rows are not the planned ones, each once.
+    `known`: records of files whose hash need not be made again. `keep_scores`: fill `Results.scores`. Raises
+    DamagedRowsError, and RunError when a task's rows are not the planned ones, each once.
     """
     results, records = Results(), dict(known or {})
     for task, files in read_files(folder, found, tasks, COLUMNS, variant_folder, records):
@@ -119,6 +111,9 @@ def summarise(
         rows = pa.concat_tables([*files.values()] or [no_rows])
         _add_task(results, task, rows, folder.at(row_folder(f"{variant_folder}{task.name}")))
         results.files |= {name: records[name] for name in files}
+        if keep_scores:
+            scored = rows.filter(pc.is_valid(rows["score"])).select(["row_id", "score"]).to_pydict()
+            results.scores[task.name] = dict(zip(scored["row_id"], scored["score"], strict=True))
     return results
 
 

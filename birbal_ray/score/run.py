@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,25 +21,31 @@ from birbal_ray.progress import ProgressLine, counted, figures_key, save_figures
 from birbal_ray.run import LOG_FOLDER, Run, Step, StepResult, open_run
 from birbal_ray.schemas import QUARANTINE_FILE, ROWS_FOLDER, TASK_SCORES, TASK_SCORES_FILE, TASKS_FILE
 from birbal_ray.score.adaptive import TIME_UP, USED_UP, AdaptiveSchedule, Decision, FixedSchedule, Schedule
+from birbal_ray.score.amend import SET_ASIDE_FOLDER, amend, damaged_rows_set_aside, set_aside
 from birbal_ray.score.config import (
     CPU_SHARD_ROWS,
     GPU_SHARD_ROWS,
+    AdaptiveSettings,
     CompletionSettings,
     EngineSettings,
     PromptSettings,
     ScoreConfig,
 )
-from birbal_ray.score.monitor import Session, Snapshot
+from birbal_ray.score.monitor import Snapshot
 from birbal_ray.score.pipeline import check_cluster, logical_cpus, score_shards
-from birbal_ray.score.plan import ScorePlan, plan_run, publish_inputs
-from birbal_ray.score.results import DamagedRowsError, count_scores, find_error_rows, rescore, summarise
-from birbal_ray.score.shards import RowFiles, Shard, row_folder
-from birbal_ray.score.stages import METADATA_KEY, find_model
+from birbal_ray.score.plan import plan_run, publish_inputs
+from birbal_ray.score.results import count_scores, find_error_rows, rescore, summarise
+from birbal_ray.score.session import Session
+from birbal_ray.score.shards import RowFiles, ScorePlan, Shard
+from birbal_ray.score.stages import find_model
 from birbal_ray.settings import ConfigError, Settings, canonical_hash, require
 from birbal_ray.storage import DamagedFileError, FileRecord, Folder, RunError, input_folder, is_url
 
-OWNS = ("rows/*.parquet", TASKS_FILE, TASK_SCORES_FILE, QUARANTINE_FILE, "decisions.json", "inputs/*", "set_aside/*")
-DECISIONS_FILE, SET_ASIDE_FOLDER = "decisions.json", "set_aside"
+DECISIONS_FILE = "decisions.json"
+OWNS = (
+    *("rows/*.parquet", "inputs/*", f"{SET_ASIDE_FOLDER}/*"),
+    *(TASKS_FILE, TASK_SCORES_FILE, QUARANTINE_FILE, DECISIONS_FILE),
+)
 MIN_ROWS = 50  # answered, for their speed to say anything
 FINISH_SECONDS = 5.0  # of a budget, to add the rows up
 ROW_FORMAT = 2  # to be raised when the same settings come to mean other rows
@@ -57,16 +63,6 @@ class ScoreResult(StepResult):
     """What a run left: its folder, its manifest, and TASK_SCORES rows."""
 
     task_scores: list[dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Amendment:
-    """What must happen to the files that are there before anything is scored. Names are below the rows folder."""
-
-    kept: RowFiles
-    records: dict[str, FileRecord]  # of kept files, as the last manifest has them
-    set_aside: list[str]  # of dropped and changed tasks, damaged, beyond the instances asked for
-    rescored: list[str]  # tasks whose predictions stand and whose label or metric is another
 
 
 def score(
@@ -92,19 +88,20 @@ def score(
     identity = identity_of(config, fingerprint)
     with (
         open_run(config.output or "", STEP, identity, inputs=inputs, overwrite=overwrite) as run,
-        _damaged_rows_set_aside(run),
+        damaged_rows_set_aside(run),
     ):
         plan, amendment = amend(run, plan)
         found, changed = amendment.kept, retry_errors or rescore_all or amendment.set_aside or amendment.rescored
-        is_same = run.manifest is not None and run.manifest["plan_hash"] == plan_hash(config, plan)
-        had = run.manifest["settings"].get("budget") if run.manifest and run.manifest.get("time_was_up") else None
+        last = run.manifest or {"settings": {}, "plan_hash": None}
+        is_same = last["plan_hash"] == plan_hash(config, plan, last["settings"].get("adaptive"))
+        had = last["settings"].get("budget") if last.get("time_was_up") else None
         has_time_again = (config.budget or math.inf) > (had or math.inf)  # that a run which its budget ended has now
         if run.manifest and is_same and not changed and not has_time_again:
             progress.message(f"{run.folder} is up to date: {run.manifest['summary']}; nothing to do")
             return ScoreResult(run.folder, run.manifest, run.folder.read_table(TASK_SCORES_FILE).to_pylist())
         if run.manifest:
             run.withdraw()
-        if target := _set_aside(run, amendment.set_aside):
+        if target := set_aside(run, amendment.set_aside):
             progress.message(
                 f"{len(amendment.set_aside)} files of rows are damaged or not what is asked for now "
                 f"(first: {amendment.set_aside[0]}) and were moved to {target}"
@@ -168,53 +165,17 @@ def identity_of(config: ScoreConfig, model_fingerprint: str) -> dict[str, Any]:
     }
 
 
-def plan_hash(config: ScoreConfig, plan: ScorePlan) -> str:
-    """What a finished run was asked for: its tasks, how many instances of each, when to stop."""
-    tasks = {task.name: [task.identity, task.label.value, METRIC_VERSION, task.num_instances] for task in plan.tasks}
-    adaptive = config.adaptive.model_dump() if config.adaptive.enabled else None
-    return canonical_hash({"tasks": tasks, "adaptive": adaptive, "max_model_len": config.engine.max_model_len})
+def plan_hash(config: ScoreConfig, plan: ScorePlan, earlier: Mapping[str, Any] | None = None) -> str:
+    """What a finished run was asked for: its tasks, how many instances of each, when to stop.
 
-
-def amend(run: Run, plan: ScorePlan) -> tuple[ScorePlan, Amendment]:
-    """Compare the rows that are there with the plan. Reads tasks.parquet, and a row file only where that is missing.
-
-    The plan that comes back takes the instances of a file that reaches beyond `instances_per_task`, too.
+    `earlier`: the adaptive settings in its manifest. One that its version did not know counts only where it is not
+    the default, which means what was done before.
     """
-    prefix = f"{ROWS_FOLDER}/"
-    sizes = {name.removeprefix(prefix): stat.size for name, stat in run.files.items() if name.startswith(prefix)}
-    known = {
-        name.removeprefix(prefix): FileRecord(record.get("sha256", ""), record.get("size", -1))
-        for name, record in run.listed.items()
-        if name.startswith(prefix) and isinstance(record, Mapping)
-    }
-    wrong = sorted(name for name, size in sizes.items() if name in known and known[name].size != size)
-    found = RowFiles(sizes.keys() - set(wrong))
-    before: dict[str, dict[str, Any]] = {}  # what the rows that are there were made from, by task
-    with contextlib.suppress(FileNotFoundError, DamagedFileError, KeyError):
-        columns = ["task", "sha256", "max_completion_tokens", "label", "metric_version"]
-        before = {row["task"]: row for row in run.folder.read_table(TASKS_FILE, columns).to_pylist()}
-    planned = {row_folder(task.name): task for task in plan.tasks}
-    aside, rescored, limits = [*wrong, *found.overlapping], [], {}
-    for name in found.tasks:
-        task, files = planned.get(name), found.names(name)
-        made_from = before.get(task.name) if task else None
-        if task and made_from is None:
-            with contextlib.suppress(DamagedFileError, KeyError, TypeError, ValueError):
-                no_columns = run.folder.read_table(f"{prefix}{files[0]}", [])
-                made_from = dict(json.loads(no_columns.schema.metadata[METADATA_KEY]))
-        if task is None or made_from is None or any(made_from.get(key) != task.identity[key] for key in task.identity):
-            aside += files
-            continue
-        if (made_from.get("label"), made_from.get("metric_version")) != (task.label.value, METRIC_VERSION):
-            rescored.append(task.name)
-        beyond = [file for file in files if RowFiles.range_of(file)[0] >= task.num_instances]
-        aside += beyond
-        ends = [RowFiles.range_of(file)[1] for file in files if file not in beyond]
-        limits[task.name] = max([task.num_instances, *ends])
-    kept = RowFiles(sizes.keys() - set(aside))
-    records = {name: known[name] for name in kept.all_names() if name in known}
-    tasks = (replace(task, num_instances=limits.get(task.name, task.num_instances)) for task in plan.tasks)
-    return replace(plan, tasks=tuple(tasks)), Amendment(kept, records, aside, rescored)
+    tasks = {task.name: [task.identity, task.label.value, METRIC_VERSION, task.num_instances] for task in plan.tasks}
+    adaptive, defaults = config.adaptive.model_dump(), AdaptiveSettings().model_dump()
+    known = {key: value for key, value in adaptive.items() if key in (earlier or adaptive) or value != defaults[key]}
+    stop = known if config.adaptive.enabled else None
+    return canonical_hash({"tasks": tasks, "adaptive": stop, "max_model_len": config.engine.max_model_len})
 
 
 def write_plan(folder: Folder, plan: ScorePlan, stops: Mapping[str, str] | None = None) -> dict[str, FileRecord]:
@@ -269,29 +230,6 @@ def keep_figures(key: str, sessions: Sequence[Mapping[str, Any]], seconds: float
     if steady and rows >= MIN_ROWS:
         figures = {"load_seconds": load / len(sessions), "rows_per_second": rows / steady, **more}
         save_figures(key, overhead_seconds=seconds - load - steady, **figures)
-
-
-@contextlib.contextmanager
-def _damaged_rows_set_aside(run: Run) -> Iterator[None]:
-    try:
-        yield
-    except DamagedRowsError as error:
-        _set_aside(run, error.names)
-        raise RunError(
-            f"{error} and are moved aside; run the same command again, which scores these rows again"
-        ) from None
-
-
-def _set_aside(run: Run, names: Sequence[str]) -> str | None:
-    """Move files of rows that the run has no use for to a folder of their own, and name it."""
-    if not names:
-        return None
-    used = [name.split("/")[1] for name in run.folder.files(SET_ASIDE_FOLDER)]
-    target = f"{SET_ASIDE_FOLDER}/{1 + max((int(number) for number in used if number.isdigit()), default=0)}"
-    for name in names:
-        run.folder.write_bytes(f"{target}/{name}", run.folder.read_bytes(f"{ROWS_FOLDER}/{name}"))
-    run.folder.delete([f"{ROWS_FOLDER}/{name}" for name in names])
-    return run.folder.at(target)
 
 
 def _score(

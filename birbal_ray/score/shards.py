@@ -1,13 +1,19 @@
-"""Ranges of a task's hash order: what is scored as one, the file it is written to, and what its scores add up to."""
+"""A planned task and the ranges of its hash order: what is scored as one, its file, what its scores add up to."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Collection, Iterable
-from dataclasses import astuple, dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
+from typing import Any
 
-from birbal_ray.ni.metrics import EXACT_MATCH
+import pyarrow as pa
+
+from birbal_ray.ni.labels import Label
+from birbal_ray.ni.metrics import EXACT_MATCH, METRIC_VERSION
+from birbal_ray.schemas import TASKS
 from birbal_ray.statistics import t_half_width, wilson
 from birbal_ray.storage import FileRecord
 
@@ -193,3 +199,110 @@ class RowFiles:
 def row_work(max_completion_tokens: int) -> int:
     """What one row costs, in decoded tokens at most."""
     return max_completion_tokens + PREFILL_WORK
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTask:
+    """One task of the run. Token counts are None unless the plan was asked to count."""
+
+    name: str
+    path: str
+    member: str | None  # of the archive at `path`
+    sha256: str
+    label: Label
+    num_available: int
+    num_instances: int  # that the run takes, at most
+    num_shots: int
+    max_completion_tokens: int
+    repairs: dict[str, int]
+    definition: str
+    categories: tuple[str, ...]
+    sources: tuple[str, ...]
+    domains: tuple[str, ...]
+    licenses: tuple[str, ...]
+    num_excluded: int = 0  # instances that the run may not take
+    unreachable_fraction: float = 0.0  # of usable instances: not even a reference scores 1 there
+    unreachable_reason: str | None = None
+    definition_is_text: bool = False
+    num_shared_tokens: int | None = None  # the prefix, once
+    num_own_tokens: int | None = None  # what follows it, over all instances
+    num_too_long: int | None = None
+    num_prompts: int | None = None  # for the engine: neither too long nor without a reference
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides this task's predictions, beside what decides all rows of the run."""
+        return {"sha256": self.sha256, "max_completion_tokens": self.max_completion_tokens}
+
+    def shard(
+        self, first: int, last: int, variant: PromptVariant = SCORED, retry: tuple[int, ...] | None = None
+    ) -> Shard:
+        """The range [first, last) of its hash order."""
+        about = self.name, self.path, self.sha256, self.label.value
+        return Shard(*about, first, last, self.max_completion_tokens, variant, retry)
+
+
+@dataclass(frozen=True, slots=True)
+class ScorePlan:
+    """The tasks of a run by name, and the files that were left out: (file, reason)."""
+
+    tasks: tuple[PlannedTask, ...]
+    quarantined: tuple[tuple[str, str], ...]
+    excluded: tuple[tuple[str, str], ...]
+    absent: tuple[str, ...]
+    unknown_overrides: tuple[str, ...] = ()  # tasks of tasks.label_overrides that have no file
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that the run will hold, at most."""
+        return sum(task.num_instances for task in self.tasks)
+
+    def shards(
+        self, shard_rows: int, found: RowFiles | None = None, variants: Sequence[PromptVariant] = (SCORED,)
+    ) -> list[Shard]:
+        """Shards of all rows that are not `found`, those of one task and variant adjacent, long completions first.
+
+        A task of long completions that comes last leaves the engines a handful of sequences to the end
+        (docs/decisions/0002): started first, the short ones fill the batch beside it.
+        """
+        found = found or RowFiles(())
+        longest_first = sorted(self.tasks, key=lambda task: (-task.max_completion_tokens, task.name))
+        return [
+            shard
+            for variant, task in itertools.product(variants, longest_first)
+            for shard in shards_of(
+                task, shard_rows, found.gaps(f"{variant.folder}{task.name}", task.num_instances), variant
+            )
+        ]
+
+    def table(self, stops: Mapping[str, str]) -> pa.Table:
+        """The tasks as TASKS rows; `stops`: why a task was not scored further."""
+        names = set(TASKS.names)
+        return pa.Table.from_pylist(
+            [
+                {
+                    **{key: value for key, value in asdict(task).items() if key in names},
+                    "task": task.name,
+                    "label": task.label.value,
+                    "label_reason": task.label.reason,
+                    "metric_version": METRIC_VERSION,
+                    "stop_reason": stops.get(task.name),
+                }
+                for task in self.tasks
+            ],
+            schema=TASKS,
+        )
+
+
+def shards_of(
+    task: PlannedTask,
+    shard_rows: int,
+    gaps: Iterable[tuple[int, int]],
+    variant: PromptVariant = SCORED,
+) -> list[Shard]:
+    """Ranges of a task cut at multiples of `shard_rows`."""
+    shards = []
+    for first, last in gaps:
+        cuts = [first, *range((first // shard_rows + 1) * shard_rows, last, shard_rows), last]
+        shards += [task.shard(start, end, variant) for start, end in itertools.pairwise(cuts)]
+    return shards

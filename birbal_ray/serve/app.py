@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field
 
 from birbal_ray import __version__
 from birbal_ray.score import engine
-from birbal_ray.score.engine import EngineDeadError, EngineLoop
+from birbal_ray.score.loop import EngineDeadError, EngineLoop
 from birbal_ray.score.monitor import COUNTED
 from birbal_ray.score.tokens import Tokenizer, prompt_token_ids
 

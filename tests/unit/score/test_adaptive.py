@@ -15,8 +15,7 @@ from birbal_ray.mix.allocation import TaskDemand, allocate
 from birbal_ray.ni.labels import Label
 from birbal_ray.score.adaptive import GROW, STOP, TIME_UP, USED_UP, AdaptiveSchedule, FixedSchedule
 from birbal_ray.score.config import AdaptiveSettings
-from birbal_ray.score.plan import PlannedTask
-from birbal_ray.score.shards import RowFiles, Shard, Tally, WrittenFile
+from birbal_ray.score.shards import PlannedTask, RowFiles, Shard, Tally, WrittenFile
 from birbal_ray.storage import FileRecord
 from tests.conftest import examples
 

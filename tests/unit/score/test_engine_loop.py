@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from birbal_ray.score.engine import Completion, EngineDeadError, EngineLoop, Request, RequestRefusedError
+from birbal_ray.score.engine import Completion, Request, RequestRefusedError
+from birbal_ray.score.loop import EngineDeadError, EngineLoop
 from birbal_ray.score.simulated import SimulatedEngine
 
 

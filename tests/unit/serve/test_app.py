@@ -11,7 +11,8 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from birbal_ray.score.engine import Completion, EngineLoop
+from birbal_ray.score.engine import Completion
+from birbal_ray.score.loop import EngineLoop
 from birbal_ray.score.simulated import SAYS, SimulatedEngine
 from birbal_ray.score.tokens import NUM_EMBEDDINGS, SimulatedTokenizer
 from birbal_ray.serve.app import MAX_BODY_BYTES, Service, make_app
