@@ -349,7 +349,7 @@ def tune(config: TuneConfig, overwrite: bool, dry_run: bool, output_format: str)
 
 def print_tune(result: TuneResult, output_format: str) -> None:
     """The table of mixes on stdout, the conclusion and the files on stderr."""
-    from birbal_ray.tune.run import describe_result
+    from birbal_ray.tune.stats import describe_result
 
     print_table(result.manifest["summary_rows"], output_format)
     for line in describe_result(result.manifest):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -114,13 +115,10 @@ def merged_card(card: str, dtype: str) -> str:
     return f"{head}The adapter is folded into {dtype} weights.\n\n## Use\n\n{load}\n\n## Data\n{data}"
 
 
-def smoothed(values: list[float]) -> list[float]:
-    """Exponential moving average, corrected for its start."""
-    weight, average, correction, result = 0.8, 0.0, 0.0, []
-    for value in values:
-        average, correction = weight * average + (1 - weight) * value, weight * correction + (1 - weight)
-        result.append(average / correction)
-    return result
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Exponential moving average, corrected for its start: of n values, the k-th from the end weighs 0.8^k."""
+    sums = list(itertools.accumulate(values, lambda total, value: 0.8 * total + value))
+    return [total * 0.2 / (1 - 0.8**count) for count, total in enumerate(sums, 1)]
 
 
 def plot_losses(axes: Any, steps: Lines, evaluations: Lines, best: tuple[int, float]) -> None:

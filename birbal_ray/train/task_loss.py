@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from birbal_ray.ni.prompt import ChatTemplate
-from birbal_ray.train.data import IGNORED, encode_rows, text_columns
+from birbal_ray.train.data import IGNORED, encode_rows, pack_in_order, text_columns
 
 BATCH_TOKENS = 2048
 
@@ -47,7 +47,10 @@ def task_losses(model: Any, samples: Sequence[Sample]) -> dict[str, float]:
     model.eval()
     device = next(model.parameters()).device
     with torch.no_grad():
-        for batch in _batches(samples):
+        lengths = [len(sample.input_ids) for sample in samples]
+        order = sorted(range(len(samples)), key=lengths.__getitem__)
+        for places in pack_in_order(order, lengths, max(BATCH_TOKENS, *lengths)):
+            batch = [samples[place] for place in places]
             # One row of T tokens, as in training: no padding, positions restart with each sample.
             ids = torch.tensor([token for sample in batch for token in sample.input_ids])
             positions = torch.cat([torch.arange(len(sample.input_ids)) for sample in batch])
@@ -77,15 +80,3 @@ class AtSteps(TrainerCallback):
         """Look, if the time has come."""
         if state.global_step in self._steps:
             self._look(state.global_step, model)
-
-
-def _batches(samples: Sequence[Sample]) -> list[list[Sample]]:
-    batches: list[list[Sample]] = []
-    room = 0
-    for sample in sorted(samples, key=lambda sample: (len(sample.input_ids), sample.task)):
-        if len(sample.input_ids) > room:
-            batches.append([])
-            room = BATCH_TOKENS
-        batches[-1].append(sample)
-        room -= len(sample.input_ids)
-    return batches

@@ -9,6 +9,7 @@ import numpy as np
 
 NUM_CANDIDATES = 4096
 NUM_STARTS = 3
+WIDTHS = (1.0, 0.2, 0.04, 0.008)
 
 
 def predicted_best(points: Any, losses: Any, is_binary: Any, seed: int) -> np.ndarray:
@@ -44,23 +45,11 @@ def predicted_best(points: Any, losses: Any, is_binary: Any, seed: int) -> np.nd
     theta = min(fits, key=lambda fit: fit.fun).x
     alpha = cho_solve((_cholesky(x, theta), True), y)
 
-    def mean(at: np.ndarray) -> np.ndarray:  # (m, d) → (m,)
-        return _kernel(at, x, theta) @ alpha
-
-    candidates = np.vstack([qmc.Sobol(d, seed=chance).random(NUM_CANDIDATES), x])
-    candidates[:, is_binary] = candidates[:, is_binary].round()
-    best = candidates[int(np.argmin(mean(candidates)))]
-    free = ~np.asarray(is_binary)
-
-    def with_free(values: np.ndarray) -> np.ndarray:  # `best` with other values where a coordinate is free
-        moved = best.copy()
-        moved[free] = values
-        return moved
-
-    if free.any():
-        bounds = [(0.0, 1.0)] * int(free.sum())
-        found = minimize(lambda at: float(mean(with_free(at)[None])[0]), best[free], method="L-BFGS-B", bounds=bounds)
-        return with_free(found.x)
+    best, cube = np.full(d, 0.5), qmc.Sobol(d, seed=chance).random(NUM_CANDIDATES) - 0.5
+    for width in WIDTHS:  # all of the cube, then closer around the best
+        candidates = np.vstack([(best + width * cube).clip(0, 1), x, best])
+        candidates[:, is_binary] = candidates[:, is_binary].round()
+        best = candidates[np.argmin(_kernel(candidates, x, theta) @ alpha)]
     return np.asarray(best)
 
 

@@ -83,23 +83,16 @@ def table_of(results: Sequence[TrialResult]) -> pa.Table:
     """TRIALS rows."""
     rows = [
         {
+            **asdict(result),  # also what is no column
             "trial": result.spec.key,
             "kind": result.spec.kind,
             "mix": result.spec.name,
             "seed": result.spec.seed,
-            "status": result.status,
-            "objective": result.objective,
-            "groups": list(result.groups.items()),
-            "tasks": list(result.tasks.items()),
-            "ratios": list(result.spec.values.items()),
+            "ratios": result.spec.values,
             "steps": int(result.rungs[-1][0]) if result.rungs else 0,
             "tokens": result.num_tokens,
             "rows": result.num_rows,
             "unfilled_rows": result.num_unfilled,
-            "mix_sha256": result.mix_sha256,
-            "seconds": result.seconds,
-            "node": result.node,
-            "error": result.error,
         }
         for result in results
     ]

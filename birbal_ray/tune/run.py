@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,19 +20,9 @@ from birbal_ray.train.config import TrainResources
 from birbal_ray.tune.config import TuneConfig, file_group
 from birbal_ray.tune.plots import draw_search, draw_seeds
 from birbal_ray.tune.records import TRIALS_FOLDER, mix_yaml, read_results, table_of, trial_file, write_spec
-from birbal_ray.tune.scheduler import (
-    BASE,
-    BASE_MODEL,
-    FAILED,
-    FINISHED,
-    REPEAT,
-    STOPPED,
-    TRANSFER,
-    TrialResult,
-    TrialScheduler,
-)
+from birbal_ray.tune.scheduler import BASE, BASE_MODEL, FAILED, FINISHED, TRANSFER, TrialScheduler
 from birbal_ray.tune.space import num_rows, searched_ratios
-from birbal_ray.tune.stats import by_name, compare_seeds, describe_comparisons, rank_agreement, winner
+from birbal_ray.tune.stats import by_name, compare_seeds, describe_comparisons, rank_agreement, summarise, winner
 from birbal_ray.tune.trial import LOG_FILE, run_trial
 
 TRIALS_FILE, BEST_FILE = "trials.parquet", "best_mix.yaml"
@@ -100,10 +90,10 @@ def tune(config: TuneConfig, *, overwrite: bool = False) -> TuneResult:
         options: dict[str, Any] = {"settings": config.model_dump(mode="json"), "fingerprint": model.fingerprint}
         options["labels"] = {task.name: task.label for task in scores.tasks}
         if scheduler.seconds_left() > 0:
-            search(config, scheduler, run.folder, run_trial, options, progress, run=run)
+            search(scheduler, run.folder, run_trial, options, progress, run=run)
         elif len(results) < scheduler.num_trials:
             scheduler.cut_short = "the budget had ended before the last trials"
-        result = _finish(config, scheduler, run, progress)
+        result = _finish(scheduler, run, progress)
         if not run.resumed:
             save_figures(kept_under, **figures_of(scheduler, result.manifest["wall_seconds"]))
         return result
@@ -201,7 +191,6 @@ def _identity(config: TuneConfig, scores: ScoreFolder, model: Model) -> dict[str
 
 
 def search(
-    config: TuneConfig,
     scheduler: TrialScheduler,
     folder: Folder,
     trainable: Callable[[dict[str, Any]], None],
@@ -211,7 +200,7 @@ def search(
     run: Run | None = None,
 ) -> None:
     """Run what the scheduler hands out on the connected cluster, or on a local one made for it."""
-    resources = config.resources
+    resources = scheduler.config.resources
     trial = WorkerRequest("worker", 1, resources.num_cpus, resources.num_gpus, resources.accelerator_type)
     about = job_metadata(STEP.name, folder)
     logical = resources.num_cpus * resources.max_concurrent + 1
@@ -226,13 +215,17 @@ def search(
         if dashboard:
             progress.message(f"Ray dashboard: http://{dashboard}")
         try:
-            run_trials(scheduler, config, folder, trainable, options, ShowProgress(scheduler, run, progress))
+            run_trials(scheduler, folder, trainable, options, ShowProgress(scheduler, run, progress))
         finally:
             progress.close()
 
 
-def _finish(config: TuneConfig, scheduler: TrialScheduler, run: Run, progress: ProgressLine) -> TuneResult:
-    folder, results = run.folder, [scheduler.results[key] for key in sorted(scheduler.results)]
+def _finish(scheduler: TrialScheduler, run: Run, progress: ProgressLine) -> TuneResult:
+    config, folder, results = (
+        scheduler.config,
+        run.folder,
+        [scheduler.results[key] for key in sorted(scheduler.results)],
+    )
     failed = [result for result in results if result.status == FAILED]
     for result in failed:
         log = folder.at(trial_file(result.spec, LOG_FILE))
@@ -306,70 +299,3 @@ def _finish(config: TuneConfig, scheduler: TrialScheduler, run: Run, progress: P
     }
     summary = f"{counted(len(results), 'trial')}; best mix: {chosen}"
     return TuneResult(folder, run.finish(manifest, files, summary=summary))
-
-
-def describe_result(manifest: dict[str, Any]) -> list[str]:
-    """What a finished search may say, one line each."""
-    lines = []
-    if manifest["base_objective"] is not None:
-        lines.append(f"held-out loss before any training: {manifest['base_objective']:.4f}")
-    weights = ", ".join(f"{group} × {weight:g}" for group, weight in manifest["weights"].items())
-    lines += [f"loss: mean over the groups {weights}"] if weights else []
-    lines += [manifest[key] for key in ("left_out", "cut_short") if manifest[key]]
-    if added := manifest.get("added"):
-        lines.append(f"added when results were known, for which no interval allows: {'; '.join(added)}")
-    if manifest["unfilled"]["trials"]:
-        lines.append(
-            f"{manifest['unfilled']['trials']} trials could not fill their shares (up to "
-            f"{manifest['unfilled']['most_rows']:,} rows short): their ratios are not what was asked; score more rows"
-        )
-    for one in manifest["comparisons"]:
-        adjusted = "named beforehand" if one["is_primary"] else f"p {one['p_adjusted']:.3f} among the others"
-        lines.append(f"{one['sentence']} ({adjusted})")
-    if transfer := manifest["transfer"]:
-        lines.append(
-            f"at {transfer['factor']} × the tokens, {transfer['agreement']:.0%} of {transfer['num_pairs']} pairs of "
-            f"mixes keep their order: {', '.join(transfer['order_longer'])}"
-        )
-    best = manifest["best"]
-    if best["is_baseline"]:
-        lines.append(f"lowest mean loss: the baseline {best['mix']}; the search found nothing better")
-    elif not manifest["comparisons"]:
-        lines.append(f"lowest loss: {best['mix']}, of one trial: no verdict against the baselines")
-    return lines
-
-
-def summarise(results: Sequence[TrialResult], config: TuneConfig) -> list[dict[str, Any]]:
-    """One row per mix at the search's seed, baselines first, then by objective, failed last; fresh seeds beside.
-
-    Without a search no trial has that seed: a mix has a row without `loss`, the best mean first.
-    """
-    again = by_name(results)
-    if not config.num_trials:
-        means = {name: math.fsum(seeds.values()) / len(seeds) for name, seeds in again.items()}
-        return [
-            {"mix": name, "fresh seeds": len(again[name]), "mean loss": means[name]}
-            for name in sorted(means, key=lambda name: (means[name], name))
-        ]
-    rows = []
-    for result in results:
-        if result.spec.kind not in (BASE, REPEAT, TRANSFER):
-            fresh = list(again.get(result.spec.name, {}).values())
-            ratios = {name: result.spec.values.get(name) for name in ("gamma", "exact_match_fraction", "failed_first")}
-            rows.append(
-                {
-                    "mix": result.spec.name,
-                    "kind": result.spec.kind,
-                    "status": result.status,
-                    "loss": result.objective,
-                    "fresh seeds": len(fresh) or None,
-                    "mean loss": sum(fresh) / len(fresh) if fresh else None,
-                    **ratios,
-                    "unfilled": result.num_unfilled or None,
-                }
-            )
-    order = {name: place for place, name in enumerate(config.baselines)}
-    statuses = [FINISHED, STOPPED, FAILED]
-    return sorted(
-        rows, key=lambda row: (order.get(row["mix"], len(order)), statuses.index(row["status"]), row["loss"] or 0.0)
-    )

@@ -17,7 +17,6 @@ from ray.tune.search import Searcher
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import Run, one_line
 from birbal_ray.storage import Folder
-from birbal_ray.tune.config import TuneConfig
 from birbal_ray.tune.records import OBJECTIVE, RESULT_FILE, RUNG, trial_file, write_result
 from birbal_ray.tune.scheduler import FAILED, FINISHED, SEARCH, STOPPED, TrialResult, TrialScheduler, TrialSpec
 
@@ -130,7 +129,6 @@ class ShowProgress(NotPickled, tune.Callback):
 
 def run_trials(
     scheduler: TrialScheduler,
-    config: TuneConfig,
     run: Folder,
     trainable: Callable[[dict[str, Any]], None],
     options: dict[str, Any],
@@ -142,7 +140,8 @@ def run_trials(
     are in the run's folder before anything else happens.
     """
     os.environ.update(ENVIRONMENT)
-    resources, rungs, left = config.resources, config.validation.num_rungs, scheduler.seconds_left()
+    config, left = scheduler.config, scheduler.seconds_left()
+    resources, rungs = config.resources, config.validation.num_rungs
     wanted = {"cpu": resources.num_cpus, "gpu": resources.num_gpus}
     if resources.accelerator_type:
         wanted[f"accelerator_type:{resources.accelerator_type}"] = 0.001

@@ -1,4 +1,4 @@
-"""Is the mix that was found better than the hand-made ones? Over fresh seeds, never from one trial."""
+"""What a search may say: is the mix it found better than hand-made ones? Over fresh seeds, never from one trial."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from birbal_ray.statistics import NO_DIFFERENCE, holm, outcome, paired_difference, pairs_needed
-from birbal_ray.tune.scheduler import FINISHED, REPEAT, TrialResult
+from birbal_ray.tune.config import TuneConfig
+from birbal_ray.tune.scheduler import BASE, FAILED, FINISHED, REPEAT, STOPPED, TRANSFER, TrialResult
 
 Objectives = Mapping[str, Mapping[int, float]]  # mix → seed → objective
 
@@ -121,3 +122,70 @@ def rank_agreement(short: Objectives, long: Objectives) -> dict[str, Any] | None
     same = sum((means[0][one] < means[0][two]) == (means[1][one] < means[1][two]) for one, two in pairs)
     orders = [sorted(names, key=mean.__getitem__) for mean in means]
     return {"agreement": same / len(pairs), "num_pairs": len(pairs), "order": orders[0], "order_longer": orders[1]}
+
+
+def describe_result(manifest: dict[str, Any]) -> list[str]:
+    """What a finished search may say, one line each."""
+    lines = []
+    if manifest["base_objective"] is not None:
+        lines.append(f"held-out loss before any training: {manifest['base_objective']:.4f}")
+    weights = ", ".join(f"{group} × {weight:g}" for group, weight in manifest["weights"].items())
+    lines += [f"loss: mean over the groups {weights}"] if weights else []
+    lines += [manifest[key] for key in ("left_out", "cut_short") if manifest[key]]
+    if added := manifest.get("added"):
+        lines.append(f"added when results were known, for which no interval allows: {'; '.join(added)}")
+    if manifest["unfilled"]["trials"]:
+        lines.append(
+            f"{manifest['unfilled']['trials']} trials could not fill their shares (up to "
+            f"{manifest['unfilled']['most_rows']:,} rows short): their ratios are not what was asked; score more rows"
+        )
+    for one in manifest["comparisons"]:
+        adjusted = "named beforehand" if one["is_primary"] else f"p {one['p_adjusted']:.3f} among the others"
+        lines.append(f"{one['sentence']} ({adjusted})")
+    if transfer := manifest["transfer"]:
+        lines.append(
+            f"at {transfer['factor']} × the tokens, {transfer['agreement']:.0%} of {transfer['num_pairs']} pairs of "
+            f"mixes keep their order: {', '.join(transfer['order_longer'])}"
+        )
+    best = manifest["best"]
+    if best["is_baseline"]:
+        lines.append(f"lowest mean loss: the baseline {best['mix']}; the search found nothing better")
+    elif not manifest["comparisons"]:
+        lines.append(f"lowest loss: {best['mix']}, of one trial: no verdict against the baselines")
+    return lines
+
+
+def summarise(results: Sequence[TrialResult], config: TuneConfig) -> list[dict[str, Any]]:
+    """One row per mix at the search's seed, baselines first, then by objective, failed last; fresh seeds beside.
+
+    Without a search no trial has that seed: a mix has a row without `loss`, the best mean first.
+    """
+    again = by_name(results)
+    if not config.num_trials:
+        means = {name: fmean(seeds.values()) for name, seeds in again.items()}
+        return [
+            {"mix": name, "fresh seeds": len(again[name]), "mean loss": means[name]}
+            for name in sorted(means, key=lambda name: (means[name], name))
+        ]
+    rows = []
+    for result in results:
+        if result.spec.kind not in (BASE, REPEAT, TRANSFER):
+            fresh = list(again.get(result.spec.name, {}).values())
+            ratios = {name: result.spec.values.get(name) for name in ("gamma", "exact_match_fraction", "failed_first")}
+            rows.append(
+                {
+                    "mix": result.spec.name,
+                    "kind": result.spec.kind,
+                    "status": result.status,
+                    "loss": result.objective,
+                    "fresh seeds": len(fresh) or None,
+                    "mean loss": fmean(fresh) if fresh else None,
+                    **ratios,
+                    "unfilled": result.num_unfilled or None,
+                }
+            )
+    order = {name: place for place, name in enumerate(config.baselines)}
+    statuses = [FINISHED, STOPPED, FAILED]
+    return sorted(
+        rows, key=lambda row: (order.get(row["mix"], len(order)), statuses.index(row["status"]), row["loss"] or 0.0)
+    )

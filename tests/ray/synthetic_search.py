@@ -54,7 +54,7 @@ def synthetic_search(run: Path, seconds: float, num_trials: int = 6, max_failure
     folder = open_folder(run)
     results, started = read_results(folder)
     scheduler = TrialScheduler(config, results, started, lambda spec: write_spec(folder, spec, "nowhere"))
-    search(config, scheduler, folder, synthetic_trial, {"seconds": seconds}, ProgressLine())
+    search(scheduler, folder, synthetic_trial, {"seconds": seconds}, ProgressLine())
     return scheduler
 
 

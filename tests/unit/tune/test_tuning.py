@@ -34,7 +34,7 @@ from birbal_ray.tune.records import (
     write_result,
     write_spec,
 )
-from birbal_ray.tune.run import _finish, describe_result, estimate
+from birbal_ray.tune.run import _finish, estimate
 from birbal_ray.tune.scheduler import (
     BASE,
     BASELINE,
@@ -50,7 +50,14 @@ from birbal_ray.tune.scheduler import (
     best_so_far,
 )
 from birbal_ray.tune.space import baseline_mix, mix_of, num_rows, ratios_of
-from birbal_ray.tune.stats import by_name, compare_seeds, describe_comparisons, rank_agreement, winner
+from birbal_ray.tune.stats import (
+    by_name,
+    compare_seeds,
+    describe_comparisons,
+    describe_result,
+    rank_agreement,
+    winner,
+)
 from birbal_ray.tune.trial import group_losses, make_mix, read_questions, weighted_mean
 from tests.conftest import slow
 from tests.fixtures.score_folder import made_up_rows, write_score_folder
@@ -266,7 +273,7 @@ def test_a_baseline_that_wins_by_its_fresh_seeds_alone_gives_its_mix(scores, tmp
         else:
             scheduler.tell(result_of(spec))
     with open_run(tmp_path, Step("tune", ["*"]), {}) as run:
-        result = _finish(config, scheduler, run, ProgressLine())
+        result = _finish(scheduler, run, ProgressLine())
     assert result.manifest["best"] == {"mix": "uniform", "is_baseline": True, "ratios": {}}
     best = load_config(MixConfig, tmp_path / "best_mix.yaml")
     asked = MixConfig(**{**scheduler.results["uniform"].spec.mix, "scores": str(scores)})
@@ -564,7 +571,7 @@ def test_without_a_search_the_best_mix_of_the_users_is_what_birbal_mix_gets(scor
         loss = losses[spec.name] + 0.01 * spec.seed
         scheduler.tell(TrialResult(spec, FINISHED, loss, [[1, loss]]))
     with open_run(tmp_path, Step("tune", ["*"]), {}) as run:
-        manifest = _finish(config, scheduler, run, ProgressLine()).manifest
+        manifest = _finish(scheduler, run, ProgressLine()).manifest
     assert manifest["best"] == {"mix": "steep", "is_baseline": False, "ratios": {}}
     assert load_config(MixConfig, tmp_path / "best_mix.yaml").task_score.gamma == 3
     assert [row["mix"] for row in manifest["summary_rows"]] == ["steep", "flat", "uniform", "proportional"]
@@ -673,7 +680,7 @@ def tuned(scores, tmp_path, monkeypatch):
     monkeypatch.setenv("BIRBAL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tune_run, "resolve_model", lambda *arguments: Model("proxy", tmp_path, None, "f"))
 
-    def search(config, scheduler, folder, trainable, options, progress, run):
+    def search(scheduler, folder, trainable, options, progress, run):
         while (spec := scheduler.next()) is not None:
             result = timed_result(spec)
             write_result(folder, result)
