@@ -24,7 +24,8 @@ from birbal_ray.schemas import (
 )
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import Folder, input_folder
-from birbal_ray.train.checkpoints import METRICS_FILE, read_metrics
+from birbal_ray.train.checkpoints import read_metrics
+from birbal_ray.train.files import METRICS_FILE
 
 Row = Mapping[str, Any]
 STEPS = ("score", "mix", "train", "evaluate")  # those with a section of their own, in the order they run

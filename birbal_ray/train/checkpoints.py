@@ -1,4 +1,4 @@
-"""What a training run's folder holds: names of its files, metrics, checkpoints (no torch here).
+"""A training run's folder: its metrics, its checkpoints, and their way to a URL (no torch here).
 
 A checkpoint `step-000064` is complete or absent: `files.json` in it lists its files with their sizes.
 """
@@ -18,28 +18,10 @@ from typing import Any
 from birbal_ray.progress import repeating
 from birbal_ray.settings import canonical_hash, one_line
 from birbal_ray.storage import Folder, RunError, absolute, cache_folder, sync
+from birbal_ray.train import files
 
-METRICS_FILE = "metrics.jsonl"  # one line for each step or evaluation
-CLOCK_FILE = "clock.json"  # what of the budget is used, see `deadline.Clock`
-STATUS_FILE = "status.json"  # the worker's state, rewritten every second
-BEST_FILE = "best.json"  # the step and folder of the adapter with the lowest eval loss
-STOP_FILE = "stop"  # asks the worker to save a checkpoint and end
-SESSION_FILE = "session.json"  # the worker's last session: its outcome, or why it cannot go on
-OUTCOME_FILE = "outcome.json"  # in the checkpoint that a run ended with
-SELF_CHECK_FILE = "self_check.json"  # that packing and adapter work on this model, with this kernel
-EASED_FILE = "eased.json"  # the smaller micro batch that the run continues with after the card ran out of memory
-WORKING_FILE = "working.json"  # of a run at a URL: names the folder in which each machine works for it
-TENSORBOARD_FOLDER, BEST_FOLDER, PACKED_FOLDER = "tensorboard", "best", "packed"
-STATE_FILES = (METRICS_FILE, BEST_FILE, CLOCK_FILE, SELF_CHECK_FILE, EASED_FILE)
-# Every file that a run makes in its folder (fnmatch), beside those of every step.
-OWNS = (
-    *(*STATE_FILES, STATUS_FILE, SESSION_FILE, STOP_FILE, WORKING_FILE, "worker.json", "loss_curve.png"),
-    *("packed/*", "checkpoints/*", "best/*", "adapter/*", "tensorboard/*", "ray/*"),
-)
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 2.0, 30.0  # between two tries to upload a file
 STOP_POLL_SECONDS = 3.0  # between two questions to a URL whether the run shall stop
-CHECKPOINTS_FOLDER, WORK_FOLDER = "checkpoints", ".work"  # in a run folder; in it, what is being written
-FILES_FILE = "files.json"  # {name: size in bytes} of all others in the checkpoint
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -110,19 +92,19 @@ class Remote:
         """
         if self._is_here:
             return
-        latest = latest_checkpoint(self.working / CHECKPOINTS_FOLDER)
-        folders = [BEST_FOLDER, *([f"{CHECKPOINTS_FOLDER}/{latest.name}"] if latest else [])]
+        latest = latest_checkpoint(self.working / files.CHECKPOINTS_FOLDER)
+        folders = [files.BEST_FOLDER, *([f"{files.CHECKPOINTS_FOLDER}/{latest.name}"] if latest else [])]
         there = self.folder.files()
-        files = [file for name in folders for file in (self.working / name).rglob("*") if file.is_file()]
+        here = [file for name in folders for file in (self.working / name).rglob("*") if file.is_file()]
         names = []  # as they are now: what this session writes beside them is added when it is complete
-        for file in sorted(files, key=lambda file: file.stat().st_mtime_ns):
+        for file in sorted(here, key=lambda file: file.stat().st_mtime_ns):
             name, status = file.relative_to(self.working).as_posix(), file.stat()
             stored = there.get(name)
             if stored and stored.size == status.st_size and stored.modified >= int(status.st_mtime):
                 self._sent[name] = status.st_size, status.st_mtime_ns
             else:
                 names.append(name)
-        self.add(*names, *STATE_FILES)
+        self.add(*names, *files.STATE_FILES)
 
     def prune(self, keep: int) -> None:
         """Delete what was uploaded and is superseded: complete checkpoints but the latest `keep`, older best adapters.
@@ -135,27 +117,27 @@ class Remote:
 
     def stop_requested(self) -> bool:
         """Whether the driver asks the worker to save and end; at a URL, STOP_POLL_SECONDS ago."""
-        return (self.working / STOP_FILE).exists() if self._is_here else self._asked_to_stop
+        return (self.working / files.STOP_FILE).exists() if self._is_here else self._asked_to_stop
 
     def _look_for_stop(self) -> None:
-        self._asked_to_stop = self.folder.is_file(STOP_FILE)
+        self._asked_to_stop = self.folder.is_file(files.STOP_FILE)
 
     def _prune(self, keep: int) -> None:
         with contextlib.suppress(RunError, OSError):
-            names = self.folder.files(CHECKPOINTS_FOLDER)
-            markers = sorted(name for name in names if name.endswith(f"/{FILES_FILE}"))[:-keep]
+            names = self.folder.files(files.CHECKPOINTS_FOLDER)
+            markers = sorted(name for name in names if name.endswith(f"/{files.FILES_FILE}"))[:-keep]
             self.folder.delete(markers)  # first: a checkpoint without its list is not complete
-            old = tuple(marker.removesuffix(FILES_FILE) for marker in markers)
+            old = tuple(marker.removesuffix(files.FILES_FILE) for marker in markers)
             self.folder.delete([name for name in names if name.startswith(old)] if old else [])
-            current = self.folder.read_json(BEST_FILE)["folder"]  # uploaded after the files of its adapter
-            best = self.folder.files(BEST_FOLDER)
+            current = self.folder.read_json(files.BEST_FILE)["folder"]  # uploaded after the files of its adapter
+            best = self.folder.files(files.BEST_FOLDER)
             self.folder.delete([name for name in best if name.rpartition("/")[0] < current])
 
     def _upload_tree(self, name: str) -> None:
         top = self.working / name
         try:
-            files = [file for file in top.rglob("*") if file.is_file()] if top.is_dir() else [top]
-            for file in sorted(files, key=lambda file: file.stat().st_mtime_ns if file.is_file() else 0):
+            written = [file for file in top.rglob("*") if file.is_file()] if top.is_dir() else [top]
+            for file in sorted(written, key=lambda file: file.stat().st_mtime_ns if file.is_file() else 0):
                 self._upload(file.relative_to(self.working).as_posix())
         except Exception as error:
             self._failed[name] = one_line(error)
@@ -193,7 +175,7 @@ def working_folder(folder: Folder) -> Path:
     """
     if folder.is_local:
         return folder.local
-    token = folder.read_json(WORKING_FILE)["token"]
+    token = folder.read_json(files.WORKING_FILE)["token"]
     return cache_folder() / "train" / canonical_hash([folder.place, token])[:16]
 
 
@@ -206,30 +188,29 @@ def download_state(folder: Folder, working: Path) -> None:
     """
     if folder.is_local:
         return
-    files = folder.files()
-    markers = re.compile(rf"{CHECKPOINTS_FOLDER}/(step-\d+)/{re.escape(FILES_FILE)}")
-    complete = sorted(found[1] for found in map(markers.fullmatch, files) if found)
-    mine, clock = latest_checkpoint(working / CHECKPOINTS_FOLDER), working / CLOCK_FILE
+    stored = folder.files()
+    markers = re.compile(rf"{files.CHECKPOINTS_FOLDER}/(step-\d+)/{re.escape(files.FILES_FILE)}")
+    complete = sorted(found[1] for found in map(markers.fullmatch, stored) if found)
+    mine, clock = latest_checkpoint(working / files.CHECKPOINTS_FOLDER), working / files.CLOCK_FILE
     clocks = (
-        folder.read_json(CLOCK_FILE) if CLOCK_FILE in files else {},
+        folder.read_json(files.CLOCK_FILE) if files.CLOCK_FILE in stored else {},
         json.loads(clock.read_text(encoding="utf-8")) if clock.exists() else {},
     )
     latest = complete[-1] if complete else "", mine.name if mine else ""
     there, here = zip(latest, (one.get("elapsed_seconds", 0.0) for one in clocks), strict=True)
-    wanted = [name for name in files if name.startswith(f"{PACKED_FOLDER}/")]
+    wanted = [name for name in stored if name.startswith(f"{files.PACKED_FOLDER}/")]
     if there > here:
-        for name in (BEST_FOLDER, *([CHECKPOINTS_FOLDER] if latest[0] != latest[1] else [])):
+        for name in (files.BEST_FOLDER, *([files.CHECKPOINTS_FOLDER] if latest[0] != latest[1] else [])):
             shutil.rmtree(working / name, ignore_errors=True)
-        folders = f"{BEST_FOLDER}/", f"{CHECKPOINTS_FOLDER}/{latest[0]}/"
-        missing = [name for name in files if name.startswith(folders) and not (working / name).exists()]
-        wanted += [*missing, *(name for name in STATE_FILES if name in files)]
+        folders = f"{files.BEST_FOLDER}/", f"{files.CHECKPOINTS_FOLDER}/{latest[0]}/"
+        missing = [name for name in stored if name.startswith(folders) and not (working / name).exists()]
+        wanted += [*missing, *(name for name in files.STATE_FILES if name in stored)]
     else:
-        wanted += [name for name in STATE_FILES if name in files and not (working / name).exists()]
+        wanted += [name for name in files.STATE_FILES if name in stored and not (working / name).exists()]
     for name in wanted:
-        target = working / name
-        if name.startswith(f"{PACKED_FOLDER}/") and target.exists() and target.stat().st_size == files[name].size:
-            continue
-        folder.download(name, target)
+        target, is_pack = working / name, name.startswith(f"{files.PACKED_FOLDER}/")
+        if not (is_pack and target.exists() and target.stat().st_size == stored[name].size):
+            folder.download(name, target)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -247,10 +228,10 @@ def all_checkpoints(folder: Path) -> list[Path]:
 
 def finish_checkpoint(written: Path, folder: Path) -> Path:
     """Give a checkpoint that was written elsewhere on the same disk its name, once its bytes are on the disk."""
-    files = [file for file in sorted(written.rglob("*")) if file.is_file()]
-    sizes = {file.relative_to(written).as_posix(): file.stat().st_size for file in files}
-    (written / FILES_FILE).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
-    for file in (*files, written / FILES_FILE):
+    parts = [file for file in sorted(written.rglob("*")) if file.is_file()]
+    sizes = {file.relative_to(written).as_posix(): file.stat().st_size for file in parts}
+    (written / files.FILES_FILE).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+    for file in (*parts, written / files.FILES_FILE):
         sync(file)
     sync(written)
     target = folder / f"step-{int(written.name.rpartition('-')[2]):06d}"
@@ -270,7 +251,7 @@ def remove_old(folder: Path, keep: int) -> None:
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        sizes = json.loads((checkpoint / FILES_FILE).read_text(encoding="utf-8"))
+        sizes = json.loads((checkpoint / files.FILES_FILE).read_text(encoding="utf-8"))
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
     except (FileNotFoundError, json.JSONDecodeError):
         return False

@@ -16,7 +16,7 @@ from birbal_ray.models import Model
 from birbal_ray.progress import ProgressLine, duration, save_figures
 from birbal_ray.run import LOG_FOLDER, Run, RunFailedError
 from birbal_ray.storage import Folder, RunError
-from birbal_ray.train.checkpoints import EASED_FILE, SESSION_FILE, STATUS_FILE, STOP_FILE
+from birbal_ray.train import files
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.forecast import rate_key
 from birbal_ray.train.preflight import with_micro
@@ -76,8 +76,8 @@ def train_on_cluster(
 
 def ease(config: TrainConfig, folder: Folder) -> TrainConfig:
     """The configuration with the smaller micro batch that eased.json asks for, if the run has one."""
-    is_eased = folder.is_file(EASED_FILE)
-    return config.replace(with_micro(config, folder.read_json(EASED_FILE)["micro"])) if is_eased else config
+    is_eased = folder.is_file(files.EASED_FILE)
+    return config.replace(with_micro(config, folder.read_json(files.EASED_FILE)["micro"])) if is_eased else config
 
 
 def _run_worker(
@@ -104,7 +104,9 @@ def _run_worker(
     except KeyboardInterrupt:
         if missing():
             raise  # no worker is there that could save anything
-        folder.write_bytes(STOP_FILE, b"")  # refused where another run took the folder over, which must not be stopped
+        folder.write_bytes(
+            files.STOP_FILE, b""
+        )  # refused where another run took the folder over, which must not be stopped
         grace = config.resources.stop_grace
         progress.message(f"stopping: the worker saves a checkpoint first (at most {grace:.0f} s)")
         concurrent.futures.wait([done], grace)
@@ -130,8 +132,8 @@ class _Status:
             return self._text
         self._read_at = time.monotonic()
         try:
-            stat = self._folder.stat(STATUS_FILE)
-            status = self._folder.read_json(STATUS_FILE) if stat and stat.modified >= self._wall_start else None
+            stat = self._folder.stat(files.STATUS_FILE)
+            status = self._folder.read_json(files.STATUS_FILE) if stat and stat.modified >= self._wall_start else None
         except (OSError, RunError):  # an outage of the store: the worker goes on, and so does the run
             return self._text
         record: dict[str, Any] = {"done": None, "total": None}
@@ -184,7 +186,7 @@ def _run_ray_train(config: TrainConfig, model: Model, folder: Folder) -> dict[st
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     gpu = config.resources.device == "gpu"
-    folder.delete([SESSION_FILE])
+    folder.delete([files.SESSION_FILE])
     trainer = TorchTrainer(
         train_on_worker,
         train_loop_config={

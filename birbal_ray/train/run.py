@@ -25,20 +25,9 @@ from birbal_ray.progress import ProgressLine, save_figures
 from birbal_ray.run import Run, Step, StepResult, open_run, sigterm_as_interrupt
 from birbal_ray.settings import ConfigError, require
 from birbal_ray.storage import Folder, RunError, absolute, is_url, open_folder
+from birbal_ray.train import files
 from birbal_ray.train.card import CURVE_FILE, draw_loss_curve, publish_adapter
-from birbal_ray.train.checkpoints import (
-    BEST_FILE,
-    CLOCK_FILE,
-    EASED_FILE,
-    METRICS_FILE,
-    OWNS,
-    PACKED_FOLDER,
-    SELF_CHECK_FILE,
-    STOP_FILE,
-    WORKING_FILE,
-    parse_metrics,
-    working_folder,
-)
+from birbal_ray.train.checkpoints import parse_metrics, working_folder
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import Packing, prepare, text_columns
 from birbal_ray.train.forecast import rate_key
@@ -62,7 +51,7 @@ def _differ_in_checkpoints(old: Mapping[str, Any], new: Mapping[str, Any]) -> bo
     return one == other
 
 
-STEP = Step("train", OWNS, {"settings": TrainConfig}, _differ_in_checkpoints)
+STEP = Step("train", files.OWNS, {"settings": TrainConfig}, _differ_in_checkpoints)
 
 
 class TrainResult(StepResult):
@@ -85,24 +74,24 @@ def train(config: TrainConfig, *, overwrite: bool = False) -> TrainResult:
         if run.manifest:
             progress.message(f"{run.folder} is up to date; nothing to do")
             return TrainResult(run.folder, run.manifest)
-        if not run.folder.is_local and WORKING_FILE not in run.files:
-            run.folder.write_json(WORKING_FILE, {"token": uuid.uuid4().hex})
+        if not run.folder.is_local and files.WORKING_FILE not in run.files:
+            run.folder.write_json(files.WORKING_FILE, {"token": uuid.uuid4().hex})
         working = working_folder(run.folder)
         packing = _pack(config, model, mix, working, progress)
         if not run.folder.is_local:
-            for file in sorted((working / PACKED_FOLDER).iterdir()):
-                name = f"{PACKED_FOLDER}/{file.name}"
+            for file in sorted((working / files.PACKED_FOLDER).iterdir()):
+                name = f"{files.PACKED_FOLDER}/{file.name}"
                 if name not in run.files:
                     run.folder.upload(file, name)
         found = run_preflight(config, model, packing)
         for line in describe_preflight(found):
             progress.message(line)
         refuse_if_too_large(found)
-        if METRICS_FILE in run.files:
+        if files.METRICS_FILE in run.files:
             progress.message(f"continuing from the last checkpoint in {run.folder}")
         else:  # a run that is under way ends in time whatever this machine has measured since
             refuse_if_too_short(found)
-        run.folder.delete([STOP_FILE])
+        run.folder.delete([files.STOP_FILE])
         outcome = train_on_cluster(config, model, run.folder, progress, run)
         if outcome["ended_by"] == "stop":
             progress.message(f"stopped after step {outcome['num_steps']}, checkpoint saved; the same command continues")
@@ -203,7 +192,7 @@ def _pack(
     tokenizer = load_tokenizer(model.path)
     return prepare(
         mix,
-        folder / PACKED_FOLDER,
+        folder / files.PACKED_FOLDER,
         tokenizer,
         config.batch.sequence_length,
         config.batch.long_samples,
@@ -260,11 +249,11 @@ def _finish(
 ) -> TrainResult:
     """Read what the worker left in the run folder, publish the best adapter, and write the manifest."""
     folder = run.folder
-    metrics = parse_metrics(folder.read_text(METRICS_FILE)) if folder.is_file(METRICS_FILE) else []
-    if not folder.is_file(BEST_FILE):
+    metrics = parse_metrics(folder.read_text(files.METRICS_FILE)) if folder.is_file(files.METRICS_FILE) else []
+    if not folder.is_file(files.BEST_FILE):
         reason = next(filter(None, map(why_diverged, metrics)), "the run made no evaluation")
         raise RunError(f"{folder}: no adapter was kept; {reason}")
-    best, clock = folder.read_json(BEST_FILE), folder.read_json(CLOCK_FILE)
+    best, clock = folder.read_json(files.BEST_FILE), folder.read_json(files.CLOCK_FILE)
     base_loss = next(line["eval_loss"] for line in metrics if "eval_loss" in line and line["step"] == 0)
     if best["eval_loss"] >= base_loss:
         progress.message(f"warning: no adapter beats the base model's eval loss of {base_loss:.4f}")
@@ -281,8 +270,8 @@ def _finish(
         },
         "result": {
             **outcome,
-            "eased": folder.read_json(EASED_FILE) if folder.is_file(EASED_FILE) else None,
-            "self_check": folder.read_json(SELF_CHECK_FILE) if folder.is_file(SELF_CHECK_FILE) else None,
+            "eased": folder.read_json(files.EASED_FILE) if folder.is_file(files.EASED_FILE) else None,
+            "self_check": folder.read_json(files.SELF_CHECK_FILE) if folder.is_file(files.SELF_CHECK_FILE) else None,
             "train_tokens": sum(line["tokens"] for line in metrics if "loss" in line),
             "base_eval_loss": base_loss,
             "best_eval_loss": best["eval_loss"],
@@ -294,9 +283,9 @@ def _finish(
     with folder.writer(CURVE_FILE) as sink:
         draw_loss_curve(metrics, (best["step"], best["eval_loss"]), sink)
     names = publish_adapter(folder, folder.subfolder(best["folder"]), manifest, mix_manifest, model)
-    files = [*names, CURVE_FILE, METRICS_FILE, BEST_FILE]
+    listed = [*names, CURVE_FILE, files.METRICS_FILE, files.BEST_FILE]
     summary = (
         f"eval loss {base_loss:.4f} → {best['eval_loss']:.4f} at step {best['step']:,} of {outcome['num_steps']:,} "
         f"(ended by {outcome['ended_by']})"
     )
-    return TrainResult(folder, run.finish(manifest, files, summary=summary))
+    return TrainResult(folder, run.finish(manifest, listed, summary=summary))

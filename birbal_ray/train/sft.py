@@ -24,23 +24,9 @@ from trl import SFTConfig
 from birbal_ray.adapters import REFERENCE_FILE
 from birbal_ray.models import load_tokenizer
 from birbal_ray.storage import RunError, read_json, write_atomic, write_json
+from birbal_ray.train import files
 from birbal_ray.train.attention import choose_attention
-from birbal_ray.train.checkpoints import (
-    BEST_FILE,
-    BEST_FOLDER,
-    CHECKPOINTS_FOLDER,
-    CLOCK_FILE,
-    METRICS_FILE,
-    OUTCOME_FILE,
-    PACKED_FOLDER,
-    SELF_CHECK_FILE,
-    STATUS_FILE,
-    TENSORBOARD_FOLDER,
-    WORK_FOLDER,
-    Remote,
-    latest_checkpoint,
-    read_metrics,
-)
+from birbal_ray.train.checkpoints import Remote, latest_checkpoint, read_metrics
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import load_packs
 from birbal_ray.train.deadline import Clock
@@ -68,13 +54,13 @@ def fine_tune(
 
     Where the folder's run has ended already, its outcome is all that happens.
     """
-    clock = Clock(folder / CLOCK_FILE, started=started)
+    clock = Clock(folder / files.CLOCK_FILE, started=started)
     with clock.running():
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / TENSORBOARD_FOLDER)
-        shutil.rmtree(folder / CHECKPOINTS_FOLDER / WORK_FOLDER, ignore_errors=True)
-        checkpoint = latest_checkpoint(folder / CHECKPOINTS_FOLDER)
-        if checkpoint and (checkpoint / OUTCOME_FILE).exists():
-            return Outcome(**read_json(checkpoint / OUTCOME_FILE))
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / files.TENSORBOARD_FOLDER)
+        shutil.rmtree(folder / files.CHECKPOINTS_FOLDER / files.WORK_FOLDER, ignore_errors=True)
+        checkpoint = latest_checkpoint(folder / files.CHECKPOINTS_FOLDER)
+        if checkpoint and (checkpoint / files.OUTCOME_FILE).exists():
+            return Outcome(**read_json(checkpoint / files.OUTCOME_FILE))
         trainer = make_trainer(config, model_path, folder, clock)
         trainer.remote = remote or trainer.remote
         trainer.fused_kernels = apply_kernels(trainer.model, compute_dtype(config), config.kernels)
@@ -109,8 +95,8 @@ def make_trainer(config: TrainConfig, model_path: Path, folder: Path, clock: Clo
         clock,
         model=model,
         args=sft_config(config, folder),
-        train_dataset=PackDataset(load_packs(folder / PACKED_FOLDER, "train")),
-        eval_dataset=PackDataset(load_packs(folder / PACKED_FOLDER, "eval")),
+        train_dataset=PackDataset(load_packs(folder / files.PACKED_FOLDER, "train")),
+        eval_dataset=PackDataset(load_packs(folder / files.PACKED_FOLDER, "eval")),
         processing_class=load_tokenizer(model_path),
         peft_config=peft_config,
     )
@@ -118,14 +104,14 @@ def make_trainer(config: TrainConfig, model_path: Path, folder: Path, clock: Clo
 
 def record_self_check(trainer: BudgetTrainer) -> None:
     """Check the model (see `self_check`) unless an earlier session did, on the same kernel; leaves self_check.json."""
-    file = trainer.folder / SELF_CHECK_FILE
+    file = trainer.folder / files.SELF_CHECK_FILE
     kernel = f"{trainer.kernel}; fused kernels: {trainer.fused_kernels}"
     if file.exists() and read_json(file)["kernel"] == kernel:
         return
     settings = trainer.settings.model
     found = check_model(trainer.model, compute_dtype(trainer.settings), settings.quantization)
     write_json(file, {"kernel": kernel, **asdict(found)})
-    trainer.remote.add(SELF_CHECK_FILE)
+    trainer.remote.add(files.SELF_CHECK_FILE)
 
 
 def load_base(path: Path, config: TrainConfig) -> Any:
@@ -164,7 +150,7 @@ def sft_config(config: TrainConfig, folder: Path) -> SFTConfig:
     if optimizer == "auto":
         optimizer = "paged_adamw_32bit" if cuda else "adamw_torch"
     return SFTConfig(
-        output_dir=str(folder / CHECKPOINTS_FOLDER / WORK_FOLDER),
+        output_dir=str(folder / files.CHECKPOINTS_FOLDER / files.WORK_FOLDER),
         packing=True,
         packing_strategy="bfd",
         max_length=config.batch.sequence_length,
@@ -207,14 +193,14 @@ class SftCallback(TrainerCallback):
         self._status_written = -math.inf
         self._latest: dict[str, Any] = {"train": None, "evaluation": None}  # lines of metrics.jsonl
         self._best = math.inf
-        if (self._folder / BEST_FILE).exists():
-            best = read_json(self._folder / BEST_FILE)
+        if (self._folder / files.BEST_FILE).exists():
+            best = read_json(self._folder / files.BEST_FILE)
             if (self._folder / best["folder"] / REFERENCE_FILE).exists():  # the last file of a complete one
                 self._best = best["eval_loss"]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Forget what a killed session measured after its last checkpoint; go no further where no step fits."""
-        file = self._folder / METRICS_FILE
+        file = self._folder / files.METRICS_FILE
         lines = read_metrics(file) if state.global_step > 0 else []
         kept = [line for line in lines if line["step"] <= state.global_step]
         write_atomic(file, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
@@ -272,7 +258,7 @@ class SftCallback(TrainerCallback):
             return  # the summary at the end
         line["elapsed_seconds"] = clock.elapsed_seconds
         self._latest["evaluation" if "eval_loss" in line else "train"] = line
-        with (self._folder / METRICS_FILE).open("a", encoding="utf-8") as file:
+        with (self._folder / files.METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         due = time.monotonic() - self._status_written > self._trainer.remote.status_seconds
         if self._trainer.ended_by or "eval_loss" in line or due:
@@ -297,22 +283,24 @@ class SftCallback(TrainerCallback):
         forecast = deadline.forecast(state.global_step, steps_per_epoch, *every)
         status = {"step": state.global_step, "max_steps": state.max_steps, "epoch": state.epoch or 0.0}
         status |= {"step_seconds": deadline.clock.step_seconds, "forecast": forecast}
-        write_json(self._folder / STATUS_FILE, status | self._latest)
-        self._trainer.remote.add(STATUS_FILE, CLOCK_FILE)  # the time of a killed session counts elsewhere, too
+        write_json(self._folder / files.STATUS_FILE, status | self._latest)
+        # The time of a killed session counts elsewhere, too.
+        self._trainer.remote.add(files.STATUS_FILE, files.CLOCK_FILE)
 
 
 def save_best(trainer: BudgetTrainer, step: int, eval_loss: float) -> None:
     """Write the adapter and its reference beside the earlier best, point to it, then remove the earlier one."""
     folder = trainer.folder
-    best = folder / BEST_FOLDER
+    best = folder / files.BEST_FOLDER
     target, temporary = best / f"step-{step:06d}", best / f".tmp-{os.getpid()}-{step}"
     shutil.rmtree(temporary, ignore_errors=True)
     trainer.model.save_pretrained(temporary, safe_serialization=True)
     write_json(temporary / REFERENCE_FILE, trainer.reference())
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
-    write_json(folder / BEST_FILE, {"step": step, "eval_loss": eval_loss, "folder": f"{BEST_FOLDER}/{target.name}"})
+    name = f"{files.BEST_FOLDER}/{target.name}"
+    write_json(folder / files.BEST_FILE, {"step": step, "eval_loss": eval_loss, "folder": name})
     for other in best.iterdir():
         if other != target:
             shutil.rmtree(other, ignore_errors=True)
-    trainer.remote.add(f"{BEST_FOLDER}/{target.name}", BEST_FILE, METRICS_FILE)
+    trainer.remote.add(name, files.BEST_FILE, files.METRICS_FILE)

@@ -17,16 +17,9 @@ from trl import SFTTrainer
 
 from birbal_ray.score.reference import reference_prompts
 from birbal_ray.storage import open_folder, write_json
+from birbal_ray.train import files
 from birbal_ray.train.attention import name_kernel
-from birbal_ray.train.checkpoints import (
-    CHECKPOINTS_FOLDER,
-    CLOCK_FILE,
-    METRICS_FILE,
-    OUTCOME_FILE,
-    Remote,
-    finish_checkpoint,
-    remove_old,
-)
+from birbal_ray.train.checkpoints import Remote, finish_checkpoint, remove_old
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import IGNORED, PackedSamples
 from birbal_ray.train.deadline import Clock, Deadline, budget_by_clock, learning_rate_factor
@@ -184,13 +177,13 @@ class BudgetTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         started = time.monotonic()
         super()._save_checkpoint(model, trial)
-        checkpoints = self.folder / CHECKPOINTS_FOLDER
+        checkpoints = self.folder / files.CHECKPOINTS_FOLDER
         written = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.ended_by in ENDS:
-            write_json(written / OUTCOME_FILE, asdict(self.outcome()))
+            write_json(written / files.OUTCOME_FILE, asdict(self.outcome()))
         saved = finish_checkpoint(written, checkpoints)
         remove_old(checkpoints, self.settings.checkpoint.keep)
-        self.remote.add(METRICS_FILE, CLOCK_FILE, f"{CHECKPOINTS_FOLDER}/{saved.name}")
+        self.remote.add(files.METRICS_FILE, files.CLOCK_FILE, f"{files.CHECKPOINTS_FOLDER}/{saved.name}")
         self.remote.prune(self.settings.checkpoint.keep)
         self._saved_at = time.monotonic()
         self.deadline.clock.save_seconds = self._saved_at - started

@@ -18,20 +18,8 @@ from birbal_ray.cluster import log_to
 from birbal_ray.models import ModelError, quiet_libraries, resolve_model
 from birbal_ray.settings import ConfigError, one_line
 from birbal_ray.storage import Folder, RunError, read_json, write_json
-from birbal_ray.train.checkpoints import (
-    CHECKPOINTS_FOLDER,
-    CLOCK_FILE,
-    EASED_FILE,
-    METRICS_FILE,
-    SESSION_FILE,
-    STATE_FILES,
-    TENSORBOARD_FOLDER,
-    WORK_FOLDER,
-    Remote,
-    download_state,
-    read_metrics,
-    working_folder,
-)
+from birbal_ray.train import files
+from birbal_ray.train.checkpoints import Remote, download_state, read_metrics, working_folder
 from birbal_ray.train.config import TrainConfig
 
 REPORT_SECONDS = 5.0
@@ -87,18 +75,18 @@ def run_session(config: TrainConfig, fingerprint: str, remote: Remote, node: str
         if out_of_memory(error) and config.batch.micro > 1:
             # A new process starts with an empty card; the driver starts it with what eased.json says.
             smaller = {"micro": config.batch.micro // 2, "reason": one_line(error)[:300]}
-            write_json(folder / EASED_FILE, smaller)
-            remote.add(EASED_FILE)
+            write_json(folder / files.EASED_FILE, smaller)
+            remote.add(files.EASED_FILE)
             return {"eased": f"the card ran out of memory at batch.micro={config.batch.micro}"}
         reason = lasting_reason(error, folder, config)
         if reason is None:
             raise
         result = {"error": reason}
         # An unfinished checkpoint: on a full disk its room is what the reason is written to.
-        shutil.rmtree(folder / CHECKPOINTS_FOLDER / WORK_FOLDER, ignore_errors=True)
+        shutil.rmtree(folder / files.CHECKPOINTS_FOLDER / files.WORK_FOLDER, ignore_errors=True)
     with contextlib.suppress(OSError):  # still full: Ray gives the result to the driver
-        write_json(folder / SESSION_FILE, result)
-        remote.add(SESSION_FILE, *STATE_FILES, "logs", TENSORBOARD_FOLDER)
+        write_json(folder / files.SESSION_FILE, result)
+        remote.add(files.SESSION_FILE, *files.STATE_FILES, "logs", files.TENSORBOARD_FOLDER)
     return result
 
 
@@ -135,11 +123,11 @@ def fine_tune_here(config: TrainConfig, fingerprint: str, remote: Remote, starte
 
 def measured_speeds(folder: Path) -> dict[str, float]:
     """What a later run is planned with: tokens per second of training time, and the seconds of everything else."""
-    steps = [line for line in read_metrics(folder / METRICS_FILE) if "loss" in line and line.get("step_seconds")]
+    steps = [line for line in read_metrics(folder / files.METRICS_FILE) if "loss" in line and line.get("step_seconds")]
     seconds = sum(line["step_seconds"] for line in steps[1:])  # the first step warms up
-    if not seconds or not (folder / CLOCK_FILE).exists():
+    if not seconds or not (folder / files.CLOCK_FILE).exists():
         return {}
-    clock = read_json(folder / CLOCK_FILE)
+    clock = read_json(folder / files.CLOCK_FILE)
     rate = sum(line["tokens"] for line in steps[1:]) / seconds
     names = ("setup_seconds", "eval_seconds", "save_seconds", "best_seconds")
     return {"tokens_per_second": rate, **{name: clock[name] for name in names}}

@@ -77,8 +77,8 @@ def judge(
     """Train on the mix in `work`/mix, and report the objective at every rung. `labels`: task → its label."""
     import torch
 
-    from birbal_ray.train.checkpoints import PACKED_FOLDER
     from birbal_ray.train.data import encode_rows, prepare
+    from birbal_ray.train.files import PACKED_FOLDER
     from birbal_ray.train.sft import fine_tune, load_base
     from birbal_ray.train.task_loss import AtSteps, Sample, read_samples, task_losses
 

@@ -25,8 +25,8 @@ from birbal_ray.score.adaptive import FixedSchedule
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.monitor import COUNTED, EngineMonitor
 from birbal_ray.settings import flatten, load_config
-from birbal_ray.train.checkpoints import SESSION_FILE, STOP_FILE
 from birbal_ray.train.config import TrainConfig
+from birbal_ray.train.files import SESSION_FILE, STOP_FILE
 from tests.conftest import REPOSITORY
 
 CLUSTER = REPOSITORY / "cluster"
