@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,19 @@ def money(plans: Sequence[StepPlan], price_per_hour: float) -> tuple[float, floa
     low = sum(min(one.low_seconds, one.limit_seconds or math.inf) for one in plans)
     high = sum(min(one.high_seconds, one.limit_seconds or math.inf) for one in plans)
     return low / 3600 * price_per_hour, high / 3600 * price_per_hour
+
+
+def describe_hours(plan: Callable[[], StepPlan], price_per_hour: float | None = None) -> str:
+    """How long a step takes, as `birbal plan` says, and what it costs, a line each; or why that is not known."""
+    try:
+        found = plan()
+    except (ConfigError, ModelError) as error:
+        return f"no estimate of time: {error}"
+    text = f"takes {found.hours}: {found.work}"
+    if price_per_hour is None:
+        return text
+    low, high = money([found], price_per_hour)
+    return f"{text}\ncosts {low:.2f} to {high:.2f}, at {price_per_hour:g} an hour"
 
 
 def records_of(plans: Sequence[StepPlan]) -> list[dict[str, Any]]:

@@ -33,6 +33,19 @@ overwrite_option = click.option(
     is_flag=True,
     help="Start from scratch where a finished run is, or one of other settings; the same one, unfinished, goes on.",
 )
+# Of the steps that ask a model about tasks.
+ASKING_FLAGS = (
+    "--tasks PATH = tasks.path",
+    "--model NAME = model.name",
+    "--output DIR",
+    "--instances-per-task",
+    "--select WHICH",
+    "--replicas = resources.num_replicas",
+    "--device",
+)
+FILE: Any = click.Path(path_type=Path)
+# Heading → key of a row, or what makes the cell of one.
+Columns = dict[str, str | Callable[[Mapping[str, Any]], Any]]
 
 
 def dry_run_option(text: str) -> Any:
@@ -145,8 +158,12 @@ def refuse_url(context: click.Context, option: click.Parameter, value: Any) -> A
     return value
 
 
-def print_table(rows: Sequence[Mapping[str, Any]], output_format: str, columns: Sequence[str] | None = None) -> None:
-    """Print rows on stdout as text, JSON or CSV; `columns` gives the order for text and CSV."""
+def print_table(rows: Sequence[Mapping[str, Any]], output_format: str, columns: Sequence[str] | Columns = ()) -> None:
+    """Print rows on stdout as text, JSON or CSV. `columns`: names, the order for text and CSV; or those of the text."""
+    if isinstance(columns, dict):
+        if output_format == "text":
+            rows = [{name: row[of] if isinstance(of, str) else of(row) for name, of in columns.items()} for row in rows]
+        columns = ()
     names = list(columns or (rows[0] if rows else []))
     if output_format == "json":
         click.echo(json.dumps(list(rows), indent=1, ensure_ascii=False))

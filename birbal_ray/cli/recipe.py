@@ -1,4 +1,4 @@
-"""The recipe as a whole: what is here (doctor), what it takes (plan), all its steps (pipeline, demo)."""
+"""The recipe as a whole: what is here (doctor), what it takes (plan), all its steps (pipeline, demo), what is done."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from birbal_ray.cli.main import EXIT_FAILED
+from birbal_ray.cli.models import print_train
 from birbal_ray.cli.options import (
+    Columns,
     dry_run_option,
     find_config,
     format_option,
@@ -23,7 +28,8 @@ from birbal_ray.cli.options import (
     print_table,
     settings_options,
 )
-from birbal_ray.cli.steps import print_evaluate, print_mix, print_score, print_train, print_tune, refuse_loss
+from birbal_ray.cli.results import print_evaluate, refuse_loss
+from birbal_ray.cli.steps import print_mix, print_score, print_tune
 from birbal_ray.recipe import PipelineConfig, join_steps
 from birbal_ray.settings import load_config
 
@@ -31,9 +37,11 @@ if TYPE_CHECKING:
     from birbal_ray.cluster import Node
     from birbal_ray.doctor import Placement
     from birbal_ray.evaluate.run import EvaluateResult
+    from birbal_ray.status import Row
 
 NOT_GIVEN = ""  # an address, after --cluster
 NUM_NAMED = 6  # nodes in a line of the text table
+WATCH_SECONDS, IDLE_LOOKS = 5.0, 4  # a pipeline pauses between two steps
 PLANNED_OUTPUT = "runs"  # of a plan without --output: nothing is written there
 
 
@@ -104,7 +112,7 @@ def print_cluster(nodes: list[Node], found: list[Placement], output_format: str)
         work = [{**asdict(one), "nodes": [node.name for node in one.nodes]} for one in found]
         click.echo(json.dumps({"nodes": [asdict(node) for node in nodes], "work": work}, indent=1))
         return
-    print_table([_cells(node) for node in nodes], output_format)
+    print_table([_node_cells(node) for node in nodes], output_format)
     click.echo()
     rows = []
     for one in found:
@@ -115,7 +123,7 @@ def print_cluster(nodes: list[Node], found: list[Placement], output_format: str)
     print_table(rows, output_format)
 
 
-def _cells(node: Node) -> dict[str, Any]:
+def _node_cells(node: Node) -> dict[str, Any]:
     return {
         "node": node.name,
         "ip": node.ip,
@@ -196,7 +204,7 @@ def run_recipe(config: PipelineConfig, overwrite: bool) -> None:
     evaluated: list[EvaluateResult] = []
 
     def show_evaluation(result: EvaluateResult) -> None:
-        print_evaluate(result, "text", per_task=True)
+        print_evaluate(result, per_task=True)
         evaluated.append(result)
 
     page = run_pipeline(
@@ -204,10 +212,7 @@ def run_recipe(config: PipelineConfig, overwrite: bool) -> None:
         overwrite=overwrite,
         announce=lambda text: note(f"\n{text}"),
         show={
-            "score": lambda result: print_score(result, "text"),
-            "tune": lambda result: print_tune(result, "text"),
-            "mix": lambda result: print_mix(result, "text"),
-            "train": lambda result: print_train(result, "text"),
+            **{"score": print_score, "tune": print_tune, "mix": print_mix, "train": print_train},
             "evaluate": show_evaluation,
         },
     )
@@ -251,25 +256,16 @@ def print_plan(
 
     joined = join_steps(config.replace({"output": config.output or PLANNED_OUTPUT}))
     found = {card: plan_recipe(joined, card) for card in cards}
-    rows: list[dict[str, Any]] = []
-    for card, steps in found.items():
-        where = {"card": card} if len(found) > 1 or output_format != "text" else {}
-        if output_format != "text":
-            rows += [{**where, **record} for record in records_of(steps)]
-            continue
-        rows += [
-            {
-                **where,
-                "step": one.step,
-                "work": one.work,
-                "alone": f"{duration(one.low_seconds)} to {duration(one.high_seconds)}",
-                "gets": duration(one.limit_seconds) if one.limit_seconds else "all it takes",
-                "planned": duration(one.planned_seconds),
-                "from": one.source,
-            }
-            for one in steps
-        ]
-    print_table(rows, output_format)
+    columns: Columns = {
+        **({"card": "card"} if len(found) > 1 else {}),
+        **{"step": "step", "work": "work"},
+        "alone": lambda row: f"{duration(row['low_seconds'])} to {duration(row['high_seconds'])}",
+        "gets": lambda row: duration(row["limit_seconds"]) if row["limit_seconds"] else "all it takes",
+        "planned": lambda row: duration(row["planned_seconds"]),
+        "from": "source",
+    }
+    rows = [{"card": card, **record} for card, steps in found.items() for record in records_of(steps)]
+    print_table(rows, output_format, columns)
     for card, steps in found.items():
         total = f"{card or 'this machine'}: {duration(sum(one.planned_seconds for one in steps))} planned"
         if config.budget:
@@ -277,6 +273,83 @@ def print_plan(
         if gpu_price is not None:
             total += ", {:.2f} to {:.2f} in money".format(*money(steps, gpu_price))
         note(total)
+
+
+@click.command()
+@click.argument("run")
+@click.option("--watch", is_flag=True, help="Show it again every few seconds, until nothing runs. Ctrl-C ends it.")
+@format_option
+def status(run: str, watch: bool, output_format: str) -> None:
+    """Say what the steps in RUN have done, which of them is at work, and how to go on.
+
+    RUN is a folder that holds the steps' output folders, or one of these. It is only read: a run that
+    works there is not disturbed. Whether one on another machine still lives is judged by its files.
+
+    \b
+    Examples:
+      birbal status runs
+      birbal status s3://bucket/runs
+      birbal status runs/demo --watch
+      birbal status runs/score --format json
+    """
+    from birbal_ray.progress import duration
+    from birbal_ray.status import RUNNING, read_budget, read_plan, read_status
+
+    columns: Columns = {
+        **{"step": "step", "folder": "folder", "state": lambda row: row["detail"] or row["state"]},
+        "progress": lambda row: row["progress"] or None,
+        "last touched": lambda row: row["touched"] and f"{duration(max(0.0, time.time() - row['touched']))} ago",
+        "wall time": lambda row: row["wall_seconds"] and duration(row["wall_seconds"]),
+    }
+
+    if watch and output_format != "text":
+        raise click.UsageError("--watch shows a screen of text; leave out --format or --watch")
+    rows = read_status(run)
+    if output_format != "text":
+        times = [row.touched and datetime.fromtimestamp(row.touched, UTC).isoformat(timespec="seconds") for row in rows]
+        records = [asdict(row) | {"touched": touched} for row, touched in zip(rows, times, strict=True)]
+        print_table(records, output_format)
+        return
+    idle = 0
+    while True:
+        if watch:
+            click.clear()
+        width = shutil.get_terminal_size().columns
+        if watch or sys.stdout.isatty():
+            click.echo("\n".join(screen(rows, read_plan(run), width)))
+        else:
+            print_table([asdict(row) for row in rows], output_format, columns)
+        if budget := read_budget(run):
+            click.echo(textwrap.fill(budget, width, subsequent_indent="  ") if sys.stdout.isatty() else budget)
+        todo = [row for row in rows if row.next]
+        for row in todo:
+            click.echo(f"next: {row.next}" if len(todo) == 1 else f"next ({row.folder.rpartition('/')[2]}): {row.next}")
+        idle = 0 if any(row.state == RUNNING for row in rows) else idle + 1
+        if not watch or idle == IDLE_LOOKS:
+            return
+        time.sleep(WATCH_SECONDS)
+        rows = read_status(run)
+
+
+def screen(rows: Sequence[Row], planned: Mapping[str, float], width: int) -> list[str]:
+    """The steps as lines of at most `width`: state and time of each, what it says of itself, where it has a budget.
+
+    `planned`: step → seconds.
+    """
+    from birbal_ray.progress import duration
+
+    lines = [rows[0].folder.rpartition("/")[0]]
+    for row in rows:
+        folder = row.folder.rpartition("/")[2]
+        name = row.step if folder in (row.step, "report.html") else f"{row.step} ({folder})"
+        taken = duration(row.wall_seconds) if row.wall_seconds else ""
+        if seconds := planned.get(row.step):
+            taken += f" ({duration(seconds)} planned)" if taken else f"{duration(seconds)} planned"
+        head = f"{name:<9} {row.detail or row.state:<12} {taken}".rstrip()
+        for text in (head, row.progress):
+            indent = "" if text is head else " " * 10
+            lines += textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=" " * 10)
+    return lines
 
 
 def explain_command(mix_folder: str) -> str:

@@ -310,7 +310,7 @@ def test_a_watched_run_fits_a_narrow_terminal(tmp_path, monkeypatch):
     (tmp_path / "clock.json").write_text(
         json.dumps({"budget_seconds": 900, "spent_seconds": {"report": 3.0, "train": 60.0, "score": 13.0}})
     )
-    monkeypatch.setattr("birbal_ray.cli.tools.WATCH_SECONDS", 0.0)
+    monkeypatch.setattr("birbal_ray.cli.recipe.WATCH_SECONDS", 0.0)
     lines = command(tmp_path, "--watch").output.splitlines()
     screen = lines[: lines.index(next(line for line in lines if line.startswith("next")))]
     assert screen[:7] == [
