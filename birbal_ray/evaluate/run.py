@@ -230,7 +230,6 @@ def _score(setup: Setup, plan: ScorePlan, run: Run, progress: ProgressLine) -> N
         if waiting := check_cluster(setup.scoring):
             progress.message(waiting)
         for served, shards in todo:
-            started = time.monotonic()
             names = ", ".join(one.name for one in served)
             session = Session(progress, 0, run.progress, f"{names}: ")
             with _model_of(setup, served, run.folder, progress) as (config, fingerprint):
@@ -242,7 +241,7 @@ def _score(setup: Setup, plan: ScorePlan, run: Run, progress: ProgressLine) -> N
                     score_shards(schedule, config, fingerprint, run.folder, session.see, adapters, excluded)
                 finally:
                     progress.close()
-                    run.session({**session.record(), "wall_seconds": round(time.monotonic() - started, 3)})
+                    run.session(session.record())
 
 
 def _rows_of(folder: Folder) -> RowFiles:

@@ -114,7 +114,7 @@ def describe_task(path: Path | None, name: str, num_shots: int) -> str:
             f"sources     {', '.join(task.sources) or '-'}",
             f"instances   {len(task.instances)}, positive examples {len(task.positive_examples)}",
             f"repaired    {'; '.join(f'{count} × {kind}' for kind, count in task.repairs.items()) or 'nothing'}",
-            f"unreachable {_unreachable_finding(task, label.value) or 'nothing'}",
+            f"unreachable {_unreachable_finding(task, label.value)[1]}",
             "",
             f"--- few-shot prompt of {instance.row_id}, {len(examples)} shots ---",
             prompt.render_prompt(task.definition, examples, instance.input),
@@ -134,16 +134,14 @@ def find_faults(path: Path | None) -> tuple[list[dict[str, Any]], int, int]:
     overrides = labels.default_overrides()
     for file, task in _tasks(path):
         num_files += 1
-        num_bad += isinstance(task, TaskError)
-        found: list[tuple[str, int, str]] = []
         if isinstance(task, TaskError):
-            found.append(("unusable file", 1, str(task)))
+            num_bad += 1
+            found = [("unusable file", 1, str(task))]
         else:
-            found += [("repaired", count, kind) for kind, count in task.repairs.items()]
-            errors = [one for one in task.instances if one.error]
-            found += [("unusable instance", 1, f"{one.row_id}: {one.error}") for one in errors]
-            if unreachable := _unreachable_finding(task, labels.label_task(task, overrides).value):
-                found.append(("unreachable", int(unreachable.split()[0]), unreachable))
+            found = [("repaired", count, kind) for kind, count in task.repairs.items()]
+            found += [("unusable instance", 1, f"{one.row_id}: {one.error}") for one in task.instances if one.error]
+            count, finding = _unreachable_finding(task, labels.label_task(task, overrides).value)
+            found += [("unreachable", count, finding)] if count else []
         name = f"{reader.printable(file.name)}.json"
         rows += [{"file": name, "kind": kind, "count": count, "finding": finding} for kind, count, finding in found]
     return rows, num_files, num_bad
@@ -168,9 +166,11 @@ def _tasks(path: Path | None) -> Iterator[tuple[reader.TaskFile, Task | TaskErro
     return reader.read_tasks(reader.find_task_files(path or sample_tasks_folder()))
 
 
-def _unreachable_finding(task: Task, label: str) -> str:
+def _unreachable_finding(task: Task, label: str) -> tuple[int, str]:
+    """On how many instances no answer can score 1, and what to say of it."""
     found = metrics.find_unreachable(task, label, prompt.extract_answer)
     if not found.num_instances:
-        return ""
+        return 0, "nothing"
     share = "; the task gets no share by its errors" * (found.fraction > metrics.MAX_UNREACHABLE_FRACTION)
-    return f"{found.num_instances} of its instances, on which no answer can score 1: {found.reason}{share}"
+    finding = f"{found.num_instances} of its instances, on which no answer can score 1: {found.reason}{share}"
+    return found.num_instances, finding

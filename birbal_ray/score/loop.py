@@ -56,7 +56,7 @@ class EngineLoop:
         self._waiting: dict[_Prefix, list[_Group]] = {}  # groups behind a prefix being computed
         self._keys = itertools.count()
         self._open: dict[Future[Completion], str] = {}  # key in the engine; "": not there yet
-        self._death: str | None = None
+        self.death: str | None = None  # why the engine failed
         self._lock = threading.Lock()
         made: Future[None] = Future()
         threading.Thread(target=self._run, args=(make_engine, made), name="engine", daemon=True).start()
@@ -67,11 +67,6 @@ class EngineLoop:
         """Tokens of a prompt and its completion together, at most."""
         return self._engine.max_model_len
 
-    @property
-    def death(self) -> str | None:
-        """Why the engine failed, or None while it lives."""
-        return self._death
-
     def submit(self, requests: Sequence[Request], prefix: Sequence[int] = ()) -> list[Future[Completion]]:
         """Futures of the completions, in the requests' order. Cancelling one frees its place in the batch.
 
@@ -81,8 +76,8 @@ class EngineLoop:
         """
         group = _Group((requests[0].adapter if requests else "", tuple(prefix)), requests, [Future() for _ in requests])
         with self._lock:
-            if self._death is not None:
-                raise EngineDeadError(self._death)
+            if self.death is not None:
+                raise EngineDeadError(self.death)
             self._open.update(dict.fromkeys(group.futures, ""))
             self._inbox.put(group)
         for future in group.futures:
@@ -103,10 +98,10 @@ class EngineLoop:
                     self._running.pop(key)(completion)
         except BaseException as error:  # whatever the engine raises, its callers must hear of it
             with self._lock:
-                self._death = f"{type(error).__name__}: {one_line(error)[:300]}"
+                self.death = f"{type(error).__name__}: {one_line(error)[:300]}"
             for future in list(self._open):
                 if future.set_running_or_notify_cancel():
-                    future.set_exception(EngineDeadError(self._death))
+                    future.set_exception(EngineDeadError(self.death))
 
     def _take_new(self, *, block: bool) -> None:
         new = []

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from birbal_ray.score.shards import WrittenFile
+from birbal_ray.storage import FileRecord
 
 if TYPE_CHECKING:
     from birbal_ray.score.adaptive import Decision, Schedule
@@ -82,7 +83,7 @@ class Snapshot:
     deaths: list[str] = field(default_factory=list)
     fatal: list[str] = field(default_factory=list)  # instances that ended engines
     version: int = 0  # grows with every sign of life
-    files: list[WrittenFile] = field(default_factory=list)  # written since the last snapshot
+    files: dict[str, FileRecord] = field(default_factory=dict)  # written since the last snapshot, by name
     decisions: list[Decision] = field(default_factory=list)  # made since the last snapshot
 
 
@@ -216,7 +217,7 @@ class EngineMonitor:
         self._state.rows_written += file.num_rows
         self._state.errors_written += file.num_errors
         self._state.written_at = time.monotonic()
-        self._state.files.append(file)
+        self._state.files[file.name] = file.record
         self._schedule.record(file)
         self._touch()
 
@@ -231,7 +232,7 @@ class EngineMonitor:
         state.decisions = self._schedule.decided()
         state.running = sorted({shard for one in replicas for shard in one.in_flight})
         state.running += [one.trying[0] for one in replicas if one.trying]
-        given, state.files = replace(state), []
+        given, state.files = replace(state), {}
         return given
 
     def _touch(self) -> None:

@@ -247,8 +247,8 @@ def _score(
 
     What is written stays whatever happens. Without `start_engines` raises RunError where anything is missing.
     """
-    started, shard_rows = time.monotonic(), config.shard_rows or CPU_SHARD_ROWS
-    rows_before = found.total_rows
+    shard_rows, rows_before = config.shard_rows or CPU_SHARD_ROWS, found.total_rows
+    session = Session(progress, rows_before, run.progress)
     log: list[Decision] = []
 
     def keep(decisions: Sequence[Decision]) -> None:
@@ -278,7 +278,6 @@ def _score(
         num_done = len(found.all_names())
         of_all = "" if config.adaptive.enabled else f" of {num_done + len(todo) - len(retries)}"
         progress.message(f"continuing: {num_done}{of_all} shards ({rows_before} rows) are done and skipped")
-    session = Session(progress, rows_before, run.progress)
 
     def see(snapshot: Snapshot) -> None:
         session.see(snapshot)
@@ -294,10 +293,10 @@ def _score(
             score_shards(schedule, config, fingerprint, run.folder, see, seconds=left)
     finally:
         progress.close()
-        run.session({**session.record(), "wall_seconds": round(time.monotonic() - started, 3)})
+        run.session(session.record())
     if (rate := session.record()["tokens_per_second"]) and config.engine.backend == "vllm":
         save_figures(throughput_key(config), tokens_per_second=rate / replicas)
-    return {name: file.record for name, file in session.files.items()}, {one.task: one.reason for one in log}
+    return session.files, {one.task: one.reason for one in log}
 
 
 def _finish(

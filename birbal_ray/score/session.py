@@ -11,8 +11,7 @@ from birbal_ray.run import LOG_FOLDER, RunFailedError
 from birbal_ray.schemas import ROWS_FOLDER
 from birbal_ray.score.config import ResourceSettings
 from birbal_ray.score.monitor import KILLED, Snapshot
-from birbal_ray.score.shards import WrittenFile
-from birbal_ray.storage import Folder
+from birbal_ray.storage import FileRecord, Folder
 
 MAX_FATAL_INSTANCES = 16  # beyond that the engine is broken, not the prompts
 SHARED_SECONDS = 120.0  # a network file system's attribute caches are older than a minute at times
@@ -34,7 +33,7 @@ class Watchdog:
         if reason := self._why_stop(seen):
             raise RunFailedError(f"{reason} (logs: {self._folder.at(LOG_FOLDER)})")
         if self._unseen is not None:
-            self._unseen += [f"{ROWS_FOLDER}/{file.name}" for file in seen.files]
+            self._unseen += [f"{ROWS_FOLDER}/{name}" for name in seen.files]
         if self._unseen:
             self._written_at = self._written_at or time.monotonic()
             if any(self._folder.is_file(name) for name in self._unseen[:3]):
@@ -77,8 +76,9 @@ class Session:
     def __init__(
         self, progress: ProgressLine, rows_before: int, report: Callable[..., None] | None = None, name: str = ""
     ) -> None:
-        self.files: dict[str, WrittenFile] = {}
-        self.last = Snapshot(time.monotonic())
+        self.files: dict[str, FileRecord] = {}  # written, by name
+        self._started = time.monotonic()
+        self.last = Snapshot(self._started)
         self._progress, self._rows_before, self._report, self._name = progress, rows_before, report, name
 
     def see(self, snapshot: Snapshot) -> None:
@@ -87,7 +87,7 @@ class Session:
             self._progress.message(f"{self._name}an engine died: {death}")
         for fatal in snapshot.fatal[len(self.last.fatal) :]:
             self._progress.message(f"{self._name}an error row, because engines died of it: {fatal}")
-        self.files |= {file.name: file for file in snapshot.files}
+        self.files |= snapshot.files
         self.last = snapshot
         now = rates(snapshot, self._rows_before)
         text = self._name + progress_text(snapshot, now)
@@ -113,6 +113,7 @@ class Session:
             "engine_restarts": len(seen.deaths) + seen.num_moves,
             "deaths": list(seen.deaths),
             "fatal_instances": list(seen.fatal),
+            "wall_seconds": round(time.monotonic() - self._started, 3),
         }
 
 
