@@ -144,7 +144,7 @@ def label_tasks(path: Path | None, compare: Path | None, output_format: str) -> 
 @click.option("--category", default="", help="Kind of task, e.g. 'Title Generation'; the label rule reads it.")
 @click.option("--language", default="English", help="Of inputs and outputs.")
 @click.option("--license", default="unknown", help="Of the rows; mix and model card name it.")
-@click.option("--split", default="train", help="Of a dataset on the Hub.")
+@click.option("--split", help="Of a dataset; default: train.")
 @click.option("--subset", help="Of a dataset on the Hub: its configuration.")
 @click.option("--revision", help="Of a dataset on the Hub.")
 @click.option("--overwrite", is_flag=True, help="Replace task files of the same names.")
@@ -190,7 +190,7 @@ def import_tasks(
 
 
 def _read_source(
-    source: str, settings: Any, split: str, subset: str | None, revision: str | None
+    source: str, settings: Any, split: str | None, subset: str | None, revision: str | None
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """(columns, rows) of a file, or of a dataset on the Hub or in a folder."""
     from birbal_ray.ni.importing import read_rows
@@ -201,6 +201,9 @@ def _read_source(
     if file.suffix in (".csv", ".tsv", ".jsonl", ".json", ".parquet") or file.is_file():
         if not file.is_file():
             raise TaskError(f"{source}: no such file")
+        for flag, value in (("--split", split), ("--subset", subset), ("--revision", revision)):
+            if value:
+                raise TaskError(f"{flag} {value}: {source} is a file, which has none; leave {flag} out")
         if file.suffix != ".parquet":
             group = [settings.group_by] if settings.group_by else []
             return read_rows(file, [*settings.inputs, *settings.outputs, *group])
@@ -212,11 +215,13 @@ def _read_source(
         except (pa.ArrowInvalid, OSError) as error:
             raise TaskError(f"{source}: not a readable Parquet file ({one_line(error)})") from None
         return table.column_names, table.to_pylist()
+    if revision and file.is_dir():
+        raise TaskError(f"--revision {revision}: {source} is a folder, which has none; leave --revision out")
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(source, subset, split=split, revision=revision)
+        rows = datasets.load_dataset(source, subset, split=split or "train", revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         reason = one_line(error)[:200]
         raise TaskError(f"{source}: no such file, and not a dataset that the Hub gives ({reason})") from None

@@ -94,6 +94,10 @@ def test_a_dataset_with_named_classes(tmp_path, monkeypatch):
         (["{bad}", *COLUMNS], "bad.parquet: not a readable Parquet file"),
         (["no-such/dataset", *COLUMNS], "no-such/dataset: no such file, and not a dataset that the Hub gives"),
         (["{table}", *COLUMNS, "--name", "a:b"], "a:b.json: the name holds a ':'"),
+        (["{table}", *COLUMNS, "--split", "test"], "data.csv is a file, which has none; leave --split out"),
+        (["{bad}", *COLUMNS, "--subset", "en"], "bad.parquet is a file, which has none; leave --subset out"),
+        (["{table}", *COLUMNS, "--revision", "v2"], "--revision v2: "),
+        (["{folder}", *COLUMNS, "--revision", "v2"], "is a folder, which has none; leave --revision out"),
         (["{table}", *COLUMNS, "--folder", "s3://bucket/tasks"], "expected a folder on this machine"),
     ],
 )
@@ -101,7 +105,7 @@ def test_wrong_usage_is_one_line(table, tmp_path, monkeypatch, arguments, reason
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
-    places = {"table": table, "bad": tmp_path / "bad.parquet"}
+    places = {"table": table, "bad": tmp_path / "bad.parquet", "folder": tmp_path}
     if "--folder" not in arguments:
         arguments = [*arguments, "--folder", str(tmp_path / "t")]
     result = run("tasks", "import", *(argument.format(**places) for argument in arguments))
