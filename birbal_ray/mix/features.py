@@ -27,23 +27,6 @@ if TYPE_CHECKING:
 
 _SPACELESS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Khmer}\p{Lao}\p{Myanmar}]"
 
-FEATURES = pa.schema(
-    [
-        pa.field("group", pa.int32()),
-        pa.field("row_hash", pa.uint64()),
-        pa.field("shuffle_hash", pa.uint64()),
-        pa.field("key", pa.uint64()),
-        pa.field("score", pa.float64()),
-        pa.field("published", pa.float64()),
-        pa.field("flags", pa.uint16()),
-        pa.field("row_id", pa.string()),
-        pa.field("task", pa.string()),  # outside rows only
-    ]
-)
-NEAR_FEATURES = pa.schema(
-    [*FEATURES, pa.field("exact_key", pa.uint64()), pa.field("signature", pa.binary(4 * dedup.NUM_HASHES))]
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -62,7 +45,10 @@ class Block:
 
 
 def extract_features(block: Block, config: MixConfig, ngrams: NgramIndex | None) -> pa.Table:
-    """FEATURES of a block (NEAR_FEATURES when near-duplicates are sought), rows in the block's order."""
+    """The columns of `Candidates`, and row_id and task (null but for outside rows), rows in the block's order.
+
+    Where near-duplicates are sought, also exact_key (uint64) and signature (4 · NUM_HASHES bytes a row).
+    """
     flags = block.flags | _text_flags(block, config)
     if ngrams is not None:
         hits = ngrams.overlaps(list(zip(block.input.to_pylist(), block.output.to_pylist(), strict=True)))
@@ -83,17 +69,13 @@ def extract_features(block: Block, config: MixConfig, ngrams: NgramIndex | None)
         "row_id": block.row_id,
         "task": pa.nulls(len(row_hash), pa.string()) if block.task is None else block.task,
     }
-    if not config.dedup.near:
-        return pa.table(columns, schema=FEATURES)
-    inputs = block.input.to_pylist()
-    pairs = zip(block.instruction.to_pylist(), inputs, strict=True)
-    exact = (f"{instruction}\x1f{dedup.exact_parts(text)}".encode() for instruction, text in pairs)
-    columns["exact_key"] = hash_all(exact)
-    signatures = dedup.signatures(inputs)  # (rows, NUM_HASHES)
-    columns["signature"] = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(4 * dedup.NUM_HASHES), len(inputs), [None, pa.py_buffer(np.ascontiguousarray(signatures))]
-    )
-    return pa.table(columns, schema=NEAR_FEATURES)
+    if config.dedup.near:
+        inputs = block.input.to_pylist()
+        pairs = zip(block.instruction.to_pylist(), inputs, strict=True)
+        columns["exact_key"] = hash_all(f"{one}\x1f{dedup.exact_parts(text)}".encode() for one, text in pairs)
+        signatures = [row.tobytes() for row in dedup.signatures(inputs)]
+        columns["signature"] = pa.array(signatures, pa.binary(4 * dedup.NUM_HASHES))
+    return pa.table(columns)
 
 
 def hash_all(texts: Iterable[bytes]) -> NDArray[np.uint64]:

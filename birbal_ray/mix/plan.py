@@ -203,29 +203,23 @@ def plan_mix(context: Context, origins: Sequence[Origin], work: Path, report: Re
 def make_context(config: MixConfig, scores: ScoreFolder) -> Context:
     """What both readings need. Raises ConfigError for an unknown evaluation or a file of evaluation texts."""
     families = chosen_families(config.contamination.evaluations, config.contamination.families)
-    groups = [
-        Group(
-            t.name,
-            NATURAL_INSTRUCTIONS,
-            t.label,
-            t.task_score,
-            families=families_of([t.name, *t.sources], families),
-            unfit=t.unreachable,
-        )
-        for t in scores.tasks
-    ]
-    groups += [
-        Group(s.name, s.name, max_rows=s.max_rows, families=families_of([s.name], families)) for s in config.sources
-    ]
+    groups = []
+    for t in scores.tasks:
+        found = families_of([t.name, *t.sources], families)
+        groups.append(Group(t.name, NATURAL_INSTRUCTIONS, t.label, t.task_score, families=found, unfit=t.unreachable))
+    for s in config.sources:
+        groups.append(Group(s.name, s.name, max_rows=s.max_rows, families=families_of([s.name], families)))
     files = config.contamination.files
     ngrams = build_index(files, config.contamination.ngram) if files else None
-    tasks = [{"name": t.name, "label": t.label, "license": t.license, "definition": t.definition} for t in scores.tasks]
-    for row, t in zip(tasks, scores.tasks, strict=True):
-        if config.compat and t.definition_is_text:
-            row["definition"] = t.definition[:1]  # the published scripts took the first letter of a text
+    tasks = [
+        # The published scripts took the first letter of a definition that is a text.
+        (t.name, t.label, t.license, t.definition[:1] if config.compat and t.definition_is_text else t.definition)
+        for t in scores.tasks
+    ]
+    columns = [pa.array(list(column), pa.string()) for column in zip(*tasks, strict=True)]
+    about = pa.RecordBatch.from_arrays(columns, ["name", "label", "license", "definition"])
     is_small = scores.num_bytes <= min(reading.KEPT_BYTES, config.resources.in_process_mib << 20)
-    columns = pa.RecordBatch.from_pylist(tasks)
-    return Context(config, scores, tuple(groups), ngrams, {} if is_small else None, columns)
+    return Context(config, scores, tuple(groups), ngrams, {} if is_small else None, about)
 
 
 def _check_complete(rows: Candidates, row_ids: pa.Array, context: Context) -> None:
