@@ -166,8 +166,9 @@ def serve(config: ServeConfig, openai: bool) -> None:
     """Answer prompts over HTTP as the LLM Efficiency Challenge asked its entrants to.
 
     POST /process completes a prompt, /tokenize and /decode count and cut it, GET /health and /metrics tell
-    how it goes. Requests that come at once share the engine's batch. SIGTERM and Ctrl-C answer what is in
-    flight, then end. Only this machine is answered unless there is a --token, or --allow-anyone.
+    how it goes. Requests that come at once share the engine's batch; each must say its Content-Length. SIGTERM
+    and Ctrl-C answer what is in flight, then end. Only this machine is answered unless there is a --token, or
+    --allow-anyone.
 
     \b
     Examples:

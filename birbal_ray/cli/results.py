@@ -190,7 +190,7 @@ def harness(
         note(f"place it: birbal leaderboard --add {shlex.quote(measured.folder.at(RESULTS_FILE))}")
         return
     if dry_run:
-        print_table(step.dry_run(config), output_format)
+        print_table(step.dry_run(config, overwrite=overwrite), output_format)
         return
     result = step.run(config, overwrite=overwrite)
     print_table(result.rows, output_format)

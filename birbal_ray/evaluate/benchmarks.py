@@ -43,6 +43,17 @@ class Benchmark:
     remark: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class BenchmarkRun:
+    """One call of the harness; it is finished when `file` exists in the run's folder."""
+
+    name: str
+    tasks: tuple[str, ...]
+    file: str
+    num_fewshot: int | None
+    benchmark: Benchmark | None = None
+
+
 # The organisers' preliminary list, run_specs_full_coarse_600_budget.conf at commit 2f4ffcd, names 18 tasks.
 # lm-eval has these as multiple choice; of the other four it has only free text, whose answers it compares as a whole.
 BIG_BENCH = (

@@ -14,24 +14,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.evaluate.benchmarks import (
-    BENCHMARKS,
-    SAMPLES,
-    Benchmark,
-    choose,
-    leaderboard_metrics,
-    result_rows,
-    results_file,
-    sample_measure,
-)
+from birbal_ray.evaluate import benchmarks
+from birbal_ray.evaluate.benchmarks import BENCHMARKS, SAMPLES, BenchmarkRun
 from birbal_ray.evaluate.config import HarnessConfig
-from birbal_ray.evaluate.models import EvaluatedModel, resolve_models
+from birbal_ray.evaluate.models import EvaluatedModel, resolve_measured
 from birbal_ray.manifest import package_versions
-from birbal_ray.models import Model, resolve_model
 from birbal_ray.progress import ProgressLine, duration
-from birbal_ray.run import RunError, RunFailedError, Step, StepResult, open_run
-from birbal_ray.settings import ConfigError, canonical_hash, nearest, one_line, sha256_of
-from birbal_ray.storage import Folder, open_folder
+from birbal_ray.run import RunFailedError, RunMismatchError, Step, StepResult, identity_differences, open_run
+from birbal_ray.schemas import RUN_FILE
+from birbal_ray.settings import ConfigError, canonical_hash, nearest, one_line, require, sha256_of
+from birbal_ray.storage import Folder, RunError, open_folder
 
 RESULTS_FILE = "results.json"
 BENCHMARKS_FOLDER, TASKS_FOLDER = "benchmarks", "tasks"
@@ -46,35 +38,34 @@ class TaskUnavailableError(RunError):
 
 
 @dataclass(frozen=True, slots=True)
-class BenchmarkRun:
-    """One call of the harness; it is finished when `file` exists in the run's folder."""
-
-    name: str
-    tasks: tuple[str, ...]
-    file: str
-    num_fewshot: int | None
-    benchmark: Benchmark | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class HarnessResult(StepResult):
     """A run's folder, its manifest, one row per finished benchmark or task."""
 
     rows: list[dict[str, Any]]
 
 
-def dry_run(config: HarnessConfig) -> list[dict[str, Any]]:
-    """What would run, its names checked; loads no model and writes nothing."""
+def dry_run(config: HarnessConfig, *, overwrite: bool = False) -> list[dict[str, Any]]:
+    """What would run, its names checked; loads no model and writes nothing.
+
+    Raises RunMismatchError where the run itself would: the folder's benchmarks are another model's, for instance.
+    """
     config = check_options(config)
     runs = select_runs(config)
     task_index(config.include_path, runs)
+    folder = open_folder(config.output or "")
+    files = {} if overwrite else folder.files()
+    if RUN_FILE in files:
+        _, _, measured, _ = resolve_measured(config, weights=False)
+        due = {"step": STEP.name, "identity": _identity(config, measured)}
+        if differences := identity_differences(folder.read_json(RUN_FILE), due):
+            raise RunMismatchError(folder, differences)
     return [
         {
             "benchmark": one.name,
             "metric": one.benchmark.metric if one.benchmark else None,
             "tasks": " ".join(one.tasks),
             "shots": one.num_fewshot,
-            "state": "finished" if _is_finished(config, one) else "to run",
+            "state": "finished" if one.file in files else "to run",
         }
         for one in runs
     ]
@@ -89,20 +80,18 @@ def run(config: HarnessConfig, *, overwrite: bool = False) -> HarnessResult:
     progress = ProgressLine()
     config = check_options(config)
     runs = select_runs(config)
-    model = resolve_model(config.model or "")
-    adapter = resolve_models(model, [config.adapter], [])[1] if config.adapter else None
-    name = Path(model.name).name
-    team = config.team or (f"{name} + {adapter.name}" if adapter else name)
-    index = task_index(config.include_path, [one for one in runs if overwrite or not _is_finished(config, one)])
-    identity = _identity(config, model, adapter)
+    model, adapter, measured, team = resolve_measured(config)
+    output = config.output or ""
+    files = {} if overwrite else open_folder(output).files()
+    index = task_index(config.include_path, [one for one in runs if one.file not in files])
     inputs = [str(config.include_path)] if config.include_path else []
-    with open_run(config.output or "", STEP, identity, inputs=inputs, overwrite=overwrite) as run:
+    with open_run(output, STEP, _identity(config, measured), inputs=inputs, overwrite=overwrite) as run:
         folder = run.folder
         pending = [one for one in runs if one.file not in run.files]
         if run.manifest is not None and not pending:
             progress.message(f"{folder} is up to date; nothing to measure")
             if run.manifest["team"] == team:
-                return HarnessResult(folder, run.manifest, _rows(folder))
+                return HarnessResult(folder, run.manifest, benchmarks.result_rows(*_raw(folder)))
         if run.manifest is not None:
             run.withdraw()  # a further benchmark or another --team makes it unfinished again
         loaded, failures = _load(index, pending, progress)  # before the model: minutes sooner
@@ -113,12 +102,12 @@ def run(config: HarnessConfig, *, overwrite: bool = False) -> HarnessResult:
             run.progress(len(runs) - len(pending), len(runs), text=f"{one.name} of {len(runs)} benchmarks")
             raw = run_tasks(index, lm, tasks, one, config.limit)
             if one.benchmark:
-                leaderboard_metrics({one.name: raw})  # what has no value must not count as finished
+                benchmarks.leaderboard_metrics({one.name: raw})  # what has no value must not count as finished
             seconds = time.monotonic() - began
             folder.write_json(one.file, {**raw, "wall_seconds": round(seconds, 3)})
             progress.message(f"{one.name}: done in {duration(seconds)}")
-        benchmarks, others = _raw(folder, BENCHMARKS_FOLDER), _raw(folder, TASKS_FOLDER)
-        content = results_file(team, benchmarks, others, limit=config.limit, failures=failures)
+        found, others = _raw(folder)
+        content = benchmarks.results_file(team, found, others, limit=config.limit, failures=failures)
         folder.write_json(RESULTS_FILE, content)
         if len(failures) == 1:
             raise RunFailedError(": not run: ".join(next(iter(failures.items()))))
@@ -129,24 +118,18 @@ def run(config: HarnessConfig, *, overwrite: bool = False) -> HarnessResult:
             "adapter": asdict(adapter) if adapter else None,
             "team": team,
             "limit": config.limit,
-            "finished": [*benchmarks, *others],
+            "finished": [*found, *others],
         }
         names = [RESULTS_FILE, *folder.files(BENCHMARKS_FOLDER), *folder.files(TASKS_FOLDER)]
-        finished = run.finish(manifest, names, summary=f"{len(benchmarks)} benchmarks, {len(others)} other tasks")
-        return HarnessResult(folder, finished, _rows(folder))
-
-
-def require_places(config: HarnessConfig) -> None:
-    """Raise ConfigError without a model or a folder for the run."""
-    for flag, value in (("--model", config.model), ("--output", config.output)):
-        if value is None:
-            raise ConfigError(f"{flag} is required")
+        finished = run.finish(manifest, names, summary=f"{len(found)} benchmarks, {len(others)} other tasks")
+        return HarnessResult(folder, finished, benchmarks.result_rows(found, others))
 
 
 def check_options(config: HarnessConfig) -> HarnessConfig:
     """The config with an absolute --include-path. Raises ConfigError for what is missing or out of range."""
     check_installed(config.backend)
-    require_places(config)
+    for flag, value in (("--model", config.model), ("--output", config.output)):
+        require(value, flag)
     if not re.fullmatch(r"auto|[1-9][0-9]*", config.batch_size):
         raise ConfigError(f"--batch-size {config.batch_size}: expected a number from 1, or auto")
     if config.include_path is None:
@@ -158,7 +141,7 @@ def check_options(config: HarnessConfig) -> HarnessConfig:
 
 def select_runs(config: HarnessConfig) -> list[BenchmarkRun]:
     """What the settings name; without names, the benchmarks that the harness or --include-path can serve."""
-    found = choose(config.benchmarks)
+    found = benchmarks.choose(config.benchmarks)
     if not config.benchmarks and not config.tasks:
         local = local_tasks(config.include_path) if config.include_path else frozenset()
         found = [one for one in BENCHMARKS.values() if not one.lacks or set(one.tasks) <= local]
@@ -171,10 +154,6 @@ def select_runs(config: HarnessConfig) -> list[BenchmarkRun]:
             raise ConfigError(f"--task {name}: not a task's name")
         runs.append(BenchmarkRun(name, (name,), f"{TASKS_FOLDER}/{name}.json", config.num_fewshot))
     return runs
-
-
-def _is_finished(config: HarnessConfig, one: BenchmarkRun) -> bool:
-    return open_folder(config.output or "").is_file(one.file)
 
 
 def _load(
@@ -195,19 +174,16 @@ def _load(
     return loaded, failures
 
 
-def _identity(config: HarnessConfig, model: Model, adapter: EvaluatedModel | None) -> dict[str, Any]:
+def _identity(config: HarnessConfig, measured: dict[str, Any]) -> dict[str, Any]:
     """What decides the figures of one benchmark; which benchmarks are run is not part of it."""
     include = config.include_path
-    files = sorted(include.rglob("*")) if include else []
     contents = [
-        f"{file.relative_to(include or '').as_posix()}:{sha256_of(file)}"
-        for file in files
-        if file.is_file() and "__pycache__" not in file.parts
+        f"{file.relative_to(include).as_posix()}:{sha256_of(file)}"
+        for file in sorted(include.rglob("*") if include else ())
+        if include and file.is_file() and "__pycache__" not in file.parts
     ]
     return {
-        "model": model.fingerprint,
-        "adapter": adapter.fingerprint if adapter else None,
-        "limit": config.limit,
+        **measured,
         "num_fewshot": config.num_fewshot,
         "backend": config.backend,
         "include_path": canonical_hash(contents) if include else None,
@@ -215,12 +191,12 @@ def _identity(config: HarnessConfig, model: Model, adapter: EvaluatedModel | Non
     }
 
 
-def _raw(folder: Folder, kind: str) -> dict[str, dict[str, Any]]:
-    return {name[len(kind) + 1 : -len(".json")]: folder.read_json(name) for name in folder.files(kind)}
-
-
-def _rows(folder: Folder) -> list[dict[str, Any]]:
-    return result_rows(_raw(folder, BENCHMARKS_FOLDER), _raw(folder, TASKS_FOLDER))
+def _raw(folder: Folder) -> list[dict[str, dict[str, Any]]]:
+    """By name, what the harness returned for the finished benchmarks, and for the other tasks."""
+    return [
+        {Path(name).name.removesuffix(".json"): folder.read_json(name) for name in folder.files(kind)}
+        for kind in (BENCHMARKS_FOLDER, TASKS_FOLDER)
+    ]
 
 
 def check_installed(backend: str) -> None:
@@ -250,12 +226,11 @@ def task_index(include: Path | None, runs: Sequence[BenchmarkRun]) -> Any:
         return None
     index = _manager(include, with_defaults=include is None or not set(names) <= local_tasks(include))
     known = set(index.all_tasks)
-    for name in names:
-        if name not in known:
-            raise ConfigError(
-                f"task {name!r}: lm-evaluation-harness has none of that name{nearest(name, known)}; "
-                "give a task file that defines it with --include-path"
-            )
+    if name := next((name for name in names if name not in known), None):
+        raise ConfigError(
+            f"task {name!r}: lm-evaluation-harness has none of that name{nearest(name, known)}; "
+            "give a task file that defines it with --include-path"
+        )
     return index
 
 
@@ -283,23 +258,20 @@ def load_tasks(index: Any, names: Sequence[str]) -> list[Any]:
 
 def load_model(config: HarnessConfig, model: Path, adapter: EvaluatedModel | None) -> Any:
     """The model as the harness wants it; no code of the model's folder is run."""
-    arguments: dict[str, Any] = {"pretrained": str(model), "trust_remote_code": False}
-    if config.backend == "vllm":
-        if adapter is not None:
-            arguments |= {"lora_local_path": adapter.path, "max_lora_rank": adapter.rank or 16}
-        with _quiet():  # vLLM takes the standard output for its log that it finds when it is imported
+    arguments: dict[str, Any] = {"pretrained": str(model), "trust_remote_code": False, "batch_size": config.batch_size}
+    with _quiet():  # vLLM takes the standard output for its log that it finds when it is imported
+        if config.backend == "vllm":
             from lm_eval.models.vllm_causallms import VLLM
 
-            return VLLM(**arguments, batch_size=config.batch_size)
+            if adapter is not None:
+                arguments |= {"lora_local_path": adapter.path, "max_lora_rank": adapter.rank or 16}
+            return VLLM(**arguments)
+        import torch
+        from lm_eval.models.huggingface import HFLM
 
-    import torch
-    from lm_eval.models.huggingface import HFLM
-
-    if adapter is not None:
-        arguments["peft"] = adapter.path
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with _quiet():
-        return HFLM(**arguments, device=device, batch_size=config.batch_size)
+        if adapter is not None:
+            arguments["peft"] = adapter.path
+        return HFLM(**arguments, device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def run_tasks(index: Any, model: Any, tasks: Sequence[Any], one: BenchmarkRun, limit: int | None) -> dict[str, Any]:
@@ -331,7 +303,7 @@ def run_tasks(index: Any, model: Any, tasks: Sequence[Any], one: BenchmarkRun, l
     samples = found.pop("samples", None) or {}
     if own:
         for task, results in found["results"].items():
-            results[own] = sample_measure(own.partition(",")[0], samples[task])
+            results[own] = benchmarks.sample_measure(own.partition(",")[0], samples[task])
     plain: dict[str, Any] = json.loads(json.dumps(found, default=handle_non_serializable))
     return plain
 

@@ -18,17 +18,15 @@ from typing import Any
 
 import filelock
 
-from birbal_ray.adapters import find_adapter
 from birbal_ray.evaluate.config import HarnessConfig
-from birbal_ray.evaluate.harness import HarnessResult, require_places
-from birbal_ray.models import resolve_model
+from birbal_ray.evaluate.harness import RESULTS_FILE, HarnessResult
+from birbal_ray.evaluate.models import EvaluatedModel, resolve_measured
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import RunError, RunFailedError, Step, open_run
-from birbal_ray.settings import ConfigError, one_line
+from birbal_ray.settings import ConfigError, one_line, require
 from birbal_ray.storage import cache_folder
 
 SUITE = "birbal"
-RESULTS_FILE = "results.json"
 STEP = Step("helm", ("helm/*", RESULTS_FILE))
 HELM = "crfm-helm==0.5.16"
 # What HELM imports on the way to a model behind HTTP, in the versions that it was tried with; --no-deps leaves out
@@ -67,34 +65,33 @@ def run_helm(config: HarnessConfig, *, overwrite: bool = False) -> HarnessResult
     """
     progress = ProgressLine()
     check_options(config)
-    model = resolve_model(config.model or "")
-    adapter = find_adapter(config.adapter, model) if config.adapter else None
+    model, adapter, measured, team = resolve_measured(config)
     entries = config.tasks or OFFLINE_ENTRIES
-    identity = {"model": model.fingerprint, "limit": config.limit, "helm": HELM, "packages": list(PACKAGES)}
-    identity["adapter"] = adapter.fingerprint if adapter else None
-    name = Path(model.name).name
-    team = config.team or (f"{name} + {adapter.name}" if adapter else name)
+    identity = measured | {"helm": HELM, "packages": list(PACKAGES)}
     with open_run(config.output or "", STEP, identity, overwrite=overwrite) as run:
         folder = run.folder.local
         run.withdraw()
         helm = environment(progress)
         (folder / "logs").mkdir(exist_ok=True)
         log = folder / "logs" / "helm.log"
-        with _server(config, folder / "logs" / "server.log", progress) as url:
+        earlier = _count_retries(log)
+        with _server(config, adapter, folder / "logs" / "server.log", progress) as url:
             progress.update(f"HELM asks {url}; logs in {log.parent}")
             code = _call_helm(helm, config, entries, url, folder, log)
         figures = read_figures(folder / "helm" / "runs" / SUITE)
-        said = log.read_text(encoding="utf-8", errors="replace")
-        retries = said.count(RETRY)
+        retries = _count_retries(log)
         run.folder.write_json(RESULTS_FILE, results(team, figures, config.limit))
-        if code or retries:
-            failed = f"HELM ended with code {code}: {said.strip().splitlines()[-1:]}"
-            raise RunFailedError(f"{failed if code else f'HELM repeated {retries} requests'} (logs: {log.parent})")
+        if code or retries > earlier:
+            failed = f"HELM repeated {retries - earlier} requests"
+            if code:
+                last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+                failed = f"HELM ended with code {code}: {last}"
+            raise RunFailedError(f"{failed} (logs: {log.parent})")
         manifest = {
             "model": {"name": model.name, "revision": model.revision},
-            "adapter": adapter.place if adapter else None,
+            "adapter": adapter.origin if adapter else None,
             "limit": config.limit,
-            "num_retries": retries,
+            "num_retries": retries,  # of all sessions: what one has measured, the next one skips
         }
         rows = [{"entry": name, **figure} for name, figure in figures.items()]
         return HarnessResult(run.folder, run.finish(manifest, [RESULTS_FILE], summary=f"{len(rows)} entries"), rows)
@@ -102,7 +99,8 @@ def run_helm(config: HarnessConfig, *, overwrite: bool = False) -> HarnessResult
 
 def check_options(config: HarnessConfig, *, dry_run: bool = False) -> None:
     """Raise ConfigError for what is missing, or means nothing to HELM."""
-    require_places(config)
+    for flag, value in (("--model", config.model), ("--output", config.output)):
+        require(value, flag)
     unused = {"--benchmark": config.benchmarks, "--num-fewshot": config.num_fewshot is not None, "--dry-run": dry_run}
     for flag, given in unused.items():
         if given:
@@ -139,10 +137,10 @@ def environment(progress: ProgressLine) -> Path:
 
 
 @contextlib.contextmanager
-def _server(config: HarnessConfig, log: Path, progress: ProgressLine) -> Iterator[str]:
+def _server(config: HarnessConfig, adapter: EvaluatedModel | None, log: Path, progress: ProgressLine) -> Iterator[str]:
     """A `birbal serve` of the model on a free port, for the block; gives its URL."""
     command = [sys.executable, "-m", "birbal_ray", "serve", "--model", str(config.model), "--port", "0"]
-    command += ["--adapter", config.adapter] if config.adapter else []
+    command += ["--adapter", adapter.origin] if adapter else []
     if config.device:
         command += ["--device", "gpu" if config.device.startswith("cuda") else config.device]
     progress.update(f"starting the server; log in {log}")
@@ -163,6 +161,11 @@ def _server(config: HarnessConfig, log: Path, progress: ProgressLine) -> Iterato
         process.wait()
 
 
+def _count_retries(log: Path) -> int:
+    """Requests that HELM has repeated in all sessions of the run."""
+    return log.read_text(encoding="utf-8", errors="replace").count(RETRY) if log.exists() else 0
+
+
 def _call_helm(helm: Path, config: HarnessConfig, entries: Sequence[str], url: str, folder: Path, log: Path) -> int:
     """HELM's exit code: not 0 where an entry is unknown or failed."""
     plugins = sorted(config.include_path.glob("*.py")) if config.include_path else []
@@ -172,7 +175,7 @@ def _call_helm(helm: Path, config: HarnessConfig, entries: Sequence[str], url: s
     command += ["--plugins", *(str(one.resolve()) for one in plugins)] if plugins else []
     command += ["--run-entries", *(f"{one}{',' if ':' in one else ':'}model=neurips/local" for one in entries)]
     settings = {**os.environ, "HELM_HTTP_MODEL_BASE_URL": url, "PYTHONPATH": ""}
-    with log.open("wb") as out:
+    with log.open("ab") as out:
         return subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder, env=settings).returncode
 
 

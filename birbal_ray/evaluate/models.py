@@ -6,10 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from birbal_ray.adapters import find_adapter
+from birbal_ray.evaluate.config import HarnessConfig
 from birbal_ray.models import Model, resolve_model
-from birbal_ray.settings import ConfigError
+from birbal_ray.settings import ConfigError, require
 from birbal_ray.storage import absolute, is_url
 
 BASE, ADAPTER, MERGED = "base", "adapter", "merged"
@@ -59,6 +61,21 @@ def resolve_models(model: Model, adapters: Sequence[str], merged: Sequence[str])
         if not _NAME.match(name):
             raise ConfigError(f"model {name!r}: a name takes letters, digits, '.', '_' and '-'; give NAME=DIR")
     return found
+
+
+def resolve_measured(
+    config: HarnessConfig, *, weights: bool = True
+) -> tuple[Model, EvaluatedModel | None, dict[str, Any], str]:
+    """What `birbal harness` measures: the model, its adapter if it has one, what decides its figures, and its name.
+
+    Without `weights`, nothing is downloaded that the figures' identity doesn't need. Raises ConfigError, ModelError.
+    """
+    model = resolve_model(require(config.model, "--model"), weights=weights)
+    adapter = resolve_models(model, [config.adapter], [])[1] if config.adapter else None
+    fingerprints = {"model": model.fingerprint, "adapter": adapter.fingerprint if adapter else None}
+    name = Path(model.name).name
+    team = config.team or (f"{name} + {adapter.name}" if adapter else name)
+    return model, adapter, fingerprints | {"limit": config.limit}, team
 
 
 def _named(given: str) -> tuple[str | None, str]:

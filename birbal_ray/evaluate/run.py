@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,14 +50,14 @@ from birbal_ray.storage import DamagedFileError, FileRecord, Folder, is_url, mak
 OWNS = ("rows/*.parquet", "inputs/*", "tasks.parquet", "quarantine.jsonl", EVALUATION_FILE, COMPARISONS_FILE)
 
 
-def only_adds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether a new identity has further models or prompt formats, and asks the earlier ones as before."""
-    models = {name: new["models"].get(name) for name in old.get("models", {})}
-    formats = [one for one in new["prompt_formats"] if one in old.get("prompt_formats", [])]
-    return {**new, "models": models, "prompt_formats": formats} == old
+def asks_alike(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether identities differ at most in which models and prompt formats are asked: their rows hold for both."""
+    models, others = old.get("models", {}), new["models"]
+    same_settings = {**old, "models": None, "prompt_formats": None} == {**new, "models": None, "prompt_formats": None}
+    return same_settings and all(models[name] == others[name] for name in models.keys() & others.keys())
 
 
-STEP = Step("evaluate", OWNS, IDENTITY_SETTINGS, only_adds)
+STEP = Step("evaluate", OWNS, IDENTITY_SETTINGS, asks_alike)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,14 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
     inputs = [path for path in (config.tasks.path, *setup.mixes, *(one.path for one in setup.models[1:])) if path]
     identity = _identity(setup, plan)
     with open_run(config.output or "", STEP, identity, inputs=inputs, overwrite=overwrite) as run:
-        for row in _earlier_comparisons(run.folder):
+        earlier = _earlier_rows(run.folder, EVALUATION_FILE), _earlier_rows(run.folder, COMPARISONS_FILE)
+        known = {(row["model"], row["prompt_format"]) for row in itertools.chain(*earlier)}
+        if lost := sorted(known.difference(itertools.product((m.name for m in setup.models), config.prompt_formats))):
+            raise ConfigError(
+                f"{run.folder}: holds results of {', '.join(map(' '.join, lost))}, which this command would leave out; "
+                "what is known stays in the comparison: ask for these too, or choose another --output"
+            )
+        for row in earlier[1]:
             if row["is_primary"] and (named := {key: row[key] for key in setup.primary()}) != setup.primary():
                 raise ConfigError(
                     f"{run.folder}: the comparison that was named before this evaluation ran is "
@@ -151,10 +160,10 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
         return result
 
 
-def _earlier_comparisons(folder: Folder) -> list[dict[str, Any]]:
+def _earlier_rows(folder: Folder, file: str) -> list[dict[str, Any]]:
     """What an earlier session found, also one whose manifest was withdrawn for further models."""
     with contextlib.suppress(FileNotFoundError, DamagedFileError):
-        rows: list[dict[str, Any]] = folder.read_table(COMPARISONS_FILE).to_pylist()
+        rows: list[dict[str, Any]] = folder.read_table(file).to_pylist()
         return rows
     return []
 
@@ -254,11 +263,8 @@ def _model_of(
 ) -> Iterator[tuple[ScoreConfig, str]]:
     """(settings, fingerprint) of the model that an engine loads; an adapter's is made for the time."""
     first = served[0]
-    if first.kind == BASE:
-        yield setup.scoring, first.fingerprint
-        return
     if first.kind != ADAPTER:
-        yield setup.scoring_of(first.origin), first.fingerprint
+        yield setup.scoring if first.kind == BASE else setup.scoring_of(first.origin), first.fingerprint
         return
     dtype = setup.scoring.engine.dtype
     if dtype == "auto":
@@ -278,8 +284,7 @@ def _model_of(
 
 
 def _finish(setup: Setup, plan: ScorePlan, run: Run) -> EvaluateResult:
-    evaluation, scores, rows = [], {}, {"planned": 0, "scored": 0, "errors": 0}
-    cached = prompt = 0
+    evaluation, scores, counts, tokens = [], {}, Counter[str](), Counter[str]()
     folder, rows_folder, found = run.folder, run.folder.subfolder(ROWS_FOLDER), _rows_of(run.folder)
     files: dict[str, FileRecord] = {}
     for one in setup.models:
@@ -294,10 +299,10 @@ def _finish(setup: Setup, plan: ScorePlan, run: Run) -> EvaluateResult:
                 evaluation.append({**row, **where, "prompt_format": variant.prompt_format})
             scores[one.name, variant.prompt_format] = results.scores
             files |= {f"{ROWS_FOLDER}/{name}": record for name, record in results.files.items()}
-            rows["planned"] += results.rows["planned"]
-            rows["scored"] += results.rows["scored"]
-            prompt, cached = prompt + results.tokens["prompt"], cached + results.tokens["cached"]
-    rows["errors"] = rows["planned"] - rows["scored"]
+            counts.update({name: results.rows[name] for name in ("planned", "scored")})
+            tokens.update(results.tokens)
+    rows = {**counts, "errors": counts["planned"] - counts["scored"]}
+    prompt, cached = tokens["prompt"], tokens["cached"]
     comparisons = compare_models(setup, plan, scores)
     tables = (EVALUATION_FILE, evaluation, EVALUATION), (COMPARISONS_FILE, comparisons, COMPARISONS)
     for name, content, schema in tables:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -11,7 +12,8 @@ from birbal_ray.cli.main import main
 from birbal_ray.evaluate import helm
 from birbal_ray.evaluate.config import HarnessConfig
 from birbal_ray.manifest import read_manifest
-from birbal_ray.run import RunError
+from birbal_ray.models import Model
+from birbal_ray.run import RunError, RunFailedError
 from tests.conftest import REPOSITORY, slow
 
 PLUGINS = REPOSITORY / "tests" / "harness" / "helm_plugins"
@@ -97,6 +99,29 @@ def test_the_leaderboard_says_whether_the_figures_compare(tmp_path, comparable):
 def test_wrong_usage_is_one_line(arguments, message):
     result = CliRunner().invoke(main, ["harness", "--helm", *arguments])
     assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_run_remembers_the_requests_that_an_earlier_session_repeated(tmp_path, monkeypatch):
+    """HELM skips what it has measured, so a later session has nothing to repeat."""
+    said = iter(["Retrying (attempt 1)", ""])
+
+    def call(helm_folder, config, entries, url, folder, log):
+        with log.open("a") as out:
+            out.write(next(said))
+        entry = folder / "helm" / "runs" / helm.SUITE / "simple_mcqa"
+        entry.mkdir(parents=True, exist_ok=True)
+        (entry / "stats.json").write_text(json.dumps([stat("exact_match", 0.5)]))
+        return 0
+
+    model = Model("m", tmp_path, None, "f")
+    monkeypatch.setattr(helm, "resolve_measured", lambda config: (model, None, {"model": "f"}, "team"))
+    monkeypatch.setattr(helm, "environment", lambda progress: tmp_path)
+    monkeypatch.setattr(helm, "_server", lambda *arguments: contextlib.nullcontext("http://127.0.0.1"))
+    monkeypatch.setattr(helm, "_call_helm", call)
+    options = HarnessConfig(model="m", output=str(tmp_path / "run"))
+    with pytest.raises(RunFailedError, match="HELM repeated 1 requests"):
+        helm.run_helm(options)
+    assert helm.run_helm(options).manifest["num_retries"] == 1
 
 
 @slow
