@@ -13,9 +13,7 @@ left out of listings. Nothing here deletes anything but the names it is given.
 
 from __future__ import annotations
 
-import configparser
 import contextlib
-import functools
 import hashlib
 import io
 import json
@@ -25,27 +23,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import filelock
 from pyarrow import fs
 
-from birbal_ray.settings import canonical_hash, one_line, sha256_of
+from birbal_ray.settings import RunError, canonical_hash, one_line, sha256_of
+from birbal_ray.stores import connect, is_url, named_errors, open_filesystem
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SCHEMES = ("s3", "gs")
 CHUNK_BYTES = 8 << 20
-RETRY_SECONDS = 300.0  # an outage of the store shorter than this costs no finished file
 
 Version = dict[str, str]  # what a store calls one state of an object: its etag or generation
-
-
-class RunError(RuntimeError):
-    """A run failed or its folder can't be used; the message says what is kept and what to do."""
 
 
 class DamagedFileError(RunError):
@@ -71,11 +63,6 @@ class Guard(Protocol):
 
     def check(self) -> None:
         """Raise RunError unless this run still holds the folder."""
-
-
-def is_url(path: object) -> bool:
-    """Whether a path names a place in object storage."""
-    return str(path).startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
@@ -130,7 +117,7 @@ def open_folder(path: str | os.PathLike[str] | Folder, guard: Guard | None = Non
     scheme, _, root = place.partition("://")
     if not root or {"", ".", ".."}.intersection(root.split("/")):
         raise RunError(f"{path}: expected {scheme}://bucket/folder")
-    return Folder(place, _filesystem(scheme, root.partition("/")[0], _environment()), root, guard)
+    return Folder(place, open_filesystem(place), root, guard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +169,7 @@ class Folder:
         Empty where there is no such folder. `hidden`: with names that begin with a dot, too.
         """
         selector = fs.FileSelector(self.path(under), recursive=True, allow_not_found=True)
-        with _named_errors(self.place):
+        with named_errors(self.place):
             infos = self.filesystem.get_file_info(selector)
         found = {
             info.path[len(self.root) + 1 :]: FileStat(info.size, (info.mtime_ns or 0) / 1e9)
@@ -195,14 +182,14 @@ class Folder:
 
     def folders(self) -> list[str]:
         """The names of the folders directly below, sorted; without those that begin with a dot."""
-        with _named_errors(self.place):
+        with named_errors(self.place):
             infos = self.filesystem.get_file_info(fs.FileSelector(self.root, allow_not_found=True))
         names = (info.base_name for info in infos if info.type == fs.FileType.Directory)
         return sorted(name for name in names if not name.startswith("."))
 
     def stat(self, name: str) -> FileStat | None:
         """Size and time of one file; None when it is absent."""
-        with _named_errors(self.place):
+        with named_errors(self.place):
             info = self.filesystem.get_file_info(self.path(name))
         return FileStat(info.size, (info.mtime_ns or 0) / 1e9) if info.type == fs.FileType.File else None
 
@@ -212,12 +199,12 @@ class Folder:
 
     def open_input(self, name: str) -> Any:
         """A seekable pyarrow file to read from."""
-        with _named_errors(self.at(name)):
+        with named_errors(self.at(name)):
             return self.filesystem.open_input_file(self.path(name))
 
     def read_bytes(self, name: str) -> bytes:
         """The content of a file."""
-        with _named_errors(self.at(name)), self.filesystem.open_input_stream(self.path(name)) as stream:
+        with named_errors(self.at(name)), self.filesystem.open_input_stream(self.path(name)) as stream:
             return stream.read()
 
     def read_text(self, name: str) -> str:
@@ -254,7 +241,7 @@ class Folder:
 
     def record_of(self, name: str) -> FileRecord:
         """Hash and size of a file, read once in pieces."""
-        with _named_errors(self.at(name)), self.open_input(name) as source:
+        with named_errors(self.at(name)), self.open_input(name) as source:
             buffered = io.BufferedReader(source, CHUNK_BYTES)
             return FileRecord(hashlib.file_digest(buffered, "sha256").hexdigest(), source.size())
 
@@ -306,7 +293,7 @@ class Folder:
     def download(self, name: str, target: Path) -> None:
         """Copy a file of the folder to this machine."""
         with (
-            _named_errors(self.at(name)),
+            named_errors(self.at(name)),
             self.filesystem.open_input_stream(self.path(name)) as source,
             _replacing(target) as file,
         ):
@@ -320,8 +307,14 @@ class Folder:
 
             if self.guard:
                 self.guard.check()
-            with _named_errors(self.place), contextlib.suppress(FileNotFoundError):
-                obstore.delete(self._store(), [self._key(name) for name in names])
+            store, keys = connect(self.place), [self._key(name) for name in names]
+            with named_errors(self.place):
+                try:
+                    obstore.delete(store, keys)
+                except FileNotFoundError:  # Google's store ends at the first absent one
+                    for key in keys:
+                        with contextlib.suppress(FileNotFoundError):
+                            obstore.delete(store, key)
         elif names:
             for name in names:
                 (self.local / name).unlink(missing_ok=True)
@@ -334,8 +327,8 @@ class Folder:
         """The content of an object and the version it has; `patient`: through an outage. At URLs only."""
         import obstore
 
-        with _named_errors(self.at(name)):
-            result = obstore.get(self._store(patient=patient), self._key(name))
+        with named_errors(self.at(name)):
+            result = obstore.get(connect(self.place, patient=patient), self._key(name))
             return bytes(result.bytes()), _version(result.meta)
 
     def write_version(self, name: str, data: bytes, expected: Version | None) -> Version | None:
@@ -348,9 +341,9 @@ class Folder:
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
         try:
-            with _named_errors(self.at(name)):
+            with named_errors(self.at(name)):
                 mode: Any = expected or "create"
-                return _version(obstore.put(self._store(patient=False), self._key(name), data, mode=mode))
+                return _version(obstore.put(connect(self.place, patient=False), self._key(name), data, mode=mode))
         except (AlreadyExistsError, PreconditionError):
             return None
         except FileNotFoundError:
@@ -364,18 +357,14 @@ class Folder:
         if self.guard:
             self.guard.check()
         try:
-            with _named_errors(self.at(name)):
+            with named_errors(self.at(name)):
                 # At most 10,000 parts make an object.
-                obstore.put(self._store(), self._key(name), content, chunk_size=max(CHUNK_BYTES, size // 9_000))
+                obstore.put(connect(self.place), self._key(name), content, chunk_size=max(CHUNK_BYTES, size // 9_000))
         except FileNotFoundError:
             raise RunError(f"{self.at(name)}: no such bucket; create it, or check the URL") from None
 
     def _key(self, name: str) -> str:
         return self.path(name).partition("/")[2]
-
-    def _store(self, *, patient: bool = True) -> Any:
-        scheme = self.place.partition("://")[0]
-        return _object_store(scheme, self.root.partition("/")[0], _environment(), patient)
 
 
 class Sink(io.RawIOBase):
@@ -466,81 +455,6 @@ def _json_bytes(value: Any) -> bytes:
 
 def _version(result: Any) -> Version:
     return {key: result[key] for key in ("e_tag", "version") if result[key]}
-
-
-def _environment() -> tuple[tuple[str, str], ...]:
-    """What decides how stores are reached: a part of the caches' keys."""
-    return tuple(sorted(item for item in os.environ.items() if item[0].startswith(("AWS_", "GOOGLE_"))))
-
-
-def _endpoint() -> str | None:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-
-
-def _region(bucket: str) -> str:
-    given = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if given or _endpoint():
-        return given or "us-east-1"
-    with _named_errors(f"s3://{bucket}"):
-        return fs.resolve_s3_region(bucket)
-
-
-@functools.lru_cache(maxsize=32)
-def _filesystem(scheme: str, bucket: str, environment: object) -> fs.FileSystem:
-    if scheme == "gs":
-        return fs.GcsFileSystem()
-    options = {"endpoint_override": endpoint} if (endpoint := _endpoint()) else {}
-    return fs.S3FileSystem(region=_region(bucket), connect_timeout=10, request_timeout=60, **options)
-
-
-@functools.lru_cache(maxsize=32)
-def _object_store(scheme: str, bucket: str, environment: object, patient: bool) -> Any:
-    """obstore's client of a bucket. `patient`: it rides out an outage; else it says within seconds that it can't."""
-    from obstore.store import GCSStore, S3Store
-
-    endpoint = _endpoint() if scheme == "s3" else None
-    common: dict[str, Any] = {
-        "client_options": {
-            "allow_http": bool(endpoint and endpoint.startswith("http://")),
-            "connect_timeout": "10s",
-            "timeout": "120s",
-        },
-        "retry_config": {
-            "max_retries": 100_000 if patient else 3,  # the time decides
-            "retry_timeout": timedelta(seconds=RETRY_SECONDS if patient else 20.0),
-        },
-    }
-    if scheme == "gs":
-        return GCSStore(bucket, **common)
-    options: dict[str, Any] = {"region": _region(bucket), **({"endpoint": endpoint} if endpoint else {})}
-    file = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")).expanduser()
-    if "AWS_ACCESS_KEY_ID" not in os.environ and file.is_file():  # pyarrow reads it, obstore does not
-        profiles = configparser.ConfigParser()
-        profiles.read(file)
-        profile = os.environ.get("AWS_PROFILE", "default")
-        if profiles.has_option(profile, "aws_access_key_id"):
-            keys = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
-            options |= {key: profiles[profile][key] for key in keys if key in profiles[profile]}
-    return S3Store(bucket, **options, **common)
-
-
-@contextlib.contextmanager
-def _named_errors(place: str) -> Iterator[None]:
-    """Errors of a store as one line that names the place and what to look at; those of a disk as they are."""
-    if not is_url(place):
-        yield
-        return
-    from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
-
-    try:
-        yield
-    except (FileNotFoundError, AlreadyExistsError, PreconditionError):
-        raise
-    except (OSError, BaseError) as error:
-        raise RunError(
-            f"{place}: {one_line(str(error).partition('Debug source')[0])[:300]}; check the bucket, AWS_* or Google "
-            "credentials, and AWS_ENDPOINT_URL for a server of your own"
-        ) from None
 
 
 @contextlib.contextmanager

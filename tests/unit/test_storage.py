@@ -10,13 +10,15 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import obstore
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
+from obstore.store import LocalStore
 from pyarrow import fs
 
-from birbal_ray import storage
+from birbal_ray import storage, stores
 from birbal_ray.storage import DamagedFileError, FileRecord, RunError, input_folder, open_folder
 from birbal_ray.train.checkpoints import Remote
 from tests.fixtures.s3_server import BUCKET, s3_proxy
@@ -108,6 +110,20 @@ def test_deleting_takes_names_and_leaves_everything_else(folder):
     assert folder.folders() == ["rows"]
 
 
+def test_names_that_are_absent_are_no_error_in_a_store_that_makes_them_one(tmp_path, monkeypatch):
+    """As Google's does, and obstore's store on a disk, which ends at the first one."""
+    store, rows = LocalStore(tmp_path, mkdir=True), [f"rows/{number}" for number in range(60)]
+    for name in rows:
+        obstore.put(store, f"run/{name}", b"1")
+    with pytest.raises(FileNotFoundError):
+        obstore.delete(store, ["run/absent"])
+    monkeypatch.setattr(storage, "connect", lambda place, patient=True: store)
+    folder = storage.Folder("gs://bucket/run", fs.LocalFileSystem(), "bucket/run")
+    folder.delete(["absent", *rows[:50], "absent too"])
+    assert {one["path"] for one in obstore.list(store).collect()} == {f"run/{name}" for name in rows[50:]}
+    folder.delete(["absent"])
+
+
 def test_atomic_write_leaves_no_temporary_file(tmp_path):
     storage.write_atomic(tmp_path / "a" / "f.txt", b"one")
     storage.write_json(tmp_path / "a" / "f.txt", {"ü": 2})
@@ -157,7 +173,7 @@ def test_urls_are_checked(s3):
 def test_a_store_that_refuses_is_named_in_one_line(s3, monkeypatch):
     with s3_proxy(s3, lambda method, path: None) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server["AWS_ENDPOINT_URL"])
-        monkeypatch.setattr(storage, "RETRY_SECONDS", 0.1)
+        monkeypatch.setattr(stores, "RETRY_SECONDS", 0.1)
         with pytest.raises(RunError, match=r"^s3://birbal-tests/x/a: .*check the bucket, AWS_") as caught:
             open_folder(f"s3://{BUCKET}/x").write_bytes("a", b"1")
     assert "\n" not in str(caught.value)
