@@ -21,16 +21,10 @@ from birbal_ray.models import ModelError
 from birbal_ray.ni import catalog, reader
 from birbal_ray.plan import fitting_instances, least_seconds, plan_recipe, records_of
 from birbal_ray.progress import CLOCK_FILE, PLAN_FILE, duration, repeating, save_figures
-from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps
+from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps, refuse_small_budget
 from birbal_ray.report.run import report
-from birbal_ray.run import (
-    MANIFEST_FILE,
-    RunFailedError,
-    RunMismatchError,
-    progress_seconds,
-    sigterm_as_interrupt,
-)
-from birbal_ray.schemas import RUN_FILE
+from birbal_ray.run import RunFailedError, RunMismatchError, progress_seconds, sigterm_as_interrupt
+from birbal_ray.schemas import MANIFEST_FILE, RUN_FILE
 from birbal_ray.score.pipeline import logical_cpus
 from birbal_ray.score.run import score
 from birbal_ray.settings import ConfigError, canonical_hash, one_line
@@ -321,24 +315,6 @@ def settings_of(step: str, config: PipelineConfig, clock: BudgetClock) -> Any:
         return settings.replace({"budget": budget, "resources.end_by": time.time() + left - TRAIN_START_SECONDS})
     most = clock.decide("evaluate.instances_per_task", lambda: instances_that_fit(config, left))
     return settings.replace({"tasks.instances_per_task": most})
-
-
-def refuse_small_budget(config: PipelineConfig, least: Mapping[str, float]) -> None:
-    """Raise ConfigError, with the least that works, when any step's share is too short for it to do anything."""
-    if config.budget is None:
-        return
-    shares = config.shares.model_dump()
-    shares["train"] = 1 - sum(shares.values())
-    wanted = {step: least[step] / shares[step] for step in shares if step in least and shares[step]}
-    step = max(wanted, key=lambda one: wanted[one])
-    if config.budget < wanted[step]:
-        name = "the rest, for training," if step == "train" else f"shares.{step} ({shares[step]:.0%})"
-        does = "run its baselines, one mix and their fresh seeds" if step == "tune" else "load and do anything"
-        raise ConfigError(
-            f"budget {duration(config.budget)} is too small: {name} is {duration(config.budget * shares[step])}, and "
-            f"{step} needs {duration(least[step])} to {does}; the least that works is {math.ceil(wanted[step])}s, with "
-            "these shares"
-        )
 
 
 def instances_that_fit(config: PipelineConfig, seconds: float) -> int:

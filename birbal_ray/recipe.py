@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -10,7 +12,7 @@ from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.mix.allocation import TASK_SCORE
 from birbal_ray.mix.config import MixConfig, SourceSettings
 from birbal_ray.score.config import ScoreConfig
-from birbal_ray.settings import Duration, Settings, require
+from birbal_ray.settings import ConfigError, Duration, Settings, require
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.tune.config import TuneConfig
 
@@ -111,3 +113,23 @@ def join_steps(config: PipelineConfig) -> PipelineConfig:
         ),
     }
     return config.replace(joined)
+
+
+def refuse_small_budget(config: PipelineConfig, least: Mapping[str, float]) -> None:
+    """Raise ConfigError, with the least that works, when any step's share is too short for it to do anything."""
+    from birbal_ray.progress import duration  # not for --help: its storage loads pyarrow
+
+    if config.budget is None:
+        return
+    shares = config.shares.model_dump()
+    shares["train"] = 1 - sum(shares.values())
+    wanted = {step: least[step] / shares[step] for step in shares if step in least and shares[step]}
+    step = max(wanted, key=lambda one: wanted[one])
+    if config.budget < wanted[step]:
+        name = "the rest, for training," if step == "train" else f"shares.{step} ({shares[step]:.0%})"
+        does = "run its baselines, one mix and their fresh seeds" if step == "tune" else "load and do anything"
+        raise ConfigError(
+            f"budget {duration(config.budget)} is too small: {name} is {duration(config.budget * shares[step])}, and "
+            f"{step} needs {duration(least[step])} to {does}; the least that works is {math.ceil(wanted[step])}s, with "
+            "these shares"
+        )

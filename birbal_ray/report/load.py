@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from birbal_ray.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, adapter_fingerprint
 from birbal_ray.evaluate.models import ADAPTER, BASE
+from birbal_ray.manifest import check_input
 from birbal_ray.mix.rows import AUDIT_FILE, MIX_TASKS, Reason
 from birbal_ray.progress import CLOCK_FILE, PLAN_FILE
 from birbal_ray.run import MANIFEST_FILE, RUN_FILE, RunError
@@ -260,9 +261,5 @@ def _read_rows(step: StepRun, file: str, schema: pa.Schema) -> list[dict[str, An
 
 
 def _read_table(step: StepRun, file: str, columns: list[str] | None = None) -> pa.Table:
-    try:
-        return step.folder.read_table(file, columns)
-    except FileNotFoundError:
-        raise RunError(
-            f"{step.folder.at(file)}: no such file; {step.step} lost it, run birbal {step.step} again"
-        ) from None
+    check_input(step.folder, step.manifest, [file])
+    return step.folder.read_table(file, columns)

@@ -22,7 +22,7 @@ from birbal_ray.report.plots import draw
 from birbal_ray.report.run import report
 from birbal_ray.run import MANIFEST_FILE, RunError
 from birbal_ray.schemas import EVALUATION
-from birbal_ray.settings import ConfigError
+from birbal_ray.settings import ConfigError, sha256_of
 from birbal_ray.storage import open_folder, read_json, write_json
 from tests.fixtures.made_run import NASTY, make_run
 from tests.fixtures.s3_server import BUCKET
@@ -415,6 +415,11 @@ def test_an_evaluation_without_a_mix_is_not_called_held_out(copy, without_plots)
     file = copy / "evaluate" / "evaluation.parquet"
     rows = [{**row, "held_out": "unknown"} for row in pq.read_table(file).to_pylist()]
     pq.write_table(pa.Table.from_pylist(rows, schema=EVALUATION), file)
+    with pytest.raises(RunError, match=r"evaluation\.parquet: edited since its run finished"):
+        report(copy)
+    manifest = read_json(file.with_name(MANIFEST_FILE))
+    manifest["files"][file.name]["sha256"] = sha256_of(file)
+    write_json(file.with_name(MANIFEST_FILE), manifest)
     text = " ".join(Page(Path(report(copy).file).read_text(encoding="utf-8")).text.split())
     assert "the evaluated models may have been trained on these instances" in text
     assert "none was among the mix's candidates" not in text
@@ -458,6 +463,7 @@ def test_an_evaluation_of_version_0_1_is_read(copy, without_plots):
         table = table.rename_columns(["contender" if column == "model" else column for column in table.column_names])
         pq.write_table(table, copy / "evaluate" / name)
     manifest = read_json(copy / "evaluate" / MANIFEST_FILE)
+    del manifest["files"], manifest["format"]
     write_json(copy / "evaluate" / MANIFEST_FILE, {**manifest, "contenders": manifest.pop("models")})
     result = report(copy)
     page = Page(Path(result.file).read_text(encoding="utf-8"))
