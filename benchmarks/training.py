@@ -114,7 +114,7 @@ def run_birbal(mix: Path, folder: Path, model: str, length: int, steps: int, tim
         "evaluation.num_rows": 4,
     }
     config, found = resolve_config(load_config(TrainConfig, flags=flags))
-    prepare(mix, folder / "packed", load_tokenizer(found.path), length, "drop", 4, epochs=100)
+    prepare(mix, folder / "packed", load_tokenizer(found.path), config)
     fine_tune(config, found.path, folder, callbacks=[times])
     return {"checkpoint_seconds": json.loads((folder / "clock.json").read_text())["save_seconds"]}
 

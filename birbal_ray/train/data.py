@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from birbal_ray.models import read_template
 from birbal_ray.ni.prompt import ChatTemplate, render_prompt
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import Folder, open_folder, write_json
+from birbal_ray.train.config import BatchSettings, TrainConfig
 
 FIGURES_FILE = "packs.json"
 IGNORED = -100  # the label of a token without loss
@@ -89,8 +91,8 @@ class PackedSamples:
         return (self[pack] for pack in range(len(self)))
 
 
-def encode(tokenizer: Any, questions: Sequence[str], answers: Sequence[str]) -> Iterator[tuple[list[int], list[int]]]:
-    """(token ids, labels) of BOS + question + answer + EOS; labels are IGNORED but on answer and EOS.
+def encode(tokenizer: Any, questions: Sequence[str], answers: Sequence[str]) -> Iterator[tuple[list[int], int]]:
+    """(token ids, where the loss starts) of BOS + question + answer + EOS; the loss is on answer and EOS.
 
     The text is tokenised in one piece, as it will be continued at inference; a token that holds the
     end of a question and the beginning of its answer counts as answer. Text that spells a special token stays text.
@@ -110,18 +112,16 @@ def encode(tokenizer: Any, questions: Sequence[str], answers: Sequence[str]) -> 
         shared = next(
             (i for i, (a, b) in enumerate(zip(head, full, strict=False)) if a != b), min(len(head), len(full))
         )
-        ids = [*begin, *full, tokenizer.eos_token_id]
-        start = len(begin) + shared
-        yield ids, [IGNORED] * start + ids[start:]
+        yield [*begin, *full, tokenizer.eos_token_id], len(begin) + shared
 
 
 def encode_rows(
     tokenizer: Any, rows: Mapping[str, Sequence[str]], chat: ChatTemplate | None
-) -> Iterator[tuple[list[int], list[int]]]:
-    """(token ids, labels) of rows with the columns `text_columns`.
+) -> Iterator[tuple[list[int], int]]:
+    """(token ids, where the loss starts) of rows with the columns `text_columns`.
 
     Without a chat template see `encode`. With one: the prompt as at inference, the answer, the template's end of turn;
-    labels are IGNORED but on answer and end of turn. An answer that spells a special token stays text.
+    the loss is on answer and end of turn. An answer that spells a special token stays text.
     """
     if chat is None:
         yield from encode(tokenizer, rows["question"], rows["answer"])
@@ -132,7 +132,7 @@ def encode_rows(
     answers = tokenizer(list(rows["output"]), add_special_tokens=False, split_special_tokens=True)["input_ids"]
     (end,) = tokenizer([chat.end_of_turn], add_special_tokens=False)["input_ids"]
     for head, answer in zip(heads, answers, strict=True):
-        yield [*head, *answer, *end], [IGNORED] * len(head) + answer + end
+        yield [*head, *answer, *end], len(head)
 
 
 def text_columns(*, chat: bool) -> list[str]:
@@ -144,20 +144,17 @@ def prepare(
     mix: Folder | Path,
     folder: Path,
     tokenizer: Any,
-    sequence_length: int,
-    long_samples: str,
-    num_eval_rows: int,
+    config: TrainConfig,
     progress: Callable[[str], None] = lambda text: None,
-    eval_split: str = "eval",
     *,
-    seed: int = 0,
-    epochs: float = 1.0,
-    chat: ChatTemplate | None = None,
+    num_eval_rows: int | None = None,
+    eval_split: str = "eval",
 ) -> dict[str, Packing]:
     """Tokenised samples and packs of a mix's `train` and `eval` in `folder`; figures by split. See `load_packs`.
 
-    `eval` is made of the mix's `eval_split`. Files of an earlier session are used again.
-    Raises ConfigError when nothing fits the sequence length, no token has a loss, or a split is empty.
+    `eval` is made of the first rows of the mix's `eval_split`: `num_eval_rows`, or as many as the settings say. Files
+    of an earlier session are used again. Raises ConfigError when nothing fits the sequence length, no token has a loss,
+    or a split is empty; ModelError for a tokenizer without the chat template that the settings ask for.
     """
     figures_file = folder / FIGURES_FILE
     if figures_file.exists():
@@ -165,7 +162,12 @@ def prepare(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     figures = {}
-    for split, limit, num_layouts in (("train", None, min(math.ceil(epochs), MAX_LAYOUTS)), ("eval", num_eval_rows, 1)):
+    chat = read_template(tokenizer, config.prompt.format, config.prompt.chat_template_arguments)
+    splits = {
+        "train": (None, min(math.ceil(config.epochs), MAX_LAYOUTS)),
+        "eval": (num_eval_rows or config.evaluation.num_rows, 1),
+    }
+    for split, (limit, num_layouts) in splits.items():
         source = open_folder(mix)
         name = f"{eval_split if split == 'eval' else split}.parquet"
         file, table = source.at(name), source.read_table(name, columns=text_columns(chat=chat is not None))
@@ -173,9 +175,9 @@ def prepare(
             hint = "; make the mix with eval_fraction above 0, the best adapter is chosen by its loss there"
             raise ConfigError(f"{file}: no rows{hint * (split == 'eval')}")
         table = table.slice(0, limit) if limit else table
-        samples, num_long = _tokenise(split, table, tokenizer, sequence_length, long_samples, progress, chat)
+        samples, num_long = _tokenise(split, table, tokenizer, config.batch, progress, chat)
         lengths = np.diff(samples["input_ids"].combine_chunks().offsets.to_numpy())
-        layouts = make_layouts(lengths.tolist(), sequence_length, seed, num_layouts)
+        layouts = make_layouts(lengths.tolist(), config.batch.sequence_length, config.seed, num_layouts)
         _write(folder / f"{split}.arrow", samples)
         packs = [{"epoch": epoch, "samples": pack} for epoch, layout in enumerate(layouts) for pack in layout]
         types = {"epoch": pa.int32(), "samples": pa.list_(pa.int32())}
@@ -188,7 +190,7 @@ def prepare(
             num_tokens=num_tokens,
             num_loss_tokens=num_tokens - int(samples["loss_start"].to_numpy().sum()),
             num_packs=len(layouts[0]),
-            packing_efficiency_fraction=num_tokens / (len(layouts[0]) * sequence_length),
+            packing_efficiency_fraction=num_tokens / (len(layouts[0]) * config.batch.sequence_length),
         )
         if figures[split].num_loss_tokens == 0:
             raise ConfigError(f"{file}: no token of any answer is left to train on; its answers are empty or cut off")
@@ -250,30 +252,29 @@ def _tokenise(
     split: str,
     table: pa.Table,
     tokenizer: Any,
-    sequence_length: int,
-    long_samples: str,
+    batch: BatchSettings,
     progress: Callable[[str], None],
     chat: ChatTemplate | None,
 ) -> tuple[pa.Table, int]:
     """(samples that fit, number of rows over the sequence length)."""
     samples: list[pa.Table] = []  # of each batch: as Python's numbers all rows would take several times the memory
     num_done, num_long, shortest = 0, 0, None
-    for batch in table.to_batches(max_chunksize=BATCH_ROWS):
+    length = batch.sequence_length
+    for rows in table.to_batches(max_chunksize=BATCH_ROWS):
         fitting = []
-        for one, labels in encode_rows(tokenizer, batch.to_pydict(), chat):
-            shortest = min(len(one), shortest or len(one))
-            start = next((at for at, label in enumerate(labels) if label != IGNORED), len(labels))
-            if len(one) > sequence_length:
+        for ids, start in encode_rows(tokenizer, rows.to_pydict(), chat):
+            shortest = min(len(ids), shortest or len(ids))
+            if len(ids) > length:
                 num_long += 1
-                if long_samples == "drop" or start >= sequence_length:
+                if batch.long_samples == "drop" or start >= length:
                     continue
-            fitting.append({"input_ids": one[:sequence_length], "loss_start": start})
+            fitting.append({"input_ids": ids[:length], "loss_start": start})
         samples.append(pa.Table.from_pylist(fitting, schema=SAMPLES))
-        num_done += batch.num_rows
+        num_done += rows.num_rows
         progress(f"tokenised {num_done:,} of {table.num_rows:,} {split} rows")
     if not any(map(len, samples)):
         raise ConfigError(
-            f"batch.sequence_length is {sequence_length}: no {split} row fits (the shortest has {shortest} tokens); "
+            f"batch.sequence_length is {length}: no {split} row fits (the shortest has {shortest} tokens); "
             f"set it to {shortest} or more, or batch.long_samples=truncate"
         )
     return pa.concat_tables(samples).combine_chunks(), num_long

@@ -25,7 +25,7 @@ from birbal_ray.score.reference import Agreement, compare_with_peft, reference_p
 from birbal_ray.settings import ConfigError, one_line
 from birbal_ray.storage import RunError, cache_folder, input_folder, open_folder, read_json
 from birbal_ray.train.card import CARD_FILE, PUSHED_MANIFEST, merged_card
-from birbal_ray.train.data import IGNORED, encode_rows, text_columns
+from birbal_ray.train.data import encode_rows, text_columns
 
 STEP = Step("merge", ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", CARD_FILE, "Modelfile"))
 WORKING = ".merging-"
@@ -181,7 +181,7 @@ def _read_prompts(
         progress.message(f"compared on the {len(prompts)} prompts that training kept; the mix can't be read: {error}")
         return prompts
     rows = folder.read_table("eval.parquet", columns=text_columns(chat=chat is not None)).slice(0, count).to_pydict()
-    return [ids[: sum(label == IGNORED for label in labels)] for ids, labels in encode_rows(tokenizer, rows, chat)]
+    return [ids[:start] for ids, start in encode_rows(tokenizer, rows, chat)]
 
 
 def _merge(

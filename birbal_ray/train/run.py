@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from birbal_ray.adapters import find_adapter
 from birbal_ray.cluster import decide_device
 from birbal_ray.manifest import check_input, package_versions, read_manifest
-from birbal_ray.models import Model, load_tokenizer, pin_model, read_template, resolve_model
+from birbal_ray.models import Model, load_tokenizer, pin_model, resolve_model
 from birbal_ray.ni.prompt import CHAT
 from birbal_ray.progress import ProgressLine, save_figures
 from birbal_ray.run import Run, Step, StepResult, open_run, sigterm_as_interrupt
@@ -77,7 +77,7 @@ def train(config: TrainConfig, *, overwrite: bool = False) -> TrainResult:
         if not run.folder.is_local and files.WORKING_FILE not in run.files:
             run.folder.write_json(files.WORKING_FILE, {"token": uuid.uuid4().hex})
         working = working_folder(run.folder)
-        packing = _pack(config, model, mix, working, progress)
+        packing = prepare(mix, working / files.PACKED_FOLDER, load_tokenizer(model.path), config, progress.update)
         if not run.folder.is_local:
             for file in sorted((working / files.PACKED_FOLDER).iterdir()):
                 name = f"{files.PACKED_FOLDER}/{file.name}"
@@ -117,7 +117,8 @@ def dry_run(config: TrainConfig, *, calibrate: bool = False) -> Preflight:
     mix, _ = read_mix(config)
     with tempfile.TemporaryDirectory(prefix="birbal-train-", dir=place) as name:
         folder = Path(name)
-        packing = _pack(config, model, mix, folder, progress, num_eval_rows=8 if calibrate else None)
+        packed, few = folder / files.PACKED_FOLDER, 8 if calibrate else None
+        packing = prepare(mix, packed, load_tokenizer(model.path), config, progress.update, num_eval_rows=few)
         found = run_preflight(config, model, packing)
         from birbal_ray.train.self_check import check_architecture
 
@@ -179,29 +180,6 @@ def read_mix(config: TrainConfig) -> tuple[Folder, dict[str, Any]]:
                 f"{folder.at(name)}: no column {', '.join(sorted(absent))}; expected the output of `birbal mix`"
             )
     return folder, manifest
-
-
-def _pack(
-    config: TrainConfig,
-    model: Model,
-    mix: Folder,
-    folder: Path,
-    progress: ProgressLine,
-    num_eval_rows: int | None = None,
-) -> dict[str, Packing]:
-    tokenizer = load_tokenizer(model.path)
-    return prepare(
-        mix,
-        folder / files.PACKED_FOLDER,
-        tokenizer,
-        config.batch.sequence_length,
-        config.batch.long_samples,
-        num_eval_rows or config.evaluation.num_rows,
-        progress.update,
-        seed=config.seed,
-        epochs=config.epochs,
-        chat=read_template(tokenizer, config.prompt.format, config.prompt.chat_template_arguments),
-    )
 
 
 def _calibration_place(config: TrainConfig) -> Path | None:

@@ -13,18 +13,18 @@ import torch
 from transformers import TrainerCallback
 
 from birbal_ray.ni.prompt import ChatTemplate
-from birbal_ray.train.data import IGNORED, encode_rows, pack_in_order, text_columns
+from birbal_ray.train.data import encode_rows, pack_in_order, text_columns
 
 BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One row: token ids, labels (IGNORED but on the answer), its task."""
+    """One row: its task, token ids, and where the answer begins among them."""
 
     task: str
     input_ids: list[int]
-    labels: list[int]
+    loss_start: int
 
 
 def read_samples(file: Path, tokenizer: Any, max_tokens: int, chat: ChatTemplate | None = None) -> list[Sample]:
@@ -32,7 +32,7 @@ def read_samples(file: Path, tokenizer: Any, max_tokens: int, chat: ChatTemplate
     table = pq.read_table(file, columns=["task", "source", *text_columns(chat=chat is not None)]).to_pydict()
     tasks = [task or source for task, source in zip(table["task"], table["source"], strict=True)]
     encoded = encode_rows(tokenizer, table, chat) if tasks else ()
-    found = (Sample(task, ids, labels) for task, (ids, labels) in zip(tasks, encoded, strict=True))
+    found = (Sample(task, ids, start) for task, (ids, start) in zip(tasks, encoded, strict=True))
     return [sample for sample in found if len(sample.input_ids) <= max_tokens]
 
 
@@ -54,18 +54,17 @@ def task_losses(model: Any, samples: Sequence[Sample]) -> dict[str, float]:
             # One row of T tokens, as in training: no padding, positions restart with each sample.
             ids = torch.tensor([token for sample in batch for token in sample.input_ids])
             positions = torch.cat([torch.arange(len(sample.input_ids)) for sample in batch])
-            labels = torch.tensor([label for sample in batch for label in (IGNORED, *sample.labels[1:])])
             logits = model(
                 input_ids=ids[None].to(device), position_ids=positions[None].to(device), use_cache=False
             ).logits[0]
-            losses = torch.nn.functional.cross_entropy(
-                logits[:-1].float(), labels[1:].to(device), ignore_index=IGNORED, reduction="none"
-            )  # (T - 1,): losses[t] is of token t + 1
+            # (T - 1,): losses[t] is of token t + 1
+            losses = torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:].to(device), reduction="none")
             end = 0
             for sample in batch:
                 start, end = end, end + len(sample.input_ids)
-                sums[sample.task] += float(losses[start : end - 1].sum())
-                tokens[sample.task] += sum(label != IGNORED for label in sample.labels[1:])
+                answer = losses[start + max(1, sample.loss_start) - 1 : end - 1]
+                sums[sample.task] += float(answer.sum())
+                tokens[sample.task] += len(answer)
     model.train(training)
     return {task: sums[task] / tokens[task] for task in sorted(sums) if tokens[task]}
 

@@ -122,17 +122,11 @@ def judge(
     if spec.kind == BASE:
         report(0, load_base(model.path, train), num_rows=0, num_unfilled=0, mix_sha256="")
         return
-    packing = prepare(
-        work / "mix",
-        work / "train" / PACKED_FOLDER,
-        tokenizer,
-        train.batch.sequence_length,
-        train.batch.long_samples,
-        NUM_EVAL_ROWS,
-        eval_split="validation",
-        seed=spec.seed,
-        chat=chat,
-    )["train"]
+    once = train.replace({"seed": spec.seed, "epochs": 1.0})
+    packed = work / "train" / PACKED_FOLDER
+    packing = prepare(work / "mix", packed, tokenizer, once, num_eval_rows=NUM_EVAL_ROWS, eval_split="validation")[
+        "train"
+    ]
     per_step = train.batch.micro * train.batch.accumulation * packing.num_tokens / packing.num_packs
     num_rungs = config.validation.num_rungs
     num_steps = max(num_rungs, round(spec.tokens / per_step))

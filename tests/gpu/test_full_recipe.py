@@ -106,9 +106,8 @@ def packed(card, tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packs")
     (folder / "mix").mkdir()
     make_mix(folder / "mix", 12_000, 400)
-    packing = prepare(
-        folder / "mix", folder / "packed", AutoTokenizer.from_pretrained(tiny_model), 8192, "drop", 40, epochs=1
-    )
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    packing = prepare(folder / "mix", folder / "packed", tokenizer, recipe(tiny_model, epochs=1))
     assert packing["train"].num_packs >= 24  # 3 steps of 2 x 4
     return folder / "packed"
 

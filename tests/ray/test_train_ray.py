@@ -73,9 +73,9 @@ def undisturbed(alone, tiny_model, tiny_mix, tmp_path_factory):
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("undisturbed")
-    length = SETTINGS["batch.sequence_length"]
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    prepare(tiny_mix, folder / "packed", tokenizer, length, "drop", 2000, epochs=SETTINGS["epochs"])
+    prepare(
+        tiny_mix, folder / "packed", AutoTokenizer.from_pretrained(tiny_model), load_config(TrainConfig, flags=SETTINGS)
+    )
     alone(folder)
     return folder
 

@@ -40,7 +40,8 @@ def packed(tiny_model, tiny_mix, tmp_path_factory):
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("packed")
-    prepare(tiny_mix, folder / "packed", AutoTokenizer.from_pretrained(tiny_model), 128, "drop", 8)
+    config = settings(epochs=1, evaluation__num_rows=8)
+    prepare(tiny_mix, folder / "packed", AutoTokenizer.from_pretrained(tiny_model), config)
     return folder / "packed"
 
 

@@ -38,7 +38,8 @@ def folder(mistral, tmp_path, monkeypatch):
     (tmp_path / "mix").mkdir()
     make_mix(tmp_path / "mix", 60, 8)
     (tmp_path / "run").mkdir()
-    prepare(tmp_path / "mix", tmp_path / "run" / "packed", AutoTokenizer.from_pretrained(mistral), 128, "drop", 4)
+    config = suite.recipe(mistral, epochs=1)
+    prepare(tmp_path / "mix", tmp_path / "run" / "packed", AutoTokenizer.from_pretrained(mistral), config)
     return tmp_path / "run"
 
 

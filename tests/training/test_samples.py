@@ -4,10 +4,21 @@ import pytest
 
 from birbal_ray.models import read_template
 from birbal_ray.settings import ConfigError
+from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import IGNORED, encode, encode_rows, load_packs, make_layouts, prepare
 from tests.fixtures.chat_templates import SPECIAL_END
 
 QUESTION = "### Input:\nhe said\n\n### Response:\n"
+
+
+def of_length(length, policy="drop", **changes):
+    batch = {"sequence_length": length, "long_samples": policy}
+    return TrainConfig(**{"epochs": 1, "evaluation": {"num_rows": 8}, "batch": batch, **changes})
+
+
+def labelled(encoded):
+    """(token ids, labels) as training sees them."""
+    return ((ids, [IGNORED] * start + ids[start:]) for ids, start in encoded)
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +29,7 @@ def tokenizer(tiny_model):
 
 
 def test_sequence_is_bos_question_answer_eos_and_loss_is_on_answer_and_eos(tokenizer):
-    ((ids, labels),) = encode(tokenizer, [QUESTION], ["he did"])
+    ((ids, labels),) = labelled(encode(tokenizer, [QUESTION], ["he did"]))
     assert ids[0] == tokenizer.bos_token_id
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids[1:-1]) == QUESTION + "he did"
@@ -28,21 +39,21 @@ def test_sequence_is_bos_question_answer_eos_and_loss_is_on_answer_and_eos(token
 
 
 def test_the_mask_token_by_token(tokenizer):
-    ((ids, labels),) = encode(tokenizer, ["a\n"], ["he"])
+    ((ids, labels),) = labelled(encode(tokenizer, ["a\n"], ["he"]))
     assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "a", "Ċ", "he", "</s>"]
     assert (ids[0], ids[-1]) == (0, 1)
     assert [label != IGNORED for label in labels] == [False, False, False, True, True]
 
 
 def test_a_token_across_the_border_counts_as_answer(tokenizer):
-    ((ids, labels),) = encode(tokenizer, ["a\n"], ["\nb"])
+    ((ids, labels),) = labelled(encode(tokenizer, ["a\n"], ["\nb"]))
     tokens = tokenizer.convert_ids_to_tokens(ids)
     assert tokens == ["<s>", "a", "ĊĊ", "b", "</s>"]
     assert [label != IGNORED for label in labels] == [False, False, True, True, True]
 
 
 def test_packs_hold_every_sample_once_and_fit(tokenizer, tiny_mix, tmp_path):
-    figures = prepare(tiny_mix, tmp_path / "packed", tokenizer, 128, "drop", 8)
+    figures = prepare(tiny_mix, tmp_path / "packed", tokenizer, of_length(128))
     rows = pq.read_table(tiny_mix / "train.parquet").to_pylist()
     wanted = sorted(ids for ids, _ in encode(tokenizer, [r["question"] for r in rows], [r["answer"] for r in rows]))
     packs = load_packs(tmp_path / "packed", "train")
@@ -65,8 +76,8 @@ def test_packs_hold_every_sample_once_and_fit(tokenizer, tiny_mix, tmp_path):
 @pytest.mark.parametrize("policy", ["drop", "truncate"])
 def test_long_samples_are_counted_and_handled_as_asked(tokenizer, tiny_mix, tmp_path, policy):
     rows = pq.read_table(tiny_mix / "train.parquet").to_pylist()
-    encoded = list(encode(tokenizer, [r["question"] for r in rows], [r["answer"] for r in rows]))
-    figures = prepare(tiny_mix, tmp_path / "packed", tokenizer, 60, policy, 8)["train"]
+    encoded = list(labelled(encode(tokenizer, [r["question"] for r in rows], [r["answer"] for r in rows])))
+    figures = prepare(tiny_mix, tmp_path / "packed", tokenizer, of_length(60, policy))["train"]
     long = [ids for ids, _ in encoded if len(ids) > 60]
     answerless = [labels for _, labels in encoded if len(labels) > 60 and all(x == IGNORED for x in labels[:60])]
     assert figures.num_long == len(long) > 0
@@ -81,11 +92,11 @@ def test_nothing_that_fits_is_an_error_with_the_length_to_set(tokenizer, tiny_mi
     with pytest.raises(
         ConfigError, match=r"batch.sequence_length is 16: no train row fits \(the shortest has \d+ tokens\)"
     ):
-        prepare(tiny_mix, tmp_path / "packed", tokenizer, 16, "drop", 8)
+        prepare(tiny_mix, tmp_path / "packed", tokenizer, of_length(16))
 
 
 def test_text_that_spells_a_special_token_stays_text(tokenizer):
-    ((ids, labels),) = encode(tokenizer, ["say </s>\n"], ["<s>no</s> end"])
+    ((ids, labels),) = labelled(encode(tokenizer, ["say </s>\n"], ["<s>no</s> end"]))
     assert ids.count(tokenizer.eos_token_id) == ids.count(tokenizer.bos_token_id) == 1
     assert tokenizer.decode(ids[1:-1]) == "say </s>\n<s>no</s> end"
     assert labels[-1] == tokenizer.eos_token_id
@@ -102,7 +113,7 @@ def test_a_tokenizer_without_eos_is_refused_by_name(tiny_model):
 
 def test_answers_that_are_cut_off_leave_nothing_to_train_on(tokenizer, tiny_mix, tmp_path):
     with pytest.raises(ConfigError, match="no train row fits"):
-        prepare(tiny_mix, tmp_path / "packed", tokenizer, 17, "truncate", 8)
+        prepare(tiny_mix, tmp_path / "packed", tokenizer, of_length(17, "truncate"))
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])
@@ -111,7 +122,7 @@ def test_a_mix_of_one_or_two_rows_is_packed(tokenizer, tmp_path, num_rows):
 
     (tmp_path / "mix").mkdir()
     make_mix(tmp_path / "mix", num_rows, 1)
-    figures = prepare(tmp_path / "mix", tmp_path / "packed", tokenizer, 512, "drop", 8, epochs=3)
+    figures = prepare(tmp_path / "mix", tmp_path / "packed", tokenizer, of_length(512, epochs=3))
     assert (figures["train"].num_samples, figures["train"].num_packs) == (num_rows, 1)
     packs = load_packs(tmp_path / "packed", "train")
     for epoch in range(3):
@@ -153,9 +164,9 @@ def test_samples_by_a_chat_template(tokenizer, tmp_path):
     }
     for split in ("train", "eval"):
         pq.write_table(pa.table(rows), tmp_path / f"{split}.parquet")
-    figures = prepare(tmp_path, tmp_path / "packed", tokenizer, 512, "drop", 8, chat=chat)
+    figures = prepare(tmp_path, tmp_path / "packed", tokenizer, of_length(512, prompt={"format": "chat"}))
     (pack,) = load_packs(tmp_path / "packed", "train")
-    encoded = list(encode_rows(tokenizer, rows, chat))
+    encoded = list(labelled(encode_rows(tokenizer, rows, chat)))
     assert sorted(pack["input_ids"]) == sorted(token for ids, _ in encoded for token in ids)
     assert figures["train"].num_loss_tokens == sum(label != IGNORED for _, labels in encoded for label in labels)
     ids, labels = encoded[0]

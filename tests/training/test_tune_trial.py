@@ -93,7 +93,8 @@ def test_the_objective_is_the_mean_over_labels_of_the_mean_of_task_means(judged,
     with torch.no_grad():
         for sample in samples:  # one by one: no padding, no batch
             logits = model(torch.tensor([sample.input_ids])).logits[0, :-1].float()
-            labels = torch.tensor(sample.labels[1:])
+            start = sample.loss_start
+            labels = torch.tensor(([IGNORED] * start + sample.input_ids[start:])[1:])
             loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
             by_task.setdefault(sample.task, []).append((float(loss), int((labels != IGNORED).sum())))
     expected = {

@@ -66,7 +66,8 @@ def test_a_training_sample_is_the_prompt_the_answer_and_the_end_of_turn(style):
     chat = read_template(tokenizer, "chat", {"enable_thinking": False})
     rows = {"instruction": ["Is it warm?", ""], "input": ["red", "blue"], "output": ["yes\n\nvery", "</s> no"]}
     assert text_columns(chat=True) == list(rows)
-    for number, (ids, labels) in enumerate(encode_rows(tokenizer, rows, chat)):
+    for number, (ids, start) in enumerate(encode_rows(tokenizer, rows, chat)):
+        labels = [IGNORED] * start + ids[start:]
         asked = render_prompt(rows["instruction"][number], (), rows["input"][number], chat)
         assert tokenizer.decode(ids) == asked + rows["output"][number] + chat.end_of_turn
         (prompt_ids,) = prompt_token_ids(tokenizer, [asked], chat=chat)

@@ -83,7 +83,8 @@ def start_training(tmp_path, monkeypatch):
     mix = SimpleNamespace(place=str(tmp_path / "mix")), {"files": {"train.parquet": "a", "eval.parquet": "b"}}
     monkeypatch.setattr(step, "resolve_config", lambda config: (config, model))
     monkeypatch.setattr(step, "read_mix", lambda config: mix)
-    monkeypatch.setattr(step, "_pack", lambda *arguments: {"train": packing})
+    monkeypatch.setattr(step, "load_tokenizer", lambda path: None)
+    monkeypatch.setattr(step, "prepare", lambda *arguments: {"train": packing})
     found = {"parts": [], "memory_bytes": None, "change": None, "num_trainable": 1, "packing": {}, "forecast": took}
     monkeypatch.setattr(step, "run_preflight", lambda config, *arguments: Preflight(config, **found))
     monkeypatch.setattr(step, "describe_preflight", lambda *arguments: [])

@@ -8,6 +8,7 @@ import pytest
 
 from birbal_ray.settings import ConfigError
 from birbal_ray.train import data
+from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import IGNORED, load_packs, prepare
 
 
@@ -18,6 +19,11 @@ class Characters:
 
     def __call__(self, texts, **options):
         return {"input_ids": [[ord(character) for character in text] for text in texts]}
+
+
+def of_length(length, policy="drop"):
+    """Settings of short sequences; below what `TrainConfig` allows."""
+    return TrainConfig(epochs=1).replace({"batch.sequence_length": length, "batch.long_samples": policy})
 
 
 @pytest.fixture
@@ -34,8 +40,8 @@ def mix(tmp_path):
 @pytest.mark.parametrize(("policy", "num_samples"), [("drop", 5), ("truncate", 7)])
 def test_rows_become_samples_whatever_their_batches(mix, tmp_path, monkeypatch, batch_rows, policy, num_samples):
     monkeypatch.setattr(data, "BATCH_ROWS", batch_rows)
-    said = []
-    found = prepare(mix, tmp_path / "packed", Characters(), 9, policy, 100, said.append)
+    said, config = [], of_length(9, policy)
+    found = prepare(mix, tmp_path / "packed", Characters(), config, said.append)
     train = found["train"]
     assert (train.num_rows, train.num_long, train.num_samples) == (7, 2, num_samples)
     assert "tokenised 7 of 7 train rows" in said
@@ -54,9 +60,9 @@ def test_rows_become_samples_whatever_their_batches(mix, tmp_path, monkeypatch, 
         assert ids[0] == 1 and labels[:question] == [IGNORED] * question and labels[question:] == ids[question:]
     assert train.num_tokens == sum(len(ids) for ids, _ in samples)
     assert train.num_loss_tokens == sum(label != IGNORED for _, labels in samples for label in labels)
-    assert prepare(mix, tmp_path / "packed", None, 9, policy, 100) == found, "used again"
+    assert prepare(mix, tmp_path / "packed", None, config) == found, "used again"
 
 
 def test_rows_that_all_are_too_long_name_the_length_to_set(mix, tmp_path):
     with pytest.raises(ConfigError, match=r"no train row fits \(the shortest has 5 tokens\); set it to 5 or more"):
-        prepare(mix, tmp_path / "packed", Characters(), 4, "drop", 100)
+        prepare(mix, tmp_path / "packed", Characters(), of_length(4))

@@ -50,9 +50,9 @@ def train(s3, tmp_path, monkeypatch):
     packing = Packing(4, 0, 4, 100, 50, 1, 1.0)
     found = Preflight(TrainConfig(), [], None, None, 1, {}, None)
 
-    def pack(config, model, mix, folder, progress):
-        (folder / "packed").mkdir(parents=True, exist_ok=True)
-        (folder / "packed" / "train.arrow").write_text("packs")
+    def pack(mix, folder, tokenizer, config, progress):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "train.arrow").write_text("packs")
         return {"train": packing, "eval": packing}
 
     def run_ray_train(config, model, folder):
@@ -67,7 +67,8 @@ def train(s3, tmp_path, monkeypatch):
     for place, name, stand_in in (
         (step, "resolve_config", lambda config: (config, model)),
         (step, "read_mix", lambda config: mix),
-        (step, "_pack", pack),
+        (step, "prepare", pack),
+        (step, "load_tokenizer", lambda path: None),
         (step, "run_preflight", lambda *arguments: found),
         (step, "describe_preflight", lambda *arguments: []),
         (step, "draw_loss_curve", lambda metrics, best, sink: sink.write(b"PNG")),
