@@ -10,9 +10,10 @@ from dataclasses import asdict
 from typing import Any
 
 from ray import tune
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.schedulers import TrialScheduler as RayScheduler
-from ray.tune.search import Searcher
+from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import Run, one_line
@@ -27,6 +28,9 @@ ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "600",  # our own records say what is done
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+# Read in a trial's process, which takes the next trial once the thread of the last one has ended. After Tune's own 2 s
+# a busy machine's next trial is an error.
+THREAD_TIMEOUT, THREAD_TIMEOUT_SECONDS = "TUNE_FUNCTION_THREAD_TIMEOUT_S", "600"
 
 
 class NotPickled:
@@ -108,9 +112,14 @@ class ShowProgress(NotPickled, tune.Callback):
 
     def __init__(self, scheduler: TrialScheduler, run: Run | None, progress: ProgressLine) -> None:
         self._scheduler, self._run, self._progress = scheduler, run, progress
+        self.limiter: ConcurrencyLimiter | None = None  # what Tune asks for trials
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Show where the search is."""
+        for trial in trials:
+            # Tune says nothing of a trial for which a process could not be used again: its place would stay taken.
+            if trial.status == Trial.ERROR and self.limiter and trial.trial_id in self.limiter.live_trials:
+                self.limiter.on_trial_complete(trial.trial_id, error=True)
         results, num_trials = self._scheduler.results, self._scheduler.num_trials
         names = [trial.config["spec"]["key"] for trial in trials if trial.status == "RUNNING"]
         found = [r for r in results.values() if r.objective is not None and r.status == FINISHED and r.spec.mix]
@@ -153,15 +162,20 @@ def run_trials(
             grace_period=config.stopping.grace_rungs,
             reduction_factor=config.stopping.reduction_factor,
         )
+
+    def run_trial(trial: dict[str, Any]) -> None:
+        os.environ.setdefault(THREAD_TIMEOUT, THREAD_TIMEOUT_SECONDS)
+        trainable(trial)
+
+    show.limiter = ConcurrencyLimiter(SpecSearcher(scheduler, run, options), resources.max_concurrent)
     tune.Tuner(
-        tune.with_resources(trainable, wanted),
+        tune.with_resources(run_trial, wanted),
         tune_config=tune.TuneConfig(
             metric=OBJECTIVE,
             mode="min",
-            search_alg=SpecSearcher(scheduler, run, options),
+            search_alg=show.limiter,
             scheduler=asha,
             num_samples=-1,
-            max_concurrent_trials=resources.max_concurrent,
             time_budget_s=None if math.isinf(left) else max(1.0, left),
             reuse_actors=True,
             trial_name_creator=_key_of,

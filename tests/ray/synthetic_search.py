@@ -23,7 +23,10 @@ DIVERGING = "search-001"
 
 
 def synthetic_trial(config: dict[str, Any]) -> None:
-    """Sleeps between its rungs; writes down where and when it started. Its loss follows gamma."""
+    """Sleeps between its rungs; writes down where and when it started. Its loss follows gamma.
+
+    It takes `linger` seconds to end when it is stopped, as one that frees a card's memory on a busy machine.
+    """
     import ray
 
     from birbal_ray.tune.records import RungReporter
@@ -33,28 +36,32 @@ def synthetic_trial(config: dict[str, Any]) -> None:
     with (run / STARTS_FILE).open("a") as file:
         file.write(json.dumps(start) + "\n")
     reporter = RungReporter(open_folder(run), spec, RUNGS)
-    for number in range(1, RUNGS + 1):
-        time.sleep(config["seconds"])
-        loss = 1.0 + spec.values.get("gamma", 4.0) + 0.01 * spec.seed
-        reporter.report(number, math.nan if spec.key == DIVERGING else loss, mix_sha256=spec.key)
+    try:
+        for number in range(1, RUNGS + 1):
+            time.sleep(config["seconds"])
+            loss = 1.0 + spec.values.get("gamma", 4.0) + 0.01 * spec.seed
+            reporter.report(number, math.nan if spec.key == DIVERGING else loss, mix_sha256=spec.key)
+    except SystemExit:
+        time.sleep(config["linger"])
+        raise
 
 
-def synthetic_search(run: Path, seconds: float, num_trials: int = 6, max_failures: int = 2) -> TrialScheduler:
+def synthetic_search(run: Path, seconds: float, linger: float = 0.0) -> TrialScheduler:
     """Search to the end, or go on with an interrupted one in `run`."""
     config = TuneConfig(
-        num_trials=num_trials,
-        num_initial=num_trials,
+        num_trials=6,
+        num_initial=6,
         baselines=["uniform", "task_score"],
         predicted=False,
         validation={"num_rungs": RUNGS},
         stopping={"reduction_factor": 2},
         repeats={"top": 1, "seeds": 2},
-        resources={"num_cpus": 1, "max_concurrent": 2, "max_failures": max_failures},
+        resources={"num_cpus": 1, "max_concurrent": 2, "max_failures": 2},
     )
     folder = open_folder(run)
     results, started = read_results(folder)
     scheduler = TrialScheduler(config, results, started, lambda spec: write_spec(folder, spec, "nowhere"))
-    search(scheduler, folder, synthetic_trial, {"seconds": seconds}, ProgressLine())
+    search(scheduler, folder, synthetic_trial, {"seconds": seconds, "linger": linger}, ProgressLine())
     return scheduler
 
 
@@ -65,4 +72,4 @@ def starts_of(run: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    synthetic_search(Path(sys.argv[1]), float(sys.argv[2]))
+    synthetic_search(Path(sys.argv[1]), *map(float, sys.argv[2:]))
