@@ -128,8 +128,8 @@ def run(config: HarnessConfig, *, overwrite: bool = False) -> HarnessResult:
 def check_options(config: HarnessConfig) -> HarnessConfig:
     """The config with an absolute --include-path. Raises ConfigError for what is missing or out of range."""
     check_installed(config.backend)
-    for flag, value in (("--model", config.model), ("--output", config.output)):
-        require(value, flag)
+    require(config.model, "--model")
+    require(config.output, "--output")
     if not re.fullmatch(r"auto|[1-9][0-9]*", config.batch_size):
         raise ConfigError(f"--batch-size {config.batch_size}: expected a number from 1, or auto")
     if config.include_path is None:

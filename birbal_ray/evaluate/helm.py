@@ -23,7 +23,7 @@ from birbal_ray.evaluate.harness import RESULTS_FILE, HarnessResult
 from birbal_ray.evaluate.models import EvaluatedModel, resolve_measured
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import RunError, RunFailedError, Step, open_run
-from birbal_ray.settings import ConfigError, one_line, require
+from birbal_ray.settings import ConfigError, one_line
 from birbal_ray.storage import cache_folder
 
 SUITE = "birbal"
@@ -98,9 +98,7 @@ def run_helm(config: HarnessConfig, *, overwrite: bool = False) -> HarnessResult
 
 
 def check_options(config: HarnessConfig, *, dry_run: bool = False) -> None:
-    """Raise ConfigError for what is missing, or means nothing to HELM."""
-    for flag, value in (("--model", config.model), ("--output", config.output)):
-        require(value, flag)
+    """Raise ConfigError for what means nothing to HELM."""
     unused = {"--benchmark": config.benchmarks, "--num-fewshot": config.num_fewshot is not None, "--dry-run": dry_run}
     for flag, given in unused.items():
         if given:

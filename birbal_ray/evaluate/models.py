@@ -70,12 +70,12 @@ def resolve_measured(
 
     Without `weights`, nothing is downloaded that the figures' identity doesn't need. Raises ConfigError, ModelError.
     """
+    require(config.output, "--output")
     model = resolve_model(require(config.model, "--model"), weights=weights)
     adapter = resolve_models(model, [config.adapter], [])[1] if config.adapter else None
     fingerprints = {"model": model.fingerprint, "adapter": adapter.fingerprint if adapter else None}
-    name = Path(model.name).name
-    team = config.team or (f"{name} + {adapter.name}" if adapter else name)
-    return model, adapter, fingerprints | {"limit": config.limit}, team
+    both = [Path(model.name).name, *([adapter.name] if adapter else [])]
+    return model, adapter, fingerprints | {"limit": config.limit}, config.team or " + ".join(both)
 
 
 def _named(given: str) -> tuple[str | None, str]:

@@ -101,20 +101,20 @@ class Decisions:
 
     def drop_unusable(self) -> None:
         """Rows that no policy may use."""
-        self._drop_flagged(Flags.ERROR, Reason.ERROR)
+        self._drop_among(self._alive(), Flags.ERROR, Reason.ERROR)
         if not self.config.include_llm_written:
-            self._drop_flagged(Flags.LLM_WRITTEN, Reason.LLM_WRITTEN)
-        self._drop_flagged(Flags.SOURCE_FILTER, Reason.SOURCE_FILTER)
+            self._drop_among(self._alive(), Flags.LLM_WRITTEN, Reason.LLM_WRITTEN)
+        self._drop_among(self._alive(), Flags.SOURCE_FILTER, Reason.SOURCE_FILTER)
         if self.config.contamination.action == "drop":
-            self._drop_flagged(Flags.FAMILY, Reason.CONTAMINATED_FAMILY)
-            self._drop_flagged(Flags.NGRAM, Reason.CONTAMINATED_NGRAM)
+            self._drop_among(self._alive(), Flags.FAMILY, Reason.CONTAMINATED_FAMILY)
+            self._drop_among(self._alive(), Flags.NGRAM, Reason.CONTAMINATED_NGRAM)
 
     def drop_texts(self) -> None:
         """Rows whose text is too long, too short, or empty."""
-        self._drop_flagged(Flags.TOO_LONG, Reason.TOO_LONG)
-        self._drop_flagged(Flags.SHORT_INPUT, Reason.SHORT_INPUT)
+        self._drop_among(self._alive(), Flags.TOO_LONG, Reason.TOO_LONG)
+        self._drop_among(self._alive(), Flags.SHORT_INPUT, Reason.SHORT_INPUT)
         if not self.config.compat:  # the published filter asks for fewer than 1 word, which no text has
-            self._drop_flagged(Flags.EMPTY_OUTPUT, Reason.EMPTY_OUTPUT)
+            self._drop_among(self._alive(), Flags.EMPTY_OUTPUT, Reason.EMPTY_OUTPUT)
 
     def keep_out_validation(self) -> None:
         """The first rows of each group by text hash that no other candidate repeats.
@@ -289,9 +289,6 @@ class Decisions:
 
     def _count(self, rows: NDArray[np.int64], into: NDArray[np.int64]) -> None:
         into += np.bincount(self.rows.group[rows], minlength=len(self.groups))
-
-    def _drop_flagged(self, flag: Flags, reason: Reason) -> None:
-        self._drop(np.flatnonzero((self.rows.flags & np.uint16(flag)) != 0), reason)
 
     def _drop_among(self, rows: NDArray[np.int64], flags: Flags, reason: Reason) -> NDArray[np.int64]:
         """Drop those of `rows` that have any of the flags; the others."""
