@@ -158,16 +158,12 @@ class TrialScheduler:
         A trial that was stopped early counts with its loss at its last rung, less what trials that went on from there
         lost until their end, on average; losses at different rungs don't compare.
         """
-        judged = [
-            result
-            for result in self.of_kind(SEARCH, BASELINE)
-            if result.status in (FINISHED, STOPPED) and result.spec.values and result.objective is not None
-        ]
-        whole = [result.rungs for result in judged if result.status == FINISHED]
+        ended = [r for r in self.of_kind(SEARCH, BASELINE) if r.spec.values and r.objective is not None]
+        complete = [result.rungs for result in ended if result.status == FINISHED]
         points = []
-        for result in judged:
+        for result in ended:  # an objective of one that failed is None
             place = len(result.rungs) - 1
-            falls = [rungs[place][1] - rungs[-1][1] for rungs in whole if len(rungs) > place]
+            falls = [rungs[place][1] - rungs[-1][1] for rungs in complete if len(rungs) > place]
             if result.status == FINISHED:
                 points.append((result.spec.values, result.loss))
             elif falls:
@@ -278,21 +274,27 @@ class TrialScheduler:
         """These mixes at every fresh seed, at `factor` times the tokens."""
         found = {spec.name: spec for spec in self._specs.values() if spec.kind in (SEARCH, PREDICTED)}
         first = self._named | found  # of every mix, by its name, one spec
-        longer, tokens = f"-x{factor}" * (kind == TRANSFER), factor * self.config.proxy.tokens
+        longer = f"-x{factor}" * (kind == TRANSFER)
         return [
-            self._seeded(first[name], kind, f"{name}{longer}-seed{seed}", seed, tokens)
+            self._spec(kind, name, first[name].mix, first[name].values, f"{name}{longer}-seed{seed}", seed, factor)
             for seed in range(self.config.seed + 1, self.config.seed + 1 + num_seeds)
             for name in names
         ]
 
-    def _spec(self, kind: str, name: str, mix: dict[str, Any], values: dict[str, float]) -> TrialSpec:
-        spec = TrialSpec(name, kind, name, self.config.seed, mix, values)
-        return self._seeded(spec, kind, name, self.config.seed)
-
-    def _seeded(self, spec: TrialSpec, kind: str, key: str, seed: int, tokens: int | None = None) -> TrialSpec:
-        per_task = self.config.validation.rows_per_task
-        mix = {**spec.mix, "seed": seed, "validation_rows_per_task": per_task}
-        return replace(spec, key=key, kind=kind, seed=seed, mix=mix, tokens=tokens or self.config.proxy.tokens)
+    def _spec(
+        self,
+        kind: str,
+        name: str,
+        mix: dict[str, Any],
+        values: dict[str, float],
+        key: str = "",
+        seed: int | None = None,
+        factor: int = 1,
+    ) -> TrialSpec:
+        """A trial of a mix, at the search's seed unless another is given, on `factor` times the proxy's tokens."""
+        seed = self.config.seed if seed is None else seed
+        mix = {**mix, "seed": seed, "validation_rows_per_task": self.config.validation.rows_per_task}
+        return TrialSpec(key or name, kind, name, seed, mix, values, factor * self.config.proxy.tokens)
 
 
 def best_so_far(results: Sequence[TrialResult]) -> list[float]:
