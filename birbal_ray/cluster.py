@@ -204,15 +204,13 @@ def job_metadata(step: str, output: object) -> dict[str, str]:
     return {"birbal_step": step, "birbal_output": str(output or "")}
 
 
-@contextlib.contextmanager
-def _session_folder() -> Iterator[Path]:
+def _session_folder() -> contextlib.AbstractContextManager[Path]:
     """A `locked_folder` for a local cluster's files, short enough for Ray's sockets."""
     parent = Path(tempfile.gettempdir())
     if len(str(parent / f"{FOLDER_PREFIX}1234567-12345678")) > MAX_FOLDER_LENGTH:
         print(f"TMPDIR {parent} is too long for the paths of Ray's sockets: Ray's files go to /tmp", file=sys.stderr)
         parent = Path("/tmp")  # noqa: S108
-    with locked_folder(parent) as folder:
-        yield folder
+    return locked_folder(parent)
 
 
 @contextlib.contextmanager

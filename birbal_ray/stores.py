@@ -13,10 +13,12 @@ from typing import Any
 
 from pyarrow import fs
 
-from birbal_ray.settings import RunError, one_line
-
 SCHEMES = ("s3", "gs")
 RETRY_SECONDS = 300.0  # an outage of the store shorter than this costs no finished file
+
+
+class RunError(RuntimeError):
+    """A run failed or its folder can't be used; the message says what is kept and what to do."""
 
 
 def is_url(path: object) -> bool:
@@ -107,7 +109,8 @@ def named_errors(place: str) -> Iterator[None]:
     except (FileNotFoundError, AlreadyExistsError, PreconditionError):
         raise
     except (OSError, BaseError) as error:
+        reason = " ".join(str(error).partition("Debug source")[0].split())[:300]
         raise RunError(
-            f"{place}: {one_line(str(error).partition('Debug source')[0])[:300]}; check the bucket, AWS_* or Google "
+            f"{place}: {reason}; check the bucket, AWS_* or Google "
             "credentials, and AWS_ENDPOINT_URL for a server of your own"
         ) from None
