@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import Counter
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -35,7 +36,8 @@ def label_task(task: Task, overrides: dict[str, Label] | None = None) -> Label:
         return overrides[task.name]
     if "Program Execution" in task.categories:
         return Label(EXACT_MATCH, "Program Execution: one computed answer")
-    lengths = sorted(count_words(reference) for instance in task.instances for reference in instance.references)
+    references = Counter(reference for instance in task.instances for reference in instance.references)
+    lengths = sorted(words for reference, number in references.items() for words in [count_words(reference)] * number)
     words = lengths[math.ceil(0.95 * len(lengths)) - 1] if lengths else 0  # 95th percentile, nearest rank
     open_ended = sorted(OPEN_ENDED_CATEGORIES.intersection(task.categories))
     if words > MAX_SHORT_WORDS:

@@ -61,10 +61,14 @@ def find_unreachable(
 
     `fits` says whether a completion may be as long as the reference.
     """
-    usable = [instance.references for instance in task.instances if instance.error is None]
-    causes = Counter(filter(None, (_why_below_one(label, references, extract, fits) for references in usable)))
+    # Each answer once: a classification task has a few among its thousands of instances.
+    usable = Counter(instance.references for instance in task.instances if instance.error is None)
+    causes: Counter[str] = Counter()
+    for references, number in usable.items():
+        if reason := _why_below_one(label, references, extract, fits):
+            causes[reason] += number
     count = causes.total()
-    return Unreachable(count, count / len(usable) if count else 0.0, causes.most_common(1)[0][0] if count else None)
+    return Unreachable(count, count / usable.total() if count else 0.0, causes.most_common(1)[0][0] if count else None)
 
 
 def _why_below_one(

@@ -278,6 +278,9 @@ def _texts(value: Any, repairs: Counter[str]) -> Iterator[str]:
         yield clean_text(value, repairs)
     elif isinstance(value, list):
         for entry in value:
+            if isinstance(entry, str):
+                yield clean_text(entry, repairs)
+                continue
             if isinstance(entry, list):
                 repairs["list inside an output taken apart"] += 1
             yield from _texts(entry, repairs)
