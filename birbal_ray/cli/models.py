@@ -68,8 +68,9 @@ def train(
 
         print_preflight(found, output_format)
         refuse_if_too_large(found)
-        train, held_back = (found.packing[split].num_tokens for split in ("train", "eval"))
-        note(describe_hours(lambda: plan_train(config, train, held_back, rest=config.budget)))
+        if found.forecast is None:  # else its times are said already
+            train, held_back = (found.packing[split].num_tokens for split in ("train", "eval"))
+            note(describe_hours(lambda: plan_train(config, train, held_back, rest=config.budget)))
         if push:
             from birbal_ray.train.card import ADAPTER_FILES, PUSHED_MANIFEST
 
