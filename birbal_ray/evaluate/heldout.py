@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from birbal_ray.evaluate.models import EvaluatedModel
@@ -68,15 +69,11 @@ def held_out(*places: str | os.PathLike[str]) -> HeldOut:
     all_sampled: set[str] = set()
     for mix in map(open_folder, places):
         manifest = read_manifest(mix, "mix")
-        sampled: set[str] = set()
-        candidates: dict[str, list[str]] = {}
-        for batch in read_audit(mix, manifest, ["row_id", "source", "task", "kept"]):
-            ours = batch.filter(pc.equal(batch["source"], NATURAL_INSTRUCTIONS))
-            sampled |= set(ours.filter(ours["kept"])["task"].to_pylist())
-            for task, row_id in zip(ours["task"].to_pylist(), ours["row_id"].to_pylist(), strict=True):
-                candidates.setdefault(task, []).append(row_id)
-        keys.update(row_id for task in sampled for row_id in candidates[task])
-        all_sampled |= sampled
+        batches = read_audit(mix, manifest, ["row_id", "source", "task", "kept"])
+        ours = pa.concat_tables(batch.filter(pc.equal(batch["source"], NATURAL_INSTRUCTIONS)) for batch in batches)
+        sampled = pc.unique(ours["task"].filter(ours["kept"]))
+        keys.update(ours["row_id"].filter(pc.is_in(ours["task"], sampled)).to_pylist())
+        all_sampled.update(sampled.to_pylist())
         for name in ("train.parquet", "eval.parquet"):
             sha256 = listed_sha256(manifest, name)
             for batch in read_batches(mix, name, MIX_ROWS, ["instruction", "input"], sha256):

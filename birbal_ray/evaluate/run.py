@@ -224,7 +224,7 @@ def _identity(setup: Setup, plan: ScorePlan) -> dict[str, Any]:
 
 def _score(setup: Setup, plan: ScorePlan, run: Run, progress: ProgressLine) -> None:
     """Score what is missing, one engine after the other. Finished files stay whatever happens."""
-    found = _rows_of(run.folder)
+    found = RowFiles(run.folder.subfolder(ROWS_FOLDER).files())
     todo = []
     for served in setup.engines():
         variants = [variant for one in served for variant in setup.variants(one)]
@@ -251,10 +251,6 @@ def _score(setup: Setup, plan: ScorePlan, run: Run, progress: ProgressLine) -> N
                 finally:
                     progress.close()
                     run.session(session.record())
-
-
-def _rows_of(folder: Folder) -> RowFiles:
-    return RowFiles(folder.subfolder(ROWS_FOLDER).files())
 
 
 @contextlib.contextmanager
@@ -285,7 +281,8 @@ def _model_of(
 
 def _finish(setup: Setup, plan: ScorePlan, run: Run) -> EvaluateResult:
     evaluation, scores, counts, tokens = [], {}, Counter[str](), Counter[str]()
-    folder, rows_folder, found = run.folder, run.folder.subfolder(ROWS_FOLDER), _rows_of(run.folder)
+    folder, rows_folder = run.folder, run.folder.subfolder(ROWS_FOLDER)
+    found = RowFiles(rows_folder.files())
     files: dict[str, FileRecord] = {}
     for one in setup.models:
         for variant in setup.variants(one):

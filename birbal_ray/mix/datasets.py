@@ -1,7 +1,8 @@
 """The outside datasets of the 2023 recipe: where each one is on the Hub, and how its records become rows.
 
 Layouts and revisions were looked up, not tried (see each `layout`). An adapter yields the rows of one
-record as dicts with instruction, input, output, and optionally task, license, llm_written, unwanted.
+record as dicts with input and output, and optionally instruction, task (else the dataset's name), license,
+llm_written, unwanted.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def lima(record: Record) -> Iterator[Row]:
     """The first question and answer of a conversation; longer ones lose their later turns, as published."""
     turns = record["conversations"]
     if len(turns) >= 2:
-        yield {"instruction": "", "input": turns[0], "output": turns[1], "task": record["source"]}
+        yield {"input": turns[0], "output": turns[1], "task": record["source"]}
 
 
 def open_platypus(record: Record) -> Iterator[Row]:
@@ -92,7 +93,6 @@ def math_instruct(record: Record) -> Iterator[Row]:
     if phrase and "####" in reasoning:
         reasoning = reasoning[: reasoning.rindex("####")].rstrip() + "\n"
     yield {
-        "instruction": "",
         "input": record["instruction"].strip(),
         "output": (reasoning + phrase + answer).strip(),
         "task": source,
@@ -112,7 +112,7 @@ def quac(record: Record) -> Iterator[Row]:
     for question, answer in zip(record["questions"], answers, strict=True):
         answer = CANNOT_ANSWER if answer == QUAC_UNANSWERABLE else answer
         conversation += f"\nQuestion: {question}"
-        yield {"instruction": ANSWER_FROM_TEXT, "input": conversation, "output": answer, "task": "quac"}
+        yield {"instruction": ANSWER_FROM_TEXT, "input": conversation, "output": answer}
         conversation += f"\nAnswer: {answer}"
 
 
@@ -124,7 +124,6 @@ def openbookqa(record: Record) -> Iterator[Row]:
         "instruction": CHOOSE_COMPLETION,
         "input": f"{record['question_stem']}\n{options}",
         "output": texts[labels.index(record["answerKey"])],
-        "task": "openbookqa",
     }
 
 
@@ -134,7 +133,6 @@ def cnn_dailymail(record: Record) -> Iterator[Row]:
         "instruction": SUMMARIZE,
         "input": record["article"],
         "output": record["highlights"],
-        "task": "cnn_dailymail",
     }
 
 
