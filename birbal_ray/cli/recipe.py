@@ -85,7 +85,7 @@ def doctor(
         recipe = load_config(PipelineConfig, find_config("pipeline", config)) if config else PipelineConfig()
         checks = examine(recipe.model or model, output, recipe.sources)
         print_table([{"check": c.name, "state": c.state, "found": c.found} for c in checks], output_format)
-        problems = [f"{check.name}: {check.advice}" for check in checks if check.state == "problem"]
+        problems = [f"{check.name}: {check.advice}" for check in checks if check.advice]
     for problem in problems:
         note(problem)
     if problems:

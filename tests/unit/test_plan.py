@@ -235,7 +235,7 @@ def test_nothing_starts_where_a_dataset_cannot_be_had(tmp_path, monkeypatch):
 
 def test_doctor_looks_for_the_datasets_of_a_recipe(monkeypatch):
     monkeypatch.setattr(doctor, "source_problem", lambda source: "gated" if source.name == "lima" else "")
-    monkeypatch.setattr(doctor, "_model", lambda name: doctor.Check("model", "ok", name))
+    monkeypatch.setattr(doctor, "_model", lambda name: doctor.Check("model", name))
     result = CliRunner().invoke(main, ["doctor", "--config", "one-day-mistral-7b", "--format", "json"])
     rows = {row["check"]: row for row in json.loads(result.stdout)}
     assert rows["model"]["found"] == "mistralai/Mistral-7B-v0.1"
