@@ -197,7 +197,7 @@ def _merge(
     progress.update("answers with the adapter")
     before = [_answer(model, ids) for ids in prompts]
     with model.disable_adapter():
-        plain = [_next_logits(model, ids) for ids in prompts]
+        plain = [_answer(model, ids, 1)[0] for ids in prompts]
     progress.update("merging")
     merge_adapter(model, base, working)
     del model
@@ -209,31 +209,24 @@ def _merge(
     del merged
     if device == "cuda":
         torch.cuda.empty_cache()  # for the engine
-    tokens = [
-        (a, b) for (_, one), (_, other) in zip(before, after, strict=True) for a, b in zip(one, other, strict=False)
+    same = [
+        a == b for (_, one), (_, other) in zip(before, after, strict=True) for a, b in zip(one, other, strict=False)
     ]
     return {
         "num_prompts": len(prompts),
-        "same_tokens_fraction": sum(a == b for a, b in tokens) / max(1, len(tokens)),
+        "same_tokens_fraction": sum(same) / max(1, len(same)),
         "max_logit_difference": max(float((a - b).abs().max()) for (a, _), (b, _) in zip(before, after, strict=True)),
     }, {"prompts": reference_prompts(prompts, torch.stack([logits for logits, _ in before]), torch.stack(plain))}
 
 
-def _next_logits(model: Any, ids: list[int]) -> Any:
-    """Float32 logits of the token that follows `ids`, (vocabulary,) on the CPU."""
-    import torch
-
-    with torch.no_grad():
-        return model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1].float().cpu()
-
-
-def _answer(model: Any, ids: list[int]) -> tuple[Any, list[int]]:
-    """(logits of the first answer token, greedy token ids)."""
+def _answer(model: Any, ids: list[int], num_tokens: int = NEW_TOKENS) -> tuple[Any, list[int]]:
+    """(float32 logits of the first answer token, (vocabulary,) on the CPU; greedy token ids)."""
     import torch
 
     asked = torch.tensor([ids], device=model.device)
-    options = {"attention_mask": torch.ones_like(asked), "max_new_tokens": NEW_TOKENS, "do_sample": False}
-    return _next_logits(model, ids), model.generate(input_ids=asked, **options)[0, len(ids) :].tolist()
+    options = {"attention_mask": torch.ones_like(asked), "max_new_tokens": num_tokens, "do_sample": False}
+    found = model.generate(input_ids=asked, output_logits=True, return_dict_in_generate=True, **options)
+    return found.logits[0][0].float().cpu(), found.sequences[0, len(ids) :].tolist()
 
 
 def _compare_engine(

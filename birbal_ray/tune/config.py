@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -72,7 +72,7 @@ class ValidationSettings(Settings):
     files: list[str] = Field(
         [], description=".parquet or .jsonl with question and answer; each is a group of its own, named file:STEM"
     )
-    weights: dict[str, float] = Field(
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {}, description="of the groups exact_match, generation, source:NAME, file:STEM; one not named weighs 1"
     )
     num_rungs: int = Field(
@@ -193,11 +193,8 @@ class TuneConfig(Settings):
             raise ValueError("transfer.factor needs repeats.top above 0: fresh seeds say which mix is the best")
         stems = [file_group(file) for file in self.validation.files]
         known = ["exact_match", "generation", *(f"source:{source.name}" for source in self.mix.sources), *stems]
-        for group, weight in self.validation.weights.items():
-            if group not in known:
-                raise ValueError(f"validation.weights.{group}: no such group; there are {', '.join(known)}")
-            if weight < 0:
-                raise ValueError(f"validation.weights.{group} = {weight:g}: a weight is not below 0")
+        for group in sorted(self.validation.weights.keys() - set(known)):
+            raise ValueError(f"validation.weights.{group}: no such group; there are {', '.join(known)}")
         if len(set(stems)) < len(stems):
             raise ValueError("validation.files: two files have the same name; a file's name is its group's")
         return self

@@ -442,6 +442,10 @@ def test_failed_first_off_draws_as_they_come(scores, tmp_path):
         ({"baselines": ["unifrom"]}, "uniform"),
         ({"proxy": {"steps": 4}}, "unknown key 'proxy.steps'"),
         ({"validation": {"weights": {"exact": 2}}}, "validation.weights.exact: no such group; there are exact_match"),
+        (
+            {"validation": {"weights": {"generation": -1}}},
+            "validation.weights.generation = -1: input should be greater",
+        ),
         ({"transfer": {"factor": 4}, "repeats": {"top": 0}}, "transfer.factor needs repeats.top"),
         (
             {"baselines": ["uniform"], "repeats": {"primary": "proportional"}},
