@@ -6,11 +6,9 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
-
-import pyarrow as pa
 
 from birbal_ray.cluster import AUTH_MODE, WorkerRequest, can_place
 from birbal_ray.run import LOG_FOLDER, RunError, RunFailedError
@@ -169,8 +167,9 @@ def _dataset(
     elif gpu and resources.avoid_accelerator_types:
         card = {"label_selector": {ACCELERATOR_LABEL: f"!in({','.join(resources.avoid_accelerator_types)})"}}
     return (
+        ray.data.range(1, override_num_blocks=1)
         # Without CPUs of its own, or Ray would fuse it with the next stage, and one worker would get every shard.
-        ray.data.read_datasource(_source(monitor), num_cpus=0, override_num_blocks=1)
+        .flat_map(_give_out, fn_args=(monitor,), num_cpus=0)
         .map(
             BuildPrompts,
             fn_constructor_args=(config, folder, excluded),
@@ -193,28 +192,13 @@ def _dataset(
     )
 
 
-def _source(monitor: Any) -> Any:
-    """A Ray Data source whose one task gives shards, a row each, as the monitor's schedule decides on them."""
+def _give_out(row: Any, monitor: Any) -> Iterator[dict[str, bytes]]:
+    """Shards, pickled, a row each, as the monitor's schedule decides on them."""
     import ray
-    from ray.data import Datasource
-    from ray.data.block import BlockMetadata
-    from ray.data.datasource import ReadTask
 
-    class ShardSource(Datasource):
-        def estimate_inmemory_data_size(self) -> int | None:
-            return None
-
-        def get_read_tasks(self, *_: Any, **__: Any) -> list[Any]:
-            def read() -> Iterable[pa.Table]:
-                position = 0
-                while (shards := ray.get(monitor.take.remote(position))) is not None:
-                    for shard in shards:
-                        yield pa.table({"shard": [shard]})
-                    position += len(shards)
-                    if not shards:
-                        time.sleep(IDLE_SECONDS)
-
-            unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-            return [ReadTask(read, unknown)]
-
-    return ShardSource()
+    position = 0
+    while (shards := ray.get(monitor.take.remote(position))) is not None:
+        yield from ({"shard": shard} for shard in shards)
+        position += len(shards)
+        if not shards:
+            time.sleep(IDLE_SECONDS)
