@@ -33,10 +33,6 @@ INSTALL = "pip install 'birbal-ray[harness]'"
 HUB_SECONDS = 5.0
 
 
-class TaskUnavailableError(RunError):
-    """A task's data or code can't be had here; the message says which and what to do."""
-
-
 @dataclass(frozen=True, slots=True)
 class HarnessResult(StepResult):
     """A run's folder, its manifest, one row per finished benchmark or task."""
@@ -167,7 +163,7 @@ def _load(
         progress.update(f"{one.name}: reading its data")
         try:
             loaded[one.name] = load_tasks(index, one.tasks)
-        except TaskUnavailableError as error:
+        except RunError as error:
             failures[one.name] = str(error)
             if len(pending) > 1:
                 progress.message(f"{one.name}: not run: {error}")
@@ -235,7 +231,7 @@ def task_index(include: Path | None, runs: Sequence[BenchmarkRun]) -> Any:
 
 
 def load_tasks(index: Any, names: Sequence[str]) -> list[Any]:
-    """The tasks with their data sets. Raises TaskUnavailableError for data that can't be read here."""
+    """The tasks with their data sets. Raises RunError for data or code that can't be read here."""
     from datasets.exceptions import DatasetsError
 
     shown = f"task {names[0]!r}" if len(names) == 1 else f"tasks {names[0]!r} … {names[-1]!r}"
@@ -243,10 +239,10 @@ def load_tasks(index: Any, names: Sequence[str]) -> list[Any]:
         with _quiet():
             loaded = index.load(list(names))
     except ModuleNotFoundError as error:
-        raise TaskUnavailableError(f"{shown}: needs the package {error.name or error}; run: {INSTALL}") from None
+        raise RunError(f"{shown}: needs the package {error.name or error}; run: {INSTALL}") from None
     except (OSError, RuntimeError, ValueError, DatasetsError) as error:
         reason = one_line(error)[:300]
-        raise TaskUnavailableError(
+        raise RunError(
             f"{shown}: its data set can't be read here ({reason}); without it, give a local task file that "
             "defines the same task with --include-path"
         ) from None

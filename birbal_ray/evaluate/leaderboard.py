@@ -7,7 +7,7 @@ import json
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from statistics import fmean
@@ -100,27 +100,17 @@ def standings(teams: Teams, added: Collection[str] = ()) -> list[Standing]:
     All of them count in every win rate. Only the names in METRICS are read; values must be finite.
     """
     rates = metric_win_rates(teams)
-    scored = []
+    places = []
     for team in teams:
         scenarios = {
             name: fmean(rates[team][metric.name] for metric in METRICS.values() if metric.scenario == name)
             for name in SCENARIOS
         }
         opened, hidden = (geometric_mean([scenarios[name] for name in names]) for names in SCORES.values())
-        scored.append((opened / 3 + 2 * hidden / 3, team, scenarios, opened, hidden))
-    scored.sort(key=lambda entry: (-entry[0], entry[1]))
-    return [
-        Standing(
-            rank=1 + sum(other[0] > full for other in scored),
-            team=team,
-            win_rates=scenarios,
-            score_open=opened,
-            score_hidden=hidden,
-            score_full=full,
-            added=team in added,
-        )
-        for full, team, scenarios, opened, hidden in scored
-    ]
+        places.append(Standing(0, team, scenarios, opened, hidden, opened / 3 + 2 * hidden / 3, team in added))
+    places.sort(key=lambda place: (-place.score_full, place.team))
+    scores = [place.score_full for place in places]
+    return [replace(place, rank=1 + scores.index(place.score_full)) for place in places]
 
 
 def leave_one_out(teams: Teams) -> list[Sensitivity]:
@@ -134,19 +124,12 @@ def leave_one_out(teams: Teams) -> list[Sensitivity]:
         absent: {place.team: place for place in standings({team: teams[team] for team in teams if team != absent})}
         for absent in teams
     }
-    return [
-        Sensitivity(
-            rank=place.rank,
-            team=place.team,
-            score_full=place.score_full,
-            without={
-                absent: (table[place.team].rank, table[place.team].score_full)
-                for absent, table in reduced.items()
-                if absent != place.team
-            },
-        )
-        for place in standings(teams)
-    ]
+    found = []
+    for place in standings(teams):
+        others = {absent: table[place.team] for absent, table in reduced.items() if absent != place.team}
+        without = {absent: (other.rank, other.score_full) for absent, other in others.items()}
+        found.append(Sensitivity(place.rank, place.team, place.score_full, without))
+    return found
 
 
 def metric_win_rates(teams: Teams) -> dict[str, dict[str, float]]:

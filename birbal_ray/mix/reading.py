@@ -7,6 +7,7 @@ back in the chunks' order, so any number of workers gives the same bytes. Outsid
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -66,16 +67,10 @@ class Context:
 
 
 def plan_chunks(files: Sequence[ScoreFile], chunk_bytes: int) -> list[Chunk]:
-    """Neighbouring files together, up to `chunk_bytes` where a single one isn't larger."""
-    chunks: list[list[ScoreFile]] = []
-    filled = chunk_bytes
-    for file in files:
-        if filled + file.size > chunk_bytes:
-            chunks.append([])
-            filled = 0
-        chunks[-1].append(file)
-        filled += file.size
-    return [tuple(chunk) for chunk in chunks]
+    """Neighbouring files together: one chunk for each `chunk_bytes` of all files, ended by the file that fills it."""
+    starts = itertools.accumulate((file.size for file in files), initial=0)
+    numbered = itertools.groupby(zip(starts, files, strict=False), lambda one: one[0] // chunk_bytes)
+    return [tuple(file for _, file in chunk) for _, chunk in numbered]
 
 
 def run_in_order(

@@ -125,10 +125,8 @@ class Decisions:
         if not per_group:
             return
         texts = Flags.TOO_LONG | Flags.SHORT_INPUT | Flags.EMPTY_OUTPUT
-        order = np.argsort(self.rows.key, kind="stable")
-        same = np.diff(self.rows.key[order]) == 0
-        is_unique = np.ones(len(self.rows), bool)
-        is_unique[order[1:][same]] = is_unique[order[:-1][same]] = False
+        _, number, counts = np.unique(self.rows.key, return_inverse=True, return_counts=True)
+        is_unique = counts[number] == 1
         alive = self._alive()
         usable = alive[is_unique[alive] & ((self.rows.flags[alive] & np.uint16(texts)) == 0)]
         order = np.lexsort((self.rows.key[usable], self.rows.group[usable]))
@@ -145,12 +143,11 @@ class Decisions:
         shared = alive[np.r_[same, False] | np.r_[False, same]] if len(alive) else alive
         keys = self.rows.key[shared]
         order = shared[np.lexsort((self.rows.row_hash[shared], self.rows.shuffle_hash[shared], keys))]
-        if len(order):
-            starts = np.flatnonzero(np.r_[True, np.diff(self.rows.key[order]) != 0])
-            first = np.repeat(order[starts], np.diff(np.r_[starts, len(order)]))
-            repeats = first != order
-            self._drop(order[repeats], Reason.DUPLICATE)
-            self.duplicate_of[order[repeats]] = first[repeats]
+        keys = self.rows.key[order]
+        first = order[np.searchsorted(keys, keys)]  # of the rows with the same key
+        repeats = first != order
+        self._drop(order[repeats], Reason.DUPLICATE)
+        self.duplicate_of[order[repeats]] = first[repeats]
         if near is not None:
             alive = self._alive()
             found = near(alive[np.lexsort((self.rows.row_hash[alive], self.rows.shuffle_hash[alive]))])

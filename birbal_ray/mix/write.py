@@ -69,8 +69,8 @@ def write_mix(
         for table in texts:
             rank = table["rank"].to_numpy()
             for split, first, end in view.split_ranges:
-                start = int(np.clip(first - rank[0], 0, len(rank)))  # the ranks of [first, end) in this table
-                part = table.slice(start, int(np.clip(end - rank[0], start, len(rank))) - start)
+                start, stop = np.searchsorted(rank, [first, end]).tolist()  # the ranks of [first, end) in this table
+                part = table.slice(start, stop - start)
                 if len(part):
                     rows = _mix_rows(part, view, VALIDATION if split == VALIDATION else config.policy)
                     files[split].write_table(rows, row_group_size=BATCH_ROWS)
