@@ -205,8 +205,7 @@ def _read_source(
             if value:
                 raise TaskError(f"{flag} {value}: {source} is a file, which has none; leave {flag} out")
         if file.suffix != ".parquet":
-            group = [settings.group_by] if settings.group_by else []
-            return read_rows(file, [*settings.inputs, *settings.outputs, *group])
+            return read_rows(file, settings.columns)
         import pyarrow as pa
         import pyarrow.parquet as pq
 

@@ -54,8 +54,13 @@ def choose_names(available: Sequence[str], select: str | Sequence[str], path: Pa
 
 def unknown_task(name: str, available: Sequence[str], path: Path) -> str:
     """One line that says the task isn't there, with the nearest name that is."""
-    match = fuzzy.extractOne(name, available)
-    return f"{path}: no task {name!r}" + (f" (nearest: {match[0]!r})" if match else "")
+    return f"{path}: no task {name!r}{nearest(name, available)}"
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """The nearest of the names in brackets, for a message; empty without any."""
+    match = fuzzy.extractOne(name, names)
+    return f" (nearest: {match[0]!r})" if match else ""
 
 
 def excluded_by(task: Task, families: Sequence[str]) -> str | None:

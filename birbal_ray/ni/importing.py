@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rapidfuzz import process as fuzzy
-
+from birbal_ray.ni.catalog import nearest
 from birbal_ray.ni.reader import MAX_NAME_BYTES, clean_text
 from birbal_ray.ni.schema import TaskError, hash_order, read_text
 from birbal_ray.ni.text import count_words
@@ -41,6 +40,11 @@ class ImportOptions:
     license: str = "unknown"
     source: str = ""
     seed: int = 0
+
+    @property
+    def columns(self) -> list[str]:
+        """Those that the table must have."""
+        return [*self.inputs, *self.outputs, *filter(None, [self.group_by])]
 
 
 def read_rows(file: Path, columns: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
@@ -79,16 +83,14 @@ def make_tasks(
     order from the shorter half of a task's rows, of different outputs as far as there are, at most half
     of the rows; they are no instances. Raises TaskError when a column is missing or no row is left.
     """
-    wanted = [*options.inputs, *options.outputs, *([options.group_by] if options.group_by else [])]
-    for column in wanted:
+    for column in options.columns:
         if column not in columns:
-            match = fuzzy.extractOne(column, columns)
-            hint = f" (nearest: {match[0]!r})" if match else ""
+            hint = nearest(column, columns)
             raise TaskError(f"{options.source}: no column {column!r}{hint}; it has {', '.join(columns) or 'none'}")
     dropped: dict[str, list[int]] = defaultdict(list)
     groups: dict[str, dict[str, tuple[int, list[str]]]] = {}  # group → input → (row number, outputs)
     for number, row in enumerate(rows, 1):
-        group = _text(row.get(options.group_by)) if options.group_by else ""
+        group = (_text(row.get(options.group_by)) or "") if options.group_by else ""
         inputs = {column: _text(row.get(column)) or "" for column in options.inputs}
         blank = [column for column, text in inputs.items() if not text.strip()]
         cells = [row.get(column) for column in options.outputs]
@@ -96,7 +98,7 @@ def make_tasks(
         outputs = [text for text in map(_text, values) if text is not None and text.strip()]
         if None in row:  # csv's key for what is beyond the header
             dropped["more cells than the header has"].append(number)
-        elif group is None or (options.group_by and not group.strip()):
+        elif options.group_by and not group.strip():
             dropped[f"no text in column {options.group_by!r}"].append(number)
         elif blank:
             dropped[f"no text in column {blank[0]!r}"].append(number)
