@@ -47,6 +47,21 @@ def test_an_outage_while_the_driver_looks_at_the_worker_ends_nothing(monkeypatch
     assert shown.text(ProgressLine()) == "step 4/10 · epoch 0.10"
 
 
+def test_the_line_of_a_run_says_its_losses_its_speed_and_its_end():
+    status = {"step": 3, "max_steps": 10, "epoch": 0.1, "step_seconds": 3.0}
+    status["train"] = {"loss": 1.5, "learning_rate": 1e-4, "tokens": 200, "step_seconds": 2.0}
+    status["evaluation"] = {"eval_loss": 1.25}
+    status["forecast"] = {"num_steps": 8, "by_budget": True, "epochs": 0.8}
+    assert launch._describe_status(status) == {
+        "done": 3,
+        "total": 8,
+        "rate_per_second": 100.0,
+        "eta_seconds": 15.0,
+        "text": "step 3/10 · epoch 0.10 · loss 1.5000 · lr 1.00e-04 · 100 tokens/s · eval loss 1.2500 · "
+        "ends in 15 s (budget)",
+    }
+
+
 @pytest.mark.parametrize(
     "error",
     [
