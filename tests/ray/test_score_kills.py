@@ -120,7 +120,6 @@ def test_engine_process_killed_is_replaced_by_itself(birbal: Start, arguments, u
     process = birbal(*arguments(run, "--set", "resources.simulated_row_seconds=0.06"))  # 12 s: not over by itself
     for _ in range(NUM_ENGINE_KILLS):
         written = len(finished_files(run))
-        # What the dead engine left is still being written: wait for its successor to finish something.
         target = written + chance.randint(1, 6)
         assert wait_for(lambda target=target: engines(run) and len(finished_files(run)) >= target, process)
         time.sleep(chance.random() * 0.1)
