@@ -11,7 +11,9 @@ from pathlib import Path
 
 import psutil
 import pyarrow.dataset as pads
+from click.testing import CliRunner
 
+from birbal_ray.cli.main import main
 from birbal_ray.cluster import AUTH_MODE
 
 NUM_THREADS = 1  # of an engine or a training: two workers run tests on two cores
@@ -29,6 +31,13 @@ def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
     output, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
     return output, errors
+
+
+def here(*arguments: object) -> tuple[str, str]:
+    """stdout and stderr of the command in this process, where it starts no Ray; it must succeed."""
+    done = CliRunner().invoke(main, list(map(str, arguments)))
+    assert done.exit_code == 0, done.stderr
+    return done.stdout, done.stderr
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 400) -> None:

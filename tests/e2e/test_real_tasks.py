@@ -15,7 +15,7 @@ from tests.e2e.processes import NUM_THREADS, birbal, finish, kill_whole, rows_of
 pytestmark = pytest.mark.vllm
 LONG = "task9001_long_definition"
 # Slow: all 720 real rows, 100 compared, ten minutes more.
-NUM_PER_TASK, NUM_COMPARED = (60, 100) if SLOW else (6, 20)
+NUM_PER_TASK, NUM_COMPARED = (60, 100) if SLOW else (4, 16)
 # 0.75 of the prompt tokens at 60 rows a task. Each task's prefix is computed once: fewer rows share it.
 MIN_CACHED_FRACTION = 0.75 * (1 - 1 / NUM_PER_TASK) / (1 - 1 / 60)
 

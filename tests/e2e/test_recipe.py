@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from birbal_ray.cli.options import find_config
 from birbal_ray.storage import read_json
 from tests.conftest import SLOW, slow
-from tests.e2e.processes import NUM_THREADS, birbal, finish, kill_whole, rows_of, wait_for
+from tests.e2e.processes import NUM_THREADS, birbal, finish, here, kill_whole, rows_of, wait_for
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 NUM_SCORED, NUM_ASKED, NUM_STEPS, EVERY = (10, 3, 4, 2) if SLOW else (10, 2, 3, 3)
@@ -34,15 +34,14 @@ SMALLER = {
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> tuple[Path, list[object], str]:
-    """Run folder, command, stdout of a pipeline that was killed when it had just begun to train."""
+    """Run folder, command, stdout of a pipeline that was killed when it had just made its mix."""
     folder = tmp_path_factory.mktemp("recipe")
     command: list[object] = ["pipeline", "--config", "demo", "--output", folder / "run"]
     for step, changes in SMALLER.items():
         for key, value in changes.items():
             command += ["--set", f"{step}.{key}={value}"]
-    train = folder / "run" / "train"
     process = birbal(*command)
-    wait_for((train / "packed").exists, process)
+    wait_for((folder / "run" / "mix" / "manifest.json").exists, process)
     kill_whole(process)
     finished = {step: (folder / "run" / step / "manifest.json").stat().st_mtime_ns for step in ("score", "mix")}
     output, errors = finish(birbal(*command))
@@ -50,7 +49,7 @@ def recipe(tmp_path_factory) -> tuple[Path, list[object], str]:
     for step, stamp in finished.items():
         assert (folder / "run" / step / "manifest.json").stat().st_mtime_ns == stamp
     assert "INFO" not in errors, "library logs belong in the log file"
-    explanation, _ = finish(birbal(*shlex.split(errors.strip().splitlines()[-1])[1:]))
+    explanation, _ = here(*shlex.split(errors.strip().splitlines()[-1])[1:])
     assert "in the mix" in explanation, "the command that is printed last works as it is"
     return folder / "run", command, output
 
@@ -81,7 +80,7 @@ def test_the_mix_explains_every_row_it_keeps(recipe):
     assert len(audit) == 6 * NUM_SCORED
     assert sorted(row["row_id"] for row in kept) == sorted(row["row_id"] for row in rows)
     assert all(row["reason"] for row in audit)
-    answer, _ = finish(birbal("mix", "explain", kept[0]["row_id"], "--mix", run / "mix"))
+    answer, _ = here("mix", "explain", kept[0]["row_id"], "--mix", run / "mix")
     assert kept[0]["row_id"] in answer
     assert "kept" in answer
 
@@ -118,7 +117,7 @@ def test_the_report_holds_it_all_and_a_second_call_does_nothing(recipe):
         assert f'data-value="{row["task_score"]!r}"' in page
     manifests = {file: file.stat().st_mtime_ns for file in run.glob("*/manifest.json")}
     assert len(manifests) == 4
-    again, errors = finish(birbal(*command))
+    again, errors = here(*command)
     assert errors.count("is up to date") == 4
     assert again == output
     assert {file: file.stat().st_mtime_ns for file in manifests} == manifests
@@ -126,7 +125,7 @@ def test_the_report_holds_it_all_and_a_second_call_does_nothing(recipe):
 
 
 def test_export_has_the_published_layout(recipe, tmp_path):
-    finish(birbal("export-predictions", recipe[0] / "score", "--output", tmp_path))
+    here("export-predictions", recipe[0] / "score", "--output", tmp_path)
     files = sorted(tmp_path.iterdir())
     assert len(files) == 6
     records = [record for file in files for record in read_json(file)]

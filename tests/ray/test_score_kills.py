@@ -61,47 +61,48 @@ def kill(processes: list[psutil.Process]) -> None:
             process.kill()
 
 
-def test_driver_killed_at_random_points(birbal: Start, arguments, undisturbed, tmp_path):
-    chance = random.Random(20231215)
-    kills = runs = 0
+def test_killed_or_stopped_again_and_again_it_ends_with_the_same_rows(birbal: Start, arguments, undisturbed, tmp_path):
+    """One run: its driver killed at random points, then everything at once, then asked to stop by either signal."""
+    run, chance = tmp_path / "run", random.Random(20231215)
+
+    def start_until_more(most: int, *more: str, local: bool = False) -> subprocess.Popen:
+        target = len(finished_files(run)) + chance.randint(1, most)
+        process = birbal(*arguments(run, *more), local=local)
+        assert wait_for(lambda: len(finished_files(run)) >= target, process), process.communicate()
+        return process
+
     redone_files = 0
-    while kills < NUM_DRIVER_KILLS:
-        runs += 1
-        run = tmp_path / f"killed-{runs}"
-        code = None
-        while code != 0:
-            before = finished_files(run)
-            process = birbal(*arguments(run))
-            target = len(before) + chance.randint(1, NUM_SHARDS // 3)
-            alive = wait_for(lambda run=run, target=target: len(finished_files(run)) >= target, process)
-            if alive and kills < NUM_DRIVER_KILLS:
-                time.sleep(chance.random() * 0.1)
-                process.kill()
-                kills += 1
-            process.communicate(timeout=120)
-            code = process.returncode
-            after = finished_files(run)
-            # What was written stays as it was; at most the shards in flight are done again, under their own names.
-            redone_files += sum(after[name] != stamp for name, stamp in before.items())
-        assert scored_rows(run) == scored_rows(undisturbed)
-    assert kills == NUM_DRIVER_KILLS
+    for _ in range(NUM_DRIVER_KILLS):
+        before = finished_files(run)
+        process = start_until_more(NUM_SHARDS // (3 * NUM_DRIVER_KILLS))
+        time.sleep(chance.random() * 0.1)
+        process.kill()
+        process.communicate(timeout=120)
+        after = finished_files(run)
+        # What was written stays as it was; at most the shards in flight are done again, under their own names.
+        redone_files += sum(after[name] != stamp for name, stamp in before.items())
     # A dead driver's last writes may still land while the next one starts: a few shards in flight, no more.
-    assert redone_files <= kills
+    assert redone_files <= NUM_DRIVER_KILLS
 
-
-def test_everything_killed_at_once(birbal: Start, arguments, undisturbed, tmp_path):
-    run = tmp_path / "all-killed"
-    process = birbal(*arguments(run), local=True)
-    target = random.Random(24).randint(2, NUM_SHARDS // 2)
-    assert wait_for(lambda: len(finished_files(run)) >= target, process)
+    process = start_until_more(5, local=True)
     kill([*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)])
     process.communicate(timeout=30)
     before = finished_files(run)
-    assert target <= len(before) < NUM_SHARDS
+    assert 0 < len(before) < NUM_SHARDS
+    for number in (signal.SIGTERM, signal.SIGINT):
+        done = len(finished_files(run))
+        process = start_until_more(3, "--set", "resources.simulated_row_seconds=0.1")  # 20 s: not over by itself
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert f"continuing: {done} of {NUM_SHARDS} shards ({done * SHARD_ROWS} rows) are done" in errors
+        assert "what is finished is kept, the same command continues" in errors
+        assert "Traceback" not in errors
+    assert len(finished_files(run)) < NUM_SHARDS
+
     process = birbal(*arguments(run), local=True)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert f"continuing: {len(before)} of {NUM_SHARDS} shards ({len(before) * SHARD_ROWS} rows) are done" in errors
     assert scored_rows(run) == scored_rows(undisturbed)
     assert {name: stamp for name, stamp in finished_files(run).items() if name in before} == before
     assert not list(Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}{process.pid}-*"))
@@ -125,22 +126,5 @@ def test_engine_process_killed_is_replaced_by_itself(birbal: Start, arguments, u
         time.sleep(chance.random() * 0.1)
         kill(engines(run))
     _, errors = process.communicate(timeout=180)
-    assert process.returncode == 0, errors
-    assert scored_rows(run) == scored_rows(undisturbed)
-
-
-def test_asked_to_stop_it_says_how_to_continue(birbal: Start, arguments, undisturbed, tmp_path):
-    run = tmp_path / "stopped"
-    for number in (signal.SIGTERM, signal.SIGINT):
-        target = len(finished_files(run)) + 5
-        process = birbal(*arguments(run, "--set", "resources.simulated_row_seconds=0.1"))  # 20 s: not over by itself
-        assert wait_for(lambda target=target: len(finished_files(run)) >= target, process)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 1
-        assert "what is finished is kept, the same command continues" in errors
-        assert "Traceback" not in errors
-    process = birbal(*arguments(run))
-    _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert scored_rows(run) == scored_rows(undisturbed)

@@ -13,23 +13,14 @@ from pathlib import Path
 
 import pyarrow.dataset as pads
 import pytest
-from click.testing import CliRunner
 
-from birbal_ray.cli.main import main
 from birbal_ray.storage import Folder, open_folder
 from tests.conftest import slow
-from tests.e2e.processes import birbal, finish, kill_whole, wait_for
+from tests.e2e.processes import birbal, finish, here, kill_whole, wait_for
 from tests.fixtures.s3_server import BUCKET, s3_proxy
 from tests.ray.conftest import NUM_ROWS, SHARD_ROWS, scored_rows, start_cluster
 
 pytestmark = pytest.mark.timeout(600)
-
-
-def here(*arguments: object) -> tuple[str, str]:
-    """stdout and stderr of `birbal` in this process, for steps that start no Ray; it must succeed."""
-    done = CliRunner().invoke(main, list(map(str, arguments)))
-    assert done.exit_code == 0, done.stderr
-    return done.stdout, done.stderr
 
 
 def score(tasks: Path, output: object, row_seconds: float = 0.0, **settings: object) -> list[object]:
