@@ -30,7 +30,7 @@ from birbal_ray.score.config import CPU_SHARD_ROWS, ScoreConfig
 from birbal_ray.score.engine import Adapter
 from birbal_ray.score.pipeline import check_cluster, logical_cpus, score_shards
 from birbal_ray.score.plan import plan_run, publish_inputs
-from birbal_ray.score.results import DamagedRowsError, summarise
+from birbal_ray.score.results import summarise
 from birbal_ray.score.run import (
     IDENTITY_SETTINGS,
     describe_plan,
@@ -41,7 +41,7 @@ from birbal_ray.score.run import (
     write_plan,
 )
 from birbal_ray.score.session import Session
-from birbal_ray.score.shards import PromptVariant, RowFiles, ScorePlan
+from birbal_ray.score.shards import DamagedRowsError, PromptVariant, RowFiles, ScorePlan
 from birbal_ray.score.stages import find_model
 from birbal_ray.settings import ConfigError, canonical_hash
 from birbal_ray.statistics import MIN_TASKS, detectable_difference

@@ -11,9 +11,7 @@ from typing import Any
 from birbal_ray.ni.metrics import METRIC_VERSION
 from birbal_ray.run import Run
 from birbal_ray.schemas import ROWS_FOLDER, TASKS_FILE
-from birbal_ray.score.results import DamagedRowsError
-from birbal_ray.score.shards import RowFiles, ScorePlan, row_folder
-from birbal_ray.score.stages import METADATA_KEY
+from birbal_ray.score.shards import METADATA_KEY, DamagedRowsError, RowFiles, ScorePlan, row_folder
 from birbal_ray.storage import DamagedFileError, FileRecord, RunError
 
 SET_ASIDE_FOLDER = "set_aside"

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from birbal_ray.manifest import read_manifest
 from birbal_ray.schemas import ROWS_FOLDER, SCORE_ROWS, TASKS_FILE
 from birbal_ray.score.config import ScoreConfig
-from birbal_ray.score.shards import PlannedTask, RowFiles, Shard, Tally, WrittenFile, row_folder
+from birbal_ray.score.shards import DamagedRowsError, PlannedTask, RowFiles, Shard, Tally, WrittenFile, row_folder
 from birbal_ray.score.stages import score_table, write_rows
 from birbal_ray.storage import DamagedFileError, FileRecord, Folder, RunError, open_folder, write_atomic
 
@@ -25,14 +25,6 @@ PUBLISHED_COLUMNS = ["orig_input", "few_shot_prompt", "answer", "prediction"]
 TOKENS = ("prompt", "cached", "completion")
 COLUMNS = ["row_id", "score", "error", *(f"num_{kind}_tokens" for kind in TOKENS)]
 READERS = 8  # at a URL most of the time is waiting
-
-
-class DamagedRowsError(RunError):
-    """Files of rows (`names`, below the rows folder) are no Parquet files, or hold fewer or more rows than they say."""
-
-    def __init__(self, folder: Folder, names: Sequence[str]) -> None:
-        self.names = names
-        super().__init__(f"{folder}: {len(names)} files of rows were damaged (first: {names[0]})")
 
 
 @dataclass

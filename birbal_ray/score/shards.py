@@ -15,8 +15,9 @@ from birbal_ray.ni.labels import Label
 from birbal_ray.ni.metrics import EXACT_MATCH, METRIC_VERSION
 from birbal_ray.schemas import TASKS
 from birbal_ray.statistics import t_half_width, wilson
-from birbal_ray.storage import FileRecord
+from birbal_ray.storage import FileRecord, Folder, RunError
 
+METADATA_KEY = b"birbal"  # of a file of rows: what its rows were made from
 FEW_SHOT, ZERO_SHOT = "few_shot", "zero_shot"
 # What a prompt's own tokens cost, in decoded tokens. By the arithmetic of `birbal_ray.speeds` the 58 of a mean prompt
 # cost as much as 22 to 28 on an RTX 4090, 12 to 16 on an H100. Only the estimate of the time left depends on it.
@@ -134,6 +135,14 @@ def row_folder(task: str) -> str:
 def row_file(task: str, first: int, last: int) -> str:
     """The file of rows [first, last) of a task's hash order, below the rows folder."""
     return f"{row_folder(task)}/{first:06d}-{last:06d}.parquet"
+
+
+class DamagedRowsError(RunError):
+    """Files of rows (`names`, below the rows folder) are no Parquet files, or hold fewer or more rows than they say."""
+
+    def __init__(self, folder: Folder, names: Sequence[str]) -> None:
+        self.names = names
+        super().__init__(f"{folder}: {len(names)} files of rows were damaged (first: {names[0]})")
 
 
 class RowFiles:

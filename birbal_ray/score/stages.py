@@ -36,7 +36,7 @@ from birbal_ray.score.config import EngineSettings, ResourceSettings, ScoreConfi
 from birbal_ray.score.engine import Adapter, Completion, Engine, Request, Sampling, VllmEngine
 from birbal_ray.score.loop import EngineDeadError, EngineLoop
 from birbal_ray.score.reference import check_engine
-from birbal_ray.score.shards import ZERO_SHOT, Shard, Tally, WrittenFile, row_work
+from birbal_ray.score.shards import METADATA_KEY, ZERO_SHOT, Shard, Tally, WrittenFile, row_work
 from birbal_ray.score.simulated import START_FAILURE, SimulatedEngine
 from birbal_ray.score.tokens import load_tokenizer, prompt_token_ids, stops
 from birbal_ray.settings import one_line
@@ -45,7 +45,6 @@ from birbal_ray.storage import Folder, input_folder
 REPORT_SECONDS = 1.0  # between a replica's reports
 LOG_UPLOAD_SECONDS = 10.0
 GATHER_SECONDS = 0.1  # the first shards reach an engine together, in any order
-METADATA_KEY = b"birbal"  # of a file of rows: what its rows were made from
 
 Row = dict[str, Any]  # columns of SCORE_ROWS, and until it is scored also token_ids, empty with an error
 
