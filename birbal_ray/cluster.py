@@ -191,7 +191,8 @@ def ray_session(
         try:
             yield url if address or dashboard else None
         finally:
-            ray.shutdown()
+            with contextlib.suppress(OSError):  # a broken pipe here would hide how the block ended
+                ray.shutdown()
 
 
 def ray_log_file(folder: Folder) -> Path:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from birbal_ray.mix.config import FAMILIES
 from birbal_ray.mix.files import read_lines, read_records
-from birbal_ray.ni.text import tokens
+from birbal_ray.ni.metrics import tokens
 from birbal_ray.settings import ConfigError, nearest
 
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses nothing modulo 2^64
@@ -53,7 +53,7 @@ def _words_of(name: str) -> str:
 class NgramIndex:
     """Hashes of every run of `size` words in the evaluation texts, and the shorter texts.
 
-    Words are the tokens of ni.text, of every script. An evaluation text under 5 words is left out: it would
+    Words are the tokens of ni.metrics, of every script. An evaluation text under 5 words is left out: it would
     match by accident.
     """
 

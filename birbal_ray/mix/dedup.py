@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from birbal_ray.ni.text import tokens
+from birbal_ray.ni.metrics import tokens
 
 NUM_HASHES = 128  # 512 bytes a row
 SHINGLE_WORDS = 3

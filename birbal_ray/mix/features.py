@@ -18,9 +18,8 @@ from birbal_ray.mix import dedup
 from birbal_ray.mix.allocation import LADDER_MAX_INPUT_WORDS, LADDER_MAX_WORDS
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.rows import Flags
-from birbal_ray.ni.metrics import EXACT_MATCH, rouge_l
+from birbal_ray.ni.metrics import EXACT_MATCH, count_words, rouge_l
 from birbal_ray.ni.prompt import STOP
-from birbal_ray.ni.text import count_words
 
 if TYPE_CHECKING:
     from birbal_ray.mix.contamination import NgramIndex

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray.ni.catalog import nearest
+from birbal_ray.ni.metrics import count_words
 from birbal_ray.ni.reader import MAX_NAME_BYTES, clean_text
 from birbal_ray.ni.schema import TaskError, hash_order, read_text
-from birbal_ray.ni.text import count_words
 
 CSV_DELIMITERS = (",", ";", "\t", "|")
 MAX_CELL_CHARACTERS = 1 << 30

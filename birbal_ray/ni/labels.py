@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from birbal_ray.ni.metrics import EXACT_MATCH, GENERATION
+from birbal_ray.ni.metrics import EXACT_MATCH, GENERATION, count_words
 from birbal_ray.ni.schema import Task, TaskError, read_text
-from birbal_ray.ni.text import count_words
 
 MAX_SHORT_WORDS = 5
 OPEN_ENDED_CATEGORIES = frozenset({"Title Generation", "Question Generation", "Wrong Candidate Generation"})

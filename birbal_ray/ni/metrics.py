@@ -1,15 +1,21 @@
-"""Exact match and ROUGE-L of one answer against its references."""
+"""Exact match and ROUGE-L of one answer against its references, on tokens of every script.
+
+English words stand between spaces. Chinese, Japanese, Thai, Khmer, Lao and Burmese are written without
+spaces, so here each of their characters is a token and counts as a word.
+"""
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import regex
 from rapidfuzz.distance import LCSseq
 
 from birbal_ray.ni.schema import Task
-from birbal_ray.ni.text import canonical, has_token, tokens
 
 EXACT_MATCH, GENERATION = "exact_match", "generation"
 ROUGE_L = "rouge_l"
@@ -19,6 +25,46 @@ METRIC_VERSION = 2
 # A task gets no error-driven share of a mix when no answer can score 1 on more than this part of its instances.
 MAX_UNREACHABLE_FRACTION = 0.05
 
+_ASCII_TOKEN = re.compile(r"[a-z0-9]+")
+# A letter or digit of a script without spaces, with the marks on it. ー, 々, 〆 are shared by several scripts.
+_CHARACTER = r"[\p{L}\p{N}&&[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Khmer}\p{Lao}\p{Myanmar}ー々〆〇]]\p{M}*"
+# Emoji and other pictures, which may be a whole answer; not the signs that decorate a word.
+_SYMBOL = r"[[\p{So}🏻-🏿]--[©®°\uFFFC\uFFFD]]"
+_WORD = rf"(?:(?!{_CHARACTER})[\p{{L}}\p{{M}}\p{{N}}])+"
+_TOKEN = regex.compile(rf"(?V1){_CHARACTER}|{_SYMBOL}|{_WORD}")
+_SPACELESS = regex.compile(rf"(?V1){_CHARACTER}")
+_INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")  # zero-width, joiners, soft hyphen, variants
+_EDGES = regex.compile(r"^[\s\p{Default_Ignorable_Code_Point}]+|[\s\p{Default_Ignorable_Code_Point}]+$")
+
+
+def tokens(text: str) -> list[str]:
+    """The text's tokens, in order; those of rouge-score (without stemmer) where the text is ASCII.
+
+    Other text is NFKC and case-folded, invisible characters are removed; a token is a run of letters,
+    marks and digits, one character of a script without spaces, or one symbol such as an emoji.
+    """
+    if text.isascii():
+        return _ASCII_TOKEN.findall(text.lower())
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return _TOKEN.findall(_INVISIBLE.sub("", folded))
+
+
+def has_token(text: str) -> bool:
+    """Whether `tokens` finds any."""
+    return bool(_ASCII_TOKEN.search(text.lower()) if text.isascii() else tokens(text))
+
+
+def count_words(text: str) -> int:
+    """Words between white space; a word of a script without spaces counts its characters."""
+    if text.isascii():
+        return len(text.split())
+    return sum(len(_TOKEN.findall(word)) if _SPACELESS.search(word) else 1 for word in text.split())
+
+
+def canonical(text: str) -> str:
+    """The text for a comparison character by character: NFC, without white space or invisible characters around it."""
+    return text.strip() if text.isascii() else _EDGES.sub("", unicodedata.normalize("NFC", text))
+
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
     """1.0 if the answer equals any reference, else 0.0; NFC, white and invisible space around them aside."""
@@ -26,7 +72,7 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """Largest ROUGE-L F1 in [0, 1] over the references, on the tokens of `ni.text`.
+    """Largest ROUGE-L F1 in [0, 1] over the references, on `tokens`.
 
     Equal to rouge-score's (no stemmer) for ASCII text. A text without any token scores 0. The longest
     common subsequence is rapidfuzz's.

@@ -21,7 +21,6 @@ from birbal_ray.progress import ProgressLine, counted, figures_key, save_figures
 from birbal_ray.run import LOG_FOLDER, Run, Step, StepResult, open_run
 from birbal_ray.schemas import QUARANTINE_FILE, ROWS_FOLDER, TASK_SCORES, TASK_SCORES_FILE, TASKS_FILE
 from birbal_ray.score.adaptive import TIME_UP, USED_UP, AdaptiveSchedule, Decision, FixedSchedule, Schedule
-from birbal_ray.score.amend import SET_ASIDE_FOLDER, amend, damaged_rows_set_aside, set_aside
 from birbal_ray.score.config import (
     CPU_SHARD_ROWS,
     GPU_SHARD_ROWS,
@@ -34,7 +33,16 @@ from birbal_ray.score.config import (
 from birbal_ray.score.monitor import Snapshot
 from birbal_ray.score.pipeline import check_cluster, logical_cpus, score_shards
 from birbal_ray.score.plan import plan_run, publish_inputs
-from birbal_ray.score.results import count_scores, find_error_rows, rescore, summarise
+from birbal_ray.score.results import (
+    SET_ASIDE_FOLDER,
+    amend,
+    count_scores,
+    damaged_rows_set_aside,
+    find_error_rows,
+    rescore,
+    set_aside,
+    summarise,
+)
 from birbal_ray.score.session import Session
 from birbal_ray.score.shards import RowFiles, ScorePlan, Shard
 from birbal_ray.score.stages import find_model

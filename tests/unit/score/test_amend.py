@@ -10,8 +10,8 @@ import pytest
 from birbal_ray.manifest import read_manifest
 from birbal_ray.ni.metrics import METRIC_VERSION
 from birbal_ray.schemas import SCORE_ROWS
-from birbal_ray.score import amend, results, run, shards, stages
 from birbal_ray.score import plan as planning
+from birbal_ray.score import results, run, shards, stages
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.run import score
 from birbal_ray.score.shards import RowFiles
@@ -209,7 +209,7 @@ def test_another_metric_scores_again_from_the_predictions_without_an_engine(
     scored()
     before = rows(tmp_path)
     inline_scoring(stop_after=0)
-    for module in (run, amend, planning, shards):
+    for module in (run, results, planning, shards):
         monkeypatch.setattr(module, "METRIC_VERSION", 99)
     monkeypatch.setattr(stages, "score_answer", lambda label, answer, references: 0.25)
     result = scored()
