@@ -16,7 +16,6 @@ from birbal_ray.settings import ConfigError
 from birbal_ray.storage import absolute, input_folder, is_url, join
 
 ADAPTER_FOLDER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
-REFERENCE_FILE = "reference.json"  # beside an adapter, or a model it was folded into: what PEFT computes with it
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from birbal_ray.adapters import REFERENCE_FILE, load_with_adapter, merge_adapter
+from birbal_ray.adapters import load_with_adapter, merge_adapter
 from birbal_ray.cluster import job_metadata, ray_log_file, ray_session
 from birbal_ray.evaluate.compare import adjust, compare, pair_tasks, scopes
 from birbal_ray.evaluate.config import EvaluateConfig
@@ -30,6 +30,7 @@ from birbal_ray.score.config import CPU_SHARD_ROWS, ScoreConfig
 from birbal_ray.score.engine import Adapter
 from birbal_ray.score.pipeline import check_cluster, logical_cpus, score_shards
 from birbal_ray.score.plan import plan_run, publish_inputs
+from birbal_ray.score.reference import REFERENCE_FILE
 from birbal_ray.score.results import summarise
 from birbal_ray.score.run import (
     IDENTITY_SETTINGS,

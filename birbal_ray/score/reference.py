@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.adapters import REFERENCE_FILE
 from birbal_ray.models import ModelError
 from birbal_ray.score.engine import Adapter, Engine, Request, Sampling
 
+REFERENCE_FILE = "reference.json"  # beside an adapter, or a model it was folded into: what PEFT computes with it
 CHOICES = 20  # next tokens that a reference holds of each prompt
 MIN_APPLIED = 0.1  # an engine that shows less of an adapter's change than this does not apply it
 # The smallest change that is looked at, in nats: in one engine, with and without the adapter; and for a model that it

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.adapters import ADAPTER_FOLDER, REFERENCE_FILE, load_with_adapter, merge_adapter
+from birbal_ray.adapters import ADAPTER_FOLDER, load_with_adapter, merge_adapter
 from birbal_ray.cluster import log_to
 from birbal_ray.manifest import check_input, read_manifest
 from birbal_ray.models import TOKENIZER_FILES, Model, load_tokenizer, read_template, resolve_model
@@ -21,7 +21,7 @@ from birbal_ray.ni.prompt import BIRBAL, STOP, ChatTemplate, render_prompt
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import LOG_FOLDER, Step, StepResult, open_run
 from birbal_ray.score.config import EngineSettings, ResourceSettings
-from birbal_ray.score.reference import Agreement, compare_with_peft, reference_prompts, why_not_applied
+from birbal_ray.score.reference import REFERENCE_FILE, Agreement, compare_with_peft, reference_prompts, why_not_applied
 from birbal_ray.settings import ConfigError, one_line
 from birbal_ray.storage import RunError, cache_folder, input_folder, open_folder, read_json
 from birbal_ray.train.card import CARD_FILE, PUSHED_MANIFEST, merged_card

@@ -4,10 +4,9 @@ import json
 
 import pytest
 
-from birbal_ray.adapters import REFERENCE_FILE
 from birbal_ray.models import ModelError
 from birbal_ray.score.engine import Adapter, Completion, TokenLogprob
-from birbal_ray.score.reference import Agreement, check_engine, compare_with_peft, why_not_applied
+from birbal_ray.score.reference import REFERENCE_FILE, Agreement, check_engine, compare_with_peft, why_not_applied
 from birbal_ray.score.simulated import SimulatedEngine
 from tests.fixtures.engine_contract import MAX_MODEL_LEN, EngineContract
 
