@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from birbal_ray import storage
+from birbal_ray import storage, stores
 from birbal_ray.storage import RunError, open_folder
 from birbal_ray.train import checkpoints
 from birbal_ray.train.checkpoints import Remote, all_checkpoints, finish_checkpoint, latest_checkpoint, remove_old
@@ -199,7 +199,7 @@ def test_uploads_go_up_in_order_the_marker_last(folder, tmp_path):
 def test_uploads_go_on_through_an_outage_and_what_never_went_up_is_said(s3, monkeypatch, tmp_path, capsys):
     away = threading.Event()
     away.set()
-    monkeypatch.setattr(storage, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(stores, "RETRY_SECONDS", 0.05)
     monkeypatch.setattr(checkpoints, "FIRST_RETRY_SECONDS", 0.05)
     (tmp_path / "a").write_text("a")
     with s3_proxy(s3, lambda method, path: None if away.is_set() else 0.0) as server:
