@@ -1,4 +1,4 @@
-"""What a finished run says of itself: its manifest, whether its files are still the same, which code made it."""
+"""What a finished run says of itself: its manifest, the text of its page and cards, which code made it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import importlib.metadata
 import os
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +122,22 @@ def code_version() -> Mapping[str, Any]:
             commit = lines[0].removeprefix("# branch.oid ")
             return {"commit": None if commit == "(initial)" else commit, "edited": edited}
     return {"commit": None, "edited": None}
+
+
+def fill_template(file: Path, values: Mapping[str, Any], **filters: Callable[..., Any]) -> str:
+    """The text of a template; the same for the same values. It may include files of its folder.
+
+    In a .html.j2, every value is escaped; in a .md.j2, none. Raises jinja2.UndefinedError for a name without a value.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(file.parent),
+        autoescape=jinja2.select_autoescape(["html.j2"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= filters
+    return environment.get_template(file.name).render(values)

@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from birbal_ray.mix import dedup, reading
+from birbal_ray.mix import reading
 from birbal_ray.mix.allocation import TASK_SCORE, train_size
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.contamination import build_index, chosen_families, families_of
+from birbal_ray.mix.features import NUM_HASHES, near_duplicates
 from birbal_ray.mix.reading import Chunk, Context
 from birbal_ray.mix.rows import NATURAL_INSTRUCTIONS, Flags, Reason
 from birbal_ray.mix.scores import AGAIN, ScoreFolder
@@ -187,9 +188,9 @@ def plan_mix(context: Context, origins: Sequence[Origin], work: Path, report: Re
     _check_complete(candidates, row_ids, context)
     near = None
     if config.dedup.near:
-        table = np.memmap(work / "signatures", np.uint32, "r", shape=(len(candidates), dedup.NUM_HASHES))
+        table = np.memmap(work / "signatures", np.uint32, "r", shape=(len(candidates), NUM_HASHES))
         exact_key, threshold = columns["exact_key"].to_numpy(), config.dedup.near_threshold
-        near = partial(dedup.near_duplicates, exact_key=exact_key, table=table, threshold=threshold)
+        near = partial(near_duplicates, exact_key=exact_key, table=table, threshold=threshold)
     decisions = decide(candidates, context.groups, config, near)
     plan = MixPlan(
         context, tuple(chunks), tuple(outside_files), np.array(offsets), candidates, row_ids, subtasks, decisions

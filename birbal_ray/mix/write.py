@@ -15,11 +15,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from birbal_ray.manifest import fill_template
 from birbal_ray.mix.rows import AUDIT, AUDIT_FILE, BUCKETS, MIX_ROWS, NATURAL_INSTRUCTIONS, Flags, Reason, question_of
 from birbal_ray.mix.select import NO_DUPLICATE
 from birbal_ray.schemas import TASKS_FILE
 from birbal_ray.storage import FileRecord, Folder
-from birbal_ray.templates import render
 
 if TYPE_CHECKING:
     from birbal_ray.mix.plan import MixPlan
@@ -118,7 +118,7 @@ def dataset_card(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> st
         "settings": settings,
         "settings_json": json.dumps(settings, indent=1, ensure_ascii=False),
     }
-    return render(Path(__file__).with_name("card.md.j2"), values, cell=_cell)
+    return fill_template(Path(__file__).with_name("card.md.j2"), values, cell=_cell)
 
 
 class _View:

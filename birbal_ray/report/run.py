@@ -13,7 +13,6 @@ from typing import Any
 
 from markupsafe import Markup
 
-from birbal_ray import templates
 from birbal_ray.evaluate.leaderboard import (
     Standing,
     load_added,
@@ -22,6 +21,7 @@ from birbal_ray.evaluate.leaderboard import (
     standings,
     zeroed_scores,
 )
+from birbal_ray.manifest import fill_template
 from birbal_ray.progress import duration
 from birbal_ray.report.conclusions import Conclusion, conclude, model_name, signed, words
 from birbal_ray.report.load import READERS, find_steps, mismatches, read_times
@@ -104,7 +104,7 @@ def rank_models(added: Sequence[Path]) -> tuple[list[Standing], list[str]]:
 def render(plots: Mapping[str, Plot], **values: Any) -> str:
     """The page: no script, nothing from outside, every text from data escaped; the same for the same values."""
     drawings = {name: {"drawing": Markup(plot.inline), "caption": plot.caption} for name, plot in plots.items()}  # noqa: S704 (our own SVG)
-    return templates.render(
+    return fill_template(
         Path(__file__).with_name("report.html.j2"),
         {"plots": drawings, "tasks_name": tasks_name, **values},
         shown=shown,

@@ -12,13 +12,13 @@ from typing import Any
 import yaml
 
 from birbal_ray.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
+from birbal_ray.manifest import fill_template
 from birbal_ray.models import Model
 from birbal_ray.ni.prompt import CHAT
 from birbal_ray.run import MANIFEST_FILE
 from birbal_ray.score.reference import REFERENCE_FILE
 from birbal_ray.settings import one_line
 from birbal_ray.storage import CHUNK_BYTES, Folder, RunError
-from birbal_ray.templates import render
 
 CURVE_FILE, CARD_FILE = "loss_curve.png", "README.md"
 # One meaning each in every figure, also the report's; told apart with every common colour blindness (Okabe and Ito).
@@ -104,7 +104,7 @@ def adapter_card(manifest: dict[str, Any], mix: dict[str, Any]) -> str:
         "base": repr(model["name" if on_hub else "path"]),
         "is_chat": settings["prompt"]["format"] == CHAT,
     }
-    return render(Path(__file__).with_name("card.md.j2"), {**manifest, **values})
+    return fill_template(Path(__file__).with_name("card.md.j2"), {**manifest, **values})
 
 
 def merged_card(card: str, dtype: str) -> str:

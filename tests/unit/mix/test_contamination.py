@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from birbal_ray.mix import dedup
+from birbal_ray.mix import features
 from birbal_ray.mix.contamination import build_index, chosen_families, families_of
 from birbal_ray.settings import ConfigError
 from tests.conftest import examples
@@ -114,32 +114,32 @@ def test_near_duplicates_under_the_same_instruction():
     base = "the committee will meet on the second floor of the old town hall every first monday of the month at nine"
     other_text = "an entirely different text about growing tomatoes in cold weather"
     texts = [base, base + " sharp", other_text, base.upper() + "!"]
-    table = dedup.signatures(texts)
+    table = features.signatures(texts)
     same = np.array([1, 1, 1, 1], np.uint64)
     order = np.array([1, 0, 2, 3])
-    assert dedup.near_duplicates(order, same, table, 0.8) == {0: 1, 3: 1}
+    assert features.near_duplicates(order, same, table, 0.8) == {0: 1, 3: 1}
     other = np.array([1, 2, 1, 1], np.uint64)
-    assert dedup.near_duplicates(order, other, table, 0.8) == {3: 0}
-    assert dedup.near_duplicates(np.empty(0, np.int64), same, table, 0.8) == {}
+    assert features.near_duplicates(order, other, table, 0.8) == {3: 0}
+    assert features.near_duplicates(np.empty(0, np.int64), same, table, 0.8) == {}
 
 
 def test_near_duplicates_do_not_depend_on_the_rows_place():
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(list("abcdefgh"), 30)) for _ in range(40)]
     texts += [text.replace("a", "b", 1) for text in texts]
-    table, ones = dedup.signatures(texts), np.ones(len(texts), np.uint64)
+    table, ones = features.signatures(texts), np.ones(len(texts), np.uint64)
     order = np.arange(len(texts))
-    found = dedup.near_duplicates(order, ones, table, 0.7)
+    found = features.near_duplicates(order, ones, table, 0.7)
     shuffled = rng.permutation(len(texts))  # row i is now text shuffled[i]
     back = np.argsort(shuffled)
-    again = dedup.near_duplicates(back[order], ones, table[shuffled], 0.7)
+    again = features.near_duplicates(back[order], ones, table[shuffled], 0.7)
     assert {int(shuffled[a]): int(shuffled[b]) for a, b in again.items()} == found and found
 
 
 def test_bands_sit_below_the_threshold():
     for threshold in (0.55, 0.7, 0.8, 0.9, 0.99):
-        bands, rows = dedup.bands_for(threshold)
-        assert bands * rows == dedup.NUM_HASHES and (1 / bands) ** (1 / rows) < threshold
+        bands, rows = features.bands_for(threshold)
+        assert bands * rows == features.NUM_HASHES and (1 / bands) ** (1 / rows) < threshold
 
 
 # --- whatever the separators, encodings and scripts ------------------------------------------------
@@ -194,8 +194,8 @@ def test_shared_cases(shared_data):
 
 
 def near_pairs(texts, threshold=0.6):
-    keys = np.array([hash(dedup.exact_parts(text)) % (1 << 63) for text in texts], np.uint64)
-    return dedup.near_duplicates(np.arange(len(texts)), keys, dedup.signatures(texts), threshold)
+    keys = np.array([hash(features.exact_parts(text)) % (1 << 63) for text in texts], np.uint64)
+    return features.near_duplicates(np.arange(len(texts)), keys, features.signatures(texts), threshold)
 
 
 def test_eight_sums_are_eight_rows():
