@@ -40,8 +40,7 @@ import pyarrow.parquet as pq
 
 from birbal_ray.mix.allocation import TaskDemand, allocate
 from birbal_ray.ni import reader
-from birbal_ray.ni.labels import Label
-from birbal_ray.ni.metrics import EXACT_MATCH, GENERATION, MAX_UNREACHABLE_FRACTION
+from birbal_ray.ni.metrics import EXACT_MATCH, GENERATION, MAX_UNREACHABLE_FRACTION, Label
 from birbal_ray.schemas import ROWS_FOLDER, TASKS_FILE
 from birbal_ray.score.adaptive import AdaptiveSchedule
 from birbal_ray.score.config import AdaptiveSettings

@@ -31,7 +31,7 @@ from birbal_ray.evaluate.run import EVALUATION_FILE, evaluate
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.rows import question_of
 from birbal_ray.mix.run import mix
-from birbal_ray.ni import labels, prompt, reader
+from birbal_ray.ni import metrics, prompt, reader
 from birbal_ray.ni.schema import Task, TaskError, order_instances
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.run import score
@@ -56,7 +56,7 @@ JUDGED_ROWS = 8  # of every task, for its task score
 
 def choose_tasks(tasks: str) -> dict[str, list[str]]:
     """ "scored" and "held_out" task names: English, short, over 1,000 instances, the first by a hash of the name."""
-    overrides = labels.default_overrides()
+    overrides = metrics.default_overrides()
     found: dict[str, list[str]] = {label: [] for label in LABELS}
     for _, task in reader.read_tasks(reader.find_task_files(input_folder(tasks))):
         if isinstance(task, TaskError) or not {*task.input_languages, *task.output_languages} <= {"English"}:
@@ -67,7 +67,7 @@ def choose_tasks(tasks: str) -> dict[str, list[str]]:
         shared = len(prompt.render_prefix(task.definition, prompt.examples_of(task)))
         longest = [sorted(map(len, texts))[len(usable) * 95 // 100] for texts in _texts_of(usable)]
         if shared + longest[0] <= MAX_PROMPT_CHARACTERS and longest[1] <= MAX_ANSWER_CHARACTERS:
-            found[labels.label_task(task, overrides).value].append(task.name)
+            found[metrics.label_task(task, overrides).value].append(task.name)
     chosen = {}
     for label, names in found.items():
         names.sort(key=lambda name: hashlib.sha256(name.encode()).hexdigest())

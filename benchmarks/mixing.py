@@ -367,7 +367,7 @@ def measure_corrections(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def real_tasks(path: Path) -> Iterator[tuple[Any, str]]:
     """Task files with their labels."""
-    from birbal_ray.ni.labels import default_overrides, label_task
+    from birbal_ray.ni.metrics import default_overrides, label_task
     from birbal_ray.ni.reader import find_task_files, parse_task, read_files
 
     overrides = default_overrides()

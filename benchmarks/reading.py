@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rouge_score import rouge_scorer
 
-from birbal_ray.ni import labels, metrics, prompt, reader
+from birbal_ray.ni import metrics, prompt, reader
 
 DEFAULT = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "natural-instructions-subset.tar.gz"
 NUM_PAIRS = 20_000
@@ -26,14 +26,14 @@ def main() -> None:
     parser.add_argument("--tasks", type=Path, default=DEFAULT)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
-    overrides = labels.default_overrides()
+    overrides = metrics.default_overrides()
     num_rows = num_bytes = num_characters = 0
     pairs: list[tuple[str, str]] = []
     started = time.monotonic()
     files = reader.find_task_files(arguments.tasks)
     for file, data in reader.read_files(files):
         task = reader.parse_task(file.name, data)
-        label = labels.label_task(task, overrides)
+        label = metrics.label_task(task, overrides)
         num_bytes += len(data) if isinstance(data, bytes) else 0
         num_rows += len(task.instances)
         for instance in task.instances:

@@ -18,7 +18,7 @@ from birbal_ray.cluster import decide_device
 from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.models import ModelError, resolve_model
-from birbal_ray.ni import catalog, labels, prompt, reader
+from birbal_ray.ni import catalog, metrics, prompt, reader
 from birbal_ray.ni.metrics import EXACT_MATCH
 from birbal_ray.ni.schema import TaskError
 from birbal_ray.progress import counted, duration, figures_key, last_figures
@@ -169,7 +169,7 @@ def read_sizes(tasks: TaskSettings, num_shots: int) -> list[TaskSizes]:
     root = input_folder(require(tasks.path, "--tasks"))
     files = reader.find_task_files(root)
     names, _ = catalog.choose_names([file.name for file in files], tasks.select, root)
-    overrides = labels.default_overrides()
+    overrides = metrics.default_overrides()
     sizes = []
     for _, task in reader.read_tasks([file for file in files if file.name in set(names)]):
         if isinstance(task, TaskError) or catalog.excluded_by(task, tasks.exclude_families):
@@ -180,7 +180,7 @@ def read_sizes(tasks: TaskSettings, num_shots: int) -> list[TaskSizes]:
         own = sum(len(one.input) for one in sampled) / len(sampled) / CHARACTERS_PER_TOKEN
         answer = sum(len(one.references[0]) for one in sampled) / len(sampled) / CHARACTERS_PER_TOKEN
         shared = len(prompt.render_prefix(task.definition, prompt.examples_of(task, num_shots))) / CHARACTERS_PER_TOKEN
-        label = labels.label_task(task, overrides).value
+        label = metrics.label_task(task, overrides).value
         sizes.append(TaskSizes(task.name, label, len(task.instances), shared, own + 8, answer + 2))
     if not sizes:
         raise TaskError(

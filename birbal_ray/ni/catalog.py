@@ -12,7 +12,7 @@ from typing import Any
 
 from rapidfuzz import process as fuzzy
 
-from birbal_ray.ni import labels, metrics, prompt, reader
+from birbal_ray.ni import metrics, prompt, reader
 from birbal_ray.ni.schema import Task, TaskError, read_text, sample_tasks_folder
 
 MMLU, TRANSLATION = "mmlu", "translation"
@@ -85,14 +85,14 @@ def summarise_tasks(path: Path | None) -> list[dict[str, Any]]:
 
     `path` None is the sample tasks; the same holds below.
     """
-    overrides, selected = labels.default_overrides(), set(selected_names())
+    overrides, selected = metrics.default_overrides(), set(selected_names())
     rows = []
     for file, task in _tasks(path):
         name = reader.printable(file.name)
         if isinstance(task, TaskError):
             rows.append(dict.fromkeys(_SUMMARY_KEYS) | {"task": name, "label reason": str(task)})
             continue
-        label = labels.label_task(task, overrides)
+        label = metrics.label_task(task, overrides)
         about = label.value, label.reason, len(task.instances), len(task.positive_examples), ", ".join(task.categories)
         values = (name, *about, name in selected, excluded_by(task, FAMILIES))
         rows.append(dict(zip(_SUMMARY_KEYS, values, strict=True)))
@@ -108,7 +108,7 @@ def describe_task(path: Path | None, name: str, num_shots: int) -> str:
     _, task = next(reader.read_tasks([files[name]]))
     if isinstance(task, TaskError):
         raise task
-    label = labels.label_task(task, labels.default_overrides())
+    label = metrics.label_task(task, metrics.default_overrides())
     instance = next((instance for instance in task.instances if instance.error is None), task.instances[0])
     examples = prompt.examples_of(task, num_shots)
     return "\n".join(
@@ -136,7 +136,7 @@ def find_faults(path: Path | None) -> tuple[list[dict[str, Any]], int, int]:
     """
     rows: list[dict[str, Any]] = []
     num_files = num_bad = 0
-    overrides = labels.default_overrides()
+    overrides = metrics.default_overrides()
     for file, task in _tasks(path):
         num_files += 1
         if isinstance(task, TaskError):
@@ -145,7 +145,7 @@ def find_faults(path: Path | None) -> tuple[list[dict[str, Any]], int, int]:
         else:
             found = [("repaired", count, kind) for kind, count in task.repairs.items()]
             found += [("unusable instance", 1, f"{one.row_id}: {one.error}") for one in task.instances if one.error]
-            count, finding = _unreachable_finding(task, labels.label_task(task, overrides).value)
+            count, finding = _unreachable_finding(task, metrics.label_task(task, overrides).value)
             found += [("unreachable", count, finding)] if count else []
         name = f"{reader.printable(file.name)}.json"
         rows += [{"file": name, "kind": kind, "count": count, "finding": finding} for kind, count, finding in found]

@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from birbal_ray import models
-from birbal_ray.ni import catalog, labels, prompt, reader
+from birbal_ray.ni import catalog, metrics, prompt, reader
 from birbal_ray.ni.metrics import EXACT_MATCH, METRIC_VERSION, find_unreachable
 from birbal_ray.ni.prompt import ChatTemplate
 from birbal_ray.ni.schema import Instance, Task, TaskError, order_instances
@@ -60,10 +60,10 @@ def plan_run(
             f"{root}: none of its {len(files)} tasks is chosen (tasks.select = {config.tasks.select!r}; all takes "
             "every task but those of tasks.exclude)"
         )
-    overrides = labels.default_overrides()
+    overrides = metrics.default_overrides()
     unknown: tuple[str, ...] = ()
     if config.tasks.label_overrides:
-        own_labels = labels.read_overrides(Path(config.tasks.label_overrides))
+        own_labels = metrics.read_overrides(Path(config.tasks.label_overrides))
         unknown = tuple(sorted(own_labels.keys() - set(available)))
         overrides |= own_labels
 
@@ -151,7 +151,7 @@ class _TaskPlanner:
     config: ScoreConfig
     tokenizer: Tokenizer
     chat: ChatTemplate | None
-    overrides: dict[str, labels.Label]
+    overrides: dict[str, metrics.Label]
     excluded: Collection[str]
     count_tokens: bool
 
@@ -173,7 +173,7 @@ class _TaskPlanner:
         # All references, not those of the instances taken: more instances must not change the rows that exist.
         references = sorted({reference for instance in task.instances for reference in instance.references})
         lengths = list(map(len, encode(self.tokenizer, references)))
-        label = labels.label_task(task, self.overrides)
+        label = metrics.label_task(task, self.overrides)
         max_tokens = completion_tokens(label.value, lengths, config.completion)
         too_long = {text for text, length in zip(references, lengths, strict=True) if length > max_tokens}
         extract = functools.partial(prompt.extract_answer, chat=self.chat is not None)

@@ -11,8 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from birbal_ray.ni.labels import Label
-from birbal_ray.ni.metrics import EXACT_MATCH, METRIC_VERSION
+from birbal_ray.ni.metrics import EXACT_MATCH, METRIC_VERSION, Label
 from birbal_ray.schemas import TASKS
 from birbal_ray.statistics import t_half_width, wilson
 from birbal_ray.storage import FileRecord, Folder, RunError

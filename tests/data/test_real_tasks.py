@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 
-from birbal_ray.ni import catalog, labels, metrics, prompt, reader
+from birbal_ray.ni import catalog, metrics, prompt, reader
 from birbal_ray.ni.schema import Example, hash_order
 from tests.conftest import SLOW
 
@@ -48,10 +48,10 @@ def test_all_179_files_are_read_and_no_instance_is_lost(shared_data, tasks):
 def test_labels_agree_with_the_hand_checked_list(shared_data, tasks):
     with (shared_data / "task_labels.csv").open(newline="") as handle:
         checked = {row["name"]: row["label"] for row in csv.DictReader(handle)}
-    overrides = labels.default_overrides()
+    overrides = metrics.default_overrides()
     compared = [task for task in tasks if task.name in checked]
-    by_rule = [task.name for task in compared if labels.label_task(task).value != checked[task.name]]
-    final = [task.name for task in compared if labels.label_task(task, overrides).value != checked[task.name]]
+    by_rule = [task.name for task in compared if metrics.label_task(task).value != checked[task.name]]
+    final = [task.name for task in compared if metrics.label_task(task, overrides).value != checked[task.name]]
     assert len(compared) == 179
     assert len(by_rule) <= 0.05 * len(compared), by_rule
     assert set(by_rule) <= set(overrides)
@@ -59,10 +59,10 @@ def test_labels_agree_with_the_hand_checked_list(shared_data, tasks):
 
 
 def test_references_score_1_against_themselves(tasks):
-    overrides = labels.default_overrides()
+    overrides = metrics.default_overrides()
     found = {}
     for task in tasks:
-        label = labels.label_task(task, overrides).value
+        label = metrics.label_task(task, overrides).value
         instances = [instance for instance in task.instances if instance.error is None]
         unreachable = metrics.find_unreachable(task, label, prompt.extract_answer)
         found[task.name] = unreachable.fraction
@@ -108,9 +108,9 @@ def test_published_example_to_the_byte(shared_data):
 
 def test_rouge_l_is_rouge_scores_on_real_ascii_pairs(tasks):
     pairs = []
-    overrides = labels.default_overrides()
+    overrides = metrics.default_overrides()
     for task in tasks:
-        if labels.label_task(task, overrides).value == metrics.GENERATION:
+        if metrics.label_task(task, overrides).value == metrics.GENERATION:
             texts = [i.references[0] for i in task.instances if i.references and i.references[0].isascii()][:300]
             pairs += zip(texts, texts[1:] + texts[:1], strict=True)
     pairs = sorted(pairs, key=lambda pair: hash_order(pair[0], 0))  # some of every task

@@ -161,7 +161,7 @@ def test_validate_names_each_finding_and_fails(write_task):
 
 
 def test_label_csv_can_be_given_back_as_overrides(write_task, tmp_path):
-    from birbal_ray.ni.labels import read_overrides
+    from birbal_ray.ni.metrics import read_overrides
 
     folder = write_task("task_a")
     (tmp_path / "labels.csv").write_text(run("tasks", "label", "--tasks", folder, "--format", "csv").stdout)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from birbal_ray.ni import labels
+from birbal_ray.ni import metrics
 from birbal_ray.ni.importing import ImportOptions, make_tasks, read_rows
 from birbal_ray.ni.reader import parse_task
 from birbal_ray.ni.schema import TaskError
@@ -34,7 +34,7 @@ def test_each_row_is_an_example_or_an_instance():
     asked = {one.input for one in task.positive_examples} | {one.input for one in task.instances}
     assert asked == {row["question"] for row in ROWS}
     assert task.definition == "Say yes or no."
-    assert labels.label_task(task).value == "exact_match"
+    assert metrics.label_task(task).value == "exact_match"
     by_id = {one.instance_id: one for one in task.instances}
     assert all(by_id[f"t-{n}"].input == row["question"] for n, row in enumerate(ROWS, 1) if f"t-{n}" in by_id)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from birbal_ray.ni import catalog, labels
+from birbal_ray.ni import catalog, metrics
 from birbal_ray.ni.reader import parse_task
 from birbal_ray.ni.schema import TaskError
 from tests.conftest import task_values
@@ -34,13 +34,13 @@ LONG = "a reference of six whole words"
     ],
 )
 def test_rule(outputs, category, label):
-    assert labels.label_task(task(outputs=outputs, Categories=[category])).value == label
+    assert metrics.label_task(task(outputs=outputs, Categories=[category])).value == label
 
 
 def test_override_wins(tmp_path):
     file = tmp_path / "o.csv"
     file.write_text("name,label,reason\nt1,generation,because\n")
-    label = labels.label_task(task(), labels.read_overrides(file))
+    label = metrics.label_task(task(), metrics.read_overrides(file))
     assert (label.value, label.reason) == ("generation", "override: because")
 
 
@@ -58,9 +58,9 @@ def test_bad_override_file_is_named(tmp_path, text):
     file = tmp_path / "o.csv"
     file.write_text(text)
     with pytest.raises(TaskError, match=r"o\.csv"):
-        labels.read_overrides(file)
+        metrics.read_overrides(file)
     with pytest.raises(TaskError, match=r"absent\.csv: no such file"):
-        labels.read_overrides(tmp_path / "absent.csv")
+        metrics.read_overrides(tmp_path / "absent.csv")
 
 
 def test_462_selected_names():

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from birbal_ray.ni import labels, metrics, prompt
+from birbal_ray.ni import metrics, prompt
 from birbal_ray.ni.reader import parse_task
 from tests.conftest import examples, task_values
 
@@ -123,8 +123,8 @@ def make_task(outputs, **changes):
 
 def test_long_references_without_spaces_are_generation():
     task = make_task([["第0小学今天上午举行了全校学生参加的春季运动会，现场气氛热烈。"]] * 3)
-    assert labels.label_task(task).value == "generation"
-    assert labels.label_task(make_task([["正面"]] * 3)).value == "exact_match"
+    assert metrics.label_task(task).value == "generation"
+    assert metrics.label_task(make_task([["正面"]] * 3)).value == "exact_match"
 
 
 def unreachable(outputs, label="generation", **options):
@@ -158,7 +158,7 @@ CASES = ("9002_chinese", "9003_russian", "9004_german")
 def test_awkward_case_files_score_1_on_their_references(shared_data, name):
     (file,) = (shared_data / "cases" / "tasks").glob(f"task{name}*.json")
     task = parse_task(file.stem, file.read_bytes())
-    label = labels.label_task(task).value
+    label = metrics.label_task(task).value
     answers = [instance.references[0] for instance in task.instances]
     assert label == "generation"
     assert metrics.find_unreachable(task, label, prompt.extract_answer).fraction == 0.0

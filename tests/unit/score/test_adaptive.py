@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from birbal_ray.mix.allocation import TaskDemand, allocate
-from birbal_ray.ni.labels import Label
+from birbal_ray.ni.metrics import Label
 from birbal_ray.score.adaptive import GROW, STOP, TIME_UP, USED_UP, AdaptiveSchedule, FixedSchedule
 from birbal_ray.score.config import AdaptiveSettings
 from birbal_ray.score.shards import PlannedTask, RowFiles, Shard, Tally, WrittenFile
