@@ -18,11 +18,19 @@ from birbal_ray.settings import ConfigError, require, sha256_of
 from birbal_ray.storage import Folder, absolute, input_folder
 from birbal_ray.train.config import TrainResources
 from birbal_ray.tune.config import TuneConfig, file_group
-from birbal_ray.tune.plots import draw_search, draw_seeds
 from birbal_ray.tune.records import TRIALS_FOLDER, mix_yaml, read_results, table_of, trial_file, write_spec
 from birbal_ray.tune.scheduler import BASE, BASE_MODEL, FAILED, FINISHED, TRANSFER, TrialScheduler
 from birbal_ray.tune.space import num_rows, searched_ratios
-from birbal_ray.tune.stats import by_name, compare_seeds, describe_comparisons, rank_agreement, summarise, winner
+from birbal_ray.tune.stats import (
+    by_name,
+    compare_seeds,
+    describe_comparisons,
+    draw_search,
+    draw_seeds,
+    rank_agreement,
+    summarise,
+    winner,
+)
 from birbal_ray.tune.trial import LOG_FILE, run_trial
 
 TRIALS_FILE, BEST_FILE = "trials.parquet", "best_mix.yaml"

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from birbal_ray.tune.config import BASE_MODEL, TuneConfig, changed_mix
-from birbal_ray.tune.gaussian import predicted_best
-from birbal_ray.tune.space import baseline_mix, mix_of, ratios_of, searched_ratios
+from birbal_ray.tune.space import baseline_mix, mix_of, predicted_best, ratios_of, searched_ratios
 
 BASE, BASELINE, MIX, SEARCH, PREDICTED = "base", "baseline", "mix", "search", "predicted"
 REPEAT, TRANSFER = "repeat", "transfer"

@@ -24,7 +24,6 @@ from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.storage import open_folder
 from birbal_ray.tune import run as tune_run
 from birbal_ray.tune.config import TuneConfig
-from birbal_ray.tune.gaussian import predicted_best
 from birbal_ray.tune.records import (
     MIX_FILE,
     RESULT_FILE,
@@ -49,7 +48,7 @@ from birbal_ray.tune.scheduler import (
     TrialSpec,
     best_so_far,
 )
-from birbal_ray.tune.space import baseline_mix, mix_of, num_rows, ratios_of
+from birbal_ray.tune.space import baseline_mix, mix_of, num_rows, predicted_best, ratios_of
 from birbal_ray.tune.stats import (
     by_name,
     compare_seeds,
