@@ -9,13 +9,15 @@ from __future__ import annotations
 import codecs
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import tarfile
 import unicodedata
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 from birbal_ray.ni.schema import Example, Instance, Task, TaskError
 
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
+FILES_AHEAD = 8  # are read while one is at work
 MAX_NAME_BYTES = 200  # a result file has the task's name and some more; file systems allow 255
 MAX_FILE_BYTES = 1 << 30  # of one archive member
 MAX_ARCHIVE_BYTES = 16 << 30  # of all its task files, unpacked
@@ -80,17 +83,25 @@ def read_tasks(files: list[TaskFile]) -> Iterator[tuple[TaskFile, Task | TaskErr
 
 def read_files(files: list[TaskFile]) -> Iterator[tuple[TaskFile, bytes | OSError]]:
     """Each file's bytes, or why it can't be read; the members of one archive come in one pass over it."""
-    for file in files:
-        if file.member is None:
-            try:
-                yield file, file.path.read_bytes()
-            except OSError as error:
-                yield file, error
+    plain = iter([file for file in files if file.member is None])
+    with ThreadPoolExecutor(2) as pool:  # a disk reads on while the caller is at work on what it gave
+        ahead = deque((file, pool.submit(_read, file.path)) for file in itertools.islice(plain, FILES_AHEAD))
+        while ahead:
+            file, data = ahead.popleft()
+            yield file, data.result()
+            ahead.extend((one, pool.submit(_read, one.path)) for one in itertools.islice(plain, 1))
     archives = {file.path for file in files if file.member is not None}
     for archive in sorted(archives):
         wanted = {file.member: file for file in files if file.member and file.path == archive}
         for member, data in _members(archive, wanted):
             yield wanted[member], data
+
+
+def _read(path: Path) -> bytes | OSError:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        return error
 
 
 def parse_task(name: str, data: bytes | OSError) -> Task:
