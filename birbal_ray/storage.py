@@ -307,8 +307,9 @@ class Folder:
 
             if self.guard:
                 self.guard.check()
-            store, keys = connect(self.place), [self._key(name) for name in names]
+            keys = [self._key(name) for name in names]
             with named_errors(self.place):
+                store = connect(self.place)
                 try:
                     obstore.delete(store, keys)
                 except FileNotFoundError:  # Google's store ends at the first absent one

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import shutil
 import tempfile
 import time
@@ -51,14 +50,17 @@ from birbal_ray.storage import DamagedFileError, FileRecord, Folder, is_url, mak
 OWNS = ("rows/*.parquet", "inputs/*", "tasks.parquet", "quarantine.jsonl", EVALUATION_FILE, COMPARISONS_FILE)
 
 
-def asks_alike(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether identities differ at most in which models and prompt formats are asked: their rows hold for both."""
-    models, others = old.get("models", {}), new["models"]
-    same_settings = {**old, "models": None, "prompt_formats": None} == {**new, "models": None, "prompt_formats": None}
-    return same_settings and all(models[name] == others[name] for name in models.keys() & others.keys())
+def only_adds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a new identity has further models or prompt formats, and asks the earlier ones as before.
+
+    Rows are found by their model's name: a model that was left out could come back as another under the same name.
+    """
+    models = {name: new["models"].get(name) for name in old.get("models", {})}
+    formats = [one for one in new["prompt_formats"] if one in old.get("prompt_formats", [])]
+    return {**new, "models": models, "prompt_formats": formats} == old
 
 
-STEP = Step("evaluate", OWNS, IDENTITY_SETTINGS, asks_alike)
+STEP = Step("evaluate", OWNS, IDENTITY_SETTINGS, only_adds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +126,7 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
     inputs = [path for path in (config.tasks.path, *setup.mixes, *(one.path for one in setup.models[1:])) if path]
     identity = _identity(setup, plan)
     with open_run(config.output or "", STEP, identity, inputs=inputs, overwrite=overwrite) as run:
-        earlier = _earlier_rows(run.folder, EVALUATION_FILE), _earlier_rows(run.folder, COMPARISONS_FILE)
-        known = {(row["model"], row["prompt_format"]) for row in itertools.chain(*earlier)}
-        if lost := sorted(known.difference(itertools.product((m.name for m in setup.models), config.prompt_formats))):
-            raise ConfigError(
-                f"{run.folder}: holds results of {', '.join(map(' '.join, lost))}, which this command would leave out; "
-                "what is known stays in the comparison: ask for these too, or choose another --output"
-            )
-        for row in earlier[1]:
+        for row in _earlier_comparisons(run.folder):
             if row["is_primary"] and (named := {key: row[key] for key in setup.primary()}) != setup.primary():
                 raise ConfigError(
                     f"{run.folder}: the comparison that was named before this evaluation ran is "
@@ -161,10 +156,10 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
         return result
 
 
-def _earlier_rows(folder: Folder, file: str) -> list[dict[str, Any]]:
+def _earlier_comparisons(folder: Folder) -> list[dict[str, Any]]:
     """What an earlier session found, also one whose manifest was withdrawn for further models."""
     with contextlib.suppress(FileNotFoundError, DamagedFileError):
-        rows: list[dict[str, Any]] = folder.read_table(file).to_pylist()
+        rows: list[dict[str, Any]] = folder.read_table(COMPARISONS_FILE).to_pylist()
         return rows
     return []
 
@@ -340,5 +335,5 @@ def compare_models(
 
 
 def _read(run: Run) -> EvaluateResult:
-    tables = [run.folder.read_table(file).to_pylist() for file in (EVALUATION_FILE, COMPARISONS_FILE)]
+    tables = [run.folder.read_table(COMPARISONS_FILE).to_pylist() for file in (EVALUATION_FILE, COMPARISONS_FILE)]
     return EvaluateResult(run.folder, run.manifest or {}, *tables)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,15 +19,11 @@ from rapidfuzz.distance import LCSseq
 from birbal_ray.mix.allocation import LADDER_MAX_INPUT_WORDS, LADDER_MAX_WORDS
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.rows import Flags
-from birbal_ray.ni.metrics import EXACT_MATCH, count_words, rouge_l
+from birbal_ray.ni.metrics import EXACT_MATCH, count_words, rouge_l, tokens
 from birbal_ray.ni.prompt import STOP
 
 if TYPE_CHECKING:
     from birbal_ray.mix.contamination import NgramIndex
-import itertools
-import re
-
-from birbal_ray.ni.metrics import tokens
 
 _SPACELESS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Khmer}\p{Lao}\p{Myanmar}]"
 

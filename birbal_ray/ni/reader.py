@@ -87,8 +87,8 @@ def read_files(files: list[TaskFile]) -> Iterator[tuple[TaskFile, bytes | OSErro
     with ThreadPoolExecutor(2) as pool:  # a disk reads on while the caller is at work on what it gave
         ahead = deque((file, pool.submit(_read, file.path)) for file in itertools.islice(plain, FILES_AHEAD))
         while ahead:
-            file, data = ahead.popleft()
-            yield file, data.result()
+            file, reading = ahead.popleft()
+            yield file, reading.result()
             ahead.extend((one, pool.submit(_read, one.path)) for one in itertools.islice(plain, 1))
     archives = {file.path for file in files if file.member is not None}
     for archive in sorted(archives):

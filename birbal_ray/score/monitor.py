@@ -210,16 +210,16 @@ class EngineMonitor:
         self._touch()
 
     def written(self, file: WrittenFile) -> None:
-        """A writer published a file. A retried shard may say so twice."""
+        """A replica published a file; after a death it may do so again, and with other bytes."""
+        self._state.files[file.name] = file.record
+        self._touch()
         if file.name in self._written:
             return
         self._written.add(file.name)
         self._state.rows_written += file.num_rows
         self._state.errors_written += file.num_errors
         self._state.written_at = time.monotonic()
-        self._state.files[file.name] = file.record
         self._schedule.record(file)
-        self._touch()
 
     def snapshot(self) -> Snapshot:
         """The state now; files and decisions since the last call."""

@@ -181,8 +181,9 @@ def _dataset(
             fn_constructor_args=(config, model_fingerprint, tuple(adapters), monitor, folder, per_node),
             compute=ActorPoolStrategy(
                 size=resources.num_replicas,
-                max_concurrent_calls_per_actor=resources.shards_in_flight,
-                max_tasks_in_flight_per_actor=resources.shards_in_flight + 1,
+                # One more than the engine gets: while a shard is written, the next one takes its place there.
+                max_concurrent_calls_per_actor=resources.shards_in_flight + 1,
+                max_tasks_in_flight_per_actor=resources.shards_in_flight + 2,
                 enable_true_multi_threading=True,
             ),
             num_cpus=resources.cpus_per_replica,

@@ -176,10 +176,14 @@ class ScorePrompts:
 
         built: ShardRows = pickle.loads(row["rows"])  # noqa: S301
         name = built.shard.name
-        os.write(1, f"begins {name}\n".encode())
         completions: dict[int, Completion] = {}
-        alone, parts, fatal = ray.get(self._monitor.begin.remote(self._replica, name, len(built.rows)))
-        with self._turns.take(alone=alone):
+        with contextlib.ExitStack() as turn:
+            turn.enter_context(self._turns.take(alone=False))
+            os.write(1, f"begins {name}\n".encode())
+            alone, parts, fatal = ray.get(self._monitor.begin.remote(self._replica, name, len(built.rows)))
+            if alone:
+                turn.close()
+                turn.enter_context(self._turns.take(alone=True))
             for first, last in parts:
                 if alone:
                     ray.get(self._monitor.trying.remote(self._replica, name, (first, last)))

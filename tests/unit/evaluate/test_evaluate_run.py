@@ -114,6 +114,8 @@ def test_a_further_adapter_or_prompt_format_keeps_the_rows_that_are_there(config
         assert asked(wider) == ["base", "mine", "other"]
         assert not (tmp_path / "run" / "manifest.json").exists()
         assert json.loads((tmp_path / "run" / "run.json").read_text())["identity"]["models"].keys() >= {"other"}
+    with pytest.raises(ConfigError, match=r"models.other: .* → \(none\)"):
+        asked(config)
     with pytest.raises(ConfigError, match=r"models.other: "):
         asked(second(config, tmp_path, value=2))
     with pytest.raises(ConfigError, match=r"plan: "):
@@ -125,26 +127,4 @@ def test_an_adapter_in_front_would_be_another_primary_comparison(config, asked, 
     wider = second(config, tmp_path)
     with pytest.raises(ConfigError, match=r"is mine, zero_shot, all; .* can't become other, zero_shot, all"):
         asked(wider.replace({"adapters": wider.adapters[::-1]}))
-    assert asked(config).comparisons, "the refusal left the finished evaluation as it was"
-
-
-def test_an_unfinished_evaluation_of_more_continues_as_the_smaller_one(config, asked, tmp_path):
-    fewer = config.replace({"prompt_formats": ["zero_shot"]})
-    finish(fewer)
-    assert asked(second(config, tmp_path)) == ["base", "mine", "other"]
-    for smaller in (config, fewer):
-        assert asked(smaller) == ["base", "mine"]
-        identity = json.loads((tmp_path / "run" / "run.json").read_text())["identity"]
-        assert identity["models"].keys() == {"base", "mine"}
-        assert identity["prompt_formats"] == sorted(smaller.prompt_formats)
-    assert asked(second(config, tmp_path)) == ["base", "mine", "other"]
-
-
-def test_a_model_whose_result_is_known_is_not_left_out(config, asked, tmp_path):
-    finish(config)
-    alone = second(config, tmp_path)
-    alone = alone.replace({"adapters": alone.adapters[1:]})
-    for smaller in (alone, config.replace({"prompt_formats": ["few_shot"]})):
-        with pytest.raises(ConfigError, match=r"holds results of mine zero_shot, which this command would leave out"):
-            asked(smaller)
     assert asked(config).comparisons, "the refusal left the finished evaluation as it was"

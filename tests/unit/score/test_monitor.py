@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -187,7 +188,8 @@ def test_a_source_that_starts_again_gets_the_same_shards_and_no_more_than_the_li
     assert [pickle.loads(one) for one in board.take(0)] == some[:2]
     assert board.take(2) == []
     board.written(written(some[0]))
-    board.written(written(some[0]))  # a retried shard
+    again = replace(written(some[0]), record=FileRecord("other bytes", 7))
+    board.written(again)  # a shard that is tried again after its engine died
     assert [pickle.loads(one) for one in board.take(2)] == [some[2]]
     assert [pickle.loads(one) for one in board.take(0)] == some[:3]
     for shard in some[1:]:
@@ -197,6 +199,7 @@ def test_a_source_that_starts_again_gets_the_same_shards_and_no_more_than_the_li
     assert board.take(4) != []
     snapshot = board.snapshot()
     assert (snapshot.rows_written, len(snapshot.files), len(board.snapshot().files)) == (500, 5, 0)
+    assert snapshot.files[some[0].name] == again.record, "of what is there now"
 
 
 def run_engine(board, shard, deadly, replica="r1"):
