@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import random
 import re
 import signal
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from birbal_ray.cluster import FOLDER_PREFIX
+from birbal_ray.storage import read_json
 from tests.conftest import SLOW
 from tests.ray.conftest import NUM_SHARDS, SHARD_ROWS, scored_rows
 
@@ -128,3 +130,5 @@ def test_engine_process_killed_is_replaced_by_itself(birbal: Start, arguments, u
     _, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
     assert scored_rows(run) == scored_rows(undisturbed)
+    for name, record in read_json(run / "manifest.json")["files"].items():  # also of shards that were written twice
+        assert hashlib.sha256((run / name).read_bytes()).hexdigest() == record["sha256"], name
