@@ -152,6 +152,7 @@ class ScorePrompts:
         # Straight to the file: Ray's own stdout object keeps what is printed for a while.
         os.write(1, f"replica {self._replica} pid {os.getpid()} node {context.get_node_id()}\n".encode())
         self._turns = _Turns(config.resources.shards_in_flight)
+        self._writes = _Turns(config.resources.shards_in_flight + 1)  # threads that this process has
         if not ray.get(monitor.started.remote(self._replica, context.get_node_id())):
             threading.Event().wait()  # tried too often; a constructor that waits gets no work and holds nobody up
         try:
@@ -195,7 +196,8 @@ class ScorePrompts:
         for index, reason in fatal.items():
             completions[index] = Completion("", None, 0, None, f"the engine died of it: {reason}")
         # Here and not in a stage of its own: Ray's driver pays for each stage that a shard passes.
-        ray.get(self._monitor.written.remote(write_shard(built, completions, self._folder, self._config)))
+        with self._writes.take(alone=False):
+            ray.get(self._monitor.written.remote(write_shard(built, completions, self._folder, self._config)))
         return {"file": name}
 
     def _complete(self, requests: Mapping[int, Request], prefix: Sequence[int]) -> dict[int, Completion]:
@@ -224,7 +226,8 @@ class ScorePrompts:
         print(f"this process ends: {reason}", flush=True)
         ray.get(report.remote(self._replica, reason))
         self._upload_log()
-        os._exit(1)
+        with self._writes.take(alone=True):  # what is completed is written first
+            os._exit(1)
 
 
 def write_shard(
