@@ -335,5 +335,5 @@ def compare_models(
 
 
 def _read(run: Run) -> EvaluateResult:
-    tables = [run.folder.read_table(COMPARISONS_FILE).to_pylist() for file in (EVALUATION_FILE, COMPARISONS_FILE)]
+    tables = [run.folder.read_table(file).to_pylist() for file in (EVALUATION_FILE, COMPARISONS_FILE)]
     return EvaluateResult(run.folder, run.manifest or {}, *tables)

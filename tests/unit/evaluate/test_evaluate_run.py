@@ -54,7 +54,8 @@ def finish(config):
 
 def test_the_primary_comparison_can_not_be_chosen_when_its_result_is_known(config, capsys):
     finish(config)
-    assert step.evaluate(config).comparisons[0]["model"] == "mine"
+    kept = step.evaluate(config)
+    assert (kept.evaluation, kept.comparisons[0]["model"]) == ([], "mine"), "each from its own table"
     assert "is up to date" in capsys.readouterr().err
     assert step.evaluate(config.replace({"primary.model": "mine"})).comparisons, "the same, in other words"
     with pytest.raises(ConfigError, match=r"is mine, zero_shot, all; .* can't become mine, few_shot, all: leave"):
