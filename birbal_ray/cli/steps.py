@@ -104,7 +104,8 @@ def print_score_plan(config: ScoreConfig, output_format: str) -> None:
     """Prompts and tokens per task on stdout; sums and the time they take on stderr."""
     from birbal_ray.plan import describe_hours, plan_score
     from birbal_ray.progress import ProgressLine
-    from birbal_ray.score.run import describe_plan, plan_run, resolve_config
+    from birbal_ray.score.plan import describe_plan, plan_run
+    from birbal_ray.score.run import resolve_config
 
     progress, resolved = ProgressLine(), resolve_config(config)
     plan = plan_run(resolved, progress, count_tokens=True)

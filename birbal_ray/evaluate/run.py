@@ -28,12 +28,11 @@ from birbal_ray.score.adaptive import FixedSchedule
 from birbal_ray.score.config import CPU_SHARD_ROWS, ScoreConfig
 from birbal_ray.score.engine import Adapter
 from birbal_ray.score.pipeline import check_cluster, logical_cpus, score_shards
-from birbal_ray.score.plan import plan_run, publish_inputs
+from birbal_ray.score.plan import describe_plan, plan_run, publish_inputs
 from birbal_ray.score.reference import REFERENCE_FILE
 from birbal_ray.score.results import summarise
 from birbal_ray.score.run import (
     IDENTITY_SETTINGS,
-    describe_plan,
     identity_of,
     keep_figures,
     plan_hash,

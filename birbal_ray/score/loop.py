@@ -1,4 +1,4 @@
-"""The thread that owns an engine and feeds it from many callers."""
+"""The thread that owns an engine and feeds it from many callers, and the turns in which these come."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -156,3 +156,21 @@ class EngineLoop:
         else:
             self._running[key] = done
         return key
+
+
+class Turns:
+    """Lets `most` threads in, or one alone, in the order in which they come."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._entrance, self._places = most, threading.Lock(), threading.Semaphore(most)
+
+    @contextlib.contextmanager
+    def take(self, *, alone: bool) -> Iterator[None]:
+        num_places = self._most if alone else 1
+        with self._entrance:  # nobody passes one that waits until all places are free
+            for _ in range(num_places):
+                self._places.acquire()
+        try:
+            yield
+        finally:
+            self._places.release(num_places)

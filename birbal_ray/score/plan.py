@@ -91,6 +91,33 @@ def plan_run(
     return ScorePlan(tuple(tasks), tuple(quarantined), tuple(left_out), tuple(absent), unknown)
 
 
+def describe_plan(plan: ScorePlan, config: ScoreConfig, progress: ProgressLine) -> None:
+    """Say on stderr what the plan takes and what it leaves out, and why."""
+    at_most = "at most " if config.adaptive.enabled else ""
+    progress.message(
+        f"{len(plan.tasks)} tasks, {at_most}{plan.num_rows} rows, model {config.model.name} on {config.engine.device}"
+    )
+    for file, reason in plan.quarantined:
+        progress.message(f"quarantined {file}: {reason}")
+    for name, reason in plan.excluded:
+        progress.message(f"left out {name}: {reason}")
+    if plan.unknown_overrides:
+        progress.message(
+            f"{config.tasks.label_overrides}: {len(plan.unknown_overrides)} of its tasks are not in "
+            f"{config.tasks.path} (first: {plan.unknown_overrides[0]})"
+        )
+    if plan.absent:
+        progress.message(
+            f"{len(plan.absent)} of the selected tasks are not in {config.tasks.path} (first: {plan.absent[0]})"
+        )
+    fewer = [task for task in plan.tasks if task.num_shots < config.prompt.num_shots]
+    if fewer:
+        progress.message(
+            f"{len(fewer)} tasks have fewer than {config.prompt.num_shots} positive examples and use what they have "
+            f"(first: {fewer[0].name}, {fewer[0].num_shots})"
+        )
+
+
 def publish_inputs(plan: ScorePlan, folder: Folder, *, everything: bool) -> ScorePlan:
     """The plan with task files that workers can't reach as files of the run folder, named by content.
 

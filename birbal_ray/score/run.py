@@ -32,7 +32,7 @@ from birbal_ray.score.config import (
 )
 from birbal_ray.score.monitor import Snapshot
 from birbal_ray.score.pipeline import check_cluster, logical_cpus, score_shards
-from birbal_ray.score.plan import plan_run, publish_inputs
+from birbal_ray.score.plan import describe_plan, plan_run, publish_inputs
 from birbal_ray.score.results import (
     SET_ASIDE_FOLDER,
     amend,
@@ -193,33 +193,6 @@ def write_plan(folder: Folder, plan: ScorePlan, stops: Mapping[str, str] | None 
         QUARANTINE_FILE: folder.write_bytes(QUARANTINE_FILE, "".join(f"{line}\n" for line in lines).encode()),
         TASKS_FILE: folder.write_parquet(TASKS_FILE, plan.table(stops or {})),
     }
-
-
-def describe_plan(plan: ScorePlan, config: ScoreConfig, progress: ProgressLine) -> None:
-    """Say on stderr what the plan takes and what it leaves out, and why."""
-    at_most = "at most " if config.adaptive.enabled else ""
-    progress.message(
-        f"{len(plan.tasks)} tasks, {at_most}{plan.num_rows} rows, model {config.model.name} on {config.engine.device}"
-    )
-    for file, reason in plan.quarantined:
-        progress.message(f"quarantined {file}: {reason}")
-    for name, reason in plan.excluded:
-        progress.message(f"left out {name}: {reason}")
-    if plan.unknown_overrides:
-        progress.message(
-            f"{config.tasks.label_overrides}: {len(plan.unknown_overrides)} of its tasks are not in "
-            f"{config.tasks.path} (first: {plan.unknown_overrides[0]})"
-        )
-    if plan.absent:
-        progress.message(
-            f"{len(plan.absent)} of the selected tasks are not in {config.tasks.path} (first: {plan.absent[0]})"
-        )
-    fewer = [task for task in plan.tasks if task.num_shots < config.prompt.num_shots]
-    if fewer:
-        progress.message(
-            f"{len(fewer)} tasks have fewer than {config.prompt.num_shots} positive examples and use what they have "
-            f"(first: {fewer[0].name}, {fewer[0].num_shots})"
-        )
 
 
 def throughput_key(config: ScoreConfig) -> str:

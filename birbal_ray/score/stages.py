@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from birbal_ray.schemas import ROWS_FOLDER, SCORE_ROWS
 from birbal_ray.score import plan
 from birbal_ray.score.config import EngineSettings, ResourceSettings, ScoreConfig
 from birbal_ray.score.engine import Adapter, Completion, Engine, Request, Sampling, VllmEngine
-from birbal_ray.score.loop import EngineDeadError, EngineLoop
+from birbal_ray.score.loop import EngineDeadError, EngineLoop, Turns
 from birbal_ray.score.reference import check_engine
 from birbal_ray.score.shards import METADATA_KEY, ZERO_SHOT, Shard, Tally, WrittenFile, row_work
 from birbal_ray.score.simulated import START_FAILURE, SimulatedEngine
@@ -151,8 +151,8 @@ class ScorePrompts:
         self._upload_log = _log_into(folder, f"{LOG_FOLDER}/replica-{self._replica[:12]}.log")
         # Straight to the file: Ray's own stdout object keeps what is printed for a while.
         os.write(1, f"replica {self._replica} pid {os.getpid()} node {context.get_node_id()}\n".encode())
-        self._turns = _Turns(config.resources.shards_in_flight)
-        self._writes = _Turns(config.resources.shards_in_flight + 1)  # threads that this process has
+        self._turns = Turns(config.resources.shards_in_flight)
+        self._writes = Turns(config.resources.shards_in_flight + 1)  # threads that this process has
         if not ray.get(monitor.started.remote(self._replica, context.get_node_id())):
             threading.Event().wait()  # tried too often; a constructor that waits gets no work and holds nobody up
         try:
@@ -281,24 +281,6 @@ def score_table(task: str, label: str, completed: list[Row], prompt_format: str 
         score = score_answer(label, extracted, row["answer"]) if row["error"] is None else None
         rows.append({**row, **about, "extracted": extracted, "score": score})
     return pa.Table.from_pylist(rows, schema=SCORE_ROWS)
-
-
-class _Turns:
-    """Lets `most` threads in, or one alone, in the order in which they come."""
-
-    def __init__(self, most: int) -> None:
-        self._most, self._entrance, self._places = most, threading.Lock(), threading.Semaphore(most)
-
-    @contextlib.contextmanager
-    def take(self, *, alone: bool) -> Iterator[None]:
-        num_places = self._most if alone else 1
-        with self._entrance:  # nobody passes one that waits until all places are free
-            for _ in range(num_places):
-                self._places.acquire()
-        try:
-            yield
-        finally:
-            self._places.release(num_places)
 
 
 def _log_into(folder: Folder, name: str) -> Callable[[], None]:

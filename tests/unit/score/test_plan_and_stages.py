@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 from birbal_ray.ni.schema import TaskError
+from birbal_ray.score import loop, stages
 from birbal_ray.score import plan as planning
-from birbal_ray.score import stages
 from birbal_ray.score.config import CompletionSettings, ScoreConfig
 from birbal_ray.score.engine import Sampling
 from birbal_ray.score.plan import completion_tokens, plan_run, publish_inputs
@@ -298,7 +298,7 @@ def test_references_that_no_completion_can_be_as_long_as_are_said(write_task):
 
 
 def test_a_shard_that_must_be_alone_waits_for_the_others():
-    turns, inside, beside = stages._Turns(3), [], []
+    turns, inside, beside = loop.Turns(3), [], []
     together, leave = threading.Barrier(4, timeout=30), threading.Event()
 
     def run(name, alone):
