@@ -30,7 +30,17 @@ from birbal_ray.lock import LOCK_RECORD, hold_lock
 from birbal_ray.manifest import FORMAT, code_version, identity_differences, package_versions, wrong_files
 from birbal_ray.schemas import MANIFEST_FILE, PROGRESS_FILE, RUN_FILE
 from birbal_ray.settings import ConfigError, Settings, canonical_hash, one_line
-from birbal_ray.storage import DamagedFileError, FileRecord, FileStat, Folder, RunError, absolute, is_url, open_folder
+from birbal_ray.storage import (
+    DamagedFileError,
+    FileRecord,
+    FileStat,
+    Folder,
+    RunError,
+    absolute,
+    is_url,
+    join,
+    open_folder,
+)
 
 LOG_FOLDER = "logs"
 # fnmatch: * spans folders.
@@ -198,11 +208,14 @@ def open_run(
     if folder.is_local and folder.local.is_file():
         raise ConfigError(f"--output {folder}: is a file, expected a folder")
     for path in inputs:
-        if (is_url(path) or Path(path).exists()) and f"{absolute(path)}/".startswith(f"{folder.place}/"):
-            raise ConfigError(
-                f"--output {folder}: this folder {'is' if absolute(path) == folder.place else 'holds'} an input "
-                f"({path}); choose another --output"
-            )
+        # Where it is, and where the link to it is. A Hub's name is no path.
+        places = {absolute(path), *([] if is_url(path) else [join(absolute(Path(path).parent), Path(path).name)])}
+        for place in places:
+            if (is_url(place) or Path(place).exists()) and f"{place}/".startswith(f"{folder.place}/"):
+                raise ConfigError(
+                    f"--output {folder}: this folder {'is' if place == folder.place else 'holds'} an input "
+                    f"({path}); choose another --output"
+                )
     with sigterm_as_interrupt(), hold_lock(folder) as lock:
         folder = replace(folder, guard=lock)
         run = _claim(folder, step, json.loads(json.dumps(identity)), overwrite=overwrite)

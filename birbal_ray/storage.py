@@ -74,8 +74,8 @@ def absolute(path: str | os.PathLike[str]) -> str:
 
 
 def _expanded(path: str | os.PathLike[str]) -> Path:
-    """A path with the user's folder for a leading `~/`, which no shell replaces in a file of settings."""
-    return Path(path).expanduser() if str(path).startswith("~/") else Path(path)
+    """A path with the user's folder for a leading `~`, which no shell replaces in a file of settings."""
+    return Path(path).expanduser() if str(path).partition("/")[0] == "~" else Path(path)
 
 
 def join(path: str | os.PathLike[str], name: str) -> str:
@@ -107,12 +107,14 @@ def open_folder(path: str | os.PathLike[str] | Folder, guard: Guard | None = Non
     """The folder at a path or URL, whether or not something is there. Makes no request (but one for a bucket's region).
 
     Credentials are the environment's; an S3-compatible server is named by AWS_ENDPOINT_URL (or AWS_ENDPOINT_URL_S3), a
-    region by AWS_REGION, as for the AWS tools. Raises RunError for a URL without a bucket or with `..` in it.
+    region by AWS_REGION, as for the AWS tools. Raises RunError for other URLs, and those without a bucket or with `..`.
     """
     if isinstance(path, Folder):
         return path
     place = absolute(path)
     if not is_url(place):
+        if "://" in str(path):
+            raise RunError(f"{path}: expected a path, or a URL that begins with s3:// or gs://")
         return Folder(place, fs.LocalFileSystem(), place)
     scheme, _, root = place.partition("://")
     if not root or {"", ".", ".."}.intersection(root.split("/")):

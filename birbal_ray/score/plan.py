@@ -23,7 +23,7 @@ from birbal_ray.score.config import CompletionSettings, ScoreConfig
 from birbal_ray.score.shards import PlannedTask, ScorePlan
 from birbal_ray.score.tokens import Tokenizer, encode, load_tokenizer, prompt_token_ids
 from birbal_ray.settings import canonical_hash
-from birbal_ray.storage import Folder, cache_folder, write_atomic
+from birbal_ray.storage import Folder, cache_folder, input_folder, write_atomic
 
 INPUTS_FOLDER = "inputs"  # task files that workers read from the run folder
 PLAN_FORMAT = 2  # of the cached plans
@@ -63,7 +63,7 @@ def plan_run(
     overrides = metrics.default_overrides()
     unknown: tuple[str, ...] = ()
     if config.tasks.label_overrides:
-        own_labels = metrics.read_overrides(Path(config.tasks.label_overrides))
+        own_labels = metrics.read_overrides(input_folder(config.tasks.label_overrides))
         unknown = tuple(sorted(own_labels.keys() - set(available)))
         overrides |= own_labels
 

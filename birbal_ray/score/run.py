@@ -141,8 +141,7 @@ def resolve_config(config: ScoreConfig) -> ScoreConfig:
     path, output = require(config.tasks.path, "--tasks"), require(config.output, "--output")
     if not is_url(output) and Path(output).is_file():
         raise ConfigError(f"--output {output}: is a file, expected a folder")
-    if is_url(path):
-        config = config.replace({"tasks.path": str(input_folder(path))})
+    config = config.replace({"tasks.path": str(input_folder(path))})
     device = decide_device(config.engine.device, "engine.device")
     shard_rows = config.shard_rows or (GPU_SHARD_ROWS if device == "gpu" else CPU_SHARD_ROWS)
     return config.replace({"engine.device": device, "shard_rows": shard_rows})

@@ -55,7 +55,7 @@ class Token(BaseModel):
 
     text: str
     logprob: float
-    top_logprobs: dict[str, float]
+    top_logprob: dict[str, float]
 
 
 class ProcessResponse(BaseModel):
@@ -147,7 +147,7 @@ def make_app(service: Service) -> FastAPI:
         text = service.tokenizer.decode
         return [
             Token(
-                text=text([one.token_id]), logprob=one.logprob, top_logprobs={text([one.top_token_id]): one.top_logprob}
+                text=text([one.token_id]), logprob=one.logprob, top_logprob={text([one.top_token_id]): one.top_logprob}
             )
             for one in tokens
         ]
@@ -196,7 +196,7 @@ def make_app(service: Service) -> FastAPI:
         tokens = await off_loop(described, completion.prompt_tokens if only_prompt else completion.tokens)
         if only_prompt:  # nothing comes before the first token, so nothing says how likely it is
             first = await off_loop(service.tokenizer.decode, ids[:1])
-            tokens.insert(0, Token(text=first, logprob=0.0, top_logprobs={}))
+            tokens.insert(0, Token(text=first, logprob=0.0, top_logprob={}))
         text = "" if only_prompt else completion.text
         return ProcessResponse(
             text=prompt + text if asked.echo_prompt else cut_answer(text, compat=service.compat),

@@ -192,7 +192,7 @@ def _calibration_place(config: TrainConfig) -> Path | None:
             f"--calibrate on a cluster (RAY_ADDRESS) keeps its packs beside --output, for the worker to read: {found}; "
             "give a folder on storage that all nodes see, or unset RAY_ADDRESS to calibrate on this machine"
         )
-    place = Path(config.output).resolve().parent
+    place = open_folder(config.output).local.parent
     place.mkdir(parents=True, exist_ok=True)
     return place
 

@@ -126,7 +126,7 @@ def test_the_answer_is_the_models_and_every_number_is_finite(server):
     assert "".join(token["text"] for token in answer["tokens"]).startswith(answer["text"])
     for token in answer["tokens"]:
         assert math.isfinite(token["logprob"]) and token["logprob"] <= 0
-        assert list(token["top_logprobs"].values()) == [token["logprob"]]  # greedy
+        assert list(token["top_logprob"].values()) == [token["logprob"]]  # greedy
     assert answer["logprob"] == pytest.approx(sum(token["logprob"] for token in answer["tokens"]))
 
 

@@ -126,6 +126,35 @@ def test_an_inputs_folder_is_refused(folder, overwrite):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "spelled",
+    ["~/runs/mix/train.jsonl", "runs/../runs/mix/train.jsonl", "runs/mix/linked.jsonl", "other/train.jsonl", "~/runs/"],
+)
+def test_an_input_is_seen_in_the_output_however_it_is_spelled(tmp_path, monkeypatch, spelled, overwrite):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    finished(mix := open_folder("~/runs/mix"), step="mix", names=("train.jsonl", "linked.jsonl"))
+    (tmp_path / "elsewhere.jsonl").write_bytes(b"mine")
+    (mix.local / "linked.jsonl").unlink()
+    (mix.local / "linked.jsonl").symlink_to(tmp_path / "elsewhere.jsonl")
+    (tmp_path / "other").symlink_to(mix.local)
+    before = contents(mix)
+    for output in ("~/runs/mix", "runs/./mix/", "other"):
+        with (
+            pytest.raises(ConfigError, match=r"this folder (is|holds) an input .*; choose another --output"),
+            open_run(
+                "~/runs" if spelled == "~/runs/" else output,
+                Step("mix", OWNS),
+                {},
+                overwrite=overwrite,
+                inputs=[spelled],
+            ),
+        ):
+            pass
+    assert contents(mix) == before and (mix.local / "linked.jsonl").is_symlink()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
 def test_another_steps_run_is_refused(folder, overwrite):
     finished(folder, step="train")
     before = contents(folder)

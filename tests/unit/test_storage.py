@@ -161,6 +161,9 @@ def test_urls_are_checked(s3):
     assert storage.is_url("s3://a/b") and storage.is_url("gs://a") and not storage.is_url("s3:/a")
     assert storage.absolute("s3://a/b/") == "s3://a/b"
     assert storage.join("s3://a/b/", "c") == "s3://a/b/c"
+    for wrong in ("file:///tmp/a", "S3://bucket/a", "hdfs://host/a"):
+        with pytest.raises(RunError, match=f"{wrong}: expected a path, or a URL that begins with s3:// or gs://"):
+            open_folder(wrong)
     for wrong in ("s3://", "s3://bucket/../elsewhere", "s3://bucket//a"):
         with pytest.raises(RunError, match="expected s3://bucket/folder"):
             open_folder(wrong)
@@ -281,4 +284,5 @@ def test_a_home_folder_in_a_setting_is_the_users(tmp_path, monkeypatch):
     open_folder("~/runs").write_bytes("a", b"1")
     assert (tmp_path / "runs" / "a").read_bytes() == b"1"
     assert input_folder("~/runs") == tmp_path / "runs"
+    assert open_folder("~").files().keys() == {"runs/a"}
     assert storage.absolute("~else/x") == str(tmp_path / "~else" / "x"), "only one's own"

@@ -62,3 +62,10 @@ def test_a_damaged_shard_is_scored_again(run, write_task):
     assert "continuing: 2 of 3 shards (8 rows) are done" in errors
     assert (output / "manifest.json").exists()
     assert scored_rows(output) == rows
+
+
+def test_tasks_in_the_users_home_are_found(run, write_task, monkeypatch):
+    folder = write_task("task_a", 4)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    code, errors, _ = run(f"~/{folder.name}")
+    assert code == 0, errors

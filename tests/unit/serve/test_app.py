@@ -63,8 +63,8 @@ def test_the_answer_has_the_published_shape_and_only_finite_numbers(server):
     assert answer["text"] == "it depends on the weather"
     assert [token["text"] for token in answer["tokens"]] == answer["text"].split()
     for token in answer["tokens"]:
-        assert token.keys() == {"text", "logprob", "top_logprobs"}
-        assert max(token["top_logprobs"].values()) >= token["logprob"]
+        assert token.keys() == {"text", "logprob", "top_logprob"}
+        assert max(token["top_logprob"].values()) >= token["logprob"]
     assert answer["logprob"] == pytest.approx(sum(token["logprob"] for token in answer["tokens"]))
     assert all(isinstance(one, float) and math.isfinite(one) for one in numbers(answer))
     assert answer["request_time"] >= 0
@@ -174,7 +174,7 @@ def test_no_new_tokens_with_an_echo_tells_how_likely_the_prompt_is(server):
     assert answer["text"] == "a b\n\nc d\n\ne"
     assert [token["text"] for token in answer["tokens"]] == ["a", "b", "c", "d", "e"]
     first, *others = answer["tokens"]
-    assert (first["logprob"], first["top_logprobs"]) == (0.0, {})
+    assert (first["logprob"], first["top_logprob"]) == (0.0, {})
     assert all(token["logprob"] < 0 for token in others)
     assert answer["logprob"] == pytest.approx(sum(token["logprob"] for token in others))
 
