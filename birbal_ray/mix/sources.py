@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from birbal_ray.mix.config import SourceSettings
-from birbal_ray.mix.datasets import HUB_DATASETS, Record, Row
+from birbal_ray.mix.datasets import HUB_DATASETS, HubDataset, Record, Row
 from birbal_ray.mix.features import hash_all
 from birbal_ray.mix.files import BATCH_ROWS, SUFFIXES, read_records, sha256_of_file
 from birbal_ray.mix.rows import OUTSIDE_ROWS
@@ -39,8 +39,8 @@ class Origin:
 def origin_of(source: SourceSettings) -> Origin:
     """Resolve where `source` comes from, without reading its rows.
 
-    A branch on the Hub is resolved to its commit. Raises ConfigError when the file isn't there or the
-    Hub can't be reached.
+    A branch on the Hub is resolved to its commit; while the Hub can't be reached, to the one in its local cache.
+    Raises ConfigError when the file isn't there, or the Hub can't be reached and its cache holds none of the dataset.
     """
     known = HUB_DATASETS.get(source.name)
     license = source.license or (known.license if known else "unknown")
@@ -50,7 +50,7 @@ def origin_of(source: SourceSettings) -> Origin:
         place = absolute(source.path)
         return Origin(source.name, place, f"sha256:{sha256_of_file(place, f'source {source.name}')}", license)
     assert known is not None  # by SourceSettings
-    revision = _commit_of(source.name, known.repository, source.revision or known.revision)
+    revision = _commit_of(source.name, known, source.revision or known.revision)
     return Origin(source.name, known.repository, revision, license)
 
 
@@ -65,7 +65,7 @@ def source_problem(source: SourceSettings) -> str:
         origin = origin_of(source)
         if source.path is None and constants.HF_HUB_OFFLINE:
             _hub_files(source.name, origin)  # from the local cache
-        elif source.path is None:
+        elif source.path is None and _cached_commit(HUB_DATASETS[source.name], origin.revision) is None:
             with _hub(source.name, origin.location) as hub:
                 hub.auth_check(origin.location, repo_type="dataset")
     except ConfigError as error:
@@ -164,26 +164,40 @@ def _hub_files(name: str, origin: Origin) -> list[str]:
     return files
 
 
-def _commit_of(name: str, repository: str, revision: str) -> str:
+def _commit_of(name: str, known: HubDataset, revision: str) -> str:
     # Asked even for a commit: where the Hub can't be reached this says so at once, while a download
-    # retries for half a minute. With HF_HUB_OFFLINE=1 a commit may be in the local cache.
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    # retries for half a minute.
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-    is_commit = re.fullmatch("[0-9a-f]{40}", revision) is not None
-    is_short = re.fullmatch("[0-9a-f]{7,39}", revision) is not None
+    repository, is_short = known.repository, re.fullmatch("[0-9a-f]{7,39}", revision) is not None
     with _hub(name, repository) as hub:
         try:
             commit = hub.dataset_info(repository, revision=None if is_short else revision, timeout=20).sha
-        except OfflineModeIsEnabled:
-            if not is_commit:
+            if is_short:  # downloads take full hashes only
+                commits = (one.commit_id for one in hub.list_repo_commits(repository, repo_type="dataset"))
+                commit = next((one for one in commits if one.startswith(revision)), None)
+        except (OSError, HTTPError) as error:
+            commit = _cached_commit(known, revision)
+            if commit is None or isinstance(error, HfHubHTTPError):  # the latter is the Hub's own answer
                 raise
-            return revision
-        if is_short:  # downloads take full hashes only
-            commits = (one.commit_id for one in hub.list_repo_commits(repository, repo_type="dataset"))
-            commit = next((one for one in commits if one.startswith(revision)), None)
     if commit is None:
         raise ConfigError(f"source {name}: the Hub names no commit for {repository} at {revision}; set revision")
     return commit
+
+
+def _cached_commit(known: HubDataset, revision: str) -> str | None:
+    """The commit of a revision of which the Hub's local cache holds data files; None where it holds none.
+
+    Downloads name commits, so the cache may not know which one a branch was at: for "main" the last that came counts.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=known.repository, repo_type="dataset")
+    branch = cache / "refs" / revision
+    start = branch.read_text().strip() if branch.is_file() else "" if revision == "main" else revision
+    there = [one for one in cache.glob("snapshots/*") if one.name.startswith(start) and any(one.glob(known.data_files))]
+    return max(there, key=lambda one: one.stat().st_mtime).name if there else None
 
 
 @contextmanager

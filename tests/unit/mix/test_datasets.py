@@ -289,20 +289,53 @@ def test_what_is_not_there_is_known_before_it_is_read(hub, monkeypatch, tmp_path
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert "can't be had from the Hub (no route to host)" in source_problem(SourceSettings(name="quac"))
-    # Without a network what is in the local cache will do.
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
 
-    def offline(self, *args, **kwargs):
-        raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", offline)
+def test_a_revision_without_the_dataset_s_files(hub, monkeypatch, tmp_path):
+    import huggingface_hub
+
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *given, **options: str(tmp_path))
-    assert "holds no data/train-*.parquet" in source_problem(SourceSettings(name="open_platypus"))
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train-0.parquet").write_bytes(b"")
-    assert source_problem(SourceSettings(name="open_platypus")) == ""
+    source = SourceSettings(name="open_platypus")
+    with pytest.raises(ConfigError, match=r"holds no data/train-\*\.parquet; set revision"):
+        list(read_source(source, origin_of(source)))
+
+
+@pytest.mark.parametrize("is_offline", [True, False])
+def test_what_is_in_the_local_cache_needs_no_network(is_offline, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    def refuse(self, *args, **kwargs):
+        raise huggingface_hub.errors.OfflineModeIsEnabled("offline") if is_offline else ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub._snapshot_download.constants, "HF_HUB_CACHE", str(tmp_path))
+    for call in ("dataset_info", "list_repo_tree", "auth_check"):
+        monkeypatch.setattr(huggingface_hub.HfApi, call, refuse)
+    sources = {
+        "lima": ("GAIR--lima", "a" * 40, "train.jsonl"),  # a branch
+        "quac": ("allenai--quac", "f0afadd" + "0" * 33, "plain_text/train-0.parquet"),  # a short hash
+        "openbookqa": ("allenai--openbookqa", HUB_DATASETS["openbookqa"].revision, "main/train-0.parquet"),
+    }
+    for name, (folder, commit, file) in sources.items():
+        source, place = SourceSettings(name=name), tmp_path / f"datasets--{folder}" / "snapshots" / commit / file
+        assert "can't be had from the Hub" in source_problem(source)
+        place.parent.mkdir(parents=True)
+        (tmp_path / f"datasets--{folder}" / "snapshots" / ("b" * 40)).mkdir()  # an older one, without these files
+        assert "can't be had from the Hub" in source_problem(source)
+        write(place.parent, RECORDS[name], place.suffix[1:])
+        (place.parent / f"data{place.suffix}").rename(place)
+        assert source_problem(source) == ""
+        assert origin_of(source).revision == commit
+        if is_offline:
+            assert len(load(source)[0]) == len(EXPECTED[name])
+    (tmp_path / "datasets--GAIR--lima" / "refs").mkdir()
+    (tmp_path / "datasets--GAIR--lima" / "refs" / "v1").write_text("a" * 40)
+    assert origin_of(SourceSettings(name="lima", revision="v1")).revision == "a" * 40
+    with pytest.raises(ConfigError, match="can't be had from the Hub"):
+        origin_of(SourceSettings(name="lima", revision="v2"))
 
 
 def test_a_branch_is_resolved_to_its_commit(monkeypatch):
