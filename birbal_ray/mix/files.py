@@ -18,7 +18,8 @@ from birbal_ray.storage import Folder, absolute, open_folder
 SUFFIXES = (".json", ".jsonl", ".parquet")
 BATCH_ROWS = 2048
 PIECE_CHARS = 1 << 20  # of a .json array, read at a time
-_SEPARATOR = re.compile(r"\s*[\[,]?\s*")
+# Between the records of a .json array.
+_OPENING, _COMMA, _CLOSING, _EMPTY = map(re.compile, (r"\s*\[\s*", r"\s*,\s*", r"\s*\]\s*", r"\s*\[\s*\]\s*"))
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
@@ -109,19 +110,24 @@ def _array_records(place: str, setting: str) -> Iterator[tuple[int, Any]]:
     decoder, number, text, position, is_last = json.JSONDecoder(), 0, "", 0, False
     with _open_text(place, setting) as file:
         while True:
-            match = _SEPARATOR.match(text, position)
-            start = match.end() if match else position
-            if text[start : start + 1] == "]":
-                return
-            try:
-                record, end = decoder.raw_decode(text, start)
-                if end < len(text) or is_last:  # else a number may go on in the next piece
-                    number, position = number + 1, end
-                    yield number, record
-                    continue
-            except json.JSONDecodeError as error:
+            problem = f"after row {number}: not JSON (expected , or ])"
+            if end := (_CLOSING if number else _EMPTY).match(text, position):
+                if end.end() < len(text):
+                    more = "more than one JSON array; make it one array, or one record a line in a .jsonl"
+                    raise ConfigError(f"{setting}: {place}, after row {number}: {more}")
                 if is_last:
-                    raise ConfigError(f"{setting}: {place}, row {number + 1}: not JSON ({error.msg})") from None
+                    return
+            elif start := (_COMMA if number else _OPENING).match(text, position):
+                try:
+                    record, after = decoder.raw_decode(text, start.end())
+                    if after < len(text) or is_last:  # else a number may go on in the next piece
+                        number, position = number + 1, after
+                        yield number, record
+                        continue
+                except json.JSONDecodeError as error:
+                    problem = f"row {number + 1}: not JSON ({error.msg})"
+            if is_last:
+                raise ConfigError(f"{setting}: {place}, {problem}")
             try:
                 piece = file.read(PIECE_CHARS)
             except UnicodeError:

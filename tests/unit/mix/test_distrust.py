@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -139,15 +140,22 @@ LONG = "Please say something useful about this one thing here"
         (
             '{"q": "x", "a": "y"}\n{"q": "x", "a": 3}\n',
             "rows.jsonl",
-            "row 2: output is int, expected text .3.; quote it",
+            "row 2: output is int, expected text (3); quote it",
         ),
         ('{"q": "x", "a": "y"}\n[1]\n', "rows.jsonl", "row 2: expected an object with columns, found list"),
         ('[{"q": "x", "a": "y"}, {"q": ', "rows.json", "row 2: not JSON"),
+        ('[{"q": "x", "a": "y"}]\n[{"q": "x", "a": "y"}]\n', "rows.json", "after row 1: more than one JSON array"),
+        ('[]{"q": "x", "a": "y"}', "rows.json", "after row 0: more than one JSON array"),
+        ('[{"q": "x", "a": "y"} {"q": "x", "a": "y"}]', "rows.json", "after row 1: not JSON (expected , or ]"),
+        ('[{"q": "x", "a": "y"}[{"q": "x", "a": "y"}]', "rows.json", "after row 1: not JSON (expected , or ]"),
+        ('[{"q": "x", "a": "y"},]', "rows.json", "row 2: not JSON"),
+        ('[,{"q": "x", "a": "y"}]', "rows.json", "row 1: not JSON"),
+        ('[{"q": "x", "a": "y"}', "rows.json", "after row 1: not JSON (expected , or ]"),
     ],
 )
 def test_sources_that_can_t_be_used(content, name, problem, scores, tmp_path):
     source = source_file(tmp_path, content, name)
-    with pytest.raises(ConfigError, match=problem) as caught:
+    with pytest.raises(ConfigError, match=re.escape(problem)) as caught:
         mix(config(scores, tmp_path / "m", sources=[source]))
     assert source["path"] in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
@@ -196,6 +204,10 @@ def test_an_array_longer_than_a_piece(monkeypatch, scores, tmp_path):
         monkeypatch.setattr(files, "PIECE_CHARS", piece)
         (tmp_path / "a.json").write_text(json.dumps(records, indent=2 if piece == 7 else None))
         assert [record for _, record in files.read_records(str(tmp_path / "a.json"), "x")] == records
+        for end in ("[1]", ", 1", "x"):
+            (tmp_path / "a.json").write_text(json.dumps(records) + end)
+            with pytest.raises(ConfigError, match="after row 200: more than one JSON array"):
+                list(files.read_records(str(tmp_path / "a.json"), "x"))
 
 
 def test_a_factor_of_infinity():
