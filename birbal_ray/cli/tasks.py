@@ -154,13 +154,14 @@ def import_tasks(
 ) -> None:
     """Make task files of your own rows: a CSV, TSV, JSONL, JSON or Parquet file, or a dataset on the Hub.
 
-    A few rows become the positive examples, the others instances. Prints each task with its label, and says
+    A few rows become the positive examples, the others instances. An output may be a list, or an object whose
+    "text" is one (as in SQuAD). Prints each task with its label, and says
     which rows it left out and why.
 
     \b
     Examples:
       birbal tasks import reviews.csv --input review --output mood --definition "Say the review's mood." --name mood
-      birbal tasks import squad --input context --input question --output answers --definition "Answer." --split train
+      birbal tasks import rajpurkar/squad --input context --input question --output answers --definition "Answer."
     """
     import json
 

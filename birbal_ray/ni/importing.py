@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class ImportOptions:
 
     name: str
     inputs: tuple[str, ...]  # several: lines of `column: text`
-    outputs: tuple[str, ...]  # each is a reference, and each entry of a list
+    outputs: tuple[str, ...]  # each is a reference, and each entry of a list, and an object's `text` (SQuAD)
     definition: str  # {group} stands for the group
     group_by: str | None = None  # one task for each value of this column
     num_examples: int = 4
@@ -93,9 +93,7 @@ def make_tasks(
         group = (_text(row.get(options.group_by)) or "") if options.group_by else ""
         inputs = {column: _text(row.get(column)) or "" for column in options.inputs}
         blank = [column for column, text in inputs.items() if not text.strip()]
-        cells = [row.get(column) for column in options.outputs]
-        values = [one for cell in cells for one in (cell if isinstance(cell, (list, tuple)) else [cell])]
-        outputs = [text for text in map(_text, values) if text is not None and text.strip()]
+        outputs = [text for column in options.outputs for text in _texts(row.get(column)) if text.strip()]
         if None in row:  # csv's key for what is beyond the header
             dropped["more cells than the header has"].append(number)
         elif options.group_by and not group.strip():
@@ -179,6 +177,17 @@ def _read_csv(file: Path, text: str, columns: Sequence[str]) -> tuple[list[str],
         return found, list(reader)
     except csv.Error as error:
         raise TaskError(f"{file} line {reader.line_num}: not valid CSV ({error})") from None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts of an output's cell: its own, those of a list's entries, those of an object's `text`."""
+    if isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _texts(entry)
+    elif isinstance(value, Mapping):
+        yield from _texts(value.get("text"))
+    elif (text := _text(value)) is not None:
+        yield text
 
 
 def _text(value: Any) -> str | None:

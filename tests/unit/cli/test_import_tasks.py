@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -84,6 +85,30 @@ def test_a_dataset_with_named_classes(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.stderr
     task = json.loads((tmp_path / "t" / "reviews.json").read_text())
     assert {one["output"] for one in task["Positive Examples"]} == {"bad", "good"}
+
+
+def test_the_examples_of_the_help_make_tasks(tmp_path, monkeypatch):
+    """On tables of ours with the columns that they name; the dataset's in the layout that the Hub's has."""
+    import datasets
+
+    (tmp_path / "reviews.csv").write_text("review,mood\n" + "".join(f"review {n},good\n" for n in range(8)))
+    answers = {"text": ["north", "the north"], "answer_start": [0, 4]}
+    rows = [{"id": f"{n}", "title": "T", "context": "c", "question": f"q{n}", "answers": answers} for n in range(8)]
+    asked = []
+
+    def load(name, subset, split, revision):
+        asked.append((name, split))
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.chdir(tmp_path)
+    lines = run("tasks", "import", "--help").stdout.splitlines()
+    commands = [shlex.split(line)[1:] for line in lines if line.strip().startswith("birbal tasks import ")]
+    assert len(commands) == 2 and all(run(*one).exit_code == 0 for one in commands)
+    assert asked == [("rajpurkar/squad", "train")]
+    for name, outputs in (("mood", ["good"]), ("squad", ["north", "the north"])):
+        task = json.loads((tmp_path / "my-tasks" / f"{name}.json").read_text())
+        assert len(task["Instances"]) == 4 and task["Instances"][0]["output"] == outputs
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,20 @@ def test_several_columns():
     assert tasks["t"]["Instances"][0]["output"] == ["x", "y"]
 
 
+def test_answers_as_question_answering_datasets_hold_them():
+    """SQuAD's layout: an object of parallel lists, whose `text` are the answers."""
+    answers = {"text": ["north", "the north"], "answer_start": [3, 0]}
+    rows = [{"question": f"q{n}", "answer": answers} for n in range(4)]
+    rows += [{"question": "unanswerable", "answer": {"text": [], "answer_start": []}}]
+    rows += [{"question": "single", "answer": {"text": "south"}}, {"question": "listed", "answer": [{"text": "east"}]}]
+    rows += [{"question": "no text", "answer": {"start": 3}}]
+    tasks, dropped = make_tasks(COLUMNS, rows, options(num_examples=0))
+    outputs = {one["input"]: one["output"] for one in tasks["t"]["Instances"]}
+    assert outputs["q0"] == ["north", "the north"]
+    assert (outputs["single"], outputs["listed"]) == (["south"], ["east"])
+    assert dropped == {"no text in column 'answer'": [5, 8]}
+
+
 def test_few_rows_keep_as_many_instances_as_examples():
     assert len(made(ROWS[:3])[0]["t"].positive_examples) == 1
     with pytest.raises(TaskError, match=r"data.csv: no task can be made \(1 rows: the only row of its task"):
