@@ -248,8 +248,8 @@ _CACHED = TypeAdapter(dict[str, _Outcome])  # by the file's path, member, size a
 def _outcomes(files: Sequence[reader.TaskFile], planner: _TaskPlanner) -> Iterator[tuple[reader.TaskFile, _Outcome]]:
     """What becomes of each file: from the cache, where an earlier plan with the same settings found it out.
 
-    The cache folder holds one JSON for each choice of settings that matter. A cache that can't be read or written
-    costs time, not the run.
+    The cache folder holds one JSON for each choice of settings that matter, none of a run that may not take some
+    instances: each mix gives other ones. A cache that can't be read or written costs time, not the run.
     """
     config = planner.config
     folder = Path(getattr(planner.tokenizer, "name_or_path", config.engine.backend))
@@ -260,12 +260,10 @@ def _outcomes(files: Sequence[reader.TaskFile], planner: _TaskPlanner) -> Iterat
         "tokenizer": [str(folder.resolve()), *(_size_and_time(file) for file in tokenizer)],
         "prompt": config.prompt.model_dump(),
         "completion": config.completion.model_dump(),
-        "seed": config.seed,
         "overrides": {name: asdict(label) for name, label in planner.overrides.items()},
-        "excluded": sorted(planner.excluded),
     }
     cache = cache_folder() / "plans" / f"{canonical_hash(key)[:32]}.json"
-    use_cache = not (planner.count_tokens or config.tasks.strict)
+    use_cache = not (planner.count_tokens or config.tasks.strict or planner.excluded)
     known: dict[str, _Outcome] = {}
     if use_cache:
         with contextlib.suppress(OSError, ValueError):

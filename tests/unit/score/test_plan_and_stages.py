@@ -117,6 +117,20 @@ def test_a_plan_is_cached_by_a_files_size_and_time(write_task, monkeypatch, tmp_
     assert plan_run(config(folder)).tasks[0].definition == "Say whether the colour is cold."
 
 
+def test_a_plan_without_some_instances_is_not_cached(write_task, monkeypatch, tmp_path):
+    """Every mix leaves out other instances, and would leave a file behind."""
+    monkeypatch.setenv("BIRBAL_CACHE", str(tmp_path / "cache"))
+    folder = write_task("task_a", 5)
+    row_ids = [
+        one.row_id for one in next(planning.reader.read_tasks(planning.reader.find_task_files(folder)))[1].instances
+    ]
+    for taken in (row_ids[:2], row_ids[:3]):
+        assert plan_run(config(folder), excluded=frozenset(taken)).tasks[0].num_excluded == len(taken)
+    assert not (tmp_path / "cache").exists()
+    assert plan_run(config(folder)).tasks[0].num_excluded == 0
+    assert len(list((tmp_path / "cache" / "plans").iterdir())) == 1
+
+
 def test_a_plan_is_cached_for_one_tokenizer(write_task, monkeypatch, tmp_path):
     """A folder of the same name may hold another model; its tokenizer decides how long completions may get."""
 
