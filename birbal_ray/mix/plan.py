@@ -66,9 +66,10 @@ class MixPlan:
             if (part >= 0).any():
                 yield from reading.read_outside_texts(file, part)
 
-    def dropped(self) -> dict[str, int]:
-        """Candidates not kept, by reason, most first."""
-        counts = np.bincount(self.decisions.reason, minlength=len(Reason))
+    def dropped(self, group: int | None = None) -> dict[str, int]:
+        """Candidates not kept, of all or of one group, by reason, most first."""
+        reasons = self.decisions.reason if group is None else self.decisions.reason[self.candidates.group == group]
+        counts = np.bincount(reasons, minlength=len(Reason))
         found = {reason.word: int(n) for reason, n in zip(Reason, counts, strict=True) if n and reason != Reason.KEPT}
         return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
@@ -87,7 +88,7 @@ class MixPlan:
                 "num_usable": int(self.decisions.usable[i]),
                 "num_allocated": int(self.decisions.allocated[i]),
                 "num_kept": int(kept[i]),
-                "note": notes.get(group.name) if group.source == NATURAL_INSTRUCTIONS else None,
+                "note": notes.get(group.name),
             }
             for i, group in enumerate(self.context.groups)
         ]
@@ -134,7 +135,10 @@ class MixPlan:
         }
 
     def notes(self) -> dict[str, str]:
-        """Task → why the policy gave it less than its share: its metric, or scoring that stopped early."""
+        """Task → why the policy gave it less than its share: its metric, or scoring that stopped early.
+
+        Source → why none of its rows is in the mix.
+        """
         notes = {}
         if self.context.config.policy == TASK_SCORE:
             notes = {g.name: f"no error-driven share: {g.unfit}" for g in self.context.groups if g.unfit}
@@ -146,6 +150,11 @@ class MixPlan:
                         f"its share was {task.wanted} rows, {task.num_candidates} can be drawn: scoring stopped "
                         f"({stopped[task.name]})"
                     )
+        is_kept = self._per_group(self.decisions.reason == Reason.KEPT)
+        for number, group in enumerate(self.context.groups):
+            if group.label is None and not is_kept[number]:
+                why = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped(number).items())
+                notes[group.name] = f"none of its rows is in the mix ({why})"
         return dict(sorted(notes.items()))
 
     def _per_group(self, is_chosen: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -304,6 +304,20 @@ def test_contamination_gate(action, rows, scores, tmp_path):
     assert f"Action: `{action}`" in (result.folder.local / "README.md").read_text()
 
 
+def test_a_source_of_which_nothing_is_left_is_named(scores, outside, tmp_path):
+    """Such as openbookqa and cnn_dailymail of the shipped settings, which are evaluations themselves."""
+    source = {**outside, "name": "openbookqa.copy"}
+    gate = {"action": "drop"}
+    result = mix(config(scores, tmp_path / "m", contamination=gate, sources=[source, outside]))
+    why = "none of its rows is in the mix (72 contaminated_family, 8 llm_written)"
+    assert result.manifest["notes"] == {"openbookqa.copy": why}
+    assert f"- openbookqa.copy: {why}" in (result.folder.local / "README.md").read_text()
+    notes = {row["task"]: row["note"] for row in read(result.folder.local, "tasks.parquet")}
+    assert notes["openbookqa.copy"] == why and notes["notes"] is None
+    kept = mix(config(scores, tmp_path / "k", contamination=gate | {"families": {"openbookqa": []}}, sources=[source]))
+    assert kept.manifest["notes"] == {} and kept.manifest["contamination"]["found"] == {}
+
+
 def test_near_duplicates(rows, tmp_path):
     base = "a fairly long question about how rivers change their course over many hundred years of erosion and rain"
     twins = [
