@@ -28,6 +28,8 @@ class AdapterFolder:
     rank: int
     fingerprint: str
     run: dict[str, Any]
+    settings: dict[str, Any]  # of its adapter_config.json
+    modules: list[str]  # names of the adapted modules inside a layer (q_proj), sorted
 
 
 def find_adapter(given: str, model: Model, option: str = "--adapter") -> AdapterFolder:
@@ -69,7 +71,9 @@ def find_adapter(given: str, model: Model, option: str = "--adapter") -> Adapter
     if other := other or _misfit(path / ADAPTER_WEIGHTS, model):
         raise ConfigError(f"{option} {given}: made for another model than {model.name}: {other}")
     name = path.parent.name if path.name == ADAPTER_FOLDER else path.name
-    return AdapterFolder(name, path, place or str(path), settings["r"], adapter_fingerprint(path), run)
+    adapted = {_module(tensor).rpartition(".")[2] for tensor in _lora_shapes(path / ADAPTER_WEIGHTS)}
+    fingerprint = adapter_fingerprint(path)
+    return AdapterFolder(name, path, place or str(path), settings["r"], fingerprint, run, settings, sorted(adapted))
 
 
 def adapter_fingerprint(folder: Path) -> str:
@@ -81,15 +85,25 @@ def adapter_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def _lora_shapes(weights: Path) -> dict[str, list[int]]:
+    """Shapes of an adapter's matrices, by the tensor's name; reads the file's header only."""
+    shapes = read_shapes(weights, str(weights.parent))
+    return {name: shape for name, shape in shapes.items() if re.search(r"\.lora_[AB]\.weight$", name)}
+
+
+def _module(tensor: str) -> str:
+    """The model's module that an adapter's matrix belongs to."""
+    return tensor.removeprefix("base_model.model.").rpartition(".lora_")[0]
+
+
 def _misfit(weights: Path, model: Model) -> str | None:
     """Why an adapter's matrices don't fit the model's, or None. Reads the headers of the safetensors only."""
-    shapes = read_shapes(weights, str(weights.parent))
-    lora = {name: shape for name, shape in shapes.items() if re.search(r"\.lora_[AB]\.weight$", name)}
+    lora = _lora_shapes(weights)
     tensors: dict[str, list[int]] = {}
     for file in model.path.glob("*.safetensors"):
         tensors |= read_shapes(file, str(model.path))
     modules = {name.rpartition(".")[0] for name in tensors}
-    adapted = {name: name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in lora}
+    adapted = {name: _module(name) for name in lora}
     if lora and modules and modules.isdisjoint(adapted.values()):
         return f"the model has none of its modules (first: {next(iter(adapted.values()))})"
     for name, module in adapted.items():

@@ -146,13 +146,15 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
         _score(setup, plan, run, progress)
         result = _finish(setup, plan, run)
         if config.engine.backend == "vllm":
-            asked = len(plan.tasks) * (config.tasks.instances_per_task or plan.num_rows)
-            asked *= len(setup.models) * len(config.prompt_formats)
-            more = {"asked_fraction": result.manifest["rows"]["planned"] / asked}  # the mix considered the others
-            keep_figures(
-                figures_key(STEP.name, config), run.sessions()[num_earlier:], time.monotonic() - started, **more
-            )
+            sessions, fraction = run.sessions()[num_earlier:], asked_fraction(plan, config.tasks.instances_per_task)
+            seconds = time.monotonic() - started
+            keep_figures(figures_key(STEP.name, config), sessions, seconds, asked_fraction=fraction)
         return result
+
+
+def asked_fraction(plan: ScorePlan, most: int | None) -> float:
+    """Rows that are asked / rows that would be, `most` of each task, had no mix considered any of them."""
+    return plan.num_rows / sum(min(task.num_available, most or task.num_available) for task in plan.tasks)
 
 
 def _earlier_comparisons(folder: Folder) -> list[dict[str, Any]]:

@@ -22,7 +22,8 @@ class LoraSettings(Settings):
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r): larger ranks learn more")
     use_dora: bool = Field(False, description="train the size of each weight column apart from its direction; slower")
     from_adapter: str | None = Field(
-        None, description="adapter folder to continue from (of the same base model); its r, alpha and modules count"
+        None,
+        description="adapter folder to continue from (of the same base model); its modules, alpha, dropout count",
     )
 
 

@@ -152,9 +152,10 @@ def prepare(
 ) -> dict[str, Packing]:
     """Tokenised samples and packs of a mix's `train` and `eval` in `folder`; figures by split. See `load_packs`.
 
-    `eval` is made of the first rows of the mix's `eval_split`: `num_eval_rows`, or as many as the settings say. Files
-    of an earlier session are used again. Raises ConfigError when nothing fits the sequence length, no token has a loss,
-    or a split is empty; ModelError for a tokenizer without the chat template that the settings ask for.
+    `eval` is made of the first rows of the mix's `eval_split`, as many as the settings say; with `num_eval_rows`, of
+    the first so many that fit. Files of an earlier session are used again. Raises ConfigError when nothing fits the
+    sequence length, no token has a loss, or a split is empty; ModelError for a tokenizer without the chat template that
+    the settings ask for.
     """
     figures_file = folder / FIGURES_FILE
     if figures_file.exists():
@@ -164,10 +165,10 @@ def prepare(
     figures = {}
     chat = read_template(tokenizer, config.prompt.format, config.prompt.chat_template_arguments)
     splits = {
-        "train": (None, min(math.ceil(config.epochs), MAX_LAYOUTS)),
-        "eval": (num_eval_rows or config.evaluation.num_rows, 1),
+        "train": (None, None, min(math.ceil(config.epochs), MAX_LAYOUTS)),
+        "eval": (None if num_eval_rows else config.evaluation.num_rows, num_eval_rows, 1),
     }
-    for split, (limit, num_layouts) in splits.items():
+    for split, (limit, most, num_layouts) in splits.items():
         source = open_folder(mix)
         name = f"{eval_split if split == 'eval' else split}.parquet"
         file, table = source.at(name), source.read_table(name, columns=text_columns(chat=chat is not None))
@@ -175,7 +176,7 @@ def prepare(
             hint = "; make the mix with eval_fraction above 0, the best adapter is chosen by its loss there"
             raise ConfigError(f"{file}: no rows{hint * (split == 'eval')}")
         table = table.slice(0, limit) if limit else table
-        samples, num_long = _tokenise(split, table, tokenizer, config.batch, progress, chat)
+        samples, num_long = _tokenise(split, table, tokenizer, config.batch, progress, chat, most)
         lengths = np.diff(samples["input_ids"].combine_chunks().offsets.to_numpy())
         layouts = make_layouts(lengths.tolist(), config.batch.sequence_length, config.seed, num_layouts)
         _write(folder / f"{split}.arrow", samples)
@@ -196,6 +197,11 @@ def prepare(
             raise ConfigError(f"{file}: no token of any answer is left to train on; its answers are empty or cut off")
     write_json(figures_file, {split: asdict(one) for split, one in figures.items()})
     return figures
+
+
+def count_steps(num_packs: int, batch: BatchSettings) -> int:
+    """Optimizer steps in an epoch; the last one may see fewer packs than the others."""
+    return math.ceil(math.ceil(num_packs / batch.micro) / batch.accumulation)
 
 
 def load_packs(folder: Path, split: str) -> PackedSamples:
@@ -255,8 +261,9 @@ def _tokenise(
     batch: BatchSettings,
     progress: Callable[[str], None],
     chat: ChatTemplate | None,
+    most: int | None,
 ) -> tuple[pa.Table, int]:
-    """(samples that fit, number of rows over the sequence length)."""
+    """(samples that fit, number of rows over the sequence length); it ends at the first `most` that fit."""
     samples: list[pa.Table] = []  # of each batch: as Python's numbers all rows would take several times the memory
     num_done, num_long, shortest = 0, 0, None
     length = batch.sequence_length
@@ -270,6 +277,8 @@ def _tokenise(
                     continue
             fitting.append({"input_ids": ids[:length], "loss_start": start})
         samples.append(pa.Table.from_pylist(fitting, schema=SAMPLES))
+        if most and sum(map(len, samples)) >= most:
+            return pa.concat_tables(samples).slice(0, most).combine_chunks(), num_long
         num_done += rows.num_rows
         progress(f"tokenised {num_done:,} of {table.num_rows:,} {split} rows")
     if not any(map(len, samples)):

@@ -28,7 +28,7 @@ from birbal_ray.train import files
 from birbal_ray.train.attention import choose_attention
 from birbal_ray.train.checkpoints import Remote, latest_checkpoint, read_metrics
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.data import load_packs
+from birbal_ray.train.data import count_steps, load_packs
 from birbal_ray.train.deadline import Clock
 from birbal_ray.train.self_check import apply_kernels, check_model
 from birbal_ray.train.trainer import ENDS, BudgetTrainer, Outcome, PackDataset, compute_dtype
@@ -277,8 +277,8 @@ class SftCallback(TrainerCallback):
 
     def _write_status(self, state: Any) -> None:
         deadline = self._trainer.deadline
-        steps_per_epoch = state.max_steps / state.num_train_epochs if state.num_train_epochs else state.max_steps
         settings = self._trainer.settings
+        steps_per_epoch = count_steps(len(self._trainer.train_dataset), settings.batch)
         every = settings.evaluation.every_steps, settings.checkpoint.every_steps
         forecast = deadline.forecast(state.global_step, steps_per_epoch, *every)
         status = {"step": state.global_step, "max_steps": state.max_steps, "epoch": state.epoch or 0.0}

@@ -175,10 +175,14 @@ class TuneConfig(Settings):
         for name in self.search.source_fractions:
             if not limits.get(name):
                 raise ValueError(f"search.source_fractions.{name}: give mix.sources a source {name!r} with max_rows")
-        if sum(range_.high for range_ in self.search.source_fractions.values()) >= 1:
-            raise ValueError("search.source_fractions: the highs must sum to less than 1, tasks need the rest")
-        if not (self.search.gamma or self.search.exact_match_fraction or self.search.failed_first or limits):
-            raise ValueError("search: no ratio is searched")
+        searched = self.search.source_fractions
+        kept = sum(rows or 0 for name, rows in limits.items() if name not in searched) / max(1, num_rows(self.mix))
+        if sum(range_.high for range_ in searched.values()) + kept >= 1:
+            others = f", beside the {kept:.3g} of the sources that are not searched" if kept else ""
+            raise ValueError(f"search.source_fractions: the highs must sum to less than 1{others}; tasks need the rest")
+        ratios = self.search.gamma, self.search.exact_match_fraction, self.search.failed_first, searched
+        if self.num_trials and not any(ratios):
+            raise ValueError("search: no ratio is searched; name a range, or set num_trials=0 and compare mixes")
         for name, changes in self.mixes.items():
             if name in (*BASELINES, BASE_MODEL) or name.startswith(("search-", "predicted")) or "/" in name:
                 raise ValueError(f"mixes.{name}: a trial has this name already, or can't have it; choose another")
@@ -219,6 +223,12 @@ class TuneConfig(Settings):
     def num_transfers(self) -> int:
         """Longer trials, at most."""
         return (1 + len(self.baselines)) * self.transfer.seeds if self.transfer.factor else 0
+
+
+def num_rows(mix: MixConfig) -> int:
+    """Rows of every trial's mix: what `mix` asks for in all."""
+    sources = sum(source.max_rows or 0 for source in mix.sources)
+    return mix.task_score.exact_match_budget + mix.task_score.generation_budget + sources
 
 
 def changed_mix(mix: MixConfig, changes: Mapping[str, Any]) -> MixConfig:

@@ -17,10 +17,10 @@ from birbal_ray.run import Run, RunError, RunFailedError, Step, StepResult, open
 from birbal_ray.settings import ConfigError, require, sha256_of
 from birbal_ray.storage import Folder, absolute, input_folder
 from birbal_ray.train.config import TrainResources
-from birbal_ray.tune.config import TuneConfig, file_group
+from birbal_ray.tune.config import TuneConfig, file_group, num_rows
 from birbal_ray.tune.records import TRIALS_FOLDER, mix_yaml, read_results, table_of, trial_file, write_spec
 from birbal_ray.tune.scheduler import BASE, BASE_MODEL, FAILED, FINISHED, TRANSFER, TrialScheduler
-from birbal_ray.tune.space import num_rows, searched_ratios
+from birbal_ray.tune.space import searched_ratios
 from birbal_ray.tune.stats import (
     by_name,
     compare_seeds,
@@ -64,9 +64,10 @@ class TuneResult(StepResult):
     """What a search left: its folder and its manifest."""
 
 
-def tune(config: TuneConfig, *, overwrite: bool = False) -> TuneResult:
+def tune(config: TuneConfig, *, overwrite: bool = False, retry_failed: bool = True) -> TuneResult:
     """Search, or go on with a search, in `config.output`.
 
+    Of a finished search, trials that failed without diverging run once more, with `retry_failed`.
     Raises ConfigError (settings, scores, another run's folder), ModelError, RunError (the search broke
     off or every trial failed; trials that ended are kept and the same command goes on).
     """
@@ -77,9 +78,11 @@ def tune(config: TuneConfig, *, overwrite: bool = False) -> TuneResult:
     output = require(config.output, "--output")
     with open_run(output, STEP, identity, inputs=inputs, overwrite=overwrite) as run:
         if before := run.manifest:
-            # A search that its budget cut short goes on when it gets a larger one.
-            had = before.get("budget") if before.get("cut_short") else None
-            if not run.changes and (had is None or (config.budget or math.inf) <= had):
+            if before.get("cut_short"):  # it goes on when it gets a larger budget
+                goes_on = (config.budget or math.inf) > (before.get("budget") or math.inf)
+            else:
+                goes_on = retry_failed and bool(before.get("failed"))
+            if not run.changes and not goes_on:
                 progress.message(f"{run.folder} is up to date; nothing to do")
                 return TuneResult(run.folder, before)
             if run.changes:
@@ -235,6 +238,7 @@ def _finish(scheduler: TrialScheduler, run: Run, progress: ProgressLine) -> Tune
         [scheduler.results[key] for key in sorted(scheduler.results)],
     )
     failed = [result for result in results if result.status == FAILED]
+    unended = {spec.key for spec in read_results(folder)[1]}
     for result in failed:
         log = folder.at(trial_file(result.spec, LOG_FILE))
         progress.message(f"trial {result.spec.key} failed: {result.error} (log: {log})")
@@ -298,6 +302,7 @@ def _finish(scheduler: TrialScheduler, run: Run, progress: ProgressLine) -> Tune
         "base_objective": base.objective if base else None,
         "left_out": scheduler.left_out or None,
         "cut_short": cut_short or None,
+        "failed": [result.spec.key for result in failed if result.spec.key in unended],  # a diverged one has ended
         "budget": config.budget,
         "added": [line for session in run.sessions() for line in session.get("added", [])],
         "unfilled": {"trials": len(unfilled), "most_rows": max((r.num_unfilled for r in unfilled), default=0)},

@@ -11,7 +11,7 @@ import numpy as np
 
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.settings import ConfigError
-from birbal_ray.tune.config import SearchSettings
+from birbal_ray.tune.config import SearchSettings, num_rows
 
 SOURCE_PREFIX = "source:"
 
@@ -46,12 +46,6 @@ def searched_ratios(search: SearchSettings) -> list[Ratio]:
         Ratio(f"{SOURCE_PREFIX}{name}", range_.low, range_.high)
         for name, range_ in sorted(search.source_fractions.items())
     ]
-
-
-def num_rows(mix: MixConfig) -> int:
-    """Rows of every trial's mix: what `mix` asks for in all."""
-    sources = sum(source.max_rows or 0 for source in mix.sources)
-    return mix.task_score.exact_match_budget + mix.task_score.generation_budget + sources
 
 
 def ratios_of(mix: MixConfig) -> dict[str, float]:

@@ -148,6 +148,8 @@ def describe_result(manifest: dict[str, Any]) -> list[str]:
     weights = ", ".join(f"{group} × {weight:g}" for group, weight in manifest["weights"].items())
     lines += [f"loss: mean over the groups {weights}"] if weights else []
     lines += [manifest[key] for key in ("left_out", "cut_short") if manifest[key]]
+    if failed := manifest.get("failed"):
+        lines.append(f"failed: {', '.join(failed)}; the same command runs them once more")
     if added := manifest.get("added"):
         lines.append(f"added when results were known, for which no interval allows: {'; '.join(added)}")
     if manifest["unfilled"]["trials"]:

@@ -148,9 +148,13 @@ def test_nothing_at_a_url_is_deleted_because_it_is_absent_here(tiny_model, tiny_
 
 
 def test_continuing_from_an_adapter_starts_where_it_ended(tiny_model, tiny_mix, tmp_path):
-    first = train(tiny_mix, tiny_model, tmp_path / "first")
+    own = {"lora.target_modules": ["q_proj", "v_proj"], "lora.alpha": 6}
+    first = train(tiny_mix, tiny_model, tmp_path / "first", **own)
     changes = {"lora.from_adapter": str(tmp_path / "first"), "max_steps": 4}
     second = train(tiny_mix, tiny_model, tmp_path / "second", **changes)
+    assert second.manifest["settings"]["lora"] == first.manifest["settings"]["lora"] | {
+        "from_adapter": str(tmp_path / "first" / "adapter")
+    }, "what the adapter is counts, not what the settings say"
     start, end = second.manifest["result"]["base_eval_loss"], first.manifest["result"]["best_eval_loss"]
     assert start == pytest.approx(end, rel=1e-4)
     with pytest.raises(ConfigError, match=r"its r is 4; pass --set lora.r=4"):
@@ -200,11 +204,16 @@ def test_the_clock_goes_to_the_url_with_the_status(tmp_path):
     added = []
     deadline = Deadline(100.0, 10, Clock(tmp_path / "clock.json"))
     remote = SimpleNamespace(add=lambda *names: added.extend(names))
-    trainer = SimpleNamespace(folder=tmp_path, remote=remote, settings=TrainConfig(), deadline=deadline)
-    state = SimpleNamespace(global_step=3, max_steps=10, num_train_epochs=1, epoch=0.3)
+    deadline.step_took(1.0)
+    deadline.total_steps = 10
+    # 2.5 epochs of 32 packs, 8 a step: transformers counts three.
+    about = {"settings": TrainConfig(epochs=2.5), "train_dataset": range(32)}
+    trainer = SimpleNamespace(folder=tmp_path, remote=remote, deadline=deadline, **about)
+    state = SimpleNamespace(global_step=3, max_steps=10, num_train_epochs=3, epoch=0.75)
     sft.SftCallback(trainer, lambda line: None)._write_status(state)
     assert {"status.json", "clock.json"} <= set(added)
-    assert json.loads((tmp_path / "status.json").read_text())["step"] == 3
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["step"], status["forecast"]["epochs"]) == (3, 2.5)
 
 
 def test_a_best_adapter_that_is_not_whole_does_not_keep_others_from_being_saved(tmp_path):

@@ -71,6 +71,19 @@ def test_nor_while_a_further_model_is_not_finished(config, asked, tmp_path):
         asked(wider.replace({"primary.model": "other"}))
 
 
+@pytest.mark.parametrize(
+    ("most", "fraction"), [(None, (90 + 12) / 112), (50, (50 + 12) / 62), (12, 1.0), (99, 102 / 111)]
+)
+def test_the_fraction_that_is_asked_counts_each_task_with_what_it_can_give(most, fraction):
+    """Two tasks of 100 and 12 instances; a mix considered ten of the first."""
+    tasks = [
+        SimpleNamespace(num_available=available, num_instances=min(most or available, available - considered))
+        for available, considered in ((100, 10), (12, 0))
+    ]
+    plan = SimpleNamespace(tasks=tasks, num_rows=sum(task.num_instances for task in tasks))
+    assert step.asked_fraction(plan, most) == pytest.approx(fraction)
+
+
 def test_only_this_runs_folded_models_are_cleared_away(tmp_path, monkeypatch):
     """For runs at URLs they lie in the machine's cache, where another evaluation may be at work."""
     monkeypatch.setenv("BIRBAL_CACHE", str(tmp_path / "cache"))

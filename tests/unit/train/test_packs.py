@@ -63,6 +63,25 @@ def test_rows_become_samples_whatever_their_batches(mix, tmp_path, monkeypatch, 
     assert prepare(mix, tmp_path / "packed", None, config) == found, "used again"
 
 
+@pytest.mark.parametrize("batch_rows", [1, 3, 1000])
+def test_a_small_eval_split_takes_the_first_rows_that_fit(mix, tmp_path, monkeypatch, batch_rows):
+    monkeypatch.setattr(data, "BATCH_ROWS", batch_rows)
+    table = pq.read_table(mix / "eval.parquet")
+    pq.write_table(table.take([6, 5, 0, 1, 2]), mix / "validation.parquet")  # the first two are too long
+    options = {"num_eval_rows": 2, "eval_split": "validation"}
+    found = prepare(mix, tmp_path / "packed", Characters(), of_length(9), **options)
+    assert (found["eval"].num_samples, found["eval"].num_long, found["train"].num_samples) == (2, 2, 5)
+    assert sum(sum(pack["seq_lengths"]) for pack in load_packs(tmp_path / "packed", "eval")) == 5 + 6
+
+
+@pytest.mark.parametrize(
+    ("num_packs", "micro", "accumulation", "steps"), [(16, 2, 4, 2), (17, 2, 4, 3), (20, 1, 8, 3), (1, 2, 4, 1)]
+)
+def test_an_epochs_steps_are_those_of_the_trainer(num_packs, micro, accumulation, steps):
+    batch = TrainConfig(batch={"micro": micro, "accumulation": accumulation}).batch
+    assert data.count_steps(num_packs, batch) == steps
+
+
 def test_rows_that_all_are_too_long_name_the_length_to_set(mix, tmp_path):
     with pytest.raises(ConfigError, match=r"no train row fits \(the shortest has 5 tokens\); set it to 5 or more"):
         prepare(mix, tmp_path / "packed", Characters(), of_length(4))

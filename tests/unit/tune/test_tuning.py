@@ -23,7 +23,7 @@ from birbal_ray.run import RUN_FILE, Run, RunFailedError, RunMismatchError, Step
 from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.storage import open_folder
 from birbal_ray.tune import run as tune_run
-from birbal_ray.tune.config import TuneConfig
+from birbal_ray.tune.config import TuneConfig, num_rows
 from birbal_ray.tune.records import (
     MIX_FILE,
     RESULT_FILE,
@@ -48,7 +48,7 @@ from birbal_ray.tune.scheduler import (
     TrialSpec,
     best_so_far,
 )
-from birbal_ray.tune.space import baseline_mix, mix_of, num_rows, predicted_best, ratios_of
+from birbal_ray.tune.space import baseline_mix, mix_of, predicted_best, ratios_of
 from birbal_ray.tune.stats import (
     by_name,
     compare_seeds,
@@ -447,6 +447,23 @@ def test_failed_first_off_draws_as_they_come(scores, tmp_path):
         ),
         ({"transfer": {"factor": 4}, "repeats": {"top": 0}}, "transfer.factor needs repeats.top"),
         (
+            {
+                "search": {"gamma": None, "exact_match_fraction": None, "failed_first": False},
+                "mix": {"sources": [{"name": "lima", "max_rows": 100}]},
+            },
+            "search: no ratio is searched",
+        ),
+        (
+            {
+                "search": {"source_fractions": {"quac": {"low": 0, "high": 0.5}}},
+                "mix": {
+                    "task_score": {"exact_match_budget": 20, "generation_budget": 10},
+                    "sources": [{"name": "lima", "max_rows": 60}, {"name": "quac", "max_rows": 10}],
+                },
+            },
+            "less than 1, beside the 0.6 of the sources that are not searched",
+        ),
+        (
             {"baselines": ["uniform"], "repeats": {"primary": "proportional"}},
             "repeats.primary=proportional is not among",
         ),
@@ -679,28 +696,36 @@ def test_a_dry_run_prints_trials_hours_and_costs(scores, tmp_path, monkeypatch):
 
 @pytest.fixture
 def tuned(scores, tmp_path, monkeypatch):
-    """tuned(**changes) calls `tune` on a made-up model, without Ray: the keys of the trials it ran, its manifest."""
+    """tuned(**changes) calls `tune` on a made-up model, without Ray: the keys of the trials it ran, its manifest.
+
+    Trials whose keys are in `tuned.broken` fail as those do whose process died.
+    """
     monkeypatch.setenv("BIRBAL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tune_run, "resolve_model", lambda *arguments: Model("proxy", tmp_path, None, "f"))
 
     def search(scheduler, folder, trainable, options, progress, run):
         while (spec := scheduler.next()) is not None:
+            ran.append(spec.key)
+            if spec.key in broken:
+                scheduler.tell(TrialResult(spec, FAILED, None, error="out of memory"))
+                continue
             result = timed_result(spec)
             write_result(folder, result)
             scheduler.tell(result)
-            ran.append(spec.key)
 
     ran: list[str] = []
+    broken: set[str] = set()
     monkeypatch.setattr(tune_run, "search", search)
     monkeypatch.setattr(tune_run, "draw_seeds", lambda *arguments: b"PNG")
 
-    def call(**changes):
+    def call(*, retry_failed=True, **changes):
         settings = {"num_trials": 0, "baselines": ["proportional"], "mixes": {"steep": STEEP}}
         settings |= {"repeats": {"top": 0, "seeds": 2}, "scores": str(scores), "output": str(tmp_path / "run")}
         ran.clear()
-        found = tune_run.tune(config_of(**{**settings, **changes}))
+        found = tune_run.tune(config_of(**{**settings, **changes}), retry_failed=retry_failed)
         return list(ran), found.manifest
 
+    call.broken = broken
     return call
 
 
@@ -730,6 +755,19 @@ def test_further_mixes_and_seeds_keep_every_trial_that_ended(tuned, tmp_path, ca
     assert any(line.startswith("added when results were known") for line in describe_result(manifest))
     assert tuned(**wider) == ([], manifest)
     assert "is up to date" in capsys.readouterr().err
+
+
+def test_a_failed_trial_of_a_finished_search_runs_once_more_for_each_call(tuned):
+    tuned.broken.add("steep-seed2")
+    _, manifest = tuned()
+    assert manifest["failed"] == ["steep-seed2"] and manifest["trials"] == {"finished": 4, "failed": 1}
+    assert "failed: steep-seed2; the same command runs them once more" in describe_result(manifest)
+    assert tuned(retry_failed=False) == ([], manifest), "a recipe whose mix is made asks for no other outcome"
+    assert tuned()[0] == ["steep-seed2"], "once"
+    tuned.broken.clear()
+    keys, manifest = tuned()
+    assert keys == ["steep-seed2"] and manifest["failed"] == [] and manifest["added"] == []
+    assert tuned() == ([], manifest)
 
 
 def test_a_killed_addition_goes_on(tuned, monkeypatch):
