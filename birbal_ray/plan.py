@@ -6,6 +6,7 @@ steps' dry runs print them one by one.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -115,7 +116,7 @@ def plan_recipe(config: PipelineConfig, gpu: str | None = None) -> list[StepPlan
     rest = None
     if budget:  # training gets what was not used before it, and leaves the later steps their shares
         used = sum(plans[step].planned_seconds for step in plans if step not in ("evaluate", "report"))
-        rest = budget - used - limits["evaluate"] - limits["report"]
+        rest = max(0.0, budget - used - limits["evaluate"] - limits["report"])
     rows, per_row = _mix_sizes(config, sizes)
     kept = {} if gpu else last_figures(rate_key(_on(config.train, gpu)))
     per_row = kept.get("tokens_per_row", per_row)
@@ -127,8 +128,10 @@ def plan_recipe(config: PipelineConfig, gpu: str | None = None) -> list[StepPlan
 
 def money(plans: Sequence[StepPlan], price_per_hour: float) -> tuple[float, float]:
     """(low, high) of the whole recipe on a card that costs `price_per_hour`."""
-    low = sum(min(one.low_seconds, one.limit_seconds or math.inf) for one in plans)
-    high = sum(min(one.high_seconds, one.limit_seconds or math.inf) for one in plans)
+    low, high = (
+        sum(seconds if one.limit_seconds is None else min(seconds, one.limit_seconds) for one, seconds in taken)
+        for taken in ([(one, one.low_seconds) for one in plans], [(one, one.high_seconds) for one in plans])
+    )
     return low / 3600 * price_per_hour, high / 3600 * price_per_hour
 
 
@@ -333,19 +336,20 @@ def _flop_per_token(config: TrainConfig) -> float:
 
 
 def least_seconds(config: PipelineConfig) -> dict[str, float]:
-    """The least that each step works in: its models loaded, and something done. Of the whole recipe: their sum.
+    """The least that each step works in: its models loaded, and something done.
 
     A search needs its baselines, one mix to compare with them, and the fresh seeds of all of these. It ends in time
-    with what it knows, so only a budget far below that is refused.
+    with what it knows, so only a budget far below that is refused; on a card without figures, none.
     """
     device = _device(config.score.engine.device, None)
     load = LOAD_SECONDS[device][0]
     engines = num_engines(config.evaluate, device)
     least = {"score": load + 10, "mix": 3.0, "train": load + 20, "evaluate": engines * load + 10, "report": 5.0}
     if config.search:
-        ((start, trial), _), _ = _trial_seconds(config.tune, None)
-        rounds = _rounds(config.tune, min(1, config.tune.num_trials), None)
-        least["tune"] = SEARCH_HASTE * (start + rounds * trial)
+        with contextlib.suppress(ConfigError):
+            ((start, trial), _), _ = _trial_seconds(config.tune, None)
+            rounds = _rounds(config.tune, min(1, config.tune.num_trials), None)
+            least["tune"] = SEARCH_HASTE * (start + rounds * trial)
     return least
 
 
@@ -449,9 +453,12 @@ def _device(asked: str, gpu: str | None) -> str:
 
 
 def _scale_speed(of_smollm2: tuple[float, float], device: str, model: str) -> Speed:
-    """What two CPU cores do per second, by the model's size. Raises ConfigError for a GPU: the card is not known."""
+    """What two CPU cores do per second, by the model's size. Raises ConfigError for a GPU: CARDS has no such card."""
     if device == "gpu":
-        raise ConfigError("the card is not known: --gpu NAME, or resources.accelerator_type (`birbal doctor` names it)")
+        raise ConfigError(
+            "the card is none of which figures are known; `birbal plan --gpu` and resources.accelerator_type take "
+            f"{', '.join(speeds.CARDS)}; a search also takes proxy.tokens_per_second"
+        )
     slower = SMOLLM2_WEIGHTS / num_weights(model)
     return Speed(of_smollm2[0] * slower, of_smollm2[1] * slower, "two CPU cores, SmolLM2-135M, scaled by weights")
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from birbal_ray.status import Row
 
 NOT_GIVEN = ""  # an address, after --cluster
-NUM_NAMED = 6  # nodes in a line of the text table
 WATCH_SECONDS, IDLE_LOOKS = 5.0, 4  # a pipeline pauses between two steps
 PLANNED_OUTPUT = "runs"  # of a plan without --output: nothing is written there
 
@@ -107,34 +106,29 @@ def _show_cluster(
 
 
 def print_cluster(nodes: list[Node], found: list[Placement], output_format: str) -> None:
-    """Two tables, an empty line between them; in JSON one object with `nodes` and `work`."""
+    """The nodes, and what each can run, as one table; in JSON one object with `nodes` and `work`."""
     if output_format == "json":
         work = [{**asdict(one), "nodes": [node.name for node in one.nodes]} for one in found]
         click.echo(json.dumps({"nodes": [asdict(node) for node in nodes], "work": work}, indent=1))
         return
-    print_table([_node_cells(node) for node in nodes], output_format)
-    click.echo()
-    rows = []
-    for one in found:
-        named = [f"{node.name} ({node.ip})" for node in one.nodes[:NUM_NAMED]]
-        more = [f"and {len(one.nodes) - NUM_NAMED} more"] if len(one.nodes) > NUM_NAMED else []
-        on = ", ".join([*named, *more]) or "none"
-        rows.append({"work": one.work, "wanted": one.wanted, "fits": "yes" if one.fits else "no", "nodes": on})
+    rows = [
+        {
+            "node": node.name,
+            "ip": node.ip,
+            "alive": "yes" if node.alive else "no",
+            "head": "yes" if node.head else "no",
+            "CPUs": f"{node.num_cpus:g}",
+            "GPUs": f"{node.num_gpus:g}",
+            "cards": " ".join(node.cards),
+            "memory": f"{node.memory_bytes / 2**30:.1f} GiB",
+            **{one.work: "yes" if node in one.nodes else "no" for one in found},
+            "labels": " ".join(f"{name.removeprefix('ray.io/')}={value}" for name, value in node.labels.items()),
+        }
+        for node in nodes
+    ]
     print_table(rows, output_format)
-
-
-def _node_cells(node: Node) -> dict[str, Any]:
-    return {
-        "node": node.name,
-        "ip": node.ip,
-        "alive": "yes" if node.alive else "no",
-        "head": "yes" if node.head else "no",
-        "CPUs": f"{node.num_cpus:g}",
-        "GPUs": f"{node.num_gpus:g}",
-        "cards": " ".join(node.cards),
-        "memory": f"{node.memory_bytes / 2**30:.1f} GiB",
-        "labels": " ".join(f"{name.removeprefix('ray.io/')}={value}" for name, value in node.labels.items()),
-    }
+    for one in found:
+        note(f"{one.work} wants {one.wanted}{': it fits' if one.fits else ''}")
 
 
 @click.command()
@@ -260,7 +254,7 @@ def print_plan(
         **({"card": "card"} if len(found) > 1 else {}),
         **{"step": "step", "work": "work"},
         "alone": lambda row: f"{duration(row['low_seconds'])} to {duration(row['high_seconds'])}",
-        "gets": lambda row: duration(row["limit_seconds"]) if row["limit_seconds"] else "all it takes",
+        "gets": lambda row: "all it takes" if row["limit_seconds"] is None else duration(row["limit_seconds"]),
         "planned": lambda row: duration(row["planned_seconds"]),
         "from": "source",
     }

@@ -200,13 +200,12 @@ def harness(
 
 
 @click.command()
-@click.option("--raw", type=FILE, metavar="FILE", help="Another table of teams; default: the eight published ones.")
 @click.option(
     "--add", multiple=True, type=FILE, metavar="FILE", help="A model's results to place; all compete with all."
 )
 @click.option("--leave-one-out", is_flag=True, help="Show how ranks and scores change when one team is left out.")
 @format_option
-def leaderboard(raw: Path | None, add: tuple[Path, ...], leave_one_out: bool, output_format: str) -> None:
+def leaderboard(add: tuple[Path, ...], leave_one_out: bool, output_format: str) -> None:
     """Rank teams by win rates over nine scenarios: open and hidden score, and the full score of both.
 
     Without options: the final leaderboard of the NeurIPS 2023 LLM Efficiency Challenge, RTX 4090
@@ -220,24 +219,18 @@ def leaderboard(raw: Path | None, add: tuple[Path, ...], leave_one_out: bool, ou
     """
     from birbal_ray.evaluate import leaderboard as board
 
-    teams = board.load_published() if raw is None else board.load_teams(raw)
-    added = board.load_added(add, teams)
-    everybody = {**teams, **added}
-    for file in add:
-        if remark := board.load_remark(file):
-            note(f"{file}: {remark}")
-    for name, what in board.missing_metrics(added if raw is None else everybody):
+    teams, places, notes = board.place_models(add)
+    for name, what in notes:
         note(f"{name}: {what}")
-    places = board.standings(everybody, added)
     for name, what in board.zeroed_scores(places):
         note(f"warning: {name}: {what}")
     if leave_one_out:
-        print_sensitivities(board.leave_one_out(everybody), output_format)
+        print_sensitivities(board.leave_one_out(teams), output_format)
         return
     rows = []
     for place in places:
         # On a screen, a column of "no" is noise; for programs the columns stay the same.
-        marked = {"added": place.added} if added or output_format != "text" else {}
+        marked = {"added": place.added} if add or output_format != "text" else {}
         scores = {name: getattr(place, name.lower()) for name in ("Score_open", "Score_hidden", "Score_full")}
         rows.append({"rank": place.rank, "team": place.team, **marked, **place.win_rates, **scores})
     print_table(rows, output_format)

@@ -114,12 +114,7 @@ def standings(teams: Teams, added: Collection[str] = ()) -> list[Standing]:
 
 
 def leave_one_out(teams: Teams) -> list[Sensitivity]:
-    """How far each team's place depends on who else takes part, in the order of the standings.
-
-    Raises ConfigError for fewer than two teams.
-    """
-    if len(teams) < 2:
-        raise ConfigError(f"--leave-one-out needs at least 2 teams, found {len(teams)}")
+    """How far the place of each of at least two teams depends on who else takes part, in the order of the standings."""
     reduced = {
         absent: {place.team: place for place in standings({team: teams[team] for team in teams if team != absent})}
         for absent in teams
@@ -175,53 +170,45 @@ def geometric_mean(rates: Sequence[float]) -> float:
     return math.exp(math.fsum(math.log(max(rate, SMALLEST)) for rate in rates) / len(rates))
 
 
-def load_published() -> dict[str, dict[str, float | None]]:
+def place_models(
+    files: Iterable[Path], folders: Mapping[Path, str] = {}
+) -> tuple[dict[str, Metrics], list[Standing], list[tuple[str, str]]]:
+    """(teams, their standings, what to know): the published teams, and the models of results files among them.
+
+    What to know: (team, sentence) of what the files say, and lack. Where a model's name is taken, what `folders` has
+    for its file is appended. Raises ConfigError for a name that is taken otherwise, and a file that can't be used.
+    """
+    teams: dict[str, Metrics] = dict(load_published())
+    added: dict[str, Metrics] = {}
+    notes = []
+    for file in files:
+        name, values, remark = load_results(file)
+        if name in teams and file in folders:
+            name += f" ({folders[file]})"
+        if name in teams:
+            raise ConfigError(f"{file}: team {name!r} is in the table already; give the model another name")
+        teams[name] = added[name] = values
+        notes += [(name, remark)] if remark else []
+    return teams, standings(teams, added), [*notes, *missing_metrics(added)]
+
+
+def load_published() -> dict[str, Metrics]:
     """The eight teams on the final leaderboard of the challenge's RTX 4090 track; the file names its source."""
-    return load_teams(Path(str(resources.files("birbal_ray.evaluate") / PUBLISHED_FILE)))
+    content = resources.files("birbal_ray.evaluate") / PUBLISHED_FILE
+    return {one["team"]: one["metrics"] for one in json.loads(content.read_text(encoding="utf-8"))["teams"]}
 
 
-def load_teams(file: Path) -> dict[str, dict[str, float | None]]:
-    """A table of teams: `{"teams": [{"team": …, "metrics": {…}}, …]}`, or pairs `[[team, {…}], …]`.
+def load_results(file: Path) -> tuple[str, Metrics, str]:
+    """One model, `{"team": …, "metrics": {…}}` → (name, values, what the file says of them: comparable or not, why).
 
-    Derived values (win rates, scores) are left out. Raises ConfigError that names file, team and metric.
+    Derived values (win rates, scores) are left out. Raises ConfigError that names file and metric.
     """
     content = _read_json(file)
-    entries = content.get("teams") if isinstance(content, dict) else content
-    if not isinstance(entries, list) or not entries:
-        raise ConfigError(f'{file}: expected {{"teams": [{{"team": …, "metrics": …}}, …]}} or [[team, metrics], …]')
-    teams: dict[str, dict[str, float | None]] = {}
-    for number, entry in enumerate(entries, 1):
-        if isinstance(entry, list) and len(entry) == 2:
-            entry = {"team": entry[0], "metrics": entry[1]}
-        name, values = _team(entry, f"{file}: entry {number}")
-        if name in teams:
-            raise ConfigError(f"{file}: team {name!r} is there twice")
-        teams[name] = values
-    return teams
-
-
-def load_results(file: Path) -> tuple[str, dict[str, float | None]]:
-    """One model, `{"team": …, "metrics": {…}}` → (name, values). Raises ConfigError like load_teams."""
-    return _team(_read_json(file), str(file))
-
-
-def load_remark(file: Path) -> str | None:
-    """What a results file says of itself: whether its figures compare with the published ones, and why."""
-    content = _read_json(file)
-    if not isinstance(content, dict) or not isinstance(content.get("comparable"), bool):
-        return None
-    return f"{'comparable' if content['comparable'] else 'not comparable'}: {content.get('note') or 'no reason given'}"
-
-
-def load_added(files: Iterable[Path], teams: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """The models of several results files. Raises ConfigError when a name repeats or is one of `teams`."""
-    added: dict[str, dict[str, float | None]] = {}
-    for file in files:
-        name, values = load_results(file)
-        if name in teams or name in added:
-            raise ConfigError(f"{file}: team {name!r} is in the table already; give the model another name")
-        added[name] = values
-    return added
+    name, values = _team(content, str(file))
+    remark = content.get("note") if isinstance(content.get("note"), str) else ""
+    if isinstance(content.get("comparable"), bool):
+        remark = f"{'comparable' if content['comparable'] else 'not comparable'}: {remark or 'no reason given'}"
+    return name, values, remark
 
 
 def _team(entry: object, where: str) -> tuple[str, dict[str, float | None]]:

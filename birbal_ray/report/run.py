@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,14 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from birbal_ray.evaluate.leaderboard import (
-    Standing,
-    load_added,
-    load_published,
-    missing_metrics,
-    standings,
-    zeroed_scores,
-)
+from birbal_ray.evaluate.leaderboard import place_models, zeroed_scores
 from birbal_ray.manifest import fill_template
 from birbal_ray.progress import duration
 from birbal_ray.report.conclusions import Conclusion, conclude, model_name, signed, words
@@ -48,7 +40,7 @@ def report(
     """Write `run`/report.html and its plots in `run`/report; with `output`, there and in {name}-plots beside it.
 
     `run` and `output` are paths or URLs. `added`: results files of models to be placed on the leaderboard;
-    those of `birbal harness` runs in `run` are placed, too. The same inputs give the same bytes.
+    those of `birbal harness` runs in `run` (--helm, too) are placed as well. The same inputs give the same bytes.
     Raises RunError (no finished step, a damaged file), ConfigError (options, results files).
     """
     if importlib.util.find_spec("matplotlib") is None:
@@ -62,9 +54,14 @@ def report(
     found = find_steps(open_folder(run))
     sections = {step: READERS[step](one) for step, one in found.finished.items()}
     conclusions = conclude(sections)
-    harness = [one.folder for one in found.others if one.step == "harness" and one.folder.is_file(RESULTS_FILE)]
-    results = [input_folder(run.at(RESULTS_FILE)) for run in harness if run.read_json(RESULTS_FILE).get("metrics")]
-    board, notes = rank_models([*results, *added])
+    measured = {
+        input_folder(one.folder.at(RESULTS_FILE)).resolve(): one.name
+        for one in found.others
+        if one.step in ("harness", "helm") and one.folder.is_file(RESULTS_FILE)
+        if one.folder.read_json(RESULTS_FILE).get("metrics")
+    }
+    _, board, notes = place_models(dict.fromkeys([*measured, *(file.resolve() for file in added)]), measured)
+    placed = {one.team for one in board if one.added}
     plots = draw(sections)
     page = render(
         plots,
@@ -72,7 +69,7 @@ def report(
         conclusions=conclusions,
         warnings=mismatches(found),
         board=[{**asdict(one), **{f"win_rate:{name}": rate for name, rate in one.win_rates.items()}} for one in board],
-        board_notes=notes,
+        board_notes=[f"{team}: {what}." for team, what in [*notes, *zeroed_scores(board)] if team in placed],
         times=read_times(open_folder(run)),
         **{step: sections.get(step) for step in READERS},
     )
@@ -84,21 +81,6 @@ def report(
     for file, data in {**files, name: page.encode()}.items():
         target.write_bytes(file, data)
     return ReportResult(target.at(name), target.at(pictures), conclusions, dict(found.missing))
-
-
-def rank_models(added: Sequence[Path]) -> tuple[list[Standing], list[str]]:
-    """The published teams with the added models among them, and what to know of these."""
-    added = list({file.resolve(): file for file in added}.values())
-    teams = load_published()
-    models = load_added(added, teams)
-    places = standings({**teams, **models}, models)
-    notes = []
-    for name, file in zip(models, added, strict=True):
-        if isinstance(remark := json.loads(file.read_text(encoding="utf-8-sig")).get("note"), str):
-            notes.append(f"{name}: {remark}.")
-    remarks = [*missing_metrics(models), *zeroed_scores(places)]
-    notes += [f"{name}: {what}." for name, what in remarks if name in models]
-    return places, notes
 
 
 def render(plots: Mapping[str, Plot], **values: Any) -> str:

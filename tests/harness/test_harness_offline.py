@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from birbal_ray.cli.main import main
 from birbal_ray.evaluate.benchmarks import BENCHMARKS, FILE
 from birbal_ray.evaluate.config import HarnessConfig
-from birbal_ray.evaluate.leaderboard import METRICS, load_added, load_published, standings
+from birbal_ray.evaluate.leaderboard import METRICS, place_models
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'birbal-ray[harness]'")
 
@@ -174,10 +174,9 @@ def test_figures_equal_own_log_likelihoods_and_are_not_measured_twice(tiny_model
     third = birbal(*command, "--task", "our_colours", "--benchmark", "truthfulqa", "--team", "renamed")
     assert third.exit_code == 0, third.output
     assert "up to date" in third.stderr
-    published = load_published()
-    team = load_added([out / "results.json"], published)
-    assert team == {"renamed": {"TruthfulQA - EM": pytest.approx(acc)}}
-    assert len(standings({**published, **team}, team)) == 9
+    teams, places, _ = place_models([out / "results.json"])
+    assert teams["renamed"] == {"TruthfulQA - EM": pytest.approx(acc)}
+    assert len(places) == 9
     assert birbal("leaderboard", "--add", out / "results.json").exit_code == 0
 
     other = birbal(*command, "--task", "our_colours", "--limit", 2)

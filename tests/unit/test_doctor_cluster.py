@@ -117,18 +117,20 @@ def test_dead_nodes_take_nothing():
 def test_the_tables_in_three_formats(capsys):
     nodes, found = nodes_of(cluster(8)), placements(cluster(8), ScoreConfig(), TrainConfig())
     print_cluster(nodes, found, "text")
-    text = capsys.readouterr().out
+    text, wanted = capsys.readouterr()
     assert "accelerator-type=A10G market-type=spot" in text
     assert "GeForce-RTX-4090" in text
-    assert "and 3 more" in text
+    assert [line.partition(" wants ")[0] for line in wanted.splitlines()] == ["score", "train"]
+    assert wanted.count(": it fits") == 2
     print_cluster(nodes, found, "json")
     values = json.loads(capsys.readouterr().out)
     assert [entry["ip"] for entry in values["nodes"]] == [n.ip for n in nodes]
     assert len(values["work"][0]["nodes"]) == 9
     print_cluster(nodes, found, "csv")
-    first, second = capsys.readouterr().out.split("\n\n")
-    assert [row["ip"] for row in csv.DictReader(io.StringIO(first))] == [n.ip for n in nodes]
-    assert [row["work"] for row in csv.DictReader(io.StringIO(second))] == ["score", "train"]
+    table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["ip"] for row in table] == [n.ip for n in nodes]
+    for one in found:
+        assert [row["node"] for row in table if row[one.work] == "yes"] == [n.name for n in nodes if n in one.nodes]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from click.testing import CliRunner
@@ -199,10 +200,35 @@ def test_what_cannot_be_planned_is_said_and_does_not_stop_the_run(tmp_path):
     (tmp_path / PLAN_FILE).write_text("{}")
     said = []
     pipeline.write_plan(config, open_folder(tmp_path), said.append)
-    assert said == [
-        "no plan: the card is not known: --gpu NAME, or resources.accelerator_type (`birbal doctor` names it)"
-    ]
+    (line,) = said
+    assert line.startswith("no plan: the card is none of which figures are known")
+    assert all(word in line for word in (*CARDS, "birbal plan --gpu", "proxy.tokens_per_second"))
     assert not (tmp_path / PLAN_FILE).exists()
+
+
+@pytest.mark.parametrize("budget", [None, 86_400.0])
+def test_a_search_on_a_card_without_figures_starts(tmp_path, monkeypatch, budget):
+    monkeypatch.setattr(pipeline, "source_problem", lambda source: "")
+    config = recipe("one-day-mistral-7b", tasks="sample-tasks", budget=budget)
+    config = config.replace({"tune.resources.accelerator_type": "RTX-A6000", "tune.proxy.tokens_per_second": None})
+    least = plan.least_seconds(config)
+    assert least.keys() == {"score", "mix", "train", "evaluate", "report"}
+    pipeline.check_recipe(config)
+    clock = pipeline.BudgetClock(open_folder(tmp_path), budget, config.shares, least)
+    assert clock.left("tune") == (8640.0 if budget else math.inf)
+    known = config.replace({"tune.proxy.tokens_per_second": 1000.0})
+    assert plan.least_seconds(known)["tune"] > 0
+
+
+def test_a_budget_of_seconds_leaves_no_step_less_than_nothing():
+    ran_before(config := recipe(budget=10.0))
+    plans = plan.plan_recipe(config)
+    assert all(one.limit_seconds is None or one.limit_seconds >= 0 for one in plans)
+    train = next(one for one in plans if one.step == "train")
+    assert train.limit_seconds == 0, "the mix alone takes more than is left"
+    assert train.planned_seconds == 0 and train.work.endswith("; 0 to 0 fit")
+    low, high = plan.money(plans, 3600.0)
+    assert 0 < low <= high <= sum(60 if one.limit_seconds is None else one.limit_seconds for one in plans)
 
 
 def test_a_pipeline_dry_run_prints_the_plan_and_refuses_what_cannot_work(tmp_path, monkeypatch):
@@ -256,7 +282,7 @@ def test_a_dry_run_says_the_hours_of_the_plan():
     ):
         assert steps[step].hours in plan.describe_hours(made)
     said = plan.describe_hours(lambda: plan.plan_score(recipe(device="gpu").score))
-    assert said.startswith("no estimate of time: the card is not known")
+    assert said.startswith("no estimate of time: the card is none of which figures are known")
 
 
 def test_the_day_with_an_instruct_model_asks_by_its_template_everywhere():

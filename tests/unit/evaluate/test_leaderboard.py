@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from birbal_ray.cli.main import main
 from birbal_ray.evaluate import leaderboard as board
-from birbal_ray.evaluate.leaderboard import DERIVED, load_published, load_results, load_teams
+from birbal_ray.evaluate.leaderboard import DERIVED, load_published, load_results
 from tests.conftest import examples
 
 STEREOTYPES = "sam_sum - Stereotypes (race)"
@@ -117,8 +117,6 @@ def test_one_team_beats_nobody():
     assert place.rank == 1
     assert set(place.win_rates.values()) == {0}
     assert place.score_full < 1e-300
-    with pytest.raises(ValueError, match="at least 2 teams, found 1"):
-        board.leave_one_out({"alone": team(0.9)})
 
 
 def test_equal_teams_share_a_rank():
@@ -148,7 +146,7 @@ def test_placing_a_model_marks_it_and_refuses_a_name_twice(write):
     places = board.standings({"a": team(0.9), "b": team(0.1), "mine": team(0.5)}, ["mine"])
     assert [(place.team, place.added) for place in places] == [("a", False), ("mine", True), ("b", False)]
     with pytest.raises(ValueError, match="'a' is in the table already"):
-        board.load_added([write({"team": "a", "metrics": {}})], {"a": team(0.9)})
+        board.place_models([write({"team": "a", "metrics": {}}), write({"team": "a", "metrics": {}}, "b.json")])
 
 
 # --- what holds for every table ---
@@ -356,26 +354,29 @@ def test_leave_one_out_on_the_command_line():
     assert table[0]["Score_full without teja1729"]
 
 
-def test_another_table_in_both_layouts(write):
-    pairs = [["a", {"MMLU - EM": 0.5, "MMLU Mean Win Rate": 7, "Score_full": "?"}], ["b", {"MMLU - EM": 0.4}]]
-    objects = {"source": "ours", "teams": [{"team": name, "metrics": metrics} for name, metrics in pairs]}
-    assert load_teams(write(pairs)) == load_teams(write(objects)) == {"a": {"MMLU - EM": 0.5}, "b": {"MMLU - EM": 0.4}}
-    result = run("--raw", write(pairs), "--format", "json")
-    assert [(row["team"], row["BBQ"]) for row in json.loads(result.stdout)] == [("a", 1 / 4), ("b", 1 / 4)]
-    assert "a: 30 of 31 metrics missing" in result.stderr
-
-
-def test_the_published_file_itself_can_be_given(shared_data):
-    given = json.loads(run("--raw", shared_data / "leaderboard_4090.json", "--format", "json").stdout)
-    ours = json.loads(run("--format", "json").stdout)
-    assert [row["Score_full"] for row in given] == [row["Score_full"] for row in ours]
-
-
 def test_results_are_read_as_numbers(write):
     assert load_results(write('\ufeff{"team": "x", "metrics": {"BBQ - EM": 1}, "note": "ours"}')) == (
         "x",
         {"BBQ - EM": 1.0},
+        "ours",
     )
+    derived = {"BBQ - EM": 1, "BBQ Mean Win Rate": 7, "Score_full": "?"}
+    assert load_results(write({"team": "x", "metrics": derived})) == ("x", {"BBQ - EM": 1.0}, "")
+    for comparable, text in ((True, "comparable: by HELM"), (False, "not comparable: by HELM")):
+        file = write({"team": "x", "metrics": {}, "comparable": comparable, "note": "by HELM"})
+        assert load_results(file)[2] == text
+        assert f"x: {text}" in run("--add", file).stderr.splitlines()
+    assert (
+        load_results(write({"team": "x", "metrics": {}, "comparable": False}))[2] == "not comparable: no reason given"
+    )
+
+
+def test_a_name_that_is_taken_gets_its_folder_s(write):
+    files = [write({"team": "x", "metrics": {}}, f"{number}.json") for number in range(3)]
+    teams, places, notes = board.place_models(files, {files[1]: "harness-few", files[2]: "helm"})
+    names = ["x", "x (harness-few)", "x (helm)"]
+    assert list(teams)[8:] == sorted(place.team for place in places if place.added) == names
+    assert [team for team, what in notes if what.startswith("31 of 31 metrics missing")] == names
 
 
 def result_of(metrics):
@@ -418,37 +419,11 @@ def test_bad_results_are_exit_code_2_with_one_line(write, content, reason):
     assert reason in line
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        ([], 'expected {"teams": '),
-        ({"teams": []}, 'expected {"teams": '),
-        ({"team": "x", "metrics": {}}, 'expected {"teams": '),
-        ("7", 'expected {"teams": '),
-        ([["a", {}], ["a", {}]], "team 'a' is there twice"),
-        ([["a", {}], ["b", {"BBQ - EM": 2}]], "entry 2: 'BBQ - EM' is 2, expected"),
-        ([["a", {}, {}]], "entry 1: expected"),
-        ([["a", {"BBQ": 0.5}]], "entry 1: unknown metric 'BBQ' (nearest: 'BBQ - EM')"),
-    ],
-)
-def test_bad_tables_are_exit_code_2_with_one_line(write, content, reason):
-    file = write(content)
-    result = run("--raw", file)
-    assert result.exit_code == 2, result.output
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith(f"error: {file}: ")
-    assert reason in line
-
-
 def test_absent_files_and_repeated_models_are_exit_code_2(write, tmp_path):
-    for arguments in (["--add", tmp_path / "absent.json"], ["--raw", tmp_path / "absent.json"]):
-        result = run(*arguments)
-        assert (result.exit_code, "absent.json: no such file" in result.stderr) == (2, True)
+    result = run("--add", tmp_path / "absent.json")
+    assert (result.exit_code, "absent.json: no such file" in result.stderr) == (2, True)
     assert run("--add", tmp_path).exit_code == 2
     mine = write(result_of({}))
     result = run("--add", mine, "--add", mine)
     assert result.exit_code == 2
     assert "team 'x' is in the table already" in result.stderr
-    result = run("--raw", write([["a", {}]], "one.json"), "--leave-one-out")
-    assert result.exit_code == 2
-    assert "needs at least 2 teams, found 1" in result.stderr

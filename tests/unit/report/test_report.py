@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from birbal_ray.adapters import adapter_fingerprint
 from birbal_ray.cli.main import main
 from birbal_ray.evaluate.leaderboard import METRICS
+from birbal_ray.manifest import FORMAT
 from birbal_ray.report.conclusions import conclusion_of
 from birbal_ray.report.plots import draw
 from birbal_ray.report.run import report
@@ -426,14 +427,20 @@ def test_an_evaluation_without_a_mix_is_not_called_held_out(copy, without_plots)
 
 
 def test_results_of_the_harness_are_placed_with_their_caveat(copy, without_plots):
-    for name, metrics in (("harness-base", {}), ("harness-adapter", {"MMLU - EM": 0.4})):
-        results = {"team": name, "metrics": metrics, "note": "an indication"}
+    runs = {
+        **{"harness-base": ("harness", {}, False), "harness-adapter": ("harness", {"MMLU - EM": 0.4}, False)},
+        **{"harness-few": ("harness", {"MMLU - EM": 0.3}, False), "helm": ("helm", {"MMLU - EM": 0.4}, True)},
+    }
+    for name, (step, metrics, comparable) in runs.items():
+        results = {"team": "mine", "metrics": metrics, "note": "an indication", "comparable": comparable}
         write_json(copy / name / "results.json", results)
-        write_json(copy / name / MANIFEST_FILE, {"step": "harness", "identity": {}, "identity_hash": name})
+        write_json(copy / name / MANIFEST_FILE, {"step": step, "identity": {}, "identity_hash": name, "format": FORMAT})
     result = report(copy, added=[copy / "harness-adapter" / "results.json"])
     page = Page(Path(result.file).read_text(encoding="utf-8"))
-    assert len(page.rows("leaderboard")) == 9  # the run without a metric has no place
-    assert "harness-adapter: an indication." in page.text
+    placed = [cells["team"][0] for cells in page.rows("leaderboard") if cells["team"][0].startswith("mine")]
+    assert sorted(placed) == ["mine", "mine (harness-few)", "mine (helm)"]  # the run without a metric has no place
+    assert "mine: not comparable: an indication." in page.text
+    assert "mine (helm): comparable: an indication." in page.text
     assert "harness-base/manifest.json" in page.text
 
 
