@@ -23,8 +23,8 @@ from birbal_ray.evaluate.harness import RESULTS_FILE, HarnessResult
 from birbal_ray.evaluate.models import EvaluatedModel, resolve_measured
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import RunError, RunFailedError, Step, open_run
-from birbal_ray.settings import ConfigError, one_line
-from birbal_ray.storage import cache_folder
+from birbal_ray.settings import ConfigError, one_line, sha256_of
+from birbal_ray.storage import cache_folder, is_url
 
 SUITE = "birbal"
 STEP = Step("helm", ("helm/*", RESULTS_FILE))
@@ -68,7 +68,13 @@ def run_helm(config: HarnessConfig, *, overwrite: bool = False) -> HarnessResult
     model, adapter, measured, team = resolve_measured(config)
     entries = config.tasks or OFFLINE_ENTRIES
     identity = measured | {"helm": HELM, "packages": list(PACKAGES)}
+    if config.include_path:
+        identity["plugins"] = {file.name: sha256_of(file) for file in config.include_path.glob("*.py")}
     with open_run(config.output or "", STEP, identity, overwrite=overwrite) as run:
+        before = run.manifest or {}
+        if before.get("team") == team and set(entries) <= set(before["entries"]):
+            progress.message(f"{run.folder} is up to date; nothing to measure")
+            return HarnessResult(run.folder, before, _rows(run.folder.read_json(RESULTS_FILE)["helm"]))
         folder = run.folder.local
         run.withdraw()
         helm = environment(progress)
@@ -84,17 +90,23 @@ def run_helm(config: HarnessConfig, *, overwrite: bool = False) -> HarnessResult
         if code or retries > earlier:
             failed = f"HELM repeated {retries - earlier} requests"
             if code:
-                last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+                last = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
                 failed = f"HELM ended with code {code}: {last}"
             raise RunFailedError(f"{failed} (logs: {log.parent})")
         manifest = {
             "model": {"name": model.name, "revision": model.revision},
             "adapter": adapter.origin if adapter else None,
+            "team": team,
             "limit": config.limit,
+            "entries": list(dict.fromkeys([*before.get("entries", []), *entries])),
             "num_retries": retries,  # of all sessions: what one has measured, the next one skips
         }
-        rows = [{"entry": name, **figure} for name, figure in figures.items()]
-        return HarnessResult(run.folder, run.finish(manifest, [RESULTS_FILE], summary=f"{len(rows)} entries"), rows)
+        finished = run.finish(manifest, [RESULTS_FILE], summary=f"{len(figures)} entries")
+        return HarnessResult(run.folder, finished, _rows(figures))
+
+
+def _rows(figures: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"entry": name, **figure} for name, figure in figures.items()]
 
 
 def check_options(config: HarnessConfig, *, dry_run: bool = False) -> None:
@@ -103,6 +115,8 @@ def check_options(config: HarnessConfig, *, dry_run: bool = False) -> None:
     for flag, given in unused.items():
         if given:
             raise ConfigError(f"{flag} has no meaning with --helm; give HELM's run entries with --task")
+    if config.output and is_url(config.output):
+        raise ConfigError(f"--output {config.output}: HELM writes to a folder of this machine; give a path")
     if config.include_path and not any(config.include_path.glob("*.py")):
         raise ConfigError(f"--include-path {config.include_path}: no *.py there; expected a folder of HELM plugins")
 

@@ -11,7 +11,7 @@ from birbal_ray.models import Model, quiet_libraries
 from birbal_ray.progress import duration, last_figures
 from birbal_ray.settings import ConfigError
 from birbal_ray.speeds import CARDS
-from birbal_ray.train.config import TrainConfig
+from birbal_ray.train.config import LoraSettings, TrainConfig
 from birbal_ray.train.data import Packing
 from birbal_ray.train.forecast import Forecast, forecast_training, num_passes, rate_key, training_speed
 
@@ -91,9 +91,9 @@ def shapes_of(model_path: Path, target_modules: list[str] | str) -> Shapes:
     )
 
 
-def num_trainable(shapes: Shapes, r: int) -> int:
-    """LoRA parameters: r x (in + out) for each adapted layer."""
-    return sum(r * (out + into) for out, into in shapes.targets)
+def num_trainable(shapes: Shapes, lora: LoraSettings) -> int:
+    """LoRA parameters: r x (in + out) for each adapted layer; DoRA has a size for each of its outputs, too."""
+    return sum(lora.r * (out + into) + out * lora.use_dora for out, into in shapes.targets)
 
 
 def estimate(shapes: Shapes, config: TrainConfig) -> list[Part]:
@@ -106,7 +106,7 @@ def estimate(shapes: Shapes, config: TrainConfig) -> list[Part]:
     tokens = batch.micro * batch.sequence_length
     num_linear = sum(out * into for out, into in shapes.linear)
     weight_bytes = NF4_BYTES if config.model.quantization == "nf4" else half
-    trainable = num_trainable(shapes, lora.r)
+    trainable = num_trainable(shapes, lora)
     optimizer = config.optimizer.name if config.optimizer.name != "auto" else "paged_adamw_32bit"
     # What autograd keeps of all layers, per token: of each adapted layer its input after dropout, dropout's mask
     # (a byte) and the r features between its matrices; outputs that go on to attention or activation; what comes out
@@ -228,7 +228,7 @@ class Preflight:
 def run_preflight(config: TrainConfig, model: Model, packing: dict[str, Packing]) -> Preflight:
     """Memory, steps and time; nothing is loaded, the model's config is enough."""
     shapes = shapes_of(model.path, config.lora.target_modules)
-    memory, trainable = device_memory_bytes(config), num_trainable(shapes, config.lora.r)
+    memory, trainable = device_memory_bytes(config), num_trainable(shapes, config.lora)
     change = None if memory is None else change_that_fits(shapes, config, memory) or None
     found = Preflight(config, estimate(shapes, config), memory, change, trainable, packing, None)
     if speed := training_speed(config, lambda: flops_per_token(shapes, config)):
@@ -246,7 +246,7 @@ def flops_per_token(shapes: Shapes, config: TrainConfig) -> float:
     """
     passes = num_passes(config)
     weights = sum(out * into for out, into in shapes.linear) + shapes.vocabulary * shapes.hidden
-    flops = 2.0 * passes * weights + 2.0 * (passes + 1) * num_trainable(shapes, config.lora.r)
+    flops = 2.0 * passes * weights + 2.0 * (passes + 1) * num_trainable(shapes, config.lora)
     if config.model.attention in ("sdpa", "eager"):
         tokens = config.batch.micro * config.batch.sequence_length
         # Scores and sums of values, 4 x tokens a feature, in each forward pass; 2.5 times that backward.

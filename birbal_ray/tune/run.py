@@ -10,12 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 from birbal_ray.cluster import WorkerRequest, can_place, job_metadata, ray_log_file, ray_session
+from birbal_ray.mix.files import sha256_of_file
 from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.models import Model, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine, counted, duration, figures_key, save_figures
 from birbal_ray.run import Run, RunError, RunFailedError, Step, StepResult, open_run
-from birbal_ray.settings import ConfigError, require, sha256_of
-from birbal_ray.storage import Folder, absolute, input_folder
+from birbal_ray.settings import ConfigError, require
+from birbal_ray.storage import Folder, absolute
 from birbal_ray.train.config import TrainResources
 from birbal_ray.tune.config import TuneConfig, file_group, num_rows
 from birbal_ray.tune.records import TRIALS_FOLDER, mix_yaml, read_results, table_of, trial_file, write_spec
@@ -191,9 +192,8 @@ def _identity(config: TuneConfig, scores: ScoreFolder, model: Model) -> dict[str
     settings["mix"].pop("resources")
     settings["train"]["model"].pop("name")
     settings["proxy"].pop("tokens_per_second")
-    settings["validation"]["files"] = {
-        file_group(file): sha256_of(input_folder(file)) for file in config.validation.files
-    }
+    files = config.validation.files
+    settings["validation"]["files"] = {file_group(file): sha256_of_file(file, "validation.files") for file in files}
     return {
         "settings": settings,
         "scores": {"run": scores.identity_hash, "files": scores.content_hash},

@@ -10,17 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from birbal_ray.cluster import locked_folder, log_to, remove_stale_folders
 from birbal_ray.mix.config import MixConfig
+from birbal_ray.mix.files import read_records
 from birbal_ray.mix.rows import NATURAL_INSTRUCTIONS
 from birbal_ray.mix.run import ANY_SIZE_MIB, mix
 from birbal_ray.models import Model, load_tokenizer, read_template, resolve_model
 from birbal_ray.run import RunError
 from birbal_ray.settings import ConfigError
-from birbal_ray.storage import input_folder, open_folder
+from birbal_ray.storage import open_folder
 from birbal_ray.tune.config import TuneConfig, file_group
 from birbal_ray.tune.records import ADAPTER_FOLDER, RungReporter, trial_file
 from birbal_ray.tune.scheduler import BASE, REPEAT, TrialSpec
@@ -147,21 +147,20 @@ def judge(
 
 
 def read_questions(file: str) -> dict[str, list[str]]:
-    """The columns question and answer of a .parquet or .jsonl file. Raises ConfigError that names what is missing."""
-    import pyarrow.json
-
-    try:
-        path = input_folder(file)
-        table = pq.read_table(path) if path.suffix == ".parquet" else pyarrow.json.read_json(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ConfigError(f"validation.files: {file} can't be read ({error})") from None
-    for name in ("question", "answer"):
-        if name not in table.column_names or table[name].type != pa.string() or table[name].null_count:
-            raise ConfigError(
-                f"validation.files: {file} has the columns {', '.join(table.column_names)}; "
-                f"expected texts in question and answer, without nulls, and found no such {name}"
-            )
-    return dict(table.select(["question", "answer"]).to_pydict())
+    """The columns question and answer of a file of `validation.files`. Raises ConfigError naming file and row."""
+    rows: dict[str, list[str]] = {"question": [], "answer": []}
+    for number, record in read_records(file, "validation.files"):
+        for name, texts in rows.items():
+            if not isinstance(record, dict) or not isinstance(record.get(name), str):
+                found = f"has the columns {', '.join(record)}" if isinstance(record, dict) else "is no record"
+                raise ConfigError(
+                    f"validation.files: {file}, row {number} {found}; "
+                    f"expected texts in question and answer, and found no such {name}"
+                )
+            texts.append(record[name])
+    if not rows["answer"]:
+        raise ConfigError(f"validation.files: {file} has no rows; expected some with question and answer")
+    return rows
 
 
 def group_losses(losses: Mapping[str, float], groups: Mapping[str, str]) -> dict[str, float]:

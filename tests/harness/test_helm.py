@@ -13,7 +13,7 @@ from birbal_ray.evaluate import helm
 from birbal_ray.evaluate.config import HarnessConfig
 from birbal_ray.manifest import read_manifest
 from birbal_ray.models import Model
-from birbal_ray.run import RunError, RunFailedError
+from birbal_ray.run import RunError, RunFailedError, RunMismatchError
 from tests.conftest import REPOSITORY, slow
 
 PLUGINS = REPOSITORY / "tests" / "harness" / "helm_plugins"
@@ -81,7 +81,7 @@ def test_the_leaderboard_says_whether_the_figures_compare(tmp_path, comparable):
     file.write_text(json.dumps(helm.results("ours", {"gsm": figures}, None)))
     result = CliRunner().invoke(main, ["leaderboard", "--add", str(file), "--format", "json"])
     assert result.exit_code == 0
-    assert f"{file}: {'' if comparable else 'not '}comparable: measured by HELM (crfm-helm==0.5.16)" in result.stderr
+    assert f"ours: {'' if comparable else 'not '}comparable: measured by HELM (crfm-helm==0.5.16)" in result.stderr
     (row,) = [row for row in json.loads(result.stdout) if row["team"] == "ours"]
     assert (row["GSM8K"] > 0) is comparable
 
@@ -94,6 +94,7 @@ def test_the_leaderboard_says_whether_the_figures_compare(tmp_path, comparable):
         (["--model", "m", "--output", "o", "--dry-run"], "--dry-run has no meaning with --helm"),
         (["--model", "m", "--output", "o", "--include-path", "configs"], "no *.py there"),
         (["--model", "nowhere", "--output", "o"], "model 'nowhere': no such folder"),
+        (["--model", "m", "--output", "s3://b/o"], "--output s3://b/o: HELM writes to a folder of this machine"),
     ],
 )
 def test_wrong_usage_is_one_line(arguments, message):
@@ -101,27 +102,68 @@ def test_wrong_usage_is_one_line(arguments, message):
     assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_a_run_remembers_the_requests_that_an_earlier_session_repeated(tmp_path, monkeypatch):
-    """HELM skips what it has measured, so a later session has nothing to repeat."""
-    said = iter(["Retrying (attempt 1)", ""])
+@pytest.fixture
+def called(tmp_path, monkeypatch):
+    """called(options) runs the step without HELM or a server: what `called.says` says goes to its log, a call each."""
 
     def call(helm_folder, config, entries, url, folder, log):
+        asked.append(entries)
+        text, code = says.pop(0) if says else ("", 0)
         with log.open("a") as out:
-            out.write(next(said))
-        entry = folder / "helm" / "runs" / helm.SUITE / "simple_mcqa"
-        entry.mkdir(parents=True, exist_ok=True)
-        (entry / "stats.json").write_text(json.dumps([stat("exact_match", 0.5)]))
-        return 0
+            out.write(text)
+        for name in entries:
+            entry = folder / "helm" / "runs" / helm.SUITE / name.partition(":")[0]
+            entry.mkdir(parents=True, exist_ok=True)
+            (entry / "stats.json").write_text(json.dumps([stat("exact_match", 0.5)]))
+        return code
 
+    asked, says = [], []
     model = Model("m", tmp_path, None, "f")
-    monkeypatch.setattr(helm, "resolve_measured", lambda config: (model, None, {"model": "f"}, "team"))
+    monkeypatch.setattr(helm, "resolve_measured", lambda config: (model, None, {"model": "f"}, config.team or "team"))
     monkeypatch.setattr(helm, "environment", lambda progress: tmp_path)
     monkeypatch.setattr(helm, "_server", lambda *arguments: contextlib.nullcontext("http://127.0.0.1"))
     monkeypatch.setattr(helm, "_call_helm", call)
-    options = HarnessConfig(model="m", output=str(tmp_path / "run"))
+
+    def run(**changes):
+        return helm.run_helm(HarnessConfig(model="m", output=str(tmp_path / "run"), **changes))
+
+    run.asked, run.says = asked, says
+    return run
+
+
+def test_a_run_remembers_the_requests_that_an_earlier_session_repeated(called):
+    """HELM skips what it has measured, so a later session has nothing to repeat."""
+    called.says.append(("Retrying (attempt 1)", 0))
     with pytest.raises(RunFailedError, match="HELM repeated 1 requests"):
-        helm.run_helm(options)
-    assert helm.run_helm(options).manifest["num_retries"] == 1
+        called()
+    assert called().manifest["num_retries"] == 1
+
+
+def test_a_finished_run_asks_for_further_entries_only(called, tmp_path, capsys):
+    first = called(tasks=["simple_mcqa"])
+    again = called(tasks=["simple_mcqa"])
+    assert (again.rows, again.manifest, len(called.asked)) == (first.rows, first.manifest, 1)
+    assert "is up to date" in capsys.readouterr().err
+    more = called(tasks=["gsm"])
+    assert [row["entry"] for row in more.rows] == ["gsm", "simple_mcqa"] and called.asked[1:] == [["gsm"]]
+    assert called(tasks=["simple_mcqa", "gsm"]).rows == more.rows and len(called.asked) == 2
+    assert called(team="another", tasks=["gsm"]).manifest["team"] == "another"
+
+
+def test_an_edited_plugin_makes_other_figures(called, tmp_path):
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "mine.py").write_text("A = 1")
+    options = {"tasks": ["simple_mcqa"], "include_path": tmp_path / "plugins"}
+    called(**options)
+    (tmp_path / "plugins" / "mine.py").write_text("A = 2")
+    with pytest.raises(RunMismatchError, match=r"plugins.mine.py: "):
+        called(**options)
+
+
+def test_what_helm_said_last_is_the_reason(called):
+    called.says.append(("first\nno such entry\n", 3))
+    with pytest.raises(RunFailedError, match=r"HELM ended with code 3: no such entry \(logs: "):
+        called()
 
 
 @slow

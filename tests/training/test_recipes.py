@@ -38,7 +38,7 @@ def test_the_recipe_fits_its_card_and_the_architecture_is_sound(name, tmp_path):
     SHAPES[name].save_pretrained(tmp_path)
     config = load_config(TrainConfig, REPOSITORY / "configs" / "train" / f"{name}.yaml")
     shapes = preflight.shapes_of(tmp_path, config.lora.target_modules)
-    assert preflight.num_trainable(shapes, config.lora.r) == NUM_TRAINABLE[name]
+    assert preflight.num_trainable(shapes, config.lora) == NUM_TRAINABLE[name]
     parts = preflight.estimate(shapes, config)
     total, card = preflight.total_bytes(parts), preflight.device_memory_bytes(config)
     assert card == int(23.6 * preflight.GIB)

@@ -38,8 +38,12 @@ def parts_of(**changes):
 
 
 def test_known_parts_of_mistral_7b():
-    parts, _ = parts_of()
-    assert num_trainable(MISTRAL, 128) == 335_544_320
+    parts, config = parts_of()
+    assert num_trainable(MISTRAL, config.lora) == 335_544_320
+    outputs = 32 * (4096 + 1024 + 1024 + 4096 + 14336 + 14336 + 4096)  # DoRA: a size for each
+    dora, config = parts_of(lora__use_dora=True)
+    assert num_trainable(MISTRAL, config.lora) == 335_544_320 + outputs
+    assert dora["optimizer"] - parts["optimizer"] == 8 * outputs
     assert parts["LoRA weights"] == parts["gradients"] == 335_544_320 * 4
     assert parts["optimizer"] == 335_544_320 * 8
     num_linear = 32 * sum(a * b for a, b in LAYER)

@@ -504,8 +504,18 @@ def test_files_to_judge_by_hold_question_and_answer(tmp_path):
     (tmp_path / "other.jsonl").write_text('{"question": "q1", "reply": "a1"}\n')
     with pytest.raises(ConfigError, match=r"has the columns question, reply; .* no such answer"):
         read_questions(str(tmp_path / "other.jsonl"))
-    with pytest.raises(ConfigError, match="can't be read"):
+    with pytest.raises(ConfigError, match=r"absent.parquet: no such file"):
         read_questions(str(tmp_path / "absent.parquet"))
+    (tmp_path / "dates.jsonl").write_text('{"question": "when?", "answer": "1969-07-20"}\n' * 2)
+    assert read_questions(str(tmp_path / "dates.jsonl"))["answer"] == ["1969-07-20"] * 2, "texts, as they are written"
+    for name, text in (
+        ("none.jsonl", "\n"),
+        ("null.jsonl", '{"question": "q", "answer": null}'),
+        ("list.jsonl", "[1]"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ConfigError, match=rf"validation.files: .*{name}.* expected "):
+            read_questions(str(tmp_path / name))
 
 
 def timed(spec, seconds):
