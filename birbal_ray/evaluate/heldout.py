@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from birbal_ray.evaluate.models import EvaluatedModel
-from birbal_ray.manifest import listed_sha256, read_manifest
+from birbal_ray.manifest import read_manifest
 from birbal_ray.mix.inspect import read_audit
 from birbal_ray.mix.rows import MIX_ROWS, NATURAL_INSTRUCTIONS
 from birbal_ray.mix.scores import read_batches
@@ -75,7 +75,7 @@ def held_out(*places: str | os.PathLike[str]) -> HeldOut:
         keys.update(ours["row_id"].filter(pc.is_in(ours["task"], sampled)).to_pylist())
         all_sampled.update(sampled.to_pylist())
         for name in ("train.parquet", "eval.parquet"):
-            sha256 = listed_sha256(manifest, name)
+            sha256 = manifest["files"][name]["sha256"]
             for batch in read_batches(mix, name, MIX_ROWS, ["instruction", "input"], sha256):
                 keys.update(map(text_key, batch["instruction"].to_pylist(), batch["input"].to_pylist()))
     return HeldOut(frozenset(keys), frozenset(all_sampled) if places else None)

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from birbal_ray.manifest import identity_differences, listed_sha256, read_manifest
+from birbal_ray.manifest import identity_differences, read_manifest
 from birbal_ray.mix.allocation import BIRBAL_2023, TASK_SCORE
 from birbal_ray.mix.rows import AUDIT, AUDIT_FILE, MIX_TASKS, NATURAL_INSTRUCTIONS, Reason
 from birbal_ray.mix.scores import read_batches, read_rows
@@ -25,7 +25,7 @@ def explain(mix: str | os.PathLike[str] | Folder, row_id: str) -> dict[str, Any]
     Raises RunError when the folder is no finished mix, ConfigError when the row was no candidate.
     """
     folder = open_folder(mix)
-    manifest = read_manifest(folder, "mix", oldest=2)
+    manifest = read_manifest(folder, "mix")
     settings = manifest["identity"]["settings"]
     record = _find(folder, manifest, row_id)
     tasks = {(row["source"], row["task"]): row for row in read_rows(folder, manifest, TASKS_FILE, MIX_TASKS)}
@@ -78,7 +78,7 @@ def diff(a: str | os.PathLike[str] | Folder, b: str | os.PathLike[str] | Folder)
 
 def read_audit(folder: Folder, manifest: Mapping[str, Any], columns: Sequence[str] = AUDIT.names) -> Iterator[pa.Table]:
     """Columns of a finished mix's audit, as `read_batches` reads them."""
-    return read_batches(folder, AUDIT_FILE, AUDIT, columns, listed_sha256(manifest, AUDIT_FILE))
+    return read_batches(folder, AUDIT_FILE, AUDIT, columns, manifest["files"][AUDIT_FILE]["sha256"])
 
 
 def _count_rows(kept: Sequence[pa.Table], *columns: str) -> list[dict[str, Any]]:

@@ -20,11 +20,10 @@ from birbal_ray.mix.contamination import build_index, chosen_families, families_
 from birbal_ray.mix.features import NUM_HASHES, near_duplicates
 from birbal_ray.mix.reading import Chunk, Context
 from birbal_ray.mix.rows import NATURAL_INSTRUCTIONS, Flags, Reason
-from birbal_ray.mix.scores import AGAIN, ScoreFolder
+from birbal_ray.mix.scores import ScoreFolder
 from birbal_ray.mix.select import Candidates, Decisions, Group, decide
 from birbal_ray.mix.sources import Origin, read_source
 from birbal_ray.settings import ConfigError
-from birbal_ray.storage import RunError
 
 Report = Callable[[str], None]
 
@@ -194,7 +193,6 @@ def plan_mix(context: Context, origins: Sequence[Origin], work: Path, report: Re
     candidates = Candidates(**{name: columns[name].to_numpy() for name in Candidates.__dataclass_fields__})
     # 64-bit offsets: the texts of all candidates together may be larger than 2 GiB.
     row_ids, subtasks = (columns[name].cast(pa.large_string()).combine_chunks() for name in ("row_id", "task"))
-    _check_complete(candidates, row_ids, context)
     near = None
     if config.dedup.near:
         table = np.memmap(work / "signatures", np.uint32, "r", shape=(len(candidates), NUM_HASHES))
@@ -230,23 +228,3 @@ def make_context(config: MixConfig, scores: ScoreFolder) -> Context:
     about = pa.RecordBatch.from_arrays(columns, ["name", "label", "license", "definition"])
     is_small = scores.num_bytes <= min(reading.KEPT_BYTES, config.resources.in_process_mib << 20)
     return Context(config, scores, tuple(groups), ngrams, {} if is_small else None, about)
-
-
-def _check_complete(rows: Candidates, row_ids: pa.Array, context: Context) -> None:
-    scores = context.scores
-    found = np.bincount(rows.group, minlength=len(context.groups))
-    for number, task in enumerate(scores.tasks):
-        if found[number] != task.num_instances:
-            raise RunError(
-                f"{scores.folder}: {found[number]} rows of task {task.name!r}, its task_scores.parquet says "
-                f"{task.num_instances}; the folder is damaged or half copied, {AGAIN}"
-            )
-    order = np.argsort(rows.row_hash, kind="stable")
-    same = np.flatnonzero(np.diff(rows.row_hash[order]) == 0)
-    ids = row_ids.take(pa.array(order[same])).to_pylist(), row_ids.take(pa.array(order[same + 1])).to_pylist()
-    repeated = [one for one, other in zip(*ids, strict=True) if one == other]
-    if repeated:
-        raise RunError(
-            f"{scores.folder}: {len(repeated)} row ids occur twice, one of them in "
-            f"{repeated[0].rpartition(':')[0]!r} ({repeated[0]}); {AGAIN}"
-        )

@@ -11,17 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from birbal_ray.manifest import listed_sha256, read_manifest
+from birbal_ray.manifest import read_manifest
 from birbal_ray.ni.metrics import EXACT_MATCH, GENERATION, MAX_UNREACHABLE_FRACTION
 from birbal_ray.schemas import ROWS_FOLDER, SCORE_ROWS, TASK_SCORES, TASK_SCORES_FILE, TASKS, TASKS_FILE
 from birbal_ray.settings import ConfigError, canonical_hash, one_line, sha256_of
 from birbal_ray.storage import Folder, RunError, open_folder
 
 AGAIN = "run `birbal score` again, or copy the folder again"
-SCORE_COLUMNS = ("task", "label", "num_instances", "num_scored", "num_errors", "task_score")
-TASK_COLUMNS = ("task", "label", "definition", "sources", "licenses")
-# Columns of tasks.parquet that runs of earlier versions lack.
-LATER_COLUMNS = ("unreachable_fraction", "unreachable_reason", "stop_reason", "definition_is_text")
+NEEDED_COLUMNS = ("task", "label", "definition", "sources", "licenses")  # of tasks.parquet; never null
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +43,11 @@ class ScoredTask:
 
 @dataclass(frozen=True, slots=True)
 class ScoreFile:
-    """One file of SCORE_ROWS; `sha256` None where the run's manifest doesn't list it."""
+    """One file of SCORE_ROWS, as the run's manifest lists it."""
 
     name: str
     size: int
-    sha256: str | None
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,33 +87,31 @@ def open_scores(place: str | os.PathLike[str] | Folder, model: str | None = None
             f"{folder}: scored by {made_by or 'an unnamed model'}, the configuration says model = {model!r}; "
             "point --scores at that model's run, or correct model (null takes any)"
         )
-    # A task's name may begin with a dot; what a killed writer left begins with .tmp-.
     files = tuple(
-        ScoreFile(name, stat.size, listed_sha256(manifest, name))
-        for name, stat in folder.files(ROWS_FOLDER, hidden=True).items()
-        if name.endswith(".parquet") and "/.tmp-" not in name
+        ScoreFile(name, record["size"], record["sha256"])
+        for name, record in sorted(manifest["files"].items())
+        if name.startswith(f"{ROWS_FOLDER}/")
     )
     if not files:
-        raise RunError(f"{folder.at(ROWS_FOLDER)}: no Parquet files; the score run's rows are gone, {AGAIN}")
-    content = canonical_hash([[file.name, file.sha256 or file.size] for file in files])
+        raise RunError(f"{folder.at(ROWS_FOLDER)}: no rows; the score run ended before its first, run it again")
+    content = canonical_hash([[file.name, file.sha256] for file in files])
     tasks = _read_tasks(folder, manifest)
     return ScoreFolder(folder, made_by, str(manifest.get("identity_hash", "")), content, tasks, files)
 
 
 def read_batches(
-    folder: Folder, name: str, schema: pa.Schema, columns: Sequence[str], sha256: str | None, later: Sequence[str] = ()
+    folder: Folder, name: str, schema: pa.Schema, columns: Sequence[str], sha256: str
 ) -> Iterator[pa.Table]:
-    """Columns of one file of a finished run, and those of `later` that are there, some thousand rows at a time.
+    """Columns of one file of a finished run, some thousand rows at a time.
 
-    The bytes are checked against `sha256`, if given. Raises RunError naming the file and the column, or that the file
-    was edited.
+    Raises RunError naming the file and the column, or that the file was edited: it has another sha256.
     """
     place = folder.at(name)
     try:
         data = folder.read_bytes(name)
     except FileNotFoundError:
         raise RunError(f"{place}: no such file; the run before is incomplete, run it again") from None
-    if sha256 is not None and sha256_of(data) != sha256:
+    if sha256_of(data) != sha256:
         raise RunError(
             f"{place}: edited since its run finished (the manifest has another sha256); put the original back, "
             "or run its step again"
@@ -129,10 +124,9 @@ def read_batches(
                     raise RunError(f"{place}: column {field.name!r} is missing (found {', '.join(found.names)})")
                 if (kind := found.field(field.name).type) != field.type:
                     raise RunError(f"{place}: column {field.name!r} is {kind}, expected {field.type}")
-            names = [*columns, *(name for name in later if name in found.names)]
-            yield found.empty_table().select(names)  # of a file without rows, too, there is a table
+            yield found.empty_table().select(columns)  # of a file without rows, too, there is a table
             # Threads cost a file of a few hundred rows 50 % more.
-            for batch in file.iter_batches(columns=names, use_threads=False):
+            for batch in file.iter_batches(columns=columns, use_threads=False):
                 yield pa.Table.from_batches([batch])
     except (pa.ArrowException, OSError) as error:
         raise RunError(f"{place}: not a readable Parquet file ({one_line(error)}); run its step again") from None
@@ -144,16 +138,9 @@ def read_scored(scores: ScoreFolder, file: ScoreFile, columns: Sequence[str]) ->
     return pa.concat_tables(tables).combine_chunks()
 
 
-def read_rows(
-    folder: Folder,
-    manifest: Mapping[str, Any],
-    name: str,
-    schema: pa.Schema,
-    columns: Sequence[str] = (),
-    later: Sequence[str] = (),
-) -> list[dict[str, Any]]:
-    """The rows of a small table of a finished run, as `read_batches` reads them; without `columns`, the schema's."""
-    tables = read_batches(folder, name, schema, columns or schema.names, listed_sha256(manifest, name), later)
+def read_rows(folder: Folder, manifest: Mapping[str, Any], name: str, schema: pa.Schema) -> list[dict[str, Any]]:
+    """The rows of a small table of a finished run, as `read_batches` reads them."""
+    tables = read_batches(folder, name, schema, schema.names, manifest["files"][name]["sha256"])
     return [row for table in tables for row in table.to_pylist()]
 
 
@@ -180,11 +167,11 @@ def _refuse(place: str, is_wrong: pa.ChunkedArray, problem: str) -> None:
 
 def _read_tasks(folder: Folder, manifest: Mapping[str, Any]) -> tuple[ScoredTask, ...]:
     place = folder.at(TASK_SCORES_FILE)
-    rows = read_rows(folder, manifest, TASK_SCORES_FILE, TASK_SCORES, SCORE_COLUMNS)
+    rows = read_rows(folder, manifest, TASK_SCORES_FILE, TASK_SCORES)
     scores = {row["task"]: (number, row) for number, row in enumerate(rows, 1)}
     tasks = []
-    for line, row in enumerate(read_rows(folder, manifest, TASKS_FILE, TASKS, TASK_COLUMNS, LATER_COLUMNS), 1):
-        for name in TASK_COLUMNS:
+    for line, row in enumerate(read_rows(folder, manifest, TASKS_FILE, TASKS), 1):
+        for name in NEEDED_COLUMNS:
             if row[name] is None:
                 raise RunError(f"{folder.at(TASKS_FILE)}, row {line}: {name} is null; {AGAIN}")
         if row["task"] not in scores:
@@ -200,8 +187,8 @@ def _read_tasks(folder: Folder, manifest: Mapping[str, Any]) -> tuple[ScoredTask
             problem = f"task_score is {value}, expected 0 to 1"
         if problem:
             raise RunError(f"{place}, row {number}: {problem}; {AGAIN}")
-        fraction = row.get("unreachable_fraction") or 0.0
-        why = f"{row.get('unreachable_reason')} (in {fraction:.0%} of its instances)"
+        fraction = row["unreachable_fraction"] or 0.0
+        why = f"{row['unreachable_reason']} (in {fraction:.0%} of its instances)"
         tasks.append(
             ScoredTask(
                 row["task"],
@@ -212,8 +199,8 @@ def _read_tasks(folder: Folder, manifest: Mapping[str, Any]) -> tuple[ScoredTask
                 score["num_instances"],
                 value,
                 unreachable=why if fraction > MAX_UNREACHABLE_FRACTION else None,
-                stop_reason=row.get("stop_reason"),
-                definition_is_text=bool(row.get("definition_is_text")),
+                stop_reason=row["stop_reason"],
+                definition_is_text=bool(row["definition_is_text"]),
             )
         )
     if not tasks:

@@ -268,21 +268,15 @@ def export_published_json(run: str | Path, output: Path) -> tuple[int, int]:
     Each holds a list of objects by row id: {orig_input, few_shot_prompt, answer, prediction}, and what the
     published scripts read beside these: ground_truth and orig_output (the references), task_file, id. Rows with an
     error have an empty prediction. Raises RunError when `run` is no finished score run, or its files are not all
-    there any more.
+    there any more or damaged.
     """
     folder = open_folder(run)
-    read_manifest(folder, "score")
-    rows_folder = folder.subfolder(ROWS_FOLDER)
-    found = RowFiles(rows_folder.files())
-    tasks = folder.read_table(TASKS_FILE, ["task", "num_instances"]).to_pylist()
+    listed = read_manifest(folder, "score")["files"]
+    rows_folder, prefix = folder.subfolder(ROWS_FOLDER), f"{ROWS_FOLDER}/"
+    found = RowFiles(name.removeprefix(prefix) for name in listed if name.startswith(prefix))
+    tasks = folder.read_table(TASKS_FILE, ["task"])["task"].to_pylist()
     num_rows = 0
-    for task in tasks:
-        name = task["task"]
-        if found.num_rows(name) != task["num_instances"]:
-            raise RunError(
-                f"{folder}: {found.num_rows(name)} rows of {name} are there, {task['num_instances']} were scored; "
-                "run `birbal score` on it again"
-            )
+    for name in tasks:
         columns = [*PUBLISHED_COLUMNS, "row_id", "instance_id"]
         parts = [rows_folder.read_table(file, columns) for file in found.names(name)]
         records = [

@@ -24,7 +24,6 @@ from birbal_ray.score.adaptive import TIME_UP, USED_UP, AdaptiveSchedule, Decisi
 from birbal_ray.score.config import (
     CPU_SHARD_ROWS,
     GPU_SHARD_ROWS,
-    AdaptiveSettings,
     CompletionSettings,
     EngineSettings,
     PromptSettings,
@@ -101,7 +100,7 @@ def score(
         plan, amendment = amend(run, plan)
         found, changed = amendment.kept, retry_errors or rescore_all or amendment.set_aside or amendment.rescored
         last = run.manifest or {"settings": {}, "plan_hash": None}
-        is_same = last["plan_hash"] == plan_hash(config, plan, last["settings"].get("adaptive"))
+        is_same = last["plan_hash"] == plan_hash(config, plan)
         had = last["settings"].get("budget") if last.get("time_was_up") else None
         has_time_again = (config.budget or math.inf) > (had or math.inf)  # that a run which its budget ended has now
         if run.manifest and is_same and not changed and not has_time_again:
@@ -172,16 +171,10 @@ def identity_of(config: ScoreConfig, model_fingerprint: str) -> dict[str, Any]:
     }
 
 
-def plan_hash(config: ScoreConfig, plan: ScorePlan, earlier: Mapping[str, Any] | None = None) -> str:
-    """What a finished run was asked for: its tasks, how many instances of each, when to stop.
-
-    `earlier`: the adaptive settings in its manifest. One that its version did not know counts only where it is not
-    the default, which means what was done before.
-    """
+def plan_hash(config: ScoreConfig, plan: ScorePlan) -> str:
+    """What a finished run was asked for: its tasks, how many instances of each, when to stop."""
     tasks = {task.name: [task.identity, task.label.value, METRIC_VERSION, task.num_instances] for task in plan.tasks}
-    adaptive, defaults = config.adaptive.model_dump(), AdaptiveSettings().model_dump()
-    known = {key: value for key, value in adaptive.items() if key in (earlier or adaptive) or value != defaults[key]}
-    stop = known if config.adaptive.enabled else None
+    stop = config.adaptive.model_dump() if config.adaptive.enabled else None
     return canonical_hash({"tasks": tasks, "adaptive": stop, "max_model_len": config.engine.max_model_len})
 
 

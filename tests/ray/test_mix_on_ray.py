@@ -14,7 +14,7 @@ from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import WORK_FOLDER, mix
 from birbal_ray.mix.write import mix_files
 from birbal_ray.run import MANIFEST_FILE, RunError
-from tests.fixtures.score_folder import forget_files, made_up_rows, write_score_folder
+from tests.fixtures.score_folder import list_files_as_they_are, made_up_rows, write_score_folder
 
 BUDGETS = {"exact_match_budget": 6_000, "generation_budget": 5_000}
 
@@ -61,9 +61,10 @@ def test_same_bytes_with_near_duplicates_and_one_chunk(local_ray, scores, tmp_pa
 
 
 def test_an_error_in_a_worker_is_one_line(local_ray, scores, tmp_path):
-    folder = forget_files(shutil.copytree(scores, tmp_path / "s"))
+    folder = shutil.copytree(scores, tmp_path / "s")
     shard = sorted((folder / "rows").rglob("*.parquet"))[7]
     shard.write_bytes(shard.read_bytes()[:1000])
+    list_files_as_they_are(folder)
     with pytest.raises(RunError, match=f"{shard.name}: not a readable Parquet file") as caught:
         mix(config(folder, tmp_path / "m", 0))
     assert len(str(caught.value).splitlines()) == 1

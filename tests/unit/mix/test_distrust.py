@@ -14,7 +14,7 @@ from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import mix
 from birbal_ray.run import MANIFEST_FILE, RunError
 from birbal_ray.settings import ConfigError, load_config
-from tests.fixtures.score_folder import forget_files, made_up_rows, write_score_folder
+from tests.fixtures.score_folder import list_files_as_they_are, made_up_rows, write_score_folder
 
 BUDGETS = {"exact_match_budget": 20, "generation_budget": 20, "allow_shortfall": True}
 
@@ -28,7 +28,7 @@ def config(scores, folder, **changes):
     return MixConfig(**{"scores": str(scores), "output": str(folder), "task_score": BUDGETS, **changes})
 
 
-def edited(scores, tmp_path, name, row, values, listed=False):
+def edited(scores, tmp_path, name, row, values):
     """A copy of the scores in which a row (from 0) of the first file that matches `name` has other values."""
     folder = shutil.copytree(scores, tmp_path / "edited")
     file = sorted(folder.glob(name))[0]
@@ -37,7 +37,7 @@ def edited(scores, tmp_path, name, row, values, listed=False):
     rows[row] |= values
     schema = pa.schema([field.with_nullable(True) for field in table.schema])
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)
-    return folder if listed else forget_files(folder), file
+    return list_files_as_they_are(folder), file
 
 
 @pytest.mark.parametrize(

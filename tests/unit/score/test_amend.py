@@ -8,14 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from birbal_ray.manifest import read_manifest
-from birbal_ray.ni.metrics import METRIC_VERSION
 from birbal_ray.schemas import SCORE_ROWS
 from birbal_ray.score import plan as planning
 from birbal_ray.score import results, run, shards, stages
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.run import score
 from birbal_ray.score.shards import RowFiles
-from birbal_ray.settings import ConfigError, canonical_hash, load_config
+from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.storage import Folder, RunError
 from tests.conftest import task_values
 from tests.fixtures.inline_scoring import Interrupted, inline_scoring
@@ -332,30 +331,6 @@ def test_adaptive_decisions_are_kept_replayed_and_said_in_tasks_parquet(scored, 
     full = scored()
     assert full.manifest["rows"]["planned"] == 92
     assert before.items() <= files(tmp_path).items()
-
-
-def test_a_finished_run_that_knew_fewer_adaptive_settings_is_up_to_date(scored, tmp_path, inline_scoring, capsys):
-    adaptive = {"adaptive__enabled": True, "adaptive__first_instances": 10, "adaptive__score_margin": 0.4}
-    file, manifest = tmp_path / "run" / "manifest.json", scored(**adaptive).manifest
-    tasks = {
-        name: [{"sha256": row["sha256"], "max_completion_tokens": row["max_completion_tokens"]}, row["label"]]
-        for row in pq.read_table(tmp_path / "run" / "tasks.parquet").to_pylist()
-        for name in [row["task"]]
-    }
-    sizes = {"task_a": 20, "task_b": 12}
-    del manifest["settings"]["adaptive"]["even_fraction"]
-    asked = {
-        "tasks": {name: [*values, METRIC_VERSION, sizes[name]] for name, values in tasks.items()},
-        "adaptive": manifest["settings"]["adaptive"],
-        "max_model_len": manifest["settings"]["engine"]["max_model_len"],
-    }
-    manifest["plan_hash"] = canonical_hash(asked)
-    file.write_text(json.dumps(manifest))
-    inline_scoring(stop_after=0)
-    assert scored(**adaptive).manifest == manifest
-    assert "is up to date" in capsys.readouterr().err
-    inline_scoring()
-    assert scored(**adaptive, adaptive__even_fraction=0.5).manifest["plan_hash"] != manifest["plan_hash"]
 
 
 def test_an_adaptive_run_is_scored_again_without_an_engine_and_keeps_its_reasons(
