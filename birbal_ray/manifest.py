@@ -8,12 +8,13 @@ import importlib.metadata
 import os
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.schemas import MANIFEST_FILE, RUN_FILE
-from birbal_ray.settings import flatten, format_value
-from birbal_ray.storage import FileStat, Folder, RunError, open_folder
+from birbal_ray.schemas import MANIFEST_FILE, PROGRESS_FILE, RUN_FILE
+from birbal_ray.settings import flatten, format_value, one_line
+from birbal_ray.storage import DamagedFileError, FileStat, Folder, RunError, open_folder
 
 FORMAT = 2  # of run.json and manifest.json
 VERSIONED_PACKAGES = (
@@ -56,6 +57,53 @@ def read_manifest(place: str | os.PathLike[str] | Folder, step: str) -> dict[str
             f"run its `birbal {step}` command again, which makes them again"
         )
     return manifest
+
+
+@dataclass(frozen=True, slots=True)
+class StepFolder:
+    """A step's folder and its records: {} where one is absent or not as birbal writes it.
+
+    `name`: its path below the folder in which it was found, `.` of that folder itself.
+    """
+
+    name: str
+    folder: Folder
+    record: Mapping[str, Any]  # run.json
+    progress: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    damage: str  # why run.json or manifest.json can't be read
+
+    @property
+    def step(self) -> str:
+        """? where no record names it."""
+        return str((self.record or self.manifest).get("step", "?"))
+
+
+def find_steps(folder: Folder) -> list[StepFolder]:
+    """The step whose folder this is, else those in the folders directly below, by name. Reads small files only."""
+    if folder.is_local and not folder.local.is_dir():
+        return []
+    if alone := read_step(folder):
+        return [alone]
+    return [one for name in folder.folders() if (one := read_step(folder.subfolder(name), name))]
+
+
+def read_step(folder: Folder, name: str = ".") -> StepFolder | None:
+    """The step in a folder; None when it is none of ours (other tools call files manifest.json, too)."""
+    records: dict[str, Mapping[str, Any]] = {}
+    damage = ""
+    for file in (RUN_FILE, PROGRESS_FILE, MANIFEST_FILE):
+        records[file] = {}
+        try:
+            content = folder.read_json(file)
+            if isinstance(content, dict) and (file == PROGRESS_FILE or isinstance(content.get("step"), str)):
+                records[file] = content
+        except FileNotFoundError:
+            pass
+        except DamagedFileError as error:
+            damage = damage or ("" if file == PROGRESS_FILE else one_line(error))
+    found = StepFolder(name, folder, records[RUN_FILE], records[PROGRESS_FILE], records[MANIFEST_FILE], damage)
+    return found if found.record or found.manifest or damage else None
 
 
 def check_input(folder: Folder, manifest: Mapping[str, Any], names: Iterable[str]) -> None:

@@ -20,7 +20,7 @@ from birbal_ray.mix.sources import source_problem
 from birbal_ray.models import ModelError
 from birbal_ray.ni import catalog, reader
 from birbal_ray.plan import fitting_instances, least_seconds, plan_recipe, records_of
-from birbal_ray.progress import CLOCK_FILE, PLAN_FILE, duration, repeating, save_figures
+from birbal_ray.progress import CLOCK_FILE, LOAD_SECONDS, PLAN_FILE, duration, repeating, save_figures
 from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps, refuse_small_budget
 from birbal_ray.report.run import report
 from birbal_ray.run import RunFailedError, RunMismatchError, progress_seconds, sigterm_as_interrupt
@@ -28,7 +28,6 @@ from birbal_ray.schemas import MANIFEST_FILE, RUN_FILE
 from birbal_ray.score.pipeline import logical_cpus
 from birbal_ray.score.run import score
 from birbal_ray.settings import ConfigError, canonical_hash, one_line
-from birbal_ray.speeds import LOAD_SECONDS
 from birbal_ray.storage import DamagedFileError, Folder, RunError, input_folder, open_folder
 from birbal_ray.train.launch import logical_cpus as train_logical_cpus
 from birbal_ray.train.run import train

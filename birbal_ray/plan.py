@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from birbal_ray import speeds
 from birbal_ray.cluster import decide_device
 from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.mix.config import MixConfig
@@ -22,12 +21,23 @@ from birbal_ray.models import ModelError, resolve_model
 from birbal_ray.ni import catalog, metrics, prompt, reader
 from birbal_ray.ni.metrics import EXACT_MATCH
 from birbal_ray.ni.schema import TaskError
-from birbal_ray.progress import counted, duration, figures_key, last_figures
+from birbal_ray.progress import (
+    CARDS,
+    LOAD_SECONDS,
+    MEASURED,
+    TRAIN_FLOP_PER_WEIGHT,
+    Speed,
+    counted,
+    duration,
+    estimate_prompts,
+    figures_key,
+    last_figures,
+    measured_speed,
+)
 from birbal_ray.recipe import PipelineConfig
 from birbal_ray.score.config import ScoreConfig, TaskSettings
 from birbal_ray.score.run import throughput_key
 from birbal_ray.settings import ConfigError, require
-from birbal_ray.speeds import LOAD_SECONDS, MEASURED, Speed
 from birbal_ray.storage import input_folder
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.forecast import forecast_training, rate_key, training_speed
@@ -91,8 +101,8 @@ def plan_recipe(config: PipelineConfig, gpu: str | None = None) -> list[StepPlan
     `config` is joined. Figures are this machine's own where it has run such a step (only without `gpu`), else
     arithmetic. Reads the task files; loads no weights. Raises ConfigError, TaskError, ModelError.
     """
-    if gpu is not None and gpu not in speeds.CARDS:
-        raise ConfigError(f"--gpu {gpu}: no figures for this card; there are {', '.join(speeds.CARDS)}")
+    if gpu is not None and gpu not in CARDS:
+        raise ConfigError(f"--gpu {gpu}: no figures for this card; there are {', '.join(CARDS)}")
     budget, shares = config.budget, config.shares.model_dump()
     limits = {step: budget * share for step, share in shares.items()} if budget else {}
     sizes = read_sizes(config.score.tasks, config.score.prompt.num_shots)
@@ -332,7 +342,7 @@ def _flop_per_token(config: TrainConfig) -> float:
         model = resolve_model(config.model.name, config.model.revision, weights=False)
         return flops_per_token(shapes_of(model.path, config.lora.target_modules), config)
     except ModelError:
-        return float(speeds.TRAIN_FLOP_PER_WEIGHT * num_weights(config.model.name))
+        return float(TRAIN_FLOP_PER_WEIGHT * num_weights(config.model.name))
 
 
 def least_seconds(config: PipelineConfig) -> dict[str, float]:
@@ -396,9 +406,9 @@ def _prompt_speed(config: ScoreConfig, sizes: Sequence[TaskSizes], gpu: str | No
     device = _device(config.engine.device, gpu)
     here = config.replace({"engine.device": device})
     if gpu is None and (rate := last_figures(throughput_key(here)).get("tokens_per_second")):
-        return speeds.measured(rate / (own + new + cached))  # the kept rate counts cached tokens, too
-    if (card := gpu or config.resources.accelerator_type) in speeds.CARDS:
-        return speeds.prompts(card, num_weights(config.model.name), own, new)
+        return measured_speed(rate / (own + new + cached))  # the kept rate counts cached tokens, too
+    if (card := gpu or config.resources.accelerator_type) in CARDS:
+        return estimate_prompts(card, num_weights(config.model.name), own, new)
     return _scale_speed(CPU_PROMPTS, device, config.model.name)
 
 
@@ -457,7 +467,7 @@ def _scale_speed(of_smollm2: tuple[float, float], device: str, model: str) -> Sp
     if device == "gpu":
         raise ConfigError(
             "the card is none of which figures are known; `birbal plan --gpu` and resources.accelerator_type take "
-            f"{', '.join(speeds.CARDS)}; a search also takes proxy.tokens_per_second"
+            f"{', '.join(CARDS)}; a search also takes proxy.tokens_per_second"
         )
     slower = SMOLLM2_WEIGHTS / num_weights(model)
     return Speed(of_smollm2[0] * slower, of_smollm2[1] * slower, "two CPU cores, SmolLM2-135M, scaled by weights")

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from birbal_ray.lock import LOCK_RECORD, is_alive, lock_holder
-from birbal_ray.progress import CLOCK_FILE, PLAN_FILE, duration
-from birbal_ray.run import LOG_FOLDER, MANIFEST_FILE, PROGRESS_FILE, RUN_FILE, RunError
-from birbal_ray.settings import ConfigError, one_line
-from birbal_ray.storage import DamagedFileError, Folder, open_folder
+from birbal_ray.manifest import StepFolder, find_steps, read_step
+from birbal_ray.progress import Times, duration
+from birbal_ray.run import LOG_FOLDER, MANIFEST_FILE, RUN_FILE
+from birbal_ray.settings import ConfigError
+from birbal_ray.storage import Folder, open_folder
 
 DONE, RUNNING, STOPPED, NOT_STARTED, DAMAGED = "done", "running", "stopped", "not started", "damaged"
 CHAIN = ("score", "tune", "mix", "train", "evaluate")  # each reads what an earlier one wrote
@@ -38,21 +39,6 @@ class Row:
     next: str = ""  # a command, or what to do
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """A step's folder and its records: {} where one is absent or not as birbal writes it."""
-
-    folder: Folder
-    record: Mapping[str, Any]
-    progress: Mapping[str, Any]
-    manifest: Mapping[str, Any]
-    damage: str  # why run.json or manifest.json can't be read
-
-    @property
-    def step(self) -> str:
-        return str((self.record or self.manifest).get("step", "?"))
-
-
 def read_status(run: str | os.PathLike[str], now: float | None = None) -> list[Row]:
     """The steps in the folders of `run`, or the one whose folder `run` is: in the order they run, then by name.
 
@@ -62,10 +48,10 @@ def read_status(run: str | os.PathLike[str], now: float | None = None) -> list[R
     """
     now = time.time() if now is None else now
     folder = open_folder(run)
-    alone = _find(folder)
-    found = [alone] if alone else [one for name in _folders(folder) if (one := _find(folder.subfolder(name)))]
+    found = find_steps(folder)
     if not found:
         raise ConfigError(_no_run(run, folder))
+    alone = found[0].name == "."
     home = open_folder(folder.place.rpartition("/")[0]) if alone else folder
     found.sort(key=lambda one: (_order(one.step), one.folder.place))
     started = {one.step for one in found}
@@ -84,55 +70,24 @@ def read_status(run: str | os.PathLike[str], now: float | None = None) -> list[R
     return [*rows, *rest, Row(REPORT, home.at(REPORT_FILE), DONE, progress=progress, touched=report.modified)]
 
 
-def read_plan(run: str | os.PathLike[str]) -> dict[str, float]:
-    """The seconds that the pipeline in `run` has planned for each step; empty where there is no plan."""
-    try:
-        return {one["step"]: float(one["planned_seconds"]) for one in open_folder(run).read_json(PLAN_FILE)["steps"]}
-    except (FileNotFoundError, RunError, KeyError, TypeError, ValueError):
-        return {}
-
-
-def read_budget(run: str | os.PathLike[str]) -> str:
-    """What the pipeline in `run` has used of its time, by step, and what is to come; "" where there is no pipeline."""
-    try:
-        clock = open_folder(run).read_json(CLOCK_FILE)
-        spent, budget = clock["spent_seconds"], clock["budget_seconds"]
-        steps = sorted(spent, key=_order)
-        used = ", ".join(f"{step} {duration(spent[step])}" for step in steps)
-        of = f" of {duration(budget)}" if budget else ""
-    except (FileNotFoundError, RunError, KeyError, TypeError, AttributeError):
-        return ""  # none, or another tool's (a training run's own clock.json has other keys)
+def describe_times(times: Times) -> str:
+    """What a pipeline has used of its time, by step, and what is to come; "" where there is no pipeline."""
+    spent = times.spent
+    if not spent:
+        return ""
+    used = ", ".join(f"{step} {duration(spent[step])}" for step in sorted(spent, key=_order))
+    of = f" of {duration(times.budget)}" if times.budget else ""
     text = f"time: {duration(sum(spent.values()))}{of} ({used})"
-    left = sum(seconds for step, seconds in read_plan(run).items() if step not in spent)
+    left = sum(one["planned_seconds"] for step, one in times.plans.items() if step not in spent)
     return f"{text}; {duration(left)} planned for what has not started" if left else text
 
 
-def _find(folder: Folder) -> _Found | None:
-    """The step in a folder; None when it is none of ours (other tools call files manifest.json, too)."""
-    if folder.is_local and not folder.local.is_dir():
-        return None
-    records: dict[str, Mapping[str, Any]] = {}
-    damage = ""
-    for name in (RUN_FILE, PROGRESS_FILE, MANIFEST_FILE):
-        records[name] = {}
-        try:
-            content = folder.read_json(name)
-            if isinstance(content, dict) and (name == PROGRESS_FILE or isinstance(content.get("step"), str)):
-                records[name] = content
-        except FileNotFoundError:
-            pass
-        except DamagedFileError as error:
-            damage = damage or ("" if name == PROGRESS_FILE else one_line(error))
-    found = _Found(folder, records[RUN_FILE], records[PROGRESS_FILE], records[MANIFEST_FILE], damage)
-    return found if found.record or found.manifest or damage else None
-
-
-def _row(found: _Found, now: float) -> Row:
+def _row(found: StepFolder, now: float) -> Row:
     folder, seen = found.folder, found.progress
     done, planned = (value if isinstance(value := seen.get(key), int) else None for key in ("done", "total"))
     if found.manifest and not found.damage:
         written = folder.stat(MANIFEST_FILE)
-        wall = _number(found.manifest, "wall_seconds") or _number(found.manifest, "result", "elapsed_seconds")
+        wall = _number(found.manifest, "wall_seconds")
         summary = str(found.manifest.get("summary", ""))
         return Row(found.step, folder.place, DONE, "", done, planned, summary, written and written.modified, wall)
     started, lock = folder.stat(RUN_FILE), folder.stat(LOCK_RECORD)
@@ -162,7 +117,7 @@ def _state(folder: Folder, silent_seconds: float) -> tuple[str, str]:
     return STOPPED, f"stopped, it seems: {holder['host']} has written nothing for {duration(silent_seconds)}"
 
 
-def _with_next(row: Row, found: _Found, home: Folder, last: str | None) -> Row:
+def _with_next(row: Row, found: StepFolder, home: Folder, last: str | None) -> Row:
     # A pipeline's log lies beside its steps; their settings are in its command.
     piped = row.folder == home.at(row.step) and home.is_file(f"{LOG_FOLDER}/ray.log")
     maker = "birbal demo or birbal pipeline" if piped else f"birbal {row.step}".removesuffix(" ?")
@@ -179,12 +134,12 @@ def _with_next(row: Row, found: _Found, home: Folder, last: str | None) -> Row:
     return replace(row, next=text)
 
 
-def _following(row: Row, found: _Found, home: Folder) -> str:
+def _following(row: Row, found: StepFolder, home: Folder) -> str:
     """The command of the step after a finished one."""
     name = _dig(found.manifest, "scores", "model") if row.step == "mix" else _dig(found.manifest, "model", "name")
     model = ["--model", str(name)] if name else []
     if row.step == "train":
-        scores = _find(home.subfolder("score"))
+        scores = read_step(home.subfolder("score"))
         tasks = _dig(scores.manifest if scores else {}, "settings", "tasks", "path") or "DIR"
         words = ["evaluate", "--tasks", str(tasks), *model, "--adapter", row.folder, "--output", home.at("evaluate")]
     else:
@@ -200,14 +155,10 @@ def _following(row: Row, found: _Found, home: Folder) -> str:
 def _no_run(run: object, folder: Folder) -> str:
     if folder.is_local and not folder.local.exists():
         return f"{run}: no such folder; expected a step's output, or a folder that holds steps' outputs"
-    below = {name: folder.subfolder(name) for name in _folders(folder)}
-    inside = [name for name, one in below.items() if any(_find(one.subfolder(inner)) for inner in one.folders())]
+    below = folder.folders() if not folder.is_local or folder.local.is_dir() else []
+    inside = [name for name in below if find_steps(folder.subfolder(name))]
     hint = f"; there are some in {', '.join(inside[:5])}" if inside else ""
     return f"{run}: no run folder: neither a step's output nor a folder that holds steps' outputs{hint}"
-
-
-def _folders(folder: Folder) -> list[str]:
-    return folder.folders() if not folder.is_local or folder.local.is_dir() else []
 
 
 def _order(step: str) -> int:
@@ -221,6 +172,6 @@ def _dig(content: Any, *keys: str) -> Any:
     return content
 
 
-def _number(content: Mapping[str, Any], *keys: str) -> float | None:
-    value = _dig(content, *keys)
+def _number(content: Mapping[str, Any], key: str) -> float | None:
+    value = content.get(key)
     return float(value) if isinstance(value, (int, float)) else None

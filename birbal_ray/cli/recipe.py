@@ -286,35 +286,29 @@ def status(run: str, watch: bool, output_format: str) -> None:
       birbal status runs/demo --watch
       birbal status runs/score --format json
     """
-    from birbal_ray.progress import duration
-    from birbal_ray.status import RUNNING, read_budget, read_plan, read_status
-
-    columns: Columns = {
-        **{"step": "step", "folder": "folder", "state": lambda row: row["detail"] or row["state"]},
-        "progress": lambda row: row["progress"] or None,
-        "last touched": lambda row: row["touched"] and f"{duration(max(0.0, time.time() - row['touched']))} ago",
-        "wall time": lambda row: row["wall_seconds"] and duration(row["wall_seconds"]),
-    }
+    from birbal_ray.progress import read_times
+    from birbal_ray.status import RUNNING, describe_times, read_status
+    from birbal_ray.storage import open_folder
 
     if watch and output_format != "text":
         raise click.UsageError("--watch shows a screen of text; leave out --format or --watch")
     rows = read_status(run)
     if output_format != "text":
-        times = [row.touched and datetime.fromtimestamp(row.touched, UTC).isoformat(timespec="seconds") for row in rows]
-        records = [asdict(row) | {"touched": touched} for row, touched in zip(rows, times, strict=True)]
+        touches = [
+            row.touched and datetime.fromtimestamp(row.touched, UTC).isoformat(timespec="seconds") for row in rows
+        ]
+        records = [asdict(row) | {"touched": touched} for row, touched in zip(rows, touches, strict=True)]
         print_table(records, output_format)
         return
     idle = 0
     while True:
         if watch:
             click.clear()
-        width = shutil.get_terminal_size().columns
-        if watch or sys.stdout.isatty():
-            click.echo("\n".join(screen(rows, read_plan(run), width)))
-        else:
-            print_table([asdict(row) for row in rows], output_format, columns)
-        if budget := read_budget(run):
-            click.echo(textwrap.fill(budget, width, subsequent_indent="  ") if sys.stdout.isatty() else budget)
+        times = read_times(open_folder(run))
+        planned = {step: one["planned_seconds"] for step, one in times.plans.items()}
+        click.echo("\n".join(screen(rows, planned, shutil.get_terminal_size().columns)))
+        if text := describe_times(times):
+            click.echo(text)
         todo = [row for row in rows if row.next]
         for row in todo:
             click.echo(f"next: {row.next}" if len(todo) == 1 else f"next ({row.folder.rpartition('/')[2]}): {row.next}")

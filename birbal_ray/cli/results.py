@@ -84,7 +84,7 @@ def evaluate(config: EvaluateConfig, per_task: bool, overwrite: bool, dry_run: b
 def print_evaluate(result: EvaluateResult, output_format: str = "text", *, per_task: bool = False) -> None:
     """Comparisons (or every task's scores) on stdout, the conclusions on stderr."""
     from birbal_ray.progress import counted
-    from birbal_ray.report.conclusions import conclusion_of
+    from birbal_ray.report.load import conclusion_of
 
     if output_format != "text":
         print_table(result.evaluation if per_task else result.comparisons, output_format)

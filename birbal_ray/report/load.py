@@ -1,4 +1,4 @@
-"""What a report shows: the finished steps of a run folder, their manifests and tables as plain values."""
+"""What a report shows: a run folder's finished steps, their manifests and tables as plain values, the main result."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ import pyarrow as pa
 
 from birbal_ray.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, adapter_fingerprint
 from birbal_ray.evaluate.models import ADAPTER, BASE
-from birbal_ray.manifest import check_input
-from birbal_ray.mix.rows import AUDIT_FILE, MIX_TASKS, Reason
-from birbal_ray.progress import CLOCK_FILE, PLAN_FILE
-from birbal_ray.run import MANIFEST_FILE, RUN_FILE, RunError
+from birbal_ray.manifest import FORMAT, StepFolder, check_input, find_steps
+from birbal_ray.mix.rows import AUDIT_FILE, Reason
+from birbal_ray.progress import counted, read_times
+from birbal_ray.run import MANIFEST_FILE, RunError
 from birbal_ray.schemas import (
-    COMPARISONS,
     COMPARISONS_FILE,
-    EVALUATION,
     EVALUATION_FILE,
-    TASK_SCORES,
     TASK_SCORES_FILE,
     TASKS_FILE,
 )
 from birbal_ray.settings import ConfigError
+from birbal_ray.statistics import BETTER, TOO_FEW, WORSE, outcome
 from birbal_ray.storage import Folder, input_folder
 from birbal_ray.train.checkpoints import read_metrics
 from birbal_ray.train.files import METRICS_FILE
@@ -31,18 +29,6 @@ from birbal_ray.train.files import METRICS_FILE
 Row = Mapping[str, Any]
 STEPS = ("score", "mix", "train", "evaluate")  # those with a section of their own, in the order they run
 LABELS = ("exact_match", "generation")
-# Runs of version 0.1.0 lack them.
-NEW_COLUMNS = ("is_primary", "p_value", "p_adjusted", "detectable_difference", "note")
-
-
-@dataclass(frozen=True, slots=True)
-class StepRun:
-    """A finished step. `name` is its path below the run folder, `.` when it is the run folder itself."""
-
-    step: str
-    name: str
-    folder: Folder
-    manifest: Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,42 +39,39 @@ class Found:
     """
 
     name: str
-    finished: Mapping[str, StepRun]
-    others: tuple[StepRun, ...]
+    finished: Mapping[str, StepFolder]
+    others: tuple[StepFolder, ...]
     missing: Mapping[str, str]
 
 
-def find_steps(run: Folder) -> Found:
+def find_finished(run: Folder) -> Found:
     """Find the steps in the folders of `run` by their manifests; or `run` itself, when it is a step's folder.
 
-    Where several folders hold the same one of STEPS, the one that bears its name counts. Raises
-    RunError (no finished step, a damaged manifest), ConfigError (several, none of that name).
+    Where several folders hold the same one of STEPS, the one that bears its name counts. Raises RunError (no finished
+    step, a damaged record, a run of an earlier version), ConfigError (several, none of that name).
     """
-    files = run.files()
-    if not files and not (run.is_local and run.local.is_dir()):
-        raise RunError(f"{run}: no such folder; expected one that holds the outputs of birbal's steps")
-    is_step = RUN_FILE in files or MANIFEST_FILE in files
-    names = ["."] if is_step else sorted({name.partition("/")[0] for name in files if "/" in name})
-    found: dict[str, list[StepRun]] = {}
+    found: dict[str, list[StepFolder]] = {}
     started = set()
-    for name in names:
-        folder = run if is_step else run.subfolder(name)
-        records = []
-        for file in (MANIFEST_FILE, RUN_FILE):  # other tools write a manifest.json, too: ours names its step
-            content = folder.read_json(file) if (file if is_step else f"{name}/{file}") in files else None
-            records.append(content if isinstance(content, dict) and isinstance(content.get("step"), str) else None)
-        manifest, record = records
-        if manifest is not None:
-            found.setdefault(manifest["step"], []).append(StepRun(manifest["step"], name, folder, manifest))
-        elif record is not None:
-            started.add(record["step"])
+    for one in find_steps(run):
+        if one.damage:
+            raise RunError(one.damage)
+        if one.manifest:
+            if one.step in STEPS and one.manifest.get("format") != FORMAT:
+                raise RunError(
+                    f"{one.folder}: another version of birbal_ray made this run, and this one can't report it; "
+                    f"install that version, or run `birbal {one.step}` again with another --output"
+                )
+            found.setdefault(one.step, []).append(one)
+        else:
+            started.add(one.step)
     if not found:
         unfinished = f" (started, not finished: {', '.join(sorted(started))})" if started else ""
+        is_there = not run.is_local or run.local.is_dir()
         raise RunError(
-            f"{run}: no finished step in it{unfinished}; expected folders like {', '.join(STEPS)}, each with a "
-            f"{MANIFEST_FILE}, as `birbal demo --output {run}` makes them"
+            f"{run}: {'no finished step in it' if is_there else 'no such folder'}{unfinished}; expected folders like "
+            f"{', '.join(STEPS)}, each with a {MANIFEST_FILE}, as `birbal demo --output {run}` makes them"
         )
-    finished: dict[str, StepRun] = {}
+    finished: dict[str, StepFolder] = {}
     for step in STEPS:
         runs = found.pop(step, [])
         named = [one for one in runs if one.name in (step, ".")] or runs
@@ -120,7 +103,7 @@ def mismatches(found: Found) -> list[str]:
                 f"{step} was made from another {before} run than the one in this folder (identity hash "
                 f"{str(wanted)[:12]}…): their numbers don't belong together"
             )
-    models = models_of(manifests.get("evaluate", {}))
+    models = manifests.get("evaluate", {}).get("models", [])
     evaluated = {one["name"]: one["fingerprint"] for one in models if one["kind"] == ADAPTER}
     train = found.finished.get("train")
     names = [f"{ADAPTER_FOLDER}/{name}" for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)]
@@ -135,14 +118,9 @@ def mismatches(found: Found) -> list[str]:
     return lines
 
 
-def models_of(manifest: Row) -> list[dict[str, Any]]:
-    """The models that an evaluation compared; earlier versions called them contenders."""
-    return manifest.get("models") or manifest.get("contenders") or []
-
-
-def read_score(step: StepRun) -> dict[str, Any]:
+def read_score(step: StepFolder) -> dict[str, Any]:
     """The manifest, `tasks` (TASK_SCORES rows) and `labels` (`label_means` of these)."""
-    tasks = _read_rows(step, TASK_SCORES_FILE, TASK_SCORES)
+    tasks = _read_table(step, TASK_SCORES_FILE).to_pylist()
     return {**step.manifest, "tasks": tasks, "labels": label_means(tasks)}
 
 
@@ -156,7 +134,7 @@ def label_means(tasks: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def read_mix(step: StepRun) -> dict[str, Any]:
+def read_mix(step: StepFolder) -> dict[str, Any]:
     """The manifest, `tasks` (MIX_TASKS rows), `sources` and `dropped`: reason, meaning, rows, `source:{name}`.
 
     Reads two columns of the audit; memory grows with their distinct values, not with the rows.
@@ -178,26 +156,26 @@ def read_mix(step: StepRun) -> dict[str, Any]:
         for reason, total in sorted(totals.items(), key=lambda item: (-item[1], item[0]))
         if reason != Reason.KEPT.word
     ]
-    tasks = _read_rows(step, TASKS_FILE, MIX_TASKS)
+    tasks = _read_table(step, TASKS_FILE).to_pylist()
     return {**step.manifest, "tasks": tasks, "sources": sources, "dropped": dropped}
 
 
-def read_train(step: StepRun) -> dict[str, Any]:
+def read_train(step: StepFolder) -> dict[str, Any]:
     """The manifest, `steps` and `evaluations`: lines of metrics.jsonl that have a `loss`, an `eval_loss`."""
     lines = read_metrics(input_folder(step.folder.at(METRICS_FILE)))
     steps, evaluations = ([line for line in lines if name in line] for name in ("loss", "eval_loss"))
     return {**step.manifest, "steps": steps, "evaluations": evaluations}
 
 
-def read_evaluation(step: StepRun) -> dict[str, Any]:
+def read_evaluation(step: StepFolder) -> dict[str, Any]:
     """The manifest, `tasks` (EVALUATION rows), `comparisons`, `kinds` (model → kind) and `names` without the base.
 
     `formats`: prompt format → a row per task that the base model answered, zero-shot first, tasks by name: `task`,
     `label`, `held_out`, and per model `{name}:{EVALUATION column}` and `{name}:difference` from the base model.
     """
-    tasks = _read_rows(step, EVALUATION_FILE, EVALUATION)
+    tasks = _read_table(step, EVALUATION_FILE).to_pylist()
     kinds = {row["model"]: row["kind"] for row in tasks}
-    names = dict.fromkeys([*(one["name"] for one in models_of(step.manifest) if one["name"] in kinds), *kinds])
+    names = dict.fromkeys([*(one["name"] for one in step.manifest["models"] if one["name"] in kinds), *kinds])
     formats: dict[str, list[dict[str, Any]]] = {}
     for prompt_format in sorted({row["prompt_format"] for row in tasks}, key=lambda name: (name != "zero_shot", name)):
         by_task: dict[str, dict[str, Row]] = {}
@@ -208,31 +186,98 @@ def read_evaluation(step: StepRun) -> dict[str, Any]:
     return {
         **step.manifest,
         "tasks": tasks,
-        "comparisons": _read_rows(step, COMPARISONS_FILE, COMPARISONS),
+        "comparisons": _read_table(step, COMPARISONS_FILE).to_pylist(),
         "kinds": kinds,
         "names": [name for name in names if name != BASE],
         "formats": formats,
     }
 
 
-def read_times(run: Folder) -> list[dict[str, Any]]:
+def compare_times(run: Folder) -> list[dict[str, Any]]:
     """What a pipeline in `run` planned and took, in seconds, a row a step; none where no pipeline ran there.
 
     `planned` is the middle of `low` to `high` or the time that the budget gave, whichever is less. A step that has not
     started has no `actual`, one that has not ended no `difference`; without a plan there is only `actual`.
     """
-    plan, clock = (run.read_json(file) if run.is_file(file) else {} for file in (PLAN_FILE, CLOCK_FILE))
-    spent = clock.get("spent_seconds", {})  # a training run's own clock.json has other keys
-    planned = {one["step"]: one for one in plan.get("steps", [])}
+    times = read_times(run)
     rows = []
-    for step in planned or spent:
-        one, actual = planned.get(step, {}), spent.get(step)
-        row = {name: one.get(f"{name}_seconds") for name in ("planned", "low", "high")} | {"actual": actual}
+    for step in times.plans or times.spent:
+        one, actual = times.plans.get(step, {}), times.spent.get(step)
+        row: dict[str, Any] = {name: one.get(f"{name}_seconds") for name in ("planned", "low", "high")} | {
+            "actual": actual
+        }
         has_ended = run.is_file(f"{'evaluate' if step == 'report' else step}/{MANIFEST_FILE}")
         known = has_ended and actual is not None and row["planned"] is not None
         row["difference"] = actual - row["planned"] if known else None
         rows.append({"step": step, "work": one.get("work"), **row, "source": one.get("source")})
     return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Conclusion:
+    """`kind`: better | worse | open (no difference found) | none (nothing was compared)."""
+
+    kind: str
+    title: str
+    text: str
+
+
+def conclude(sections: Mapping[str, Mapping[str, Any]]) -> list[Conclusion]:
+    """One for each evaluated model: over all tasks, zero-shot where that was run, else the first prompt format.
+
+    `sections`: step → what load's readers give.
+    """
+    evaluated = sections.get("evaluate", {"names": []})
+    found = []
+    for name in evaluated["names"]:
+        rows = [row for row in evaluated["comparisons"] if (row["model"], row["scope"]) == (name, "all")]
+        if rows:
+            order = list(evaluated["formats"])
+            found.append(conclusion_of(min(rows, key=lambda row: order.index(row["prompt_format"]))))
+    if not found:
+        nothing = "Nothing to compare: no model but the base model was evaluated"
+        title = nothing if "evaluate" in sections else "There is no finished evaluation yet"
+        found.append(Conclusion("none", title, "The sections below say what there is."))
+    return found
+
+
+def conclusion_of(row: Row) -> Conclusion:
+    """Say what a COMPARISONS row shows: what Holm's p and the interval leave open, and too few tasks, included."""
+    name, low, high = row["model"], row["difference_low"], row["difference_high"]
+    text = (
+        f"{words(row['prompt_format']).capitalize()} over {counted(row['num_tasks'], 'task')}, the mean task score is "
+        f"{row['score']:.3f}; the base model's is {row['base_score']:.3f}. Difference {signed(row['difference'])}, "
+        f"95 % interval {signed(low)} to {signed(high)}. Better on {row['num_wins']}, worse on {row['num_losses']}, "
+        f"the same on {row['num_ties']}."
+    )
+    kind = outcome(low, high, row["num_tasks"], row["p_adjusted"])
+    if kind == TOO_FEW:
+        few = "one task" if row["num_tasks"] == 1 else f"{row['num_tasks']} tasks"
+        return Conclusion("open", f"{name}: {few} can't tell whether it is better than the base model", text)
+    if kind in (BETTER, WORSE):
+        sign = 1 if kind == BETTER else -1
+        near, far = sorted((sign * low, sign * high))
+        bound = f"{near:.3f}" if near >= 0.0005 else "less than 0.001"  # never 0.000: the interval excludes 0
+        amount = f"{sign * row['difference']:.3f} ({bound} to {far:.3f})"
+        return Conclusion(kind, f"{name} is {kind} than the base model by {amount}", text)
+    alone = outcome(low, high, row["num_tasks"]) in (BETTER, WORSE)
+    why = "one of several comparisons, p ≥ 0.05 by Holm" if alone else "the interval contains 0"
+    return Conclusion("open", f"{name}: no difference from the base model found; {why}", text)
+
+
+def words(prompt_format: str) -> str:
+    """`zero_shot` as `zero-shot`."""
+    return prompt_format.replace("_", "-")
+
+
+def signed(value: float) -> str:
+    """Three decimals with a sign, a real minus; 0 has none."""
+    return f"{value:+.3f}".replace("-", "\u2212") if value else "0.000"
+
+
+def model_name(manifest: Row) -> str | None:
+    """The name of the model that a manifest is about."""
+    return (manifest.get("model") or {}).get("name")
 
 
 READERS = {"score": read_score, "mix": read_mix, "train": read_train, "evaluate": read_evaluation}
@@ -249,17 +294,6 @@ def _pivot(task: str, rows: Mapping[str, Row]) -> dict[str, Any]:
     return found
 
 
-def _read_rows(step: StepRun, file: str, schema: pa.Schema) -> list[dict[str, Any]]:
-    """A table's rows. Raises RunError when it can't be read or lacks a column."""
-    table = _read_table(step, file)
-    table = table.rename_columns(["model" if name == "contender" else name for name in table.column_names])
-    for name in schema.names:
-        if name not in table.column_names and name not in NEW_COLUMNS:
-            found = ", ".join(table.column_names)
-            raise RunError(f"{step.folder.at(file)}: column {name!r} is missing (found {found})")
-    return table.to_pylist()
-
-
-def _read_table(step: StepRun, file: str, columns: list[str] | None = None) -> pa.Table:
+def _read_table(step: StepFolder, file: str, columns: list[str] | None = None) -> pa.Table:
     check_input(step.folder, step.manifest, [file])
     return step.folder.read_table(file, columns)

@@ -15,8 +15,17 @@ from markupsafe import Markup
 from birbal_ray.evaluate.leaderboard import place_models, zeroed_scores
 from birbal_ray.manifest import fill_template
 from birbal_ray.progress import duration
-from birbal_ray.report.conclusions import Conclusion, conclude, model_name, signed, words
-from birbal_ray.report.load import READERS, find_steps, mismatches, read_times
+from birbal_ray.report.load import (
+    READERS,
+    Conclusion,
+    compare_times,
+    conclude,
+    find_finished,
+    mismatches,
+    model_name,
+    signed,
+    words,
+)
 from birbal_ray.report.plots import NAMES, Plot, draw, tasks_name
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import input_folder, open_folder
@@ -51,7 +60,7 @@ def report(
         raise ConfigError(f"--output {output}: expected a file name that ends in .html")
     if target.is_local and (target.local / name).is_dir():
         raise ConfigError(f"--output {output}: is a folder, expected a file name")
-    found = find_steps(open_folder(run))
+    found = find_finished(open_folder(run))
     sections = {step: READERS[step](one) for step, one in found.finished.items()}
     conclusions = conclude(sections)
     measured = {
@@ -70,7 +79,7 @@ def report(
         warnings=mismatches(found),
         board=[{**asdict(one), **{f"win_rate:{name}": rate for name, rate in one.win_rates.items()}} for one in board],
         board_notes=[f"{team}: {what}." for team, what in [*notes, *zeroed_scores(board)] if team in placed],
-        times=read_times(open_folder(run)),
+        times=compare_times(open_folder(run)),
         **{step: sections.get(step) for step in READERS},
     )
     pictures = PLOTS_FOLDER if output is None else f"{name.rpartition('.')[0]}-plots"

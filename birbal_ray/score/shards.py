@@ -18,7 +18,7 @@ from birbal_ray.storage import FileRecord, Folder, RunError
 
 METADATA_KEY = b"birbal"  # of a file of rows: what its rows were made from
 FEW_SHOT, ZERO_SHOT = "few_shot", "zero_shot"
-# What a prompt's own tokens cost, in decoded tokens. By the arithmetic of `birbal_ray.speeds` the 58 of a mean prompt
+# What a prompt's own tokens cost, in decoded tokens. By the arithmetic of `birbal_ray.progress` the 58 of a mean prompt
 # cost as much as 22 to 28 on an RTX 4090, 12 to 16 on an H100. Only the estimate of the time left depends on it.
 PREFILL_WORK = 16
 

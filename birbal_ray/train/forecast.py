@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from birbal_ray import speeds
-from birbal_ray.progress import last_figures
-from birbal_ray.speeds import CARDS, LOAD_SECONDS, MEASURED, Speed
+from birbal_ray.progress import CARDS, LOAD_SECONDS, MEASURED, Speed, estimate_tokens, last_figures, measured_speed
 from birbal_ray.train.config import TrainConfig
 
 WRITE_BYTES_PER_SECOND = 200e6  # of a slow disk
@@ -83,9 +81,9 @@ def training_speed(config: TrainConfig, flop_per_token: Callable[[], float], gpu
     With `gpu` it is of that card, whatever this machine has measured.
     """
     if gpu is None and (rate := last_figures(rate_key(config)).get("tokens_per_second")):
-        return speeds.measured(rate)
+        return measured_speed(rate)
     card = gpu or config.resources.accelerator_type
-    return speeds.training_tokens(card, flop_per_token()) if card in CARDS else None
+    return estimate_tokens(card, flop_per_token()) if card in CARDS else None
 
 
 def num_passes(config: TrainConfig) -> int:

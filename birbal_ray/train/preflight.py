@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray.models import Model, quiet_libraries
-from birbal_ray.progress import duration, last_figures
+from birbal_ray.progress import CARDS, duration, last_figures
 from birbal_ray.settings import ConfigError
-from birbal_ray.speeds import CARDS
 from birbal_ray.train.config import LoraSettings, TrainConfig
 from birbal_ray.train.data import Packing
 from birbal_ray.train.forecast import Forecast, forecast_training, num_passes, rate_key, training_speed

@@ -9,8 +9,8 @@ from transformers import LlamaConfig, MistralConfig, Qwen3Config
 
 from birbal_ray.cli.main import main
 from birbal_ray.models import load_tokenizer
+from birbal_ray.progress import estimate_tokens
 from birbal_ray.settings import load_config
-from birbal_ray.speeds import training_tokens
 from birbal_ray.train import preflight
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.self_check import check_architecture
@@ -75,7 +75,7 @@ def test_a_dry_run_plans_the_day_from_config_and_tokenizer_alone(name, tiny_mode
     }  # fmt: skip
     config = load_config(TrainConfig, REPOSITORY / "configs" / "train" / f"{name}.yaml")
     flop = preflight.flops_per_token(preflight.shapes_of(model, "all-linear"), config)
-    low, high, source = training_tokens("GeForce-RTX-4090", flop)
+    low, high, source = estimate_tokens("GeForce-RTX-4090", flop)
     assert low < 0.45 * 165e12 / flop < high
     assert f"estimate, not measured: {(low + high) / 2:,.0f} tokens/s ({source})" in result.stderr
     assert "of 165 TFLOP/s (GeForce-RTX-4090's data sheet)" in source

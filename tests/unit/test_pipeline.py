@@ -12,11 +12,11 @@ import yaml
 
 from birbal_ray import pipeline
 from birbal_ray.lock import hold_lock
-from birbal_ray.progress import CLOCK_FILE
+from birbal_ray.progress import CLOCK_FILE, read_times
 from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps
 from birbal_ray.run import RunFailedError, RunMismatchError, Step, open_run
 from birbal_ray.settings import ConfigError, load_config
-from birbal_ray.status import read_budget
+from birbal_ray.status import describe_times
 from birbal_ray.storage import RunError, open_folder
 
 SHARES = ShareSettings(score=0.2, tune=0.1, evaluate=0.2, report=0.05)
@@ -97,11 +97,14 @@ def test_a_look_at_a_recipe_that_has_ended_takes_no_time(tmp_path):
 
 def test_status_says_what_is_used_of_the_budget(tmp_path):
     time = Time()
-    assert read_budget(tmp_path) == ""
+    assert describe_times(read_times(open_folder(tmp_path))) == ""
     clock = clock_in(tmp_path, time=time)
     spend(clock, time, "score", 90)
     spend(clock, time, "mix", 5)
-    assert read_budget(tmp_path) == "time: 1 min 35 s of 16 min 40 s (score 1 min 30 s, mix 5 s)"
+    assert (
+        describe_times(read_times(open_folder(tmp_path)))
+        == "time: 1 min 35 s of 16 min 40 s (score 1 min 30 s, mix 5 s)"
+    )
 
 
 def test_from_scratch_forgets_the_time_and_the_decisions(tmp_path):

@@ -11,12 +11,11 @@ from click.testing import CliRunner
 from birbal_ray import doctor, pipeline, plan
 from birbal_ray.cli.main import main
 from birbal_ray.cli.options import find_config
-from birbal_ray.progress import PLAN_FILE, figures_key, last_figures, save_figures
+from birbal_ray.progress import CARDS, PLAN_FILE, figures_key, last_figures, save_figures
 from birbal_ray.recipe import PipelineConfig, join_steps
-from birbal_ray.report.load import read_times
+from birbal_ray.report.load import compare_times
 from birbal_ray.score.run import keep_figures
 from birbal_ray.settings import ConfigError, load_config
-from birbal_ray.speeds import CARDS
 from birbal_ray.storage import open_folder
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.forecast import rate_key
@@ -179,7 +178,7 @@ def test_the_first_session_s_plan_stays_and_meets_what_was_taken(tmp_path):
     (tmp_path / "clock.json").write_text(json.dumps({"spent_seconds": {"score": 100.0, "tune": 130.5, "train": 9.0}}))
     for step in ("score", "tune"):
         open_folder(tmp_path).write_json(f"{step}/manifest.json", {})
-    times = {row["step"]: row for row in read_times(open_folder(tmp_path))}
+    times = {row["step"]: row for row in compare_times(open_folder(tmp_path))}
     assert list(times) == ["score", "tune", "mix", "train", "evaluate", "report"]
     assert (times["score"]["planned"], times["score"]["actual"]) == pytest.approx((90, 100))
     assert times["score"]["difference"] == pytest.approx(10)
@@ -187,7 +186,7 @@ def test_the_first_session_s_plan_stays_and_meets_what_was_taken(tmp_path):
     assert times["mix"]["actual"] is None and times["mix"]["difference"] is None
     assert times["train"]["actual"] == 9 and times["train"]["difference"] is None  # it has not ended
     (tmp_path / PLAN_FILE).unlink()
-    rows = read_times(open_folder(tmp_path))
+    rows = compare_times(open_folder(tmp_path))
     assert [(row["step"], row["actual"], row["planned"]) for row in rows] == [
         ("score", 100, None),
         ("tune", 130.5, None),

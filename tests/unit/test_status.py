@@ -16,9 +16,10 @@ from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
 from birbal_ray.lock import this_process
+from birbal_ray.progress import read_times
 from birbal_ray.run import Step, open_run
 from birbal_ray.settings import ConfigError
-from birbal_ray.status import read_plan, read_status
+from birbal_ray.status import read_status
 from birbal_ray.storage import RunError, open_folder
 from tests.conftest import SLOW
 from tests.fixtures.s3_server import BUCKET
@@ -250,7 +251,7 @@ def test_folders_of_the_previous_version_are_shown(tmp_path, step):
     assert only(tmp_path).state == "stopped"
     open_folder(tmp_path).write_json("manifest.json", {**record, "rows": 3, "result": {"elapsed_seconds": 5}})
     row = only(tmp_path)
-    assert (row.state, row.progress, row.wall_seconds) == ("done", "", 5.0)
+    assert (row.state, row.progress) == ("done", "")
 
 
 def test_what_is_no_run_folder_is_wrong_usage(tmp_path):
@@ -330,6 +331,7 @@ def test_a_watched_run_fits_a_narrow_terminal(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("plan", ["", "{", "[]", '{"steps": 3}', '{"steps": [{}]}'])
 def test_a_plan_that_can_t_be_read_is_none(tmp_path, plan):
-    assert read_plan(tmp_path) == {}
-    (tmp_path / "plan.json").write_text(plan)
-    assert read_plan(tmp_path) == {}
+    assert read_times(open_folder(tmp_path)) == (None, {}, {})
+    for name in ("plan.json", "clock.json"):
+        (tmp_path / name).write_text(plan)
+    assert read_times(open_folder(tmp_path)) == (None, {}, {})

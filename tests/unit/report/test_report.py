@@ -18,7 +18,7 @@ from birbal_ray.adapters import adapter_fingerprint
 from birbal_ray.cli.main import main
 from birbal_ray.evaluate.leaderboard import METRICS
 from birbal_ray.manifest import FORMAT
-from birbal_ray.report.conclusions import conclusion_of
+from birbal_ray.report.load import conclusion_of
 from birbal_ray.report.plots import draw
 from birbal_ray.report.run import report
 from birbal_ray.run import MANIFEST_FILE, RunError
@@ -240,14 +240,15 @@ def test_steps_that_are_not_there_are_named(copy):
     assert page.tables.keys() == {"scores", "leaderboard"}
     assert result.conclusions[0].title == "There is no finished evaluation yet"
     assert sorted(path.stem for path in Path(result.plots).glob("*.svg")) == ["scores"]  # the others' plots are gone
-    assert "Mean task scores of" in result.conclusions[0].text
 
 
 def test_a_step_s_own_folder_is_a_run_too(copy):
     result = report(copy / "train")
     assert Path(result.file) == copy / "train" / "report.html"
     assert set(result.missing) == {"score", "mix", "evaluate"}
-    assert "from 3.300 (base model) to 2.059 (best adapter, step 30)" in result.conclusions[0].text
+    assert result.conclusions[0].title == "There is no finished evaluation yet"
+    text = Page(Path(result.file).read_text(encoding="utf-8")).text
+    assert all(figure in text for figure in ("3.300", "2.059"))  # the section shows them
 
 
 def test_a_folder_without_steps_is_refused(tmp_path):
@@ -337,7 +338,7 @@ def test_without_an_added_model_none_is_placed(page):
 def test_the_conclusion_is_honest(low, difference, high, num_tasks, kind, title):
     found = conclusion_of(
         {
-            **{"model": "a", "prompt_format": "zero_shot", "scope": "all", "num_tasks": num_tasks},
+            **{"model": "a", "prompt_format": "zero_shot", "scope": "all", "num_tasks": num_tasks, "p_adjusted": 0.01},
             **{"base_score": 0.3, "score": 0.3 + difference, "difference": difference},
             **{"difference_low": low, "difference_high": high, "num_wins": 1, "num_losses": 2, "num_ties": 3},
         }
@@ -462,21 +463,14 @@ def test_a_run_at_a_url_gives_the_same_page_there(run, same_plots, s3):
     assert folder.read_bytes("report/mix.png") == (run / "report" / "mix.png").read_bytes()
 
 
-def test_an_evaluation_of_version_0_1_is_read(copy, without_plots):
-    new = ("is_primary", "p_value", "p_adjusted", "detectable_difference")
-    for name in ("evaluation.parquet", "comparisons.parquet"):
-        table = pq.read_table(copy / "evaluate" / name)
-        table = table.drop_columns([column for column in new if column in table.column_names])
-        table = table.rename_columns(["contender" if column == "model" else column for column in table.column_names])
-        pq.write_table(table, copy / "evaluate" / name)
-    manifest = read_json(copy / "evaluate" / MANIFEST_FILE)
-    del manifest["files"], manifest["format"]
-    write_json(copy / "evaluate" / MANIFEST_FILE, {**manifest, "contenders": manifest.pop("models")})
-    result = report(copy)
-    page = Page(Path(result.file).read_text(encoding="utf-8"))
-    assert "adapter" in result.conclusions[0].title
-    assert len(page.rows("comparisons")[0]) == 11
-    assert "adapter:difference" in page.rows("tasks-zero_shot")[0]
+@pytest.mark.parametrize("step", ["score", "mix", "train", "evaluate"])
+def test_a_step_of_another_version_is_refused(copy, without_plots, step):
+    manifest = read_json(copy / step / MANIFEST_FILE)
+    for other in ({}, {"format": FORMAT + 1}):
+        write_json(copy / step / MANIFEST_FILE, {k: v for k, v in manifest.items() if k != "format"} | other)
+        done = command(copy)
+        assert done.exit_code == 1
+        assert f"{step}: another version of birbal_ray made this run, and this one can't report it" in done.stderr
 
 
 def test_what_was_planned_stands_beside_what_was_taken(copy, page, without_plots):

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from birbal_ray.progress import ProgressLine
-from birbal_ray.speeds import MEASURED
+from birbal_ray.progress import MEASURED, ProgressLine
 from birbal_ray.storage import RunError, write_json
 from birbal_ray.train import launch, worker
 from birbal_ray.train import run as step

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from birbal_ray import speeds
+from birbal_ray.progress import MEASURED, measured_speed
 from birbal_ray.settings import ConfigError, load_config
-from birbal_ray.speeds import MEASURED
 from birbal_ray.train import preflight
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.forecast import Forecast, forecast_training
@@ -162,7 +161,7 @@ def test_a_forecast_by_hand():
     config = load_config(TrainConfig, flags={**FULL, "evaluation.every_steps": 5, "checkpoint.every_steps": 5})
     kept = dict(zip(("setup", "eval", "best", "save", "overhead"), (20.0, 5.0, 1.0, 2.0, 30.0), strict=True))
     figures = {f"{name}_seconds": seconds for name, seconds in kept.items()}
-    found = forecast_training(config, 1000, 400, speeds.measured(100.0), figures)
+    found = forecast_training(config, 1000, 400, measured_speed(100.0), figures)
     assert (found.tokens_per_second, found.is_measured) == (100.0, True)
     assert found.once_seconds == 20 + 5 + 1 + 2
     assert found.step_seconds == pytest.approx(10 + (5 + 1 + 2) / 5)
@@ -172,7 +171,7 @@ def test_a_forecast_by_hand():
     assert found.steps_within(28 + 10 * 11.6) == pytest.approx(10)
     assert found.steps_within(1) == 0
     guessed = forecast_training(
-        config.replace({"resources.device": "cpu"}), 1000, 600, speeds.measured(100.0), {}, 200e6
+        config.replace({"resources.device": "cpu"}), 1000, 600, measured_speed(100.0), {}, 200e6
     )
     # 20 to 60 s to load on a CPU, 3 passes a training step against one, a second to write the adapter, 3 a checkpoint.
     assert guessed.once_seconds == pytest.approx(40 + 600 / 300 + 1 + 3)
