@@ -44,7 +44,7 @@ from birbal_ray.score.shards import DamagedRowsError, PromptVariant, RowFiles, S
 from birbal_ray.score.stages import find_model
 from birbal_ray.settings import ConfigError, canonical_hash
 from birbal_ray.statistics import MIN_TASKS, detectable_difference
-from birbal_ray.storage import DamagedFileError, FileRecord, Folder, is_url, make_cache_folder
+from birbal_ray.storage import FileRecord, Folder, is_url, make_cache_folder
 
 OWNS = ("rows/*.parquet", "inputs/*", "tasks.parquet", "quarantine.jsonl", EVALUATION_FILE, COMPARISONS_FILE)
 
@@ -52,7 +52,8 @@ OWNS = ("rows/*.parquet", "inputs/*", "tasks.parquet", "quarantine.jsonl", EVALU
 def only_adds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Whether a new identity has further models or prompt formats, and asks the earlier ones as before.
 
-    Rows are found by their model's name: a model that was left out could come back as another under the same name.
+    The primary comparison stays the same. Rows are found by their model's name: a model that was left out could come
+    back as another under the same name.
     """
     models = {name: new["models"].get(name) for name in old.get("models", {})}
     formats = [one for one in new["prompt_formats"] if one in old.get("prompt_formats", [])]
@@ -125,13 +126,6 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
     inputs = [path for path in (config.tasks.path, *setup.mixes, *(one.path for one in setup.models[1:])) if path]
     identity = _identity(setup, plan)
     with open_run(config.output or "", STEP, identity, inputs=inputs, overwrite=overwrite) as run:
-        for row in _earlier_comparisons(run.folder):
-            if row["is_primary"] and (named := {key: row[key] for key in setup.primary()}) != setup.primary():
-                raise ConfigError(
-                    f"{run.folder}: the comparison that was named before this evaluation ran is "
-                    f"{', '.join(named.values())}; now that its result is known it can't become "
-                    f"{', '.join(setup.primary().values())}: leave primary as it was, or choose another --output"
-                )
         if run.manifest:
             result = _read(run)
             if not run.changes:
@@ -155,14 +149,6 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
 def asked_fraction(plan: ScorePlan, most: int | None) -> float:
     """Rows that are asked / rows that would be, `most` of each task, had no mix considered any of them."""
     return plan.num_rows / sum(min(task.num_available, most or task.num_available) for task in plan.tasks)
-
-
-def _earlier_comparisons(folder: Folder) -> list[dict[str, Any]]:
-    """What an earlier session found, also one whose manifest was withdrawn for further models."""
-    with contextlib.suppress(FileNotFoundError, DamagedFileError):
-        rows: list[dict[str, Any]] = folder.read_table(COMPARISONS_FILE).to_pylist()
-        return rows
-    return []
 
 
 def prepare_evaluation(config: EvaluateConfig) -> Setup:
@@ -214,6 +200,7 @@ def _identity(setup: Setup, plan: ScorePlan) -> dict[str, Any]:
     identity["tasks"] = {task.name: task.sha256 for task in plan.tasks}
     identity["adapters_served_as"] = "lora" if setup.lora else "merged"
     identity["prompt_formats"] = sorted(setup.config.prompt_formats)
+    identity["primary"] = setup.primary()  # named before its result is known
     identity["models"] = {one.name: f"{one.kind} {one.fingerprint}" for one in setup.models}
     identity["excluded"] = canonical_hash(sorted(setup.held_out.keys))
     return identity
