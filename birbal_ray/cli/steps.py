@@ -279,7 +279,7 @@ def tune(config: TuneConfig, overwrite: bool, dry_run: bool, output_format: str)
     is judged by its loss on rows that no trial trains on: a weighted mean over groups of tasks and
     sources. Hand-made mixes run beside the search; the best ones and these run again with fresh seeds,
     and only that decides.
-    Writes best_mix.yaml (for `birbal mix --config`), trials.parquet, search.png, verdict.png.
+    Writes best_mix.yaml (for `birbal mix --config`), trials.parquet, search.png.
 
     \b
     Examples:
@@ -308,5 +308,6 @@ def print_tune(result: TuneResult, output_format: str = "text") -> None:
     for line in describe_result(result.manifest):
         note(line)
     note(f"its mix: birbal mix --config {shlex.quote(result.folder.at('best_mix.yaml'))} --output DIR")
-    picture = "search.png" if "search.png" in result.manifest["files"] else "verdict.png"  # nothing was searched
-    note(f"all trials: {result.folder.at('trials.parquet')}; pictures: {result.folder.at(picture)}")
+    searched = "search.png" in result.manifest["files"]
+    pictures = f"; pictures: {result.folder.at('search.png')}" if searched else ""
+    note(f"all trials: {result.folder.at('trials.parquet')}{pictures}")

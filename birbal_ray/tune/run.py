@@ -27,16 +27,14 @@ from birbal_ray.tune.stats import (
     compare_seeds,
     describe_comparisons,
     draw_search,
-    draw_seeds,
     rank_agreement,
     summarise,
     winner,
 )
 from birbal_ray.tune.trial import LOG_FILE, run_trial
 
-TRIALS_FILE, BEST_FILE = "trials.parquet", "best_mix.yaml"
-SEARCH_PICTURE, SEEDS_PICTURE = "search.png", "verdict.png"
-OWNS = (TRIALS_FILE, BEST_FILE, SEARCH_PICTURE, SEEDS_PICTURE, f"{TRIALS_FOLDER}/*", "ray_tune/*")
+TRIALS_FILE, BEST_FILE, PICTURE = "trials.parquet", "best_mix.yaml", "search.png"
+OWNS = (TRIALS_FILE, BEST_FILE, PICTURE, f"{TRIALS_FOLDER}/*", "ray_tune/*")
 
 
 def only_adds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
@@ -285,10 +283,7 @@ def _finish(scheduler: TrialScheduler, run: Run, progress: ProgressLine) -> Tune
         TRIALS_FILE: folder.write_parquet(TRIALS_FILE, table_of(results)),
     }
     if config.num_trials:
-        files[SEARCH_PICTURE] = folder.write_bytes(SEARCH_PICTURE, draw_search(results, config.baselines))
-    if objectives:
-        picture = draw_seeds(objectives, config.baselines, chosen)
-        files[SEEDS_PICTURE] = folder.write_bytes(SEEDS_PICTURE, picture)
+        files[PICTURE] = folder.write_bytes(PICTURE, draw_search(results, config.baselines))
     base = scheduler.results.get(BASE_MODEL)
     unfilled = [result for result in good if result.num_unfilled]
     manifest = {

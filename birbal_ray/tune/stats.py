@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -26,9 +26,6 @@ from birbal_ray.tune.scheduler import (
     TrialResult,
     best_so_far,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Objectives = Mapping[str, Mapping[int, float]]  # mix → seed → objective
 
@@ -209,13 +206,13 @@ def summarise(results: Sequence[TrialResult], config: TuneConfig) -> list[dict[s
     )
 
 
-SEARCHED, STOPPED_COLOUR, BEST, LINE = "#1f5fa8", "#b8c4d0", "#2e8b3d", "#d0661b"
+SEARCHED, STOPPED_COLOUR, BEST = "#1f5fa8", "#b8c4d0", "#2e8b3d"
 LINES = ("#d0661b", "#8a5fa8", "#a83232", "#7a6a1b")  # of the baselines, in their order
-LOSS = "held-out loss, weighted mean over groups (nats a token)"
 
 
 def draw_search(results: Sequence[TrialResult], baselines: Sequence[str]) -> bytes:
     """PNG: objective against each ratio, then the best so far over trials; baselines as dashed lines."""
+    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     found = [r for r in results if r.spec.kind in (SEARCH, PREDICTED) and r.objective is not None]
@@ -224,7 +221,7 @@ def draw_search(results: Sequence[TrialResult], baselines: Sequence[str]) -> byt
     lines = {r.spec.name: r.loss for r in results if r.spec.kind == BASELINE and r.status == FINISHED}
     columns = min(3, len(names) + 1)
     rows = -(-(len(names) + 1) // columns)
-    figure = _figure(4.2 * columns, 3.4 * rows)
+    figure = Figure(figsize=(4.2 * columns, 3.4 * rows), dpi=120, layout="constrained")
     for place, name in enumerate(names, 1):
         axes = figure.add_subplot(rows, columns, place)
         for status, colour, label in ((FINISHED, SEARCHED, "to its end"), (STOPPED, STOPPED_COLOUR, "stopped early")):
@@ -250,40 +247,12 @@ def draw_search(results: Sequence[TrialResult], baselines: Sequence[str]) -> byt
     axes.set_xlabel("trials of the search")
     axes.set_ylabel("best held-out loss so far")
     axes.legend(fontsize=7)
-    return _png(figure)
-
-
-def draw_seeds(objectives: Mapping[str, Mapping[int, float]], baselines: Sequence[str], chosen: str) -> bytes:
-    """PNG: every fresh-seed trial as a dot, each mix's mean as a bar across it, best on top."""
-    means = {name: sum(seeds.values()) / len(seeds) for name, seeds in objectives.items()}
-    names = sorted(means, key=lambda name: -means[name])
-    figure = _figure(7, 1.2 + 0.42 * len(names))
-    axes = figure.add_subplot()
-    for place, name in enumerate(names):
-        colour = BEST if name == chosen else LINE if name in baselines else SEARCHED
-        values = list(objectives[name].values())
-        axes.scatter(values, [place] * len(values), color=colour, alpha=0.55, zorder=3)
-        axes.plot([means[name]] * 2, [place - 0.28, place + 0.28], color=colour, linewidth=2.5)
-    labels = [f"{name}{' (baseline)' if name in baselines else ''}" for name in names]
-    axes.set_yticks(range(len(names)), labels)
-    axes.set_xlabel(LOSS)
-    axes.grid(axis="x", alpha=0.3)
-    return _png(figure)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
 
 
 def _baselines(axes: object, lines: Mapping[str, float], baselines: Sequence[str]) -> None:
     for colour, name in zip(LINES, baselines, strict=False):
         if name in lines:
             axes.axhline(lines[name], color=colour, linewidth=1.2, linestyle="--", label=name)  # type: ignore[attr-defined]
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=120, layout="constrained")
-
-
-def _png(figure: Figure) -> bytes:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    return picture.getvalue()
