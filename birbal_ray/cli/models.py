@@ -116,7 +116,6 @@ def print_train(result: TrainResult, output_format: str = "text") -> None:
 @click.option("--run", metavar="DIR", required=True, help="Output folder of `birbal train`.")
 @click.option("--output", metavar="DIR", required=True, help="The merged model's folder.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", help="Of the merged weights.")
-@click.option("--prompts", "num_prompts", type=click.IntRange(min=1), default=8, help="Eval rows to compare on.")
 @click.option("--modelfile", is_flag=True, help="Also write a Modelfile, for `ollama create`.")
 @click.option("--engine/--no-engine", default=True, help="Also compare vLLM on the merged model with PEFT.")
 @click.option("--push", metavar="REPO", help="Then upload the model to this Hub repository (private; HF_TOKEN).")

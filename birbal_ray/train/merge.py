@@ -17,7 +17,7 @@ from birbal_ray.adapters import ADAPTER_FOLDER, load_with_adapter, merge_adapter
 from birbal_ray.cluster import log_to
 from birbal_ray.manifest import check_input, read_manifest
 from birbal_ray.models import TOKENIZER_FILES, Model, load_tokenizer, read_template, resolve_model
-from birbal_ray.ni.prompt import BIRBAL, STOP, ChatTemplate, render_prompt
+from birbal_ray.ni.prompt import STOP, ChatTemplate, render_prompt
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import LOG_FOLDER, Step, StepResult, open_run
 from birbal_ray.score.config import EngineSettings, ResourceSettings
@@ -25,7 +25,6 @@ from birbal_ray.score.reference import REFERENCE_FILE, Agreement, compare_with_p
 from birbal_ray.settings import ConfigError, one_line
 from birbal_ray.storage import RunError, cache_folder, input_folder, open_folder, read_json
 from birbal_ray.train.card import CARD_FILE, PUSHED_MANIFEST, merged_card
-from birbal_ray.train.data import encode_rows, text_columns
 
 STEP = Step("merge", ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", CARD_FILE, "Modelfile"))
 WORKING = ".merging-"
@@ -39,16 +38,16 @@ def merge(
     output: str,
     *,
     dtype: str = "bfloat16",
-    num_prompts: int = 8,
     modelfile: bool = False,
     engine: bool = True,
     overwrite: bool = False,
 ) -> StepResult:
     """Fold the adapter of a training run into base weights of `dtype`, as a model folder in `output`.
 
-    The comparison holds, over eval prompts of the run's mix: the largest absolute difference of the next-token logits,
-    the fraction of greedy tokens that agree, and, with `engine` and where vLLM can load the model, how much of the
-    adapter's change vLLM shows on it. `modelfile` also writes a Modelfile, for `ollama create NAME -f Modelfile`.
+    The comparison holds, over the prompts that training kept beside the adapter: the largest absolute difference of the
+    next-token logits, the fraction of greedy tokens that agree, and, with `engine` and where vLLM can load the model,
+    how much of the adapter's change vLLM shows on it. `modelfile` also writes a Modelfile, for `ollama create NAME -f
+    Modelfile`.
     Raises RunError (no finished run there; vLLM answers as the base model does), ConfigError (another run's folder,
     other base weights than were trained on, a chat template that Ollama can't write).
     """
@@ -67,12 +66,16 @@ def merge(
         if merging.manifest:
             progress.message(f"{folder} is up to date; nothing to do")
             return StepResult(folder, merging.manifest)
-        tokenizer, chat = _read_prompt_format(trained, model)
-        text = ollama_modelfile(tokenizer, chat) if modelfile else None
+        text = ollama_modelfile(*_read_prompt_format(trained, model)) if modelfile else None
         adapter = input_folder(run, lambda name: name.startswith(f"{ADAPTER_FOLDER}/")) / ADAPTER_FOLDER
         here = open_folder(adapter.parent)
         check_input(here, trained, here.files(ADAPTER_FOLDER))
-        prompts = _read_prompts(trained["settings"]["mix"], tokenizer, chat, num_prompts, adapter, progress)
+        if not (adapter / REFERENCE_FILE).is_file():
+            raise RunError(
+                f"{adapter}: no {REFERENCE_FILE}, whose prompts the merged model is compared on; put the adapter's own "
+                "back, or train again"
+            )
+        prompts = [prompt["token_ids"] for prompt in read_json(adapter / REFERENCE_FILE)["prompts"]]
         if folder.is_local:
             for leftover in folder.local.glob(f"{WORKING}*"):  # of a merge that was killed: a model's size
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -128,8 +131,8 @@ def _read_run(run: str) -> tuple[dict[str, Any], Model]:
 def _read_prompt_format(trained: dict[str, Any], model: Model) -> tuple[Any, ChatTemplate | None]:
     """(tokenizer, the chat template that a run was trained in; None: the published format)."""
     tokenizer = load_tokenizer(model.path)
-    prompt = trained["settings"].get("prompt", {})  # absent in version 0.1
-    return tokenizer, read_template(tokenizer, prompt.get("format", BIRBAL), prompt.get("chat_template_arguments", {}))
+    prompt = trained["settings"]["prompt"]
+    return tokenizer, read_template(tokenizer, prompt["format"], prompt["chat_template_arguments"])
 
 
 def ollama_modelfile(tokenizer: Any, chat: ChatTemplate | None) -> str:
@@ -165,23 +168,6 @@ def _ollama_template(chat: ChatTemplate | None, begin: str) -> str:
     without = "{{ else }}" + otherwise if otherwise else ""
     choice = "{{ if .System }}" + first + "{{ .System }}" + between + without + "{{ end }}"
     return choice + common + "{{ .Prompt }}" + after + "{{ .Response }}" + end
-
-
-def _read_prompts(
-    mix: str, tokenizer: Any, chat: ChatTemplate | None, count: int, adapter: Path, progress: ProgressLine
-) -> list[list[int]]:
-    """Token ids of the first eval rows' prompts, as in training; of reference.json's, where the mix is gone."""
-    folder = open_folder(mix)
-    try:
-        check_input(folder, read_manifest(folder, "mix"), ["eval.parquet"])
-    except RunError as error:
-        if not (reference := adapter / REFERENCE_FILE).is_file():
-            raise
-        prompts = [prompt["token_ids"] for prompt in read_json(reference)["prompts"]]
-        progress.message(f"compared on the {len(prompts)} prompts that training kept; the mix can't be read: {error}")
-        return prompts
-    rows = folder.read_table("eval.parquet", columns=text_columns(chat=chat is not None)).slice(0, count).to_pydict()
-    return [ids[:start] for ids, start in encode_rows(tokenizer, rows, chat)]
 
 
 def _merge(

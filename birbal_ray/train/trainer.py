@@ -26,7 +26,7 @@ from birbal_ray.train.deadline import Clock, Deadline, budget_by_clock, learning
 from birbal_ray.train.forecast import WRITE_BYTES_PER_SECOND
 
 ENDS = ("epochs", "max_steps", "budget")
-REFERENCE_PROMPTS, REFERENCE_TOKENS = 4, 1024
+REFERENCE_PROMPTS, REFERENCE_TOKENS = 8, 1024
 
 
 @dataclass(frozen=True, slots=True)

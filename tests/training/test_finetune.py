@@ -549,7 +549,7 @@ def test_the_reference_beside_an_adapter_is_what_peft_computes(tiny_model, run_f
     fine_tune(settings(max_steps=4, model__quantization="none"), tiny_model, run_folder)
     best = run_folder / json.loads((run_folder / "best.json").read_text())["folder"]
     reference = json.loads((best / "reference.json").read_text())
-    assert (reference["format"], reference["quantization"], len(reference["prompts"])) == (1, "none", 4)
+    assert (reference["format"], reference["quantization"], len(reference["prompts"])) == (1, "none", 8)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), best).eval()
     changed = 0.0
     for prompt in reference["prompts"]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -22,7 +23,7 @@ from tests.fixtures.chat_templates import SPECIAL_END, SYSTEM_TURN
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_model, tiny_mix, tmp_path_factory):
+def trained(tiny_model, tmp_path_factory):
     """A training run with an adapter that changes every layer."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -39,11 +40,13 @@ def trained(tiny_model, tiny_mix, tmp_path_factory):
     identity = {"model_fingerprint": resolve_model(str(tiny_model)).fingerprint}
     manifest = {
         "model": {"name": str(tiny_model), "revision": None, "path": str(tiny_model)},
-        "settings": {"mix": str(tiny_mix)},
+        "settings": {"prompt": {"format": "birbal", "chat_template_arguments": {}}},
         "result": {"best_step": 4},
     }
     with open_run(folder, Step("train", ["adapter/*"]), identity) as run:
         model.save_pretrained(folder / "adapter")
+        prompts = [[1, 5, 9, 7], [1, 8, 8], [1, 30, 31, 32, 33], [1, 12]]
+        write_json(folder / "adapter" / "reference.json", {"prompts": [{"token_ids": ids} for ids in prompts]})
         run.finish(manifest, [name for name in run.folder.files() if name.startswith("adapter/")], summary="")
     return folder
 
@@ -60,7 +63,7 @@ def test_the_merged_model_is_base_and_adapter(trained, tiny_model, tmp_path, dty
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    arguments = ("--dtype", dtype, "--prompts", 4)
+    arguments = ("--dtype", dtype)
     result = merge(trained, tmp_path / "merged", *arguments, "--format", "json")
     assert result.exit_code == 0, result.output
     (row,) = json.loads(result.stdout)
@@ -97,8 +100,20 @@ def test_other_base_weights_than_were_trained_on_are_refused(trained, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
+def test_an_adapter_without_the_prompts_of_its_training_is_refused(trained, tmp_path):
+    other = tmp_path / "train"
+    shutil.copytree(trained, other)
+    manifest = read_json(other / MANIFEST_FILE)
+    del manifest["files"]["adapter/reference.json"]
+    write_json(other / MANIFEST_FILE, manifest)
+    (other / "adapter" / "reference.json").unlink()
+    result = merge(other, tmp_path / "merged")
+    assert result.exit_code == 1
+    assert "adapter: no reference.json, whose prompts the merged model is compared on; put" in result.stderr
+
+
 def test_a_modelfile_for_ollama_holds_the_prompt_format(trained, tmp_path):
-    result = merge(trained, tmp_path / "merged", "--prompts", 1, "--modelfile")
+    result = merge(trained, tmp_path / "merged", "--modelfile")
     assert result.exit_code == 0, result.output
     text = (tmp_path / "merged" / "Modelfile").read_text()
     planned = merge(trained, tmp_path / "other", "--modelfile", "--dry-run", "--format", "json")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from birbal_ray.progress import MEASURED, ProgressLine
-from birbal_ray.storage import RunError, write_json
+from birbal_ray.storage import RunError
 from birbal_ray.train import launch, worker
 from birbal_ray.train import run as step
 from birbal_ray.train.config import TrainConfig
@@ -151,17 +151,6 @@ def test_an_adapter_goes_from_the_best_folder_to_the_adapter_folder(folder, monk
     }  # fmt: skip
     assert folder.read_json("adapter/reference.json") == {"format": 1, "model": "owner/base", "model_fingerprint": "f"}
     assert folder.read_text("adapter/README.md") == "# Ours\n"
-
-
-def test_a_merge_compares_on_the_prompts_of_training_where_the_mix_is_gone(tmp_path, capsys):
-    from birbal_ray.train import merge
-
-    gone, progress = str(tmp_path / "mix"), ProgressLine()
-    with pytest.raises(RunError, match="no such folder"):
-        merge._read_prompts(gone, None, None, 8, tmp_path, progress)
-    write_json(tmp_path / "reference.json", {"prompts": [{"token_ids": [1, 2]}, {"token_ids": [3]}]})
-    assert merge._read_prompts(gone, None, None, 8, tmp_path, progress) == [[1, 2], [3]]
-    assert "compared on the 2 prompts that training kept" in capsys.readouterr().err
 
 
 def test_ctrl_c_waits_for_no_worker_that_is_not_there(folder, monkeypatch):
