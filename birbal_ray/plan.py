@@ -39,8 +39,8 @@ from birbal_ray.score.config import ScoreConfig, TaskSettings
 from birbal_ray.score.run import throughput_key
 from birbal_ray.settings import ConfigError, require
 from birbal_ray.storage import input_folder
+from birbal_ray.train.budget import forecast_training, rate_key, training_speed
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.forecast import forecast_training, rate_key, training_speed
 from birbal_ray.train.preflight import flops_per_token, shapes_of
 from birbal_ray.tune.config import TuneConfig
 

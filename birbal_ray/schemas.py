@@ -74,6 +74,7 @@ TASK_SCORES_FILE = "task_scores.parquet"
 QUARANTINE_FILE = "quarantine.jsonl"  # {"file", "reason"} of each task file that was not used
 
 # One row per model, prompt format and task of an evaluation. The base model is named "base".
+BASE, ADAPTER, MERGED = "base", "adapter", "merged"  # kinds of models in an evaluation; BASE is also that one's name
 EVALUATION = pa.schema(
     [
         pa.field("model", pa.string(), nullable=False),  # base, or an adapter's or merged model's name

@@ -17,8 +17,9 @@ from typing import Any
 from birbal_ray.evaluate import benchmarks
 from birbal_ray.evaluate.benchmarks import BENCHMARKS, SAMPLES, BenchmarkRun
 from birbal_ray.evaluate.config import HarnessConfig
-from birbal_ray.evaluate.models import EvaluatedModel, resolve_measured
+from birbal_ray.evaluate.heldout import EvaluatedModel, resolve_models
 from birbal_ray.manifest import package_versions
+from birbal_ray.models import Model, resolve_model
 from birbal_ray.progress import ProgressLine, duration
 from birbal_ray.run import RunFailedError, RunMismatchError, Step, StepResult, identity_differences, open_run
 from birbal_ray.schemas import RUN_FILE
@@ -119,6 +120,21 @@ def run(config: HarnessConfig, *, overwrite: bool = False) -> HarnessResult:
         names = [RESULTS_FILE, *folder.files(BENCHMARKS_FOLDER), *folder.files(TASKS_FOLDER)]
         finished = run.finish(manifest, names, summary=f"{len(found)} benchmarks, {len(others)} other tasks")
         return HarnessResult(folder, finished, benchmarks.result_rows(found, others))
+
+
+def resolve_measured(
+    config: HarnessConfig, *, weights: bool = True
+) -> tuple[Model, EvaluatedModel | None, dict[str, Any], str]:
+    """What `birbal harness` measures: the model, its adapter if it has one, what decides its figures, and its name.
+
+    Without `weights`, nothing is downloaded that the figures' identity doesn't need. Raises ConfigError, ModelError.
+    """
+    require(config.output, "--output")
+    model = resolve_model(require(config.model, "--model"), weights=weights)
+    adapter = resolve_models(model, [config.adapter], [])[1] if config.adapter else None
+    fingerprints = {"model": model.fingerprint, "adapter": adapter.fingerprint if adapter else None}
+    both = [Path(model.name).name, *([adapter.name] if adapter else [])]
+    return model, adapter, fingerprints | {"limit": config.limit}, config.team or " + ".join(both)
 
 
 def check_options(config: HarnessConfig) -> HarnessConfig:

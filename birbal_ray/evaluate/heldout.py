@@ -1,23 +1,79 @@
-"""Which instances no mix considered."""
+"""Who is compared: the base model, adapters, merged models; and on which instances: those that no mix considered."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from birbal_ray.evaluate.models import EvaluatedModel
+from birbal_ray.adapters import find_adapter
 from birbal_ray.manifest import read_manifest
 from birbal_ray.mix.inspect import read_audit
 from birbal_ray.mix.rows import MIX_ROWS, NATURAL_INSTRUCTIONS
 from birbal_ray.mix.scores import read_batches
+from birbal_ray.models import Model, resolve_model
 from birbal_ray.ni.schema import text_key
 from birbal_ray.run import RunError
+from birbal_ray.schemas import ADAPTER, BASE, MERGED
 from birbal_ray.settings import ConfigError
-from birbal_ray.storage import open_folder
+from birbal_ray.storage import absolute, is_url, open_folder
+
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluatedModel:
+    """A model to evaluate. `path`: the adapter's or model's folder; `fingerprint`: what its weights are.
+
+    `origin`: what names it on any node: its URL, where it has one, else `path`.
+    """
+
+    name: str
+    kind: str
+    path: str
+    fingerprint: str
+    rank: int | None = None  # of an adapter
+    mix: str | None = None  # that an adapter was trained on, where its run says so
+    origin: str = ""
+    mix_identity: str | None = None  # identity hash of that mix
+
+
+def resolve_models(model: Model, adapters: Sequence[str], merged: Sequence[str]) -> list[EvaluatedModel]:
+    """The base model first, then adapters, then merged models; each name once.
+
+    An adapter is a PEFT folder or an output folder of `birbal train`; `NAME=DIR` names it, else its
+    folder does. Raises ConfigError for a folder that holds no LoRA adapter, one trained on another
+    base model, or a name given twice; ModelError for a merged model that can't be had.
+    """
+    found = [EvaluatedModel(BASE, BASE, str(model.path), model.fingerprint, origin=str(model.path))]
+    for given in adapters:
+        name, path = _named(given)
+        one = find_adapter(path, model)
+        mix, origin = one.run.get("mix", {}), one.place
+        own = name or one.name, ADAPTER, str(one.path), one.fingerprint, one.rank
+        found.append(EvaluatedModel(*own, mix.get("path"), origin, mix.get("identity_hash")))
+    for given in merged:
+        name, path = _named(given)
+        other = resolve_model(path)
+        origin = absolute(path) if is_url(path) else str(other.path)
+        found.append(EvaluatedModel(name or Path(path).name, MERGED, str(other.path), other.fingerprint, origin=origin))
+    names = [one.name for one in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two models are named {name!r}; name them: --adapter NAME=DIR, --merged NAME=DIR")
+        if not _NAME.match(name):
+            raise ConfigError(f"model {name!r}: a name takes letters, digits, '.', '_' and '-'; give NAME=DIR")
+    return found
+
+
+def _named(given: str) -> tuple[str | None, str]:
+    name, equals, path = given.partition("=")
+    return (name, path) if equals and "/" not in name else (None, given)
 
 
 @dataclass(frozen=True, slots=True)

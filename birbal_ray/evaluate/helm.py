@@ -19,8 +19,8 @@ from typing import Any
 import filelock
 
 from birbal_ray.evaluate.config import HarnessConfig
-from birbal_ray.evaluate.harness import RESULTS_FILE, HarnessResult
-from birbal_ray.evaluate.models import EvaluatedModel, resolve_measured
+from birbal_ray.evaluate.harness import RESULTS_FILE, HarnessResult, resolve_measured
+from birbal_ray.evaluate.heldout import EvaluatedModel
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import RunError, RunFailedError, Step, open_run
 from birbal_ray.settings import ConfigError, one_line, sha256_of

@@ -18,12 +18,11 @@ from birbal_ray.adapters import load_with_adapter, merge_adapter
 from birbal_ray.cluster import job_metadata, ray_log_file, ray_session
 from birbal_ray.evaluate.compare import adjust, compare, pair_tasks, scopes
 from birbal_ray.evaluate.config import EvaluateConfig
-from birbal_ray.evaluate.heldout import HeldOut, find_mixes, held_out
-from birbal_ray.evaluate.models import ADAPTER, BASE, EvaluatedModel, resolve_models
+from birbal_ray.evaluate.heldout import EvaluatedModel, HeldOut, find_mixes, held_out, resolve_models
 from birbal_ray.models import Model, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine, counted, figures_key
 from birbal_ray.run import LOG_FOLDER, Run, RunError, Step, StepResult, open_run
-from birbal_ray.schemas import COMPARISONS, COMPARISONS_FILE, EVALUATION, EVALUATION_FILE, ROWS_FOLDER
+from birbal_ray.schemas import ADAPTER, BASE, COMPARISONS, COMPARISONS_FILE, EVALUATION, EVALUATION_FILE, ROWS_FOLDER
 from birbal_ray.score.adaptive import FixedSchedule
 from birbal_ray.score.config import CPU_SHARD_ROWS, ScoreConfig
 from birbal_ray.score.engine import Adapter
@@ -55,8 +54,8 @@ def only_adds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     The primary comparison stays the same. Rows are found by their model's name: a model that was left out could come
     back as another under the same name.
     """
-    models = {name: new["models"].get(name) for name in old.get("models", {})}
-    formats = [one for one in new["prompt_formats"] if one in old.get("prompt_formats", [])]
+    models = {name: new["models"].get(name) for name in old["models"]}
+    formats = [one for one in new["prompt_formats"] if one in old["prompt_formats"]]
     return {**new, "models": models, "prompt_formats": formats} == old
 
 

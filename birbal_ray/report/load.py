@@ -9,12 +9,13 @@ from typing import Any
 import pyarrow as pa
 
 from birbal_ray.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, adapter_fingerprint
-from birbal_ray.evaluate.models import ADAPTER, BASE
 from birbal_ray.manifest import FORMAT, StepFolder, check_input, find_steps
 from birbal_ray.mix.rows import AUDIT_FILE, Reason
 from birbal_ray.progress import counted, read_times
 from birbal_ray.run import MANIFEST_FILE, RunError
 from birbal_ray.schemas import (
+    ADAPTER,
+    BASE,
     COMPARISONS_FILE,
     EVALUATION_FILE,
     TASK_SCORES_FILE,
@@ -23,8 +24,7 @@ from birbal_ray.schemas import (
 from birbal_ray.settings import ConfigError
 from birbal_ray.statistics import BETTER, TOO_FEW, WORSE, outcome
 from birbal_ray.storage import Folder, input_folder
-from birbal_ray.train.checkpoints import read_metrics
-from birbal_ray.train.files import METRICS_FILE
+from birbal_ray.train.files import METRICS_FILE, read_metrics
 
 Row = Mapping[str, Any]
 STEPS = ("score", "mix", "train", "evaluate")  # those with a section of their own, in the order they run

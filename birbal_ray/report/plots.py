@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from birbal_ray.evaluate.models import BASE
 from birbal_ray.progress import counted
 from birbal_ray.report.load import LABELS, Row, words
+from birbal_ray.schemas import BASE
 from birbal_ray.train.card import ADAPTER_COLOUR, INK, MID, plot_losses
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from birbal_ray.progress import ProgressLine, duration, save_figures
 from birbal_ray.run import LOG_FOLDER, Run, RunFailedError
 from birbal_ray.storage import Folder, RunError
 from birbal_ray.train import files
+from birbal_ray.train.budget import rate_key
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.forecast import rate_key
 from birbal_ray.train.preflight import with_micro
 from birbal_ray.train.worker import lasting_reason, train_on_worker
 

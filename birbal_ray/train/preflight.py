@@ -10,9 +10,9 @@ from typing import Any
 from birbal_ray.models import Model, quiet_libraries
 from birbal_ray.progress import CARDS, duration, last_figures
 from birbal_ray.settings import ConfigError
+from birbal_ray.train.budget import Forecast, forecast_training, num_passes, rate_key, training_speed
 from birbal_ray.train.config import LoraSettings, TrainConfig
 from birbal_ray.train.data import Packing
-from birbal_ray.train.forecast import Forecast, forecast_training, num_passes, rate_key, training_speed
 
 GIB = 1 << 30
 # NF4 with double quantisation: half a byte a weight, one byte a block of 64 weights for its absmax,
@@ -274,17 +274,14 @@ def describe_preflight(found: Preflight) -> list[str]:
     lines.append(f"{found.steps_per_epoch:,.1f} optimizer steps an epoch, {config.epochs:g} epochs asked for")
     if forecast := found.forecast:
         low, high = forecast.seconds(config.epochs * found.steps_per_epoch)
-        rate, takes = f"{forecast.tokens_per_second:,.0f} tokens/s", f"{duration(low)} to {duration(high)}"
-        if forecast.is_measured:
-            lines.append(f"at the {rate} last seen here that takes {takes}")
-        else:
-            lines.append(f"estimate, not measured: {rate} ({forecast.source}); that takes {takes}")
+        rate, takes = f"{forecast.tokens_per_second:,.0f} tokens/s", f"that takes {duration(low)} to {duration(high)}"
+        guess = f"estimate, not measured: {rate} ({forecast.source}); {takes}"
+        lines.append(f"at the {rate} last seen here {takes}" if forecast.is_measured else guess)
         steps = forecast.steps_within(config.budget or 0.0)
         epochs = steps / found.steps_per_epoch
         if config.budget and (epochs < config.epochs or not forecast.is_measured):
-            fit = f"{epochs:.2g} epochs ({int(steps):,} steps)"
-            asked = f"will fit in the budget; {config.epochs:g} were asked for"
-            lines.append(f"{fit} {asked if epochs < config.epochs else 'would fit in the budget'}")
+            fit = f"{'will' if forecast.is_measured else 'would'} fit in the budget; {config.epochs:g} were asked for"
+            lines.append(f"{epochs:.2g} epochs ({int(steps):,} steps) {fit}")
     return lines
 
 

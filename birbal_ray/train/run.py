@@ -25,11 +25,11 @@ from birbal_ray.run import Run, Step, StepResult, open_run, sigterm_as_interrupt
 from birbal_ray.settings import ConfigError, require
 from birbal_ray.storage import Folder, RunError, absolute, is_url, open_folder
 from birbal_ray.train import files
+from birbal_ray.train.budget import rate_key
 from birbal_ray.train.card import CURVE_FILE, draw_loss_curve, publish_adapter
-from birbal_ray.train.checkpoints import parse_metrics, working_folder
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import Packing, prepare, text_columns
-from birbal_ray.train.forecast import rate_key
+from birbal_ray.train.files import parse_metrics, working_folder
 from birbal_ray.train.launch import train_on_cluster
 from birbal_ray.train.preflight import (
     Preflight,

@@ -26,10 +26,10 @@ from birbal_ray.score.reference import REFERENCE_FILE
 from birbal_ray.storage import RunError, read_json, write_atomic, write_json
 from birbal_ray.train import files
 from birbal_ray.train.attention import choose_attention
-from birbal_ray.train.checkpoints import Remote, latest_checkpoint, read_metrics
+from birbal_ray.train.budget import Clock
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import count_steps, load_packs
-from birbal_ray.train.deadline import Clock
+from birbal_ray.train.files import Remote, latest_checkpoint, read_metrics
 from birbal_ray.train.self_check import apply_kernels, check_model
 from birbal_ray.train.trainer import ENDS, BudgetTrainer, Outcome, PackDataset, compute_dtype
 

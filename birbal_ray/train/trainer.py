@@ -19,11 +19,10 @@ from birbal_ray.score.reference import reference_prompts
 from birbal_ray.storage import open_folder, write_json
 from birbal_ray.train import files
 from birbal_ray.train.attention import name_kernel
-from birbal_ray.train.checkpoints import Remote, finish_checkpoint, remove_old
+from birbal_ray.train.budget import WRITE_BYTES_PER_SECOND, Clock, Deadline, budget_by_clock, learning_rate_factor
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import IGNORED, PackedSamples
-from birbal_ray.train.deadline import Clock, Deadline, budget_by_clock, learning_rate_factor
-from birbal_ray.train.forecast import WRITE_BYTES_PER_SECOND
+from birbal_ray.train.files import Remote, finish_checkpoint, remove_old
 
 ENDS = ("epochs", "max_steps", "budget")
 REFERENCE_PROMPTS, REFERENCE_TOKENS = 8, 1024

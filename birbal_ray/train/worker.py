@@ -19,8 +19,8 @@ from birbal_ray.models import ModelError, quiet_libraries, resolve_model
 from birbal_ray.settings import ConfigError, one_line
 from birbal_ray.storage import Folder, RunError, read_json, write_json
 from birbal_ray.train import files
-from birbal_ray.train.checkpoints import Remote, download_state, read_metrics, working_folder
 from birbal_ray.train.config import TrainConfig
+from birbal_ray.train.files import Remote, download_state, read_metrics, working_folder
 
 REPORT_SECONDS = 5.0
 FULL_BYTES = 1 << 20  # a disk with less room than this is full

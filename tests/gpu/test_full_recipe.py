@@ -22,9 +22,9 @@ import pytest
 from birbal_ray.settings import load_config
 from birbal_ray.storage import open_folder
 from birbal_ray.train import preflight
-from birbal_ray.train.checkpoints import Remote, read_metrics
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import prepare
+from birbal_ray.train.files import Remote, read_metrics
 from tests.conftest import REPOSITORY, make_mix
 from tests.fixtures.random_model import write_random_model
 
@@ -172,7 +172,7 @@ def test_the_varlen_kernel_equals_attention_sample_by_sample(card, results, wind
 
 
 def test_the_self_check_passes_on_the_card(card, results, mistral, folder):
-    from birbal_ray.train.deadline import Clock
+    from birbal_ray.train.budget import Clock
     from birbal_ray.train.sft import make_trainer, record_self_check
 
     trainer = make_trainer(recipe(mistral), mistral, folder, Clock(folder / "clock.json"))

@@ -10,9 +10,9 @@ import time
 import pytest
 
 from birbal_ray.settings import load_config
-from birbal_ray.train.checkpoints import all_checkpoints, read_metrics
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import prepare
+from birbal_ray.train.files import all_checkpoints, read_metrics
 from tests.conftest import slow
 from tests.fixtures.small_training import SMALL_TRAINING
 

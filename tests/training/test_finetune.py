@@ -17,9 +17,9 @@ from birbal_ray.run import RunError
 from birbal_ray.settings import load_config
 from birbal_ray.storage import open_folder
 from birbal_ray.train.card import draw_loss_curve
-from birbal_ray.train.checkpoints import Remote, all_checkpoints, read_metrics
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import load_packs, prepare
+from birbal_ray.train.files import Remote, all_checkpoints, read_metrics
 from tests.fixtures.small_training import SMALL_TRAINING
 
 SMALL = {
@@ -65,7 +65,7 @@ def make_trainer(config, model, folder, train, evaluation):
     from peft import LoraConfig
     from transformers import AutoTokenizer
 
-    from birbal_ray.train.deadline import Clock
+    from birbal_ray.train.budget import Clock
     from birbal_ray.train.sft import load_base, sft_config
     from birbal_ray.train.trainer import BudgetTrainer
 

@@ -14,9 +14,9 @@ from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.storage import open_folder
 from birbal_ray.train import card, launch, sft, worker
 from birbal_ray.train import run as step
-from birbal_ray.train.checkpoints import Remote, download_state, working_folder
+from birbal_ray.train.budget import Clock, Deadline
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.deadline import Clock, Deadline
+from birbal_ray.train.files import Remote, download_state, working_folder
 from tests.fixtures.s3_server import BUCKET
 from tests.fixtures.small_training import SMALL_TRAINING
 

@@ -15,8 +15,8 @@ from birbal_ray.progress import ProgressLine, save_figures
 from birbal_ray.run import RunError, RunFailedError, Step, open_run
 from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.train import run as step
+from birbal_ray.train.budget import rate_key
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.forecast import rate_key
 
 SMALL = {"batch.sequence_length": 128, "batch.micro": 2, "batch.accumulation": 2, "lora.r": 8, "lora.alpha": 16}
 

@@ -17,8 +17,8 @@ from birbal_ray.report.load import compare_times
 from birbal_ray.score.run import keep_figures
 from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.storage import open_folder
+from birbal_ray.train.budget import rate_key
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.forecast import rate_key
 from birbal_ray.train.preflight import GIB, estimate, shapes_of, total_bytes
 from birbal_ray.tune.config import TuneConfig
 from birbal_ray.tune.run import figures_of

@@ -20,7 +20,7 @@ from pyarrow import fs
 
 from birbal_ray import storage, stores
 from birbal_ray.storage import DamagedFileError, FileRecord, RunError, input_folder, open_folder
-from birbal_ray.train.checkpoints import Remote
+from birbal_ray.train.files import Remote
 from tests.fixtures.s3_server import BUCKET, s3_proxy
 
 NAMES = ["a.txt", "rows/task #1 [x] ü=1/0-9.parquet", "rows/b.bin"]

@@ -8,8 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from birbal_ray.evaluate.config import EvaluateConfig
-from birbal_ray.evaluate.heldout import HeldOut, held_out
-from birbal_ray.evaluate.models import resolve_models
+from birbal_ray.evaluate.heldout import HeldOut, held_out, resolve_models
 from birbal_ray.evaluate.run import prepare_evaluation
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import mix

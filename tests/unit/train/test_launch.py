@@ -11,8 +11,8 @@ from birbal_ray.progress import MEASURED, ProgressLine
 from birbal_ray.storage import RunError
 from birbal_ray.train import launch, worker
 from birbal_ray.train import run as step
+from birbal_ray.train.budget import Forecast
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.forecast import Forecast
 from birbal_ray.train.preflight import Preflight
 
 

@@ -7,8 +7,8 @@ import pytest
 from birbal_ray.progress import MEASURED, measured_speed
 from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.train import preflight
+from birbal_ray.train.budget import Forecast, forecast_training
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.forecast import Forecast, forecast_training
 from birbal_ray.train.preflight import (
     GIB,
     Preflight,

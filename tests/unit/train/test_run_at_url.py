@@ -12,10 +12,9 @@ import pytest
 from birbal_ray.storage import RunError, cache_folder, open_folder
 from birbal_ray.train import card, launch, worker
 from birbal_ray.train import run as step
-from birbal_ray.train.checkpoints import finish_checkpoint, working_folder
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import Packing
-from birbal_ray.train.files import BEST_FILE, METRICS_FILE
+from birbal_ray.train.files import BEST_FILE, METRICS_FILE, finish_checkpoint, working_folder
 from birbal_ray.train.preflight import Preflight
 from tests.fixtures.s3_server import BUCKET
 

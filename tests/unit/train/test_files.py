@@ -7,8 +7,8 @@ import pytest
 
 from birbal_ray import storage, stores
 from birbal_ray.storage import RunError, open_folder
-from birbal_ray.train import checkpoints
-from birbal_ray.train.checkpoints import Remote, all_checkpoints, finish_checkpoint, latest_checkpoint, remove_old
+from birbal_ray.train import files
+from birbal_ray.train.files import Remote, all_checkpoints, finish_checkpoint, latest_checkpoint, remove_old
 from tests.fixtures.s3_server import BUCKET, s3_proxy
 
 
@@ -65,7 +65,7 @@ def test_pruning_at_a_url_goes_by_its_own_records(s3, tmp_path):
 
 
 def test_an_outage_of_the_store_neither_ends_nor_holds_up_the_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "STOP_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(files, "STOP_POLL_SECONDS", 0.01)
     asked, answer = threading.Event(), threading.Event()
 
     class Unreachable:
@@ -87,7 +87,7 @@ def test_an_outage_of_the_store_neither_ends_nor_holds_up_the_training(tmp_path,
 
 
 def test_the_worker_hears_of_a_stop_at_a_url(s3, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "STOP_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(files, "STOP_POLL_SECONDS", 0.01)
     folder = open_folder(f"s3://{BUCKET}/{tmp_path.name}")
     with Remote(folder, tmp_path) as remote:
         assert not remote.stop_requested()
@@ -136,7 +136,7 @@ def test_a_continuation_takes_the_state_that_got_further(s3, tmp_path, here, the
     state(tmp_path / "other", *there, best=6)
     with Remote(folder, tmp_path / "other") as remote:
         remote.add_leftovers()
-    checkpoints.download_state(folder, tmp_path / "working")
+    files.download_state(folder, tmp_path / "working")
     step, elapsed = here if kept == "here" else there
     latest = latest_checkpoint(tmp_path / "working" / "checkpoints")
     assert (latest.name if latest else None) == (f"step-{step:06d}" if step else None)
@@ -200,7 +200,7 @@ def test_uploads_go_on_through_an_outage_and_what_never_went_up_is_said(s3, monk
     away = threading.Event()
     away.set()
     monkeypatch.setattr(stores, "RETRY_SECONDS", 0.05)
-    monkeypatch.setattr(checkpoints, "FIRST_RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(files, "FIRST_RETRY_SECONDS", 0.05)
     (tmp_path / "a").write_text("a")
     with s3_proxy(s3, lambda method, path: None if away.is_set() else 0.0) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server["AWS_ENDPOINT_URL"])

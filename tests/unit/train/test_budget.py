@@ -5,8 +5,8 @@ import time
 import pytest
 
 from birbal_ray.settings import ConfigError, load_config
+from birbal_ray.train.budget import Clock, Deadline, budget_by_clock, learning_rate_factor
 from birbal_ray.train.config import TrainConfig
-from birbal_ray.train.deadline import Clock, Deadline, budget_by_clock, learning_rate_factor
 
 
 class Time:
