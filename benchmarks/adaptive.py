@@ -148,7 +148,7 @@ def selected_sizes(chance: np.random.Generator) -> tuple[list[tuple[str, str, in
 
 
 def planned(task: TaskScores) -> PlannedTask:
-    nothing: dict[str, Any] = {"definition": "", "categories": (), "sources": (), "domains": (), "licenses": ()}
+    nothing: dict[str, Any] = {"definition": "", "categories": (), "sources": (), "licenses": ()}
     size = len(task.scores)
     nothing["unreachable_fraction"] = 0.0 if task.is_fit else 1.0
     return PlannedTask(task.name, "", None, "", Label(task.label, ""), size, size, 4, 8, {}, **nothing)

@@ -248,7 +248,7 @@ def with_pandas(scores: Path, output: Path, rows: int, budget: int) -> None:
     frame["row_hash"] = row_hashes((text.encode() for text in frame["row_id"]), 0)
     frame["shuffle_hash"] = shuffle_hashes(frame["row_hash"].to_numpy())
     definitions, inputs = ([text.encode() for text in frame[name]] for name in ("definition", "orig_input"))
-    frame["key"] = repeat_keys(definitions, inputs, "instruction_input")
+    frame["key"] = repeat_keys(definitions, inputs, compat=False)
     input_words = frame["orig_input"].str.count(" ") + 1
     words = frame["definition"].str.count(" ") + 1 + input_words
     reason = pd.Series("", index=frame.index)

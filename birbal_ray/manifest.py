@@ -30,7 +30,7 @@ def read_manifest(place: str | os.PathLike[str] | Folder, step: str) -> dict[str
     changed.
     """
     folder = open_folder(place)
-    files = folder.files(hidden=True)  # a task's name may begin with a dot
+    files = folder.files()
     if MANIFEST_FILE not in files:
         if RUN_FILE in files:
             started = folder.read_json(RUN_FILE)
@@ -108,14 +108,13 @@ def read_step(folder: Folder, name: str = ".") -> StepFolder | None:
 
 def check_input(folder: Folder, manifest: Mapping[str, Any], names: Iterable[str]) -> None:
     """Check files of a finished run against its manifest's sha256. Raises RunError when one was edited since."""
-    listed = manifest.get("files") or {}
     remake = f"put the original back, or run `birbal {manifest.get('step')}` again with another --output"
     for name in names:
         try:
             found = folder.record_of(name).sha256
         except FileNotFoundError:
             raise RunError(f"{folder.at(name)}: missing; {remake}") from None
-        if name in listed and listed[name]["sha256"] != found:
+        if name in manifest["files"] and manifest["files"][name]["sha256"] != found:
             raise RunError(f"{folder.at(name)}: edited since its run finished (its sha256 is another); {remake}")
 
 

@@ -49,7 +49,6 @@ TASKS = pa.schema(
         pa.field("definition", pa.string(), nullable=False),
         pa.field("categories", pa.list_(pa.string()), nullable=False),
         pa.field("sources", pa.list_(pa.string()), nullable=False),
-        pa.field("domains", pa.list_(pa.string()), nullable=False),
         pa.field("licenses", pa.list_(pa.string()), nullable=False),
         pa.field("sha256", pa.string(), nullable=False),  # of the task file
         pa.field("num_shots", pa.int32(), nullable=False),  # positive examples in the prompt

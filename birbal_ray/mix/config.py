@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from birbal_ray.settings import Settings
+from birbal_ray.mix.datasets import HUB_DATASETS
+from birbal_ray.settings import Settings, nearest
 
 # Evaluation → names that its data goes by in task names, task sources and outside sources. The
 # evaluations are those of the 2023 challenge (open: MMLU, TruthfulQA, BIG-bench, GSM8K, BBQ and BBH,
@@ -25,7 +27,6 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "math": ("hendrycks_math", "competition_math"),
     "corr2cause": ("corr2cause",),
 }
-HUB_NAMES = ("lima", "open_platypus", "math_instruct", "quac", "openbookqa", "cnn_dailymail")
 
 
 class TaskScoreSettings(Settings):
@@ -63,9 +64,8 @@ class FilterSettings(Settings):
 
 
 class DedupSettings(Settings):
-    """What counts as a repeat."""
+    """What counts as a repeat: the same instruction and input, and more on demand."""
 
-    key: Literal["instruction_input", "input"] = Field("instruction_input")
     near: bool = Field(
         False, description="also drop near-duplicate inputs with the same instruction, numbers and signs (MinHash)"
     )
@@ -78,8 +78,22 @@ class ContaminationSettings(Settings):
     action: Literal["report", "drop"] = Field("report")
     files: list[str] = Field([], description="evaluation texts: .txt (one a line), .jsonl (all strings), .parquet")
     ngram: int = Field(13, ge=3, le=64, description="words that must agree in a row")
-    evaluations: list[str] = Field([*FAMILIES], description="evaluations whose task families are looked for by name")
-    families: dict[str, list[str]] = Field({}, description="further evaluation → words in task or source names")
+    families: dict[str, list[str]] = Field(
+        {}, description="beside the challenge's: evaluation → words in task or source names; [] leaves one out"
+    )
+
+    @model_validator(mode="after")
+    def _leaves_known_ones_out(self) -> ContaminationSettings:
+        for name, words in self.families.items():
+            if not words and name not in FAMILIES:
+                known = f"{nearest(name, FAMILIES)}; known: {', '.join(FAMILIES)}"
+                raise ValueError(f"families: no evaluation {name!r} to leave out{known}")
+        return self
+
+    @property
+    def all_families(self) -> dict[str, Sequence[str]]:
+        """Evaluation → names that its data goes by, of all evaluations that are looked for."""
+        return {name: words for name, words in {**FAMILIES, **self.families}.items() if words}
 
 
 class ColumnMapping(Settings):
@@ -109,11 +123,11 @@ class SourceSettings(Settings):
 
     @model_validator(mode="after")
     def _complete(self) -> SourceSettings:
-        if self.name in HUB_NAMES:
+        if self.name in HUB_DATASETS:
             if self.columns is not None:
                 raise ValueError(f"{self.name} is a known dataset and takes no columns")
         elif self.path is None or self.columns is None:
-            raise ValueError(f"{self.name!r} is no known dataset ({', '.join(HUB_NAMES)}): give path and columns")
+            raise ValueError(f"{self.name!r} is no known dataset ({', '.join(HUB_DATASETS)}): give path and columns")
         return self
 
 
@@ -157,11 +171,6 @@ class MixConfig(Settings):
         if repeated:
             raise ValueError(f"source name {repeated[0]!r} is taken; each source needs its own")
         return self
-
-    @property
-    def dedup_key(self) -> str:
-        """The repeat key in force; compat brings back the published one."""
-        return "input" if self.compat else self.dedup.key
 
     @property
     def compat(self) -> bool:

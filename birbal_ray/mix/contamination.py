@@ -12,25 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from birbal_ray.mix.config import FAMILIES
 from birbal_ray.mix.files import read_lines, read_records
 from birbal_ray.ni.metrics import tokens
-from birbal_ray.settings import ConfigError, nearest
 
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses nothing modulo 2^64
 SHORTEST_TEXT_WORDS = 5
-
-
-def chosen_families(evaluations: Sequence[str], extra: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """Evaluation → names to look for. Raises ConfigError for an evaluation that has no list."""
-    known = {**FAMILIES, **{name: tuple(words) for name, words in extra.items()}}
-    for name in evaluations:
-        if name not in known:
-            raise ConfigError(
-                f"contamination.evaluations: no family {name!r}{nearest(name, known)}; "
-                f"known: {', '.join(sorted(known))}; add yours under contamination.families"
-            )
-    return {name: known[name] for name in dict.fromkeys([*evaluations, *extra])}
 
 
 def families_of(names: Iterable[str], families: Mapping[str, Sequence[str]]) -> tuple[str, ...]:

@@ -1,8 +1,7 @@
 """The outside datasets of the 2023 recipe: where each one is on the Hub, and how its records become rows.
 
-Layouts and revisions were looked up, not tried (see each `layout`). An adapter yields the rows of one
-record as dicts with input and output, and optionally instruction, task (else the dataset's name), license,
-llm_written, unwanted.
+Layouts and revisions were looked up, not tried (HUB_DATASETS says where). An adapter yields the rows of one record
+as dicts with input and output, and optionally instruction, task (else the dataset's name), license, llm_written.
 """
 
 from __future__ import annotations
@@ -51,17 +50,12 @@ MATH_ANSWER = "The answer is"
 
 @dataclass(frozen=True, slots=True)
 class HubDataset:
-    """A dataset on the Hub. `columns` are those that the adapter needs; more may be there.
-
-    A `revision` that is no commit is a branch, whose commit a run looks up and records.
-    """
+    """A dataset on the Hub. A `revision` that is no commit is a branch, whose commit a run looks up and records."""
 
     repository: str
     revision: str
     data_files: str
-    columns: tuple[str, ...]
     license: str
-    layout: str
     adapt: Callable[[Record], Iterator[Row]]
 
 
@@ -141,55 +135,49 @@ HUB_DATASETS: dict[str, HubDataset] = {
         "GAIR/lima",
         "main",  # gated
         "train.jsonl",
-        ("conversations", "source"),
         "CC-BY-NC-SA or stricter",
-        "conversations: list[str], question and answer in turn; source: str (cards of copies; lit-gpt's loader)",
+        # conversations: list[str], question and answer in turn; source: str (cards of copies; lit-gpt's loader)
         lima,
     ),
     "open_platypus": HubDataset(
         "garage-bAInd/Open-Platypus",
         "37141edbdb7826378cce118c46a109b813e1f038",
         "data/train-*.parquet",
-        ("input", "output", "instruction", "data_source"),
         "mixed",
-        "input, output, instruction, data_source: str (dataset_info.json of that commit, 24,926 rows)",
+        # input, output, instruction, data_source: str (dataset_info.json of that commit, 24,926 rows)
         open_platypus,
     ),
     "math_instruct": HubDataset(
         "TIGER-Lab/MathInstruct",
         "69a7014bdacac5907a47ac32ddfa463458277ffb",
         "MathInstruct.json",
-        ("source", "output", "instruction"),
         "MIT",
-        "source, output, instruction: str (file list of that commit; fields as the 2023 recipe's script reads them)",
+        # source, output, instruction: str (file list of that commit; fields as the 2023 recipe's script reads them)
         math_instruct,
     ),
     "quac": HubDataset(
         "allenai/quac",
         "f0afadd",
         "plain_text/train-*.parquet",
-        ("section_title", "context", "questions", "orig_answers"),
         "MIT",
-        "context, section_title: str; questions: list[str]; orig_answers: {texts: list[str], answer_starts: "
-        "list[int]}, one a question; context ends in CANNOTANSWER (its dataset card, with an example record)",
+        # context, section_title: str; questions: list[str]; orig_answers: {texts: list[str], answer_starts: list[int]},
+        # one a question; context ends in CANNOTANSWER (its dataset card, with an example record)
         quac,
     ),
     "openbookqa": HubDataset(
         "allenai/openbookqa",
         "388097ea7776314e93a529163e0fea805b8a6454",
         "main/train-*.parquet",
-        ("question_stem", "choices", "answerKey"),
         "unknown",
-        "question_stem: str; choices: {text: list[str], label: list[str]}; answerKey: str (code that reads it)",
+        # question_stem: str; choices: {text: list[str], label: list[str]}; answerKey: str (code that reads it)
         openbookqa,
     ),
     "cnn_dailymail": HubDataset(
         "abisee/cnn_dailymail",
         "96df5e686bee6baa90b8bee7c28b81fa3fa6223d",
         "3.0.0/train-*.parquet",
-        ("article", "highlights"),
         "Apache-2.0",
-        "article, highlights, id: str (dataset_info of its card)",
+        # article, highlights, id: str (dataset_info of its card)
         cnn_dailymail,
     ),
 }

@@ -62,7 +62,7 @@ def extract_features(block: Block, config: MixConfig, ngrams: NgramIndex | None)
         "group": block.group,
         "row_hash": row_hash,
         "shuffle_hash": shuffle_hashes(row_hash),
-        "key": repeat_keys(_bytes_of(block.instruction), _bytes_of(block.input), config.dedup_key),
+        "key": repeat_keys(_bytes_of(block.instruction), _bytes_of(block.input), config.compat),
         "score": block.score,
         "published": published,
         "flags": flags,
@@ -100,9 +100,9 @@ def shuffle_hashes(row_hash: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return value ^ (value >> np.uint64(31))
 
 
-def repeat_keys(instructions: Iterable[bytes], inputs: Iterable[bytes], key: str) -> NDArray[np.uint64]:
-    """Equal for rows that repeat each other under the dedup key."""
-    if key == "input":
+def repeat_keys(instructions: Iterable[bytes], inputs: Iterable[bytes], compat: bool) -> NDArray[np.uint64]:
+    """Equal for rows that repeat each other; `compat` compares inputs alone, as the published scripts do."""
+    if compat:
         return hash_all(inputs)
     return hash_all([b"%b\x1f%b" % pair for pair in zip(instructions, inputs, strict=True)])
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from birbal_ray.mix import reading
 from birbal_ray.mix.allocation import TASK_SCORE, train_size
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.mix.contamination import build_index, chosen_families, families_of
+from birbal_ray.mix.contamination import build_index, families_of
 from birbal_ray.mix.features import NUM_HASHES, near_duplicates
 from birbal_ray.mix.reading import Chunk, Context
 from birbal_ray.mix.rows import NATURAL_INSTRUCTIONS, Flags, Reason
@@ -209,8 +209,8 @@ def plan_mix(context: Context, origins: Sequence[Origin], work: Path, report: Re
 
 
 def make_context(config: MixConfig, scores: ScoreFolder) -> Context:
-    """What both readings need. Raises ConfigError for an unknown evaluation or a file of evaluation texts."""
-    families = chosen_families(config.contamination.evaluations, config.contamination.families)
+    """What both readings need. Raises ConfigError for a file of evaluation texts that can't be used."""
+    families = config.contamination.all_families
     groups = []
     for t in scores.tasks:
         found = families_of([t.name, *t.sources], families)

@@ -140,8 +140,7 @@ def keep_outside_rows(tables: Iterator[pa.Table], group: int, context: Context, 
             writer.write_table(table)
             rows = table.combine_chunks()
             flags = np.full(len(rows), family, np.uint16)
-            for column, flag in (("llm_written", Flags.LLM_WRITTEN), ("unwanted", Flags.SOURCE_FILTER)):
-                flags[rows[column].to_numpy()] |= np.uint16(flag)
+            flags[rows["llm_written"].to_numpy()] |= np.uint16(Flags.LLM_WRITTEN)
             texts = {name: rows[name].combine_chunks() for name in ("row_id", "instruction", "input", "output", "task")}
             block = Block(np.full(len(rows), group, np.int32), flags, np.full(len(rows), np.nan), **texts)
             yield extract_features(block, context.config, context.ngrams)

@@ -66,7 +66,6 @@ OUTSIDE_ROWS = pa.schema(
     [
         *(MIX_ROWS.field(name) for name in ("instruction", "input", "output", "task", "row_id", "license")),
         pa.field("llm_written", pa.bool_(), nullable=False),
-        pa.field("unwanted", pa.bool_(), nullable=False),  # the adapter's own filter
     ]
 )
 
@@ -84,22 +83,21 @@ class Reason(IntEnum):
     KEPT = 0, "in the mix"
     ERROR = 1, "scoring it failed"
     LLM_WRITTEN = 2, "written by a language model (include_llm_written is false)"
-    SOURCE_FILTER = 3, "left out by its source's own filter"
-    CONTAMINATED_FAMILY = 4, "its task or source belongs to an evaluation"
-    CONTAMINATED_NGRAM = 5, "shares a run of words with an evaluation text"
-    ANSWERED_CORRECTLY = 6, "the model answered it correctly"
-    ANSWERED_WELL = 7, "the model's answer has ROUGE-L 0.8 or more"
-    NOT_DRAWN = 8, "beyond the share drawn from its ROUGE-L band"
-    SEVERAL_REFERENCES = 9, "has more than one reference"
-    TOO_LONG = 10, "instruction and input have too many words"
-    SHORT_INPUT = 11, "the input has too few words"
-    EMPTY_OUTPUT = 12, "the output is empty"
-    OVER_CAP = 13, "beyond the cap of its task's accuracy decile"
-    DUPLICATE = 14, "repeats another row"
-    NEAR_DUPLICATE = 15, "nearly repeats another row's input under the same instruction"
-    OVER_ALLOCATION = 16, "beyond what its task was allocated"
-    OVER_SOURCE_LIMIT = 17, "beyond its source's max_rows"
-    VALIDATION = 18, "kept out to judge mixes by (validation_rows_per_task)"
+    CONTAMINATED_FAMILY = 3, "its task or source belongs to an evaluation"
+    CONTAMINATED_NGRAM = 4, "shares a run of words with an evaluation text"
+    ANSWERED_CORRECTLY = 5, "the model answered it correctly"
+    ANSWERED_WELL = 6, "the model's answer has ROUGE-L 0.8 or more"
+    NOT_DRAWN = 7, "beyond the share drawn from its ROUGE-L band"
+    SEVERAL_REFERENCES = 8, "has more than one reference"
+    TOO_LONG = 9, "instruction and input have too many words"
+    SHORT_INPUT = 10, "the input has too few words"
+    EMPTY_OUTPUT = 11, "the output is empty"
+    OVER_CAP = 12, "beyond the cap of its task's accuracy decile"
+    DUPLICATE = 13, "repeats another row"
+    NEAR_DUPLICATE = 14, "nearly repeats another row's input under the same instruction"
+    OVER_ALLOCATION = 15, "beyond what its task was allocated"
+    OVER_SOURCE_LIMIT = 16, "beyond its source's max_rows"
+    VALIDATION = 17, "kept out to judge mixes by (validation_rows_per_task)"
 
     @property
     def word(self) -> str:
@@ -112,15 +110,14 @@ class Flags(IntFlag):
 
     ERROR = 1
     LLM_WRITTEN = 2
-    SOURCE_FILTER = 4
-    FAMILY = 8
-    NGRAM = 16
-    TOO_LONG = 32
-    SHORT_INPUT = 64
-    EMPTY_OUTPUT = 128
-    SEVERAL_REFERENCES = 256
-    PUBLISHED_TOO_LONG = 512  # birbal_2023: ≥ 800 words together
-    PUBLISHED_LONG_INPUT = 1024  # birbal_2023, generation: > 1,100 words of input
+    FAMILY = 4
+    NGRAM = 8
+    TOO_LONG = 16
+    SHORT_INPUT = 32
+    EMPTY_OUTPUT = 64
+    SEVERAL_REFERENCES = 128
+    PUBLISHED_TOO_LONG = 256  # birbal_2023: ≥ 800 words together
+    PUBLISHED_LONG_INPUT = 512  # birbal_2023, generation: > 1,100 words of input
 
 
 # Name of the part of a task or source a candidate was looked for in; the index is what arrays hold.

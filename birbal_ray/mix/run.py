@@ -196,7 +196,7 @@ def _manifest(plan: MixPlan, licenses: dict[str, set[str]], origins: Sequence[Or
             "action": config.contamination.action,
             "ngram": config.contamination.ngram,
             "num_texts": ngrams.num_texts if ngrams else 0,
-            "evaluations": sorted({*config.contamination.evaluations, *config.contamination.families}),
+            "evaluations": sorted(config.contamination.all_families),
             "found": plan.contaminated(),
         },
     }

@@ -104,7 +104,6 @@ class Decisions:
         self._drop_among(self._alive(), Flags.ERROR, Reason.ERROR)
         if not self.config.include_llm_written:
             self._drop_among(self._alive(), Flags.LLM_WRITTEN, Reason.LLM_WRITTEN)
-        self._drop_among(self._alive(), Flags.SOURCE_FILTER, Reason.SOURCE_FILTER)
         if self.config.contamination.action == "drop":
             self._drop_among(self._alive(), Flags.FAMILY, Reason.CONTAMINATED_FAMILY)
             self._drop_among(self._alive(), Flags.NGRAM, Reason.CONTAMINATED_NGRAM)

@@ -97,8 +97,6 @@ def read_source(source: SourceSettings, origin: Origin) -> Iterator[pa.Table]:
 def _rows(source: SourceSettings, origin: Origin) -> Iterator[Row]:
     known = HUB_DATASETS.get(source.name)
     mapping = source.columns.model_dump(exclude_none=True) if source.columns else {}
-    wanted = known.columns if known else tuple(mapping.values())
-    expected = f"the layout of {known.repository}: {known.layout}" if known else "what its `columns` name"
 
     def adapt(record: Record) -> list[Row]:
         if known:
@@ -110,11 +108,11 @@ def _rows(source: SourceSettings, origin: Origin) -> Iterator[Row]:
         records = read_records(file, f"source {source.name}")
         first = list(itertools.islice(records, PEEK_ROWS))
         found = dict.fromkeys(column for _, record in first if isinstance(record, Mapping) for column in record)
-        for column in wanted if found else ():
+        for column in mapping.values() if found else ():
             if column not in found:
                 raise ConfigError(
                     f"source {source.name}: {file}: column {column!r} is missing{nearest(column, found)}; found "
-                    f"{', '.join(found)}; expected {expected}"
+                    f"{', '.join(found)}"
                 )
         for number, record in itertools.chain(first, records):
             where = f"source {source.name}: {file}, row {number}"
@@ -124,8 +122,8 @@ def _rows(source: SourceSettings, origin: Origin) -> Iterator[Row]:
                 adapted = adapt(record)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
                 raise ConfigError(
-                    f"{where} is not in the expected layout ({type(error).__name__}: {error}); "
-                    "its columns hold other types than the adapter knows"
+                    f"{where} is not in the layout of the known dataset ({type(error).__name__}: {error}); found "
+                    f"{', '.join(record)}; under a name of your own it takes `columns`"
                 ) from None
             for row in adapted:
                 yield _complete(row, source, origin, where)
@@ -136,9 +134,8 @@ def _complete(row: Row, source: SourceSettings, origin: Origin, where: str) -> R
         value = row.get(name)
         if value is not None and not isinstance(value, str):
             raise ConfigError(f"{where}: {name} is {type(value).__name__}, expected text ({value!r:.60}); quote it")
-    for name in ("llm_written", "unwanted"):
-        if not isinstance(row.get(name), bool | None):
-            raise ConfigError(f"{where}: {name} is {row[name]!r:.60}, expected true, false or null")
+    if not isinstance(row.get("llm_written"), bool | None):
+        raise ConfigError(f"{where}: llm_written is {row['llm_written']!r:.60}, expected true, false or null")
     return {
         "instruction": (row.get("instruction") or "") if source.instruction is None else source.instruction,
         "input": row.get("input") or "",
@@ -146,7 +143,6 @@ def _complete(row: Row, source: SourceSettings, origin: Origin, where: str) -> R
         "task": row.get("task") or source.name,
         "license": source.license or row.get("license") or origin.license,
         "llm_written": source.llm_written or bool(row.get("llm_written")),
-        "unwanted": bool(row.get("unwanted")),
     }
 
 

@@ -115,8 +115,11 @@ def parse_task(name: str, data: bytes | OSError) -> Task:
         raise TaskError(f"{shown}.json: can't be read ({data.strerror})")
     if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
         raise TaskError(f"{shown[:40]}….json: the name is longer than {MAX_NAME_BYTES} bytes; rename the file")
-    if shown != name or ":" in name:
-        what = "a ':', which ends the task's name in row ids" if shown == name else "bytes that are no text in UTF-8"
+    if shown != name or ":" in name or name.startswith("."):
+        what = (
+            "a ':', which ends the task's name in row ids" if ":" in name else "a dot at its start, which hides files"
+        )
+        what = what if shown == name else "bytes that are no text in UTF-8"
         raise TaskError(f"{shown}.json: the name holds {what}; rename the file")
     repairs: Counter[str] = Counter()
     try:
@@ -132,7 +135,6 @@ def parse_task(name: str, data: bytes | OSError) -> Task:
             instances=_instances(name, values.get("Instances"), repairs),
             categories=_strings(values.get("Categories")),
             sources=_strings(values.get("Source")),
-            domains=_strings(values.get("Domains")),
             input_languages=_strings(values.get("Input_language")),
             output_languages=_strings(values.get("Output_language")),
             licenses=_strings(values.get("Instance License")),

@@ -59,7 +59,6 @@ class Task:
     instances: tuple[Instance, ...]
     categories: tuple[str, ...]
     sources: tuple[str, ...]
-    domains: tuple[str, ...]
     input_languages: tuple[str, ...]
     output_languages: tuple[str, ...]
     licenses: tuple[str, ...]

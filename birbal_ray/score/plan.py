@@ -26,10 +26,10 @@ from birbal_ray.settings import canonical_hash
 from birbal_ray.storage import Folder, cache_folder, input_folder, write_atomic
 
 INPUTS_FOLDER = "inputs"  # task files that workers read from the run folder
-PLAN_FORMAT = 2  # of the cached plans
+PLAN_FORMAT = 3  # of the cached plans
 KEPT_OF_A_TASK = (
     *("name", "sha256", "repairs", "definition", "definition_is_text"),
-    *("categories", "sources", "domains", "licenses"),
+    *("categories", "sources", "licenses"),
 )
 
 
@@ -101,21 +101,15 @@ def describe_plan(plan: ScorePlan, config: ScoreConfig, progress: ProgressLine) 
         progress.message(f"quarantined {file}: {reason}")
     for name, reason in plan.excluded:
         progress.message(f"left out {name}: {reason}")
-    if plan.unknown_overrides:
-        progress.message(
-            f"{config.tasks.label_overrides}: {len(plan.unknown_overrides)} of its tasks are not in "
-            f"{config.tasks.path} (first: {plan.unknown_overrides[0]})"
-        )
-    if plan.absent:
-        progress.message(
-            f"{len(plan.absent)} of the selected tasks are not in {config.tasks.path} (first: {plan.absent[0]})"
-        )
-    fewer = [task for task in plan.tasks if task.num_shots < config.prompt.num_shots]
-    if fewer:
-        progress.message(
-            f"{len(fewer)} tasks have fewer than {config.prompt.num_shots} positive examples and use what they have "
-            f"(first: {fewer[0].name}, {fewer[0].num_shots})"
-        )
+    shots, path = config.prompt.num_shots, config.tasks.path
+    fewer = [f"{task.name}, {task.num_shots}" for task in plan.tasks if task.num_shots < shots]
+    for names, what in (
+        (plan.unknown_overrides, f"tasks of {config.tasks.label_overrides} are not in {path}"),
+        (plan.absent, f"of the selected tasks are not in {path}"),
+        (fewer, f"tasks have fewer than {shots} positive examples and use what they have"),
+    ):
+        if names:
+            progress.message(f"{len(names)} {what} (first: {names[0]})")
 
 
 def publish_inputs(plan: ScorePlan, folder: Folder, *, everything: bool) -> ScorePlan:

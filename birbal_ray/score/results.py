@@ -28,7 +28,6 @@ from birbal_ray.score.shards import (
     Shard,
     Tally,
     WrittenFile,
-    row_folder,
 )
 from birbal_ray.score.stages import score_table, write_rows
 from birbal_ray.storage import DamagedFileError, FileRecord, Folder, RunError, open_folder, write_atomic
@@ -68,7 +67,7 @@ def amend(run: Run, plan: ScorePlan) -> tuple[ScorePlan, Amendment]:
     with contextlib.suppress(FileNotFoundError, DamagedFileError, KeyError):
         columns = ["task", "sha256", "max_completion_tokens", "label", "metric_version"]
         before = {row["task"]: row for row in run.folder.read_table(TASKS_FILE, columns).to_pylist()}
-    planned = {row_folder(task.name): task for task in plan.tasks}
+    planned = {task.name: task for task in plan.tasks}
     aside, rescored, limits = [*wrong, *found.overlapping], [], {}
     for name in found.tasks:
         task, files = planned.get(name), found.names(name)
@@ -190,7 +189,7 @@ def summarise(
     for task, files in read_files(folder, found, tasks, COLUMNS, variant_folder, records):
         no_rows = pa.schema([SCORE_ROWS.field(one) for one in COLUMNS]).empty_table()
         rows = pa.concat_tables([*files.values()] or [no_rows])
-        _add_task(results, task, rows, folder.at(row_folder(f"{variant_folder}{task.name}")))
+        _add_task(results, task, rows, folder.at(f"{variant_folder}{task.name}"))
         results.files |= {name: records[name] for name in files}
         if keep_scores:
             scored = rows.filter(pc.is_valid(rows["score"])).select(["row_id", "score"]).to_pydict()

@@ -125,15 +125,12 @@ class WrittenFile:
     tally: Tally
 
 
-def row_folder(task: str) -> str:
-    """A task's folder of rows (`task` may have a variant's folder in front). Names that begin with a dot are hidden."""
-    above, slash, name = task.rpartition("/")
-    return f"{above}{slash}%2E{name[1:]}" if name.startswith(".") else task
-
-
 def row_file(task: str, first: int, last: int) -> str:
-    """The file of rows [first, last) of a task's hash order, below the rows folder."""
-    return f"{row_folder(task)}/{first:06d}-{last:06d}.parquet"
+    """The file of rows [first, last) of a task's hash order, below the rows folder.
+
+    `task` may have a variant's folder in front.
+    """
+    return f"{task}/{first:06d}-{last:06d}.parquet"
 
 
 class DamagedRowsError(RunError):
@@ -164,16 +161,16 @@ class RowFiles:
 
     @property
     def tasks(self) -> list[str]:
-        """`{variant folder}{row_folder(task)}` of all that has rows."""
+        """`{variant folder}{task}` of all that has rows."""
         return list(self._ranges)
 
     def names(self, task: str) -> list[str]:
         """The task's files below the rows folder, in hash order."""
-        return [row_file(task, first, last) for first, last in self._ranges.get(row_folder(task), ())]
+        return [row_file(task, first, last) for first, last in self._ranges.get(task, ())]
 
     def num_rows(self, task: str) -> int:
         """Rows of a task."""
-        return sum(last - first for first, last in self._ranges.get(row_folder(task), ()))
+        return sum(last - first for first, last in self._ranges.get(task, ()))
 
     @property
     def total_rows(self) -> int:
@@ -183,7 +180,7 @@ class RowFiles:
     def gaps(self, task: str, end: int) -> list[tuple[int, int]]:
         """The ranges below `end` that are in no file."""
         gaps, position = [], 0
-        for first, last in [*self._ranges.get(row_folder(task), ()), (end, end)]:
+        for first, last in [*self._ranges.get(task, ()), (end, end)]:
             if position < min(first, end):
                 gaps.append((position, min(first, end)))
             position = max(position, last)
@@ -191,7 +188,7 @@ class RowFiles:
 
     def add(self, task: str, ranges: Iterable[tuple[int, int]]) -> None:
         """Count ranges as there."""
-        self._ranges[row_folder(task)] = sorted([*self._ranges.get(row_folder(task), ()), *ranges])
+        self._ranges[task] = sorted([*self._ranges.get(task, ()), *ranges])
 
     def all_names(self) -> list[str]:
         """Every file, none that overlaps another."""
@@ -226,7 +223,6 @@ class PlannedTask:
     definition: str
     categories: tuple[str, ...]
     sources: tuple[str, ...]
-    domains: tuple[str, ...]
     licenses: tuple[str, ...]
     num_excluded: int = 0  # instances that the run may not take
     unreachable_fraction: float = 0.0  # of usable instances: not even a reference scores 1 there

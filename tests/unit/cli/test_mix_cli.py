@@ -102,7 +102,7 @@ def test_a_mix_of_version_0_1_is_refused_with_what_to_do(run, folder, tmp_path):
     result = run("explain", "a:b", "--mix", old)
     assert result.exit_code == 1
     assert result.stderr == (
-        f"error: {old}: an earlier version of birbal_ray made this run, and this one can't read it; "
+        f"error: {old}: another version of birbal_ray made this run, and this one can't read it; "
         "run `birbal mix` again with another --output\n"
     )
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from birbal_ray.mix import features
-from birbal_ray.mix.contamination import build_index, chosen_families, families_of
+from birbal_ray.mix.config import FAMILIES, ContaminationSettings
+from birbal_ray.mix.contamination import build_index, families_of
 from birbal_ray.settings import ConfigError
 from tests.conftest import examples
 
@@ -96,18 +97,26 @@ def test_equals_a_plain_search(evaluation, rows, size):
     assert index.overlaps([[" ".join(row)] for row in rows]).tolist() == expected
 
 
+def families(**own):
+    return ContaminationSettings(families=own).all_families
+
+
 def test_families_by_whole_words():
-    families = chosen_families(["sam_sum", "bbq", "ethics"], {"mine": ["secret_set"]})
-    assert families_of(["task1572_samsum_summary", "samsum"], families) == ("sam_sum",)
-    assert families_of(["task10_bbqsauce_recipes"], families) == ()
-    assert families_of(["task7_x", "Secret-Set (https://example.org)"], families) == ("mine",)
-    assert families_of(["task106_scruples_ethical_judgment"], families) == ()
-    own = chosen_families([], {"mine": ["Hendrycks-Test", "数学"]})
+    known = families(mine=["secret_set"])
+    assert families_of(["task1572_samsum_summary", "samsum"], known) == ("sam_sum",)
+    assert families_of(["task10_bbqsauce_recipes"], known) == ()
+    assert families_of(["task7_x", "Secret-Set (https://example.org)"], known) == ("mine",)
+    assert families_of(["task106_scruples_ethical_judgment"], known) == ()
+    own = families(mine=["Hendrycks-Test", "数学"], mmlu=[])
     assert families_of(["task9_hendrycks_test_law"], own) == families_of(["MMLU", "hendrycks test"], own) == ("mine",)
     assert families_of(["task1_数学_qa"], own) == ("mine",)
     assert families_of(["task1_语文_qa", "hendrycks"], own) == (), "words are compared as words, however they are spelt"
-    with pytest.raises(ConfigError, match=r"no family 'samsun' \(did you mean 'sam_sum'\?\)"):
-        chosen_families(["samsun"], {})
+
+
+def test_an_evaluation_may_be_left_out_or_named_otherwise():
+    assert families_of(["task1_samsum"], families(sam_sum=[])) == ()
+    assert families_of(["task1_samsum", "dialogues"], families(sam_sum=["dialogues"])) == ("sam_sum",)
+    assert "sam_sum" not in families(sam_sum=[]) and families().keys() == FAMILIES.keys()
 
 
 def test_near_duplicates_under_the_same_instruction():

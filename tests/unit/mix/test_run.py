@@ -284,7 +284,6 @@ def test_contamination_gate(action, rows, scores, tmp_path):
     gate = {
         "action": action,
         "files": [str(tmp_path / "eval.txt")],
-        "evaluations": ["sam_sum"],
         "families": {"mine": [rows[0]["task"]]},
     }
     budgets = {"exact_match_budget": 9000, "generation_budget": 9000, "allow_shortfall": True}
@@ -440,6 +439,7 @@ def test_output_folder_of_something_else(scores, tmp_path):
         (["sources=[{name: nobody}]"], "'nobody' is no known dataset"),
         (["sources=[{name: lima}, {name: lima}]"], "source name 'lima' is taken"),
         (["eval_fraction=1"], "eval_fraction = 1"),
+        (["contamination.families={samsum: []}"], r"no evaluation 'samsum' to leave out \(did you mean 'sam_sum'\?\)"),
     ],
 )
 def test_bad_settings(assignments, message):
@@ -505,7 +505,7 @@ def test_a_finished_mix_needs_no_hub(scores, tmp_path, monkeypatch, capsys):
     from birbal_ray.mix.sources import Origin
 
     row = {"instruction": "", "input": "one two three four five six", "output": "seven", "task": "lima"}
-    row |= {"row_id": "lima:1", "license": "x", "llm_written": False, "unwanted": False}
+    row |= {"row_id": "lima:1", "license": "x", "llm_written": False}
     monkeypatch.setattr(run, "origin_of", lambda source: Origin(source.name, "GAIR/lima", "a" * 40, "x"))
     monkeypatch.setattr(plan, "read_source", lambda *_: iter([pa.Table.from_pylist([row], schema=OUTSIDE_ROWS)]))
     settings = {"sources": [{"name": "lima"}]}

@@ -114,6 +114,8 @@ def test_hidden_files_of_a_folder_are_no_tasks(tmp_path):
     (tmp_path / "._a.json").write_bytes(b"\0\5\x16\7")
     with pytest.raises(TaskError, match="holds no task files"):
         find_task_files(tmp_path)
+    with pytest.raises(TaskError, match=r"\._a\.json: the name holds a dot at its start, which hides files"):
+        parse_task("._a", json.dumps(task_values()).encode())
 
 
 def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):

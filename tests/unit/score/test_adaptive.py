@@ -21,7 +21,7 @@ from tests.conftest import examples
 
 
 def task(name, size, label="exact_match", limit=8):
-    empty = {"repairs": {}, "definition": "", "categories": (), "sources": (), "domains": (), "licenses": ()}
+    empty = {"repairs": {}, "definition": "", "categories": (), "sources": (), "licenses": ()}
     return PlannedTask(name, "", None, "0", Label(label, ""), size, size, 4, limit, **empty)
 
 

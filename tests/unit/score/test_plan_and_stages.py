@@ -72,13 +72,6 @@ def test_a_task_may_have_more_than_a_million_rows():
     assert found.overlapping == [] and found.names("t") == names and found.gaps("t", 1_200_000) == []
 
 
-def test_a_task_whose_name_begins_with_a_dot_is_not_hidden():
-    shard = Shard(".task", "", "", "generation", 0, 4, 8)
-    assert shard.name == "%2Etask/000000-000004.parquet"
-    found = RowFiles([shard.name])
-    assert found.names(".task") == [shard.name] and found.gaps(".task", 5) == [(4, 5)]
-
-
 def test_prompt_rows_of_all_shards_are_the_first_k_in_hash_order(write_task):
     folder = write_task("task_a", 30)
     settings = config(folder, **{"tasks.instances_per_task": 9})
