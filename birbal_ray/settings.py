@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo, field_validator
-
-# What YAML 1.1 turns into another number than is written: 12:00 is 720 (base 60), 0010 is 8 (base 8).
-TWISTED_NUMBER = re.compile(r"[-+]?0[0-9_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
-MAX_YAML_NODES = 100_000  # aliases of aliases grow without bounds
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 
 class ConfigError(ValueError):
@@ -26,11 +30,10 @@ class ConfigError(ValueError):
 class Settings(BaseModel):
     """Base of every configuration section: frozen, and an unknown key is an error.
 
-    RENAMED: old dotted key below this section → new one, None where it has no effect any more; `load_config` takes
-    old ones with a warning.
+    RENAMED: old name of a key of this section → its name; old ones are taken with a warning.
     """
 
-    RENAMED: ClassVar[Mapping[str, str | None]] = {}
+    RENAMED: ClassVar[Mapping[str, str]] = {}
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
@@ -42,13 +45,29 @@ class Settings(BaseModel):
             copy = copy.model_copy(update={name: getattr(copy, name).replace({rest: value}) if rest else value})
         return copy
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_old_names(cls, values: Any) -> Any:
+        for old, new in cls.RENAMED.items():
+            if isinstance(values, dict) and old in values:
+                if new in values:
+                    raise ValueError(f"{old!r} is the old name of {new!r}, and both are set; leave the old one out")
+                print(f"{old!r} is now {new!r}; the old name is accepted until the next release", file=sys.stderr)
+                values = {new if key == old else key: value for key, value in values.items()}
+        return values
+
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_value_as_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        annotation = cls.model_fields[info.field_name or ""].annotation
-        kinds = {annotation, *get_args(annotation)}
+    def _only_numbers_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[info.field_name or ""]
+        kinds = set(get_args(field.annotation) or [field.annotation])
         if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
             raise ValueError("input should be a number; YAML reads true, yes, on, false, no, off as truth values")
+        is_number = kinds <= {int, float, type(None)} and not any(
+            isinstance(m, BeforeValidator) for m in field.metadata
+        )
+        if isinstance(value, str) and is_number and re.search(r"\d", value):
+            raise ValueError("input should be a number, without quotes or leading zeros")
         return value
 
 
@@ -108,9 +127,6 @@ def load_config(
         if value is not None:
             _assign(values, key, value, f"flag for {key}")
             origins[key] = "command line"
-    for prefix, section in _sections(schema).items():
-        for old, new in section.RENAMED.items():
-            _rename(values, f"{prefix}{old}", new and f"{prefix}{new}", origins)
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -203,88 +219,46 @@ def _sections(schema: type[Settings], prefix: str = "") -> dict[str, type[Settin
     return found
 
 
-def _rename(values: dict[str, Any], old: str, new: str | None, origins: dict[str, str]) -> None:
-    """Move the value of a renamed key to its new name, and say so on stderr."""
-    *parents, leaf = old.split(".")
-    nodes: list[Any] = [values]
-    for parent in parents:
-        nodes.append(nodes[-1].get(parent) if isinstance(nodes[-1], dict) else None)
-    if not isinstance(nodes[-1], dict) or leaf not in nodes[-1]:
-        return
-    origin = _origin(old, origins)
-    if new is None:
-        print(f"{origin}: {old!r} has no effect any more; leave it out", file=sys.stderr)
-        del nodes[-1][leaf]
-        return
-    if any(key == new or key.startswith(f"{new}.") for key in flatten(values)):
-        raise ConfigError(f"{origin}: {old!r} is the old name of {new!r}, and both are set; leave the old one out")
-    print(f"{origin}: {old!r} is now {new!r}; the old name is accepted until the next release", file=sys.stderr)
-    value = nodes[-1].pop(leaf)
-    for node, parent in reversed(list(zip(nodes, parents, strict=False))):
-        if not node[parent]:
-            del node[parent]
-    for key in list(origins):
-        if key == old or key.startswith(f"{old}."):
-            origins[new + key[len(old) :]] = origins.pop(key)
-    _assign(values, new, value, origin)
-
-
 class _Loader(yaml.SafeLoader):
-    """yaml.safe_load, but a date stays text."""
+    """yaml.safe_load, but dates, 12:00 and 0010, which YAML 1.1 changes, stay text, and no key may stand twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise yaml.YAMLError(
+                        f"{key.value!r} stands twice, in lines {lines[key.value]} and {line}; make one section of them"
+                    )
+                lines[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
+_NUMBER = r"(?:0|[1-9][0-9_]*)"
+_RESOLVED = {  # the first that matches
+    "tag:yaml.org,2002:int": rf"[-+]?{_NUMBER}$",
+    "tag:yaml.org,2002:float": rf"[-+]?(?:{_NUMBER}(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$"
+    r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$",
+}
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    first: [pair for pair in resolvers if pair[0] not in {*_RESOLVED, "tag:yaml.org,2002:timestamp"}]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+for _tag, _pattern in _RESOLVED.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
 
 
 def _parse_yaml(text: str, origin: str, complaint: str) -> Any:
     """The value of a YAML text. Raises ConfigError with the `complaint` for what is no YAML."""
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _refuse_twists(loader, node, origin)
-        return loader.construct_document(node)
-    except yaml.YAMLError as error:
+        value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+        json.dumps(value, default=str)
+        return value
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{origin}: {complaint} ({one_line(error)})") from None
-
-
-def _refuse_twists(
-    loader: _Loader, node: yaml.Node, origin: str, inside: tuple[int, ...] = (), seen: list[int] | None = None
-) -> None:
-    """Raise ConfigError where YAML would lose or change something without a word."""
-    seen = [] if seen is None else seen
-    seen.append(id(node))
-    if id(node) in inside:
-        line = node.start_mark.line + 1
-        raise ConfigError(f"{origin}: line {line}: the section that begins here holds itself, by an alias (*)")
-    if len(seen) > MAX_YAML_NODES:
-        raise ConfigError(f"{origin}: its aliases (*) make more than {MAX_YAML_NODES:,} values")
-    if isinstance(node, yaml.ScalarNode):
-        is_number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and node.style is None
-        if is_number and TWISTED_NUMBER.fullmatch(node.value):
-            value = loader.construct_object(node)
-            raise ConfigError(
-                f"{origin}: line {node.start_mark.line + 1}: YAML reads {node.value} as {value}; write '{node.value}' "
-                "in quotes for this text, or the number in base 10"
-            )
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _refuse_twists(loader, item, origin, (*inside, id(node)), seen)
-    elif isinstance(node, yaml.MappingNode):
-        lines: dict[Any, int] = {}
-        for key, item in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
-                if key.value in lines:
-                    raise ConfigError(
-                        f"{origin}: {key.value!r} stands twice, in lines {lines[key.value]} and "
-                        f"{key.start_mark.line + 1}; make one section of them"
-                    )
-                lines[key.value] = key.start_mark.line + 1
-            _refuse_twists(loader, item, origin, (*inside, id(node)), seen)
+    except ValueError:
+        raise ConfigError(f"{origin}: a section holds itself, by an alias (*)") from None
 
 
 def _explain(schema: type[Settings], problem: Any, origins: Mapping[str, str]) -> str:

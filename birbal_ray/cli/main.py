@@ -59,16 +59,6 @@ class Commands(click.Group):
         module = importlib.import_module(f"birbal_ray.cli.{COMMANDS[name][0]}")
         return getattr(module, name.replace("-", "_"))
 
-    def resolve_command(
-        self, context: click.Context, arguments: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Name the nearest command where there is none of that name."""
-        if arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
-            from birbal_ray.settings import nearest
-
-            context.fail(f"no command {arguments[0]!r}{nearest(arguments[0], COMMANDS)}; see birbal --help")
-        return super().resolve_command(context, arguments)
-
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands without importing one."""
         with formatter.section("Commands"):
@@ -100,7 +90,8 @@ class Commands(click.Group):
             context.exit(EXIT_USAGE if isinstance(error, usage) else EXIT_FAILED)
 
 
-@click.group(cls=Commands, context_settings=CONTEXT)
+# Their names, among which click looks for the nearest one.
+@click.group(cls=Commands, context_settings=CONTEXT, commands=dict.fromkeys(COMMANDS))
 @click.version_option(__version__, prog_name="birbal")
 def main() -> None:
     """Make a language model better with one GPU and one day: find what it gets wrong, train on that.

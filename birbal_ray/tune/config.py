@@ -68,6 +68,8 @@ class ProxySettings(Settings):
 class ValidationSettings(Settings):
     """What mixes are judged on: rows of every task that no trial may train on, and files of yours."""
 
+    RENAMED: ClassVar = {"looks": "num_rungs"}
+
     rows_per_task: int = Field(16, ge=1, description="also of each outside source")
     files: list[str] = Field(
         [], description=".parquet or .jsonl with question and answer; each is a group of its own, named file:STEM"
@@ -82,6 +84,8 @@ class ValidationSettings(Settings):
 
 class StoppingSettings(Settings):
     """ASHA: a trial of the search that is behind at a rung ends there. Baselines and repeats never do."""
+
+    RENAMED: ClassVar = {"grace_looks": "grace_rungs"}
 
     enabled: bool = True
     grace_rungs: int = Field(1, ge=1, description="rungs that every trial gets")
@@ -122,12 +126,7 @@ class TuneResources(Settings):
 class TuneConfig(Settings):
     """All settings of `birbal tune`."""
 
-    RENAMED: ClassVar[Mapping[str, str | None]] = {
-        "num_random": "num_initial",
-        "surrogate": "predicted",
-        "validation.looks": "validation.num_rungs",
-        "stopping.grace_looks": "stopping.grace_rungs",
-    }
+    RENAMED: ClassVar = {"num_random": "num_initial", "surrogate": "predicted"}
 
     scores: str | None = Field(None, description="output folder of `birbal score`")
     output: str | None = Field(None, description="run folder; the same command goes on, also with more mixes or seeds")

@@ -156,7 +156,7 @@ def test_the_demo_s_last_command_explains_a_row_of_its_own_mix(tmp_path):
 def test_a_misspelt_command_gets_the_nearest_one():
     result = CliRunner().invoke(main, ["scroe"])
     assert result.exit_code == 2
-    assert "no command 'scroe' (did you mean 'score'?); see birbal --help" in result.stderr
+    assert "No such command 'scroe'. Did you mean 'score'?" in result.stderr
 
 
 def test_paths_of_the_repository_that_the_readme_names_exist():
