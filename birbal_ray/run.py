@@ -105,11 +105,6 @@ class Run:
     _writing: Future[Any] | None = None
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "progress"))
 
-    def check(self) -> None:
-        """Raise RunError unless this process still holds the folder. At a URL, every write to `folder` asks first."""
-        if self.folder.guard:
-            self.folder.guard.check()
-
     def progress(self, done: int | None, total: int | None, *, final: bool = False, **fields: Any) -> None:
         """Write progress.json, at most every 2 s (5 s at a URL) unless `final`.
 
@@ -332,10 +327,9 @@ def _earlier_record(folder: Folder, step: Step, finished: Mapping[str, Any], ove
             "choose another --output"
         )
     if record.get("format") != FORMAT and not overwrite:
-        age = "a later" if record.get("format", 1) > FORMAT else "an earlier"
         raise ConfigError(
-            f"{folder}: {age} version of birbal_ray made this run, and this one can't continue it; the next steps "
-            "still read it where it is finished; choose another --output"
+            f"{folder}: another version of birbal_ray made this run, and this one can't continue it; choose another "
+            "--output"
         )
     return record
 

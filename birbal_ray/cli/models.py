@@ -201,14 +201,12 @@ def models(context: click.Context, output_format: str) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from birbal_ray.models import EMBEDDED
+    from birbal_ray.models import EMBEDDED, EMBEDDED_FOLDER
     from birbal_ray.storage import cache_folder
 
-    rows = []
-    for model in EMBEDDED.values():
-        is_ready = (cache_folder() / "models" / f"{model.name}-{model.sha256[:12]}").is_dir()
-        rows.append({"model": model.name, "what": model.summary, "license": model.license, "ready": is_ready})
-    print_table(rows, output_format)
+    what = "SmolLM2-135M-Instruct, 4-bit weights unpacked to float32 (540 MB); for CPUs and demos"
+    is_ready = (cache_folder() / "models" / EMBEDDED_FOLDER).is_dir()
+    print_table([{"model": EMBEDDED, "what": what, "license": "Apache-2.0", "ready": is_ready}], output_format)
 
 
 @models.command()

@@ -26,7 +26,7 @@ with run.open_run(sys.argv[1], run.Step("score"), {}) as opened:
     end = time.monotonic() + float(sys.argv[2])
     while time.monotonic() < end:
         start = time.time()
-        opened.check()
+        opened.folder.guard.check()
         print(start, time.time(), flush=True)
         time.sleep(0.01)
 """
@@ -70,7 +70,7 @@ def test_a_dead_holder_on_another_machine_is_waited_for(s3, short_lease):
     start = time.monotonic()
     with open_run(folder, Step("score"), {}) as opened:
         assert time.monotonic() - start >= lock.LEASE_SECONDS
-        opened.check()
+        opened.folder.guard.check()
 
 
 def test_who_loses_the_lock_stops_and_publishes_nothing(s3, short_lease, interruptible):

@@ -134,7 +134,7 @@ def test_tune_may_pickle_what_holds_the_run(tmp_path):
     from birbal_ray.tune.searcher import ShowProgress, SpecSearcher
 
     with open_run(tmp_path, Step("tune", ["*"]), {}) as run:
-        scheduler = TrialScheduler(TuneConfig(num_trials=1), remember=lambda spec: run.check())
+        scheduler = TrialScheduler(TuneConfig(num_trials=1), remember=lambda spec: run.withdraw())
         for one in (SpecSearcher(scheduler, run.folder, {}), ShowProgress(scheduler, run, ProgressLine())):
             assert cloudpickle.loads(cloudpickle.dumps(one)) is not None
             assert copy.deepcopy(one) is one

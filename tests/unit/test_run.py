@@ -265,7 +265,7 @@ def test_folders_of_the_previous_version_are_refused(folder, files):
     before = contents(folder)
     with pytest.raises(RunError, match=r"another version of birbal_ray made this run.*run `birbal mix` again"):
         read_manifest(folder, "mix")
-    message = "earlier version of birbal_ray made this run.*choose another --output"
+    message = "another version of birbal_ray made this run.*choose another --output"
     with pytest.raises(ConfigError, match=message) as caught, open_run(folder, Step("mix", OWNS), {"seed": 1}):
         pass
     assert "\n" not in str(caught.value)
@@ -466,7 +466,7 @@ def test_a_run_of_a_later_version_is_left_to_it(tmp_path):
     with pytest.raises(RunError, match="another version of birbal_ray made this run"):
         read_manifest(folder, "score")
     with (
-        pytest.raises(ConfigError, match="a later version of birbal_ray made this run"),
+        pytest.raises(ConfigError, match="another version of birbal_ray made this run"),
         open_run(folder, SCORE, IDENTITY),
     ):
         pass

@@ -366,7 +366,7 @@ def test_a_folder_of_an_earlier_version_is_refused_in_one_line(scored, tmp_path)
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps({"step": "score", "identity": {"row_format": 1}, "identity_hash": "0"}))
-    with pytest.raises(ConfigError, match="an earlier version of birbal_ray made this run"):
+    with pytest.raises(ConfigError, match="another version of birbal_ray made this run"):
         scored()
 
 
