@@ -8,11 +8,11 @@ __version__ = "0.2.0"
 
 
 def import_on_use(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """A package's `__getattr__` for `modules`, name → its module: importing a package must not load torch or Ray."""
+    """A package's `__getattr__` for `modules`, name → its module, relative: importing a package must not load Ray."""
 
     def find(name: str) -> Any:
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(f"{package}.{modules[name]}"), name)
+        return getattr(import_module(f".{modules[name]}", package), name)
 
     return find

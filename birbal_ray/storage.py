@@ -258,16 +258,16 @@ class Folder:
                 yield Sink(file)
             return
         with tempfile.NamedTemporaryFile(prefix="birbal-upload-") as temporary:
-            yield (sink := Sink(temporary))
+            yield Sink(temporary)
             temporary.flush()
-            self._put(name, Path(temporary.name), sink.record.size)
+            self._put(name, Path(temporary.name))
 
     def write_bytes(self, name: str, data: bytes) -> FileRecord:
         """Write a file."""
         if self.is_local:
             write_atomic(self.local / name, data)
         else:
-            self._put(name, data, len(data))
+            self._put(name, data)
         return FileRecord(sha256_of(data), len(data))
 
     def write_json(self, name: str, value: Any) -> FileRecord:
@@ -284,13 +284,12 @@ class Folder:
 
     def upload(self, file: Path, name: str) -> FileRecord:
         """Copy a file of this machine into the folder."""
-        size = file.stat().st_size
         if not self.is_local:
-            self._put(name, file, size)
+            self._put(name, file)
         elif file != self.local / name:
             with _replacing(self.local / name) as target, file.open("rb") as source:
                 shutil.copyfileobj(source, target, CHUNK_BYTES)
-        return FileRecord(sha256_of(file), size)
+        return FileRecord(sha256_of(file), file.stat().st_size)
 
     def download(self, name: str, target: Path) -> None:
         """Copy a file of the folder to this machine."""
@@ -354,11 +353,12 @@ class Folder:
                 return None
             raise RunError(f"{self.place}: no such bucket; create it, or check the URL") from None
 
-    def _put(self, name: str, content: bytes | Path, size: int) -> None:
+    def _put(self, name: str, content: bytes | Path) -> None:
         import obstore
 
         if self.guard:
             self.guard.check()
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
         try:
             with named_errors(self.at(name)):
                 # At most 10,000 parts make an object.

@@ -15,7 +15,7 @@ from birbal_ray.cli.options import (
     print_table,
     settings_options,
 )
-from birbal_ray.serve.config import ServeConfig
+from birbal_ray.score.config import ServeConfig
 from birbal_ray.train.config import TrainConfig
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from birbal_ray import import_on_use
 
 if TYPE_CHECKING:
-    from birbal_ray.serve.config import ServeConfig
+    from birbal_ray.score.config import ServeConfig
     from birbal_ray.serve.run import serve
 
 __all__ = ["ServeConfig", "serve"]
-__getattr__ = import_on_use(__name__, {"ServeConfig": "config", "serve": "run"})
+__getattr__ = import_on_use(__name__, {"ServeConfig": ".score.config", "serve": "run"})

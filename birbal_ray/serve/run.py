@@ -17,14 +17,13 @@ from birbal_ray.cluster import decide_device
 from birbal_ray.manifest import read_manifest
 from birbal_ray.models import load_tokenizer, resolve_model
 from birbal_ray.run import RunError
-from birbal_ray.score.config import ResourceSettings
+from birbal_ray.score.config import ResourceSettings, ServeConfig, ServedEngine
 from birbal_ray.score.engine import Adapter, Request, Sampling, vllm_arguments
 from birbal_ray.score.loop import EngineLoop
 from birbal_ray.score.monitor import COUNTED
 from birbal_ray.score.stages import load_engine
 from birbal_ray.score.tokens import NUM_EMBEDDINGS, SimulatedTokenizer
 from birbal_ray.serve.app import Service, is_loopback, make_app
-from birbal_ray.serve.config import ServeConfig, ServedEngine
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import open_folder
 

@@ -18,12 +18,11 @@ import httpx
 import pytest
 
 from birbal_ray.models import load_tokenizer, resolve_model
-from birbal_ray.score.config import EngineSettings, ResourceSettings
+from birbal_ray.score.config import EngineSettings, ResourceSettings, ServeConfig
 from birbal_ray.score.engine import Request, Sampling, VllmEngine
 from birbal_ray.score.loop import EngineLoop
 from birbal_ray.score.tokens import prompt_token_ids
 from birbal_ray.serve.app import wrap_prompt
-from birbal_ray.serve.config import ServeConfig
 from birbal_ray.serve.run import openai_command
 from birbal_ray.settings import load_config
 from tests.conftest import REPOSITORY, SLOW, slow

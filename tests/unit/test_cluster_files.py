@@ -354,7 +354,7 @@ def test_images_have_plain_names_and_the_projects_version():
 def test_a_server_listens_on_port_80_and_its_examples_are_commands(file):
     """What the image runs, with each example's own options, is a `birbal serve` that exists and may start."""
     from birbal_ray.cli.main import main
-    from birbal_ray.serve.config import ServeConfig
+    from birbal_ray.score.config import ServeConfig
     from birbal_ray.serve.run import check_access
 
     text = file.read_text(encoding="utf-8")

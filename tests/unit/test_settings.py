@@ -11,8 +11,7 @@ import pytest
 from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.recipe import PipelineConfig
-from birbal_ray.score.config import ScoreConfig
-from birbal_ray.serve.config import ServeConfig
+from birbal_ray.score.config import ScoreConfig, ServeConfig
 from birbal_ray.settings import ConfigError, Settings, load_config
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.tune.config import TuneConfig

@@ -14,8 +14,7 @@ from birbal_ray.cli.main import main
 from birbal_ray.cli.options import settings_of, settings_options
 from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.score.config import ScoreConfig
-from birbal_ray.serve.config import ServeConfig
+from birbal_ray.score.config import ScoreConfig, ServeConfig
 from birbal_ray.settings import Duration, Settings
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.tune.config import TuneConfig

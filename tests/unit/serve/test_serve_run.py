@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
+from birbal_ray.score.config import ServeConfig
 from birbal_ray.serve import run as step
-from birbal_ray.serve.config import ServeConfig
 from birbal_ray.settings import ConfigError, load_config
 from tests.fixtures.tensors import write_tensors
 
