@@ -29,9 +29,9 @@ import pyarrow.parquet as pq
 from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.evaluate.run import EVALUATION_FILE, evaluate
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.mix.rows import question_of
 from birbal_ray.mix.run import mix
 from birbal_ray.ni import metrics, prompt, reader
+from birbal_ray.ni.prompt import render_prompt
 from birbal_ray.ni.schema import Task, TaskError, order_instances
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.run import score
@@ -92,7 +92,7 @@ def write_held_out(tasks: str, names: list[str], folder: Path) -> list[str]:
         assert isinstance(task, Task)
         rows = [one for one in order_instances(task, 0) if one.error is None][:HELD_OUT_ROWS]
         table = {
-            "question": [question_of(task.definition, one.input) for one in rows],
+            "question": [render_prompt(task.definition, (), one.input, preamble=False) for one in rows],
             "answer": [one.references[0] for one in rows],
         }
         pq.write_table(pa.table(table), folder / f"{task.name}.parquet")

@@ -103,7 +103,7 @@ def mix_bytes(folder: Path) -> dict[str, bytes]:
     """SHA-256 of each file of a mix that holds data."""
     import hashlib
 
-    from birbal_ray.mix.write import mix_files
+    from birbal_ray.mix.files import mix_files
     from birbal_ray.schemas import TASKS_FILE
 
     return {name: hashlib.sha256((folder / name).read_bytes()).digest() for name in [*mix_files(), TASKS_FILE]}
@@ -237,7 +237,7 @@ def with_pandas(scores: Path, output: Path, rows: int, budget: int) -> None:
 
     from birbal_ray.mix.allocation import TaskDemand, allocate, train_size
     from birbal_ray.mix.features import repeat_keys, row_hashes, shuffle_hashes
-    from birbal_ray.mix.rows import question_of
+    from birbal_ray.ni.prompt import render_prompt
 
     started = time.perf_counter()
     columns = ["orig_input", "answer", "row_id", "task", "label", "score", "error"]
@@ -277,7 +277,9 @@ def with_pandas(scores: Path, output: Path, rows: int, budget: int) -> None:
     audit = frame[["row_id", "task", "label", "score", "shuffle_hash"]].assign(reason=reason)
     audit = audit.assign(dropped=reason != "kept").sort_values(["dropped", "shuffle_hash"])
     pq.write_table(pa.Table.from_pandas(audit), output / "audit.parquet", compression="zstd")
-    alive["question"] = [question_of(d, t) for d, t in zip(alive["definition"], alive["orig_input"], strict=True)]
+    alive["question"] = [
+        render_prompt(d, (), t, preamble=False) for d, t in zip(alive["definition"], alive["orig_input"], strict=True)
+    ]
     cut = train_size(len(alive), 0.02)
     for split, part in (("train", alive.iloc[:cut]), ("eval", alive.iloc[cut:])):
         part = part.rename(columns={"definition": "instruction", "orig_input": "input"}).assign(answer=part["output"])
@@ -314,9 +316,10 @@ def measure_corrections(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from birbal_ray.mix import select
     from birbal_ray.mix.config import MixConfig
+    from birbal_ray.mix.features import Flags
     from birbal_ray.mix.plan import make_context, plan_mix
-    from birbal_ray.mix.rows import Flags, Reason
     from birbal_ray.mix.scores import open_scores
+    from birbal_ray.mix.select import Reason
     from tests.fixtures.score_folder import made_up_rows, write_score_folder
 
     with tempfile.TemporaryDirectory(prefix="birbal-bench-") as scratch:

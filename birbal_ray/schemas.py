@@ -72,6 +72,66 @@ TASKS_FILE = "tasks.parquet"
 TASK_SCORES_FILE = "task_scores.parquet"
 QUARANTINE_FILE = "quarantine.jsonl"  # {"file", "reason"} of each task file that was not used
 
+NATURAL_INSTRUCTIONS = "natural_instructions"  # `source` of every scored row
+
+# One row of training data.
+MIX_ROWS = pa.schema(
+    [
+        pa.field("instruction", pa.string(), nullable=False),
+        pa.field("input", pa.string(), nullable=False),
+        pa.field("output", pa.string(), nullable=False),
+        pa.field("question", pa.string(), nullable=False),  # training text without loss
+        pa.field("answer", pa.string(), nullable=False),  # training text with loss
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("task", pa.string(), nullable=False),
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("score", pa.float64()),  # in [0, 1]; null for outside datasets
+        pa.field("selected_by", pa.string(), nullable=False),  # {policy or source}:{bucket}
+        pa.field("license", pa.string(), nullable=False),
+    ]
+)
+
+AUDIT_FILE = "audit.parquet"
+# One row per candidate, kept or dropped: kept rows in the mix's order, then the dropped ones.
+AUDIT = pa.schema(
+    [
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("task", pa.string(), nullable=False),
+        pa.field("label", pa.string()),  # exact_match | generation; null for outside datasets
+        pa.field("score", pa.float64()),
+        pa.field("kept", pa.bool_(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("bucket", pa.string(), nullable=False),
+        pa.field("split", pa.string()),  # train | eval; null when dropped
+        pa.field("contamination", pa.string()),  # family, ngram, or both; whatever was done about it
+        pa.field("duplicate_of", pa.string()),  # row_id of the row that this one repeats
+    ]
+)
+
+# One row per task or outside source.
+MIX_TASKS = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("task", pa.string(), nullable=False),
+        pa.field("label", pa.string()),
+        pa.field("task_score", pa.float64()),
+        pa.field("num_candidates", pa.int64(), nullable=False),
+        pa.field("num_usable", pa.int64(), nullable=False),  # what the policy could draw from
+        pa.field("num_allocated", pa.int64(), nullable=False),  # what the policy asked for
+        pa.field("num_kept", pa.int64(), nullable=False),
+        pa.field("note", pa.string()),  # why the policy gave it less than its share, null where it didn't
+    ]
+)
+
+# An outside dataset after its adapter; kept in a work folder while the mix is made.
+OUTSIDE_ROWS = pa.schema(
+    [
+        *(MIX_ROWS.field(name) for name in ("instruction", "input", "output", "task", "row_id", "license")),
+        pa.field("llm_written", pa.bool_(), nullable=False),
+    ]
+)
+
 # One row per model, prompt format and task of an evaluation. The base model is named "base".
 BASE, ADAPTER, MERGED = "base", "adapter", "merged"  # kinds of models in an evaluation; BASE is also that one's name
 EVALUATION = pa.schema(

@@ -186,7 +186,7 @@ def explain_row(row_id: str, mix_folder: str, output_format: str) -> None:
     Example:
       birbal mix explain sample001_review_sentiment:sample001-007 --mix runs/mix
     """
-    from birbal_ray.mix.inspect import explain
+    from birbal_ray.mix.files import explain
 
     answer = explain(mix_folder, row_id)
     text = output_format == "text"
@@ -207,7 +207,7 @@ def diff_mixes(first: str, second: str, output_format: str) -> None:
       birbal mix diff runs/mix runs/mix-gamma-2
     """
 
-    from birbal_ray.mix.inspect import diff
+    from birbal_ray.mix.files import diff
 
     result = diff(first, second)
     if output_format == "json":

@@ -13,13 +13,12 @@ import pyarrow.compute as pc
 
 from birbal_ray.adapters import find_adapter
 from birbal_ray.manifest import read_manifest
-from birbal_ray.mix.inspect import read_audit
-from birbal_ray.mix.rows import MIX_ROWS, NATURAL_INSTRUCTIONS
+from birbal_ray.mix.files import read_audit
 from birbal_ray.mix.scores import read_batches
 from birbal_ray.models import Model, resolve_model
 from birbal_ray.ni.schema import text_key
 from birbal_ray.run import RunError
-from birbal_ray.schemas import ADAPTER, BASE, MERGED
+from birbal_ray.schemas import ADAPTER, BASE, MERGED, MIX_ROWS, NATURAL_INSTRUCTIONS
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import absolute, is_url, open_folder
 

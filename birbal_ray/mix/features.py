@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from enum import IntFlag
 
 import numpy as np
 import pyarrow as pa
@@ -18,14 +18,25 @@ from rapidfuzz.distance import LCSseq
 
 from birbal_ray.mix.allocation import LADDER_MAX_INPUT_WORDS, LADDER_MAX_WORDS
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.mix.rows import Flags
 from birbal_ray.ni.metrics import EXACT_MATCH, count_words, rouge_l, tokens
 from birbal_ray.ni.prompt import STOP
 
-if TYPE_CHECKING:
-    from birbal_ray.mix.contamination import NgramIndex
-
 _SPACELESS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Khmer}\p{Lao}\p{Myanmar}]"
+
+
+class Flags(IntFlag):
+    """What is known of a candidate from its text, whatever the policy makes of it (a uint16)."""
+
+    ERROR = 1
+    LLM_WRITTEN = 2
+    FAMILY = 4
+    NGRAM = 8
+    TOO_LONG = 16
+    SHORT_INPUT = 32
+    EMPTY_OUTPUT = 64
+    SEVERAL_REFERENCES = 128
+    PUBLISHED_TOO_LONG = 256  # birbal_2023: ≥ 800 words together
+    PUBLISHED_LONG_INPUT = 512  # birbal_2023, generation: > 1,100 words of input
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +62,8 @@ def extract_features(block: Block, config: MixConfig, ngrams: NgramIndex | None)
     """
     flags = block.flags | _text_flags(block, config)
     if ngrams is not None:
-        hits = ngrams.overlaps(list(zip(block.input.to_pylist(), block.output.to_pylist(), strict=True)))
-        flags[hits] |= np.uint16(Flags.NGRAM)
+        hits = map(ngrams.overlaps, zip(block.input.to_pylist(), block.output.to_pylist(), strict=True))
+        flags[list(hits)] |= np.uint16(Flags.NGRAM)
     published = np.full(len(flags), math.nan)
     for row, answer in enumerate(block.answers):
         if answer is not None:
@@ -194,6 +205,59 @@ def _text_flags(block: Block, config: MixConfig) -> NDArray[np.uint16]:
     for flag, condition in conditions.items():
         flags[condition] |= np.uint16(flag)
     return flags
+
+
+def families_of(names: Iterable[str], families: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """The evaluations whose family names occur, as whole words, in any of the names (task, its sources)."""
+    plain = [_words_of(name) for name in names]
+    return tuple(
+        evaluation
+        for evaluation, words in families.items()
+        if any(_words_of(word) in name for word in words for name in plain)
+    )
+
+
+def _words_of(name: str) -> str:
+    """`Hendrycks-Test 2` as `_hendrycks_test_2_`."""
+    words = re.sub(r"[\W_]+", "_", name.lower()).strip("_")
+    return f"_{words}_"
+
+
+SHORTEST_TEXT_WORDS = 5  # a shorter evaluation text would match by accident
+
+
+@dataclass(frozen=True, slots=True)
+class NgramIndex:
+    """Hashes of every run of `size` words in the evaluation texts, and of each shorter text.
+
+    Words are the tokens of ni.metrics, of every script.
+    """
+
+    size: int
+    runs: NDArray[np.uint64]  # sorted, distinct
+    num_texts: int
+
+    def overlaps(self, texts: Iterable[str]) -> bool:
+        """Whether one of the texts shares a run of words; none crosses texts."""
+        for text in texts if len(self.runs) else ():
+            found = run_hashes(text, self.size)
+            place = np.searchsorted(self.runs, found).clip(max=len(self.runs) - 1)
+            if (self.runs[place] == found).any():
+                return True
+        return False
+
+
+def build_index(texts: Iterable[str], size: int) -> NgramIndex:
+    """The index of evaluation texts; those under SHORTEST_TEXT_WORDS words are left out."""
+    runs = [run_hashes(text, size) for text in texts if len(tokens(text)) >= SHORTEST_TEXT_WORDS]
+    return NgramIndex(size, np.unique(np.concatenate([np.empty(0, np.uint64), *runs])), len(runs))
+
+
+def run_hashes(text: str, size: int) -> NDArray[np.uint64]:
+    """Hash of every run of `size` words of a text, or of all its words where they are fewer."""
+    words = tokens(text)
+    spans = (words[start : start + size] for start in range(max(1, len(words) - size + 1)))
+    return hash_all([" ".join(span).encode("utf-8", "surrogatepass") for span in spans])
 
 
 NUM_HASHES = 128  # 512 bytes a row

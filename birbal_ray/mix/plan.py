@@ -16,13 +16,12 @@ from numpy.typing import NDArray
 from birbal_ray.mix import reading
 from birbal_ray.mix.allocation import TASK_SCORE, train_size
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.mix.contamination import build_index, families_of
-from birbal_ray.mix.features import NUM_HASHES, near_duplicates
+from birbal_ray.mix.features import NUM_HASHES, Flags, build_index, families_of, near_duplicates
 from birbal_ray.mix.reading import Chunk, Context
-from birbal_ray.mix.rows import NATURAL_INSTRUCTIONS, Flags, Reason
 from birbal_ray.mix.scores import ScoreFolder
-from birbal_ray.mix.select import Candidates, Decisions, Group, decide
-from birbal_ray.mix.sources import Origin, read_source
+from birbal_ray.mix.select import Candidates, Decisions, Group, Reason, decide
+from birbal_ray.mix.sources import Origin, read_source, read_texts
+from birbal_ray.schemas import NATURAL_INSTRUCTIONS
 from birbal_ray.settings import ConfigError
 
 Report = Callable[[str], None]
@@ -217,8 +216,8 @@ def make_context(config: MixConfig, scores: ScoreFolder) -> Context:
         groups.append(Group(t.name, NATURAL_INSTRUCTIONS, t.label, t.task_score, families=found, unfit=t.unreachable))
     for s in config.sources:
         groups.append(Group(s.name, s.name, max_rows=s.max_rows, families=families_of([s.name], families)))
-    files = config.contamination.files
-    ngrams = build_index(files, config.contamination.ngram) if files else None
+    files, size = config.contamination.files, config.contamination.ngram
+    ngrams = build_index(read_texts(files, "contamination.files"), size) if files else None
     tasks = [
         # The published scripts took the first letter of a definition that is a text.
         (t.name, t.label, t.license, t.definition[:1] if config.compat and t.definition_is_text else t.definition)

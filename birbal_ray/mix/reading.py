@@ -23,11 +23,10 @@ from numpy.typing import NDArray
 
 from birbal_ray.mix.allocation import BIRBAL_2023
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.mix.contamination import NgramIndex
-from birbal_ray.mix.features import Block, extract_features
-from birbal_ray.mix.rows import MIX_ROWS, OUTSIDE_ROWS, Flags
+from birbal_ray.mix.features import Block, Flags, NgramIndex, extract_features
 from birbal_ray.mix.scores import AGAIN, ScoreFile, ScoreFolder, check_rows, read_scored
 from birbal_ray.mix.select import Group
+from birbal_ray.schemas import MIX_ROWS, OUTSIDE_ROWS
 from birbal_ray.storage import RunError
 
 CHECKED_COLUMNS = ("orig_input", "answer", "prediction", "row_id", "task", "label", "score", "error")

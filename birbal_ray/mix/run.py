@@ -16,16 +16,14 @@ import pyarrow as pa
 
 from birbal_ray.cluster import job_metadata, ray_session
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.mix.files import sha256_of_file
+from birbal_ray.mix.files import BATCH_ROWS, CARD_FILE, OWN_FILES, dataset_card, write_mix
 from birbal_ray.mix.plan import MixPlan, make_context, plan_mix
 from birbal_ray.mix.reading import Context, sort_texts
-from birbal_ray.mix.rows import MIX_TASKS
 from birbal_ray.mix.scores import ScoreFolder, open_scores
-from birbal_ray.mix.sources import Origin, origin_of
-from birbal_ray.mix.write import BATCH_ROWS, CARD_FILE, OWN_FILES, dataset_card, write_mix
+from birbal_ray.mix.sources import Origin, origin_of, sha256_of_file
 from birbal_ray.progress import ProgressLine, figures_key, save_figures
 from birbal_ray.run import Step, open_run
-from birbal_ray.schemas import MANIFEST_FILE, TASKS_FILE
+from birbal_ray.schemas import MANIFEST_FILE, MIX_TASKS, TASKS_FILE
 from birbal_ray.settings import ConfigError, require
 from birbal_ray.storage import Folder, RunError, absolute, open_folder
 

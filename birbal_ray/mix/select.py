@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,15 +12,61 @@ from numpy.typing import NDArray
 from birbal_ray.mix import allocation
 from birbal_ray.mix.allocation import Allocation, TaskDemand
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.mix.rows import BUCKET_OF, Flags, Reason
+from birbal_ray.mix.features import Flags
 from birbal_ray.ni.metrics import EXACT_MATCH, GENERATION
 from birbal_ray.settings import ConfigError
+
+# Name of the part of a task or source a candidate was looked for in; the index is what arrays hold.
+BUCKETS = (
+    "none",
+    "all",
+    "failed",
+    "rest",
+    *(f"accuracy_{decile}" for decile in range(10)),
+    *(allocation.band_name(number) for number in range(len(allocation.BAND_EDGES) + 1)),
+)
+BUCKET_OF = {name: number for number, name in enumerate(BUCKETS)}
 
 UNDECIDED = 255
 NO_DUPLICATE = -1
 ANY_LABEL = "any label"
 
 NearDuplicates = Callable[[NDArray[np.int64]], dict[int, int]]
+
+
+class Reason(IntEnum):
+    """Why a candidate is in the mix or not; the first that applies. `text` says it in words."""
+
+    text: str
+
+    def __new__(cls, value: int, text: str) -> Reason:
+        reason = int.__new__(cls, value)
+        reason._value_, reason.text = value, text
+        return reason
+
+    KEPT = 0, "in the mix"
+    ERROR = 1, "scoring it failed"
+    LLM_WRITTEN = 2, "written by a language model (include_llm_written is false)"
+    CONTAMINATED_FAMILY = 3, "its task or source belongs to an evaluation"
+    CONTAMINATED_NGRAM = 4, "shares a run of words with an evaluation text"
+    ANSWERED_CORRECTLY = 5, "the model answered it correctly"
+    ANSWERED_WELL = 6, "the model's answer has ROUGE-L 0.8 or more"
+    NOT_DRAWN = 7, "beyond the share drawn from its ROUGE-L band"
+    SEVERAL_REFERENCES = 8, "has more than one reference"
+    TOO_LONG = 9, "instruction and input have too many words"
+    SHORT_INPUT = 10, "the input has too few words"
+    EMPTY_OUTPUT = 11, "the output is empty"
+    OVER_CAP = 12, "beyond the cap of its task's accuracy decile"
+    DUPLICATE = 13, "repeats another row"
+    NEAR_DUPLICATE = 14, "nearly repeats another row's input under the same instruction"
+    OVER_ALLOCATION = 15, "beyond what its task was allocated"
+    OVER_SOURCE_LIMIT = 16, "beyond its source's max_rows"
+    VALIDATION = 17, "kept out to judge mixes by (validation_rows_per_task)"
+
+    @property
+    def word(self) -> str:
+        """As written in files: lower case."""
+        return self.name.lower()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,12 @@ import pyarrow as pa
 
 from birbal_ray.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, adapter_fingerprint
 from birbal_ray.manifest import FORMAT, StepFolder, check_input, find_steps
-from birbal_ray.mix.rows import AUDIT_FILE, Reason
+from birbal_ray.mix.select import Reason
 from birbal_ray.progress import counted, read_times
 from birbal_ray.run import MANIFEST_FILE, RunError
 from birbal_ray.schemas import (
     ADAPTER,
+    AUDIT_FILE,
     BASE,
     COMPARISONS_FILE,
     EVALUATION_FILE,

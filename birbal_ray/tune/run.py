@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from birbal_ray.cluster import WorkerRequest, can_place, job_metadata, ray_log_file, ray_session
-from birbal_ray.mix.files import sha256_of_file
 from birbal_ray.mix.scores import ScoreFolder, open_scores
+from birbal_ray.mix.sources import sha256_of_file
 from birbal_ray.models import Model, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine, counted, duration, figures_key, save_figures
 from birbal_ray.run import Run, RunError, RunFailedError, Step, StepResult, open_run

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 
 from birbal_ray.cluster import locked_folder, log_to, remove_stale_folders
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.mix.files import read_records
-from birbal_ray.mix.rows import NATURAL_INSTRUCTIONS
 from birbal_ray.mix.run import ANY_SIZE_MIB, mix
+from birbal_ray.mix.sources import read_records
 from birbal_ray.models import Model, load_tokenizer, read_template, resolve_model
 from birbal_ray.run import RunError
+from birbal_ray.schemas import NATURAL_INSTRUCTIONS
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import open_folder
 from birbal_ray.tune.config import TuneConfig, file_group

@@ -11,8 +11,8 @@ import pytest
 
 from birbal_ray.cluster import ray_session
 from birbal_ray.mix.config import MixConfig
+from birbal_ray.mix.files import mix_files
 from birbal_ray.mix.run import WORK_FOLDER, mix
-from birbal_ray.mix.write import mix_files
 from birbal_ray.run import MANIFEST_FILE, RunError
 from tests.fixtures.score_folder import list_files_as_they_are, made_up_rows, write_score_folder
 

@@ -11,21 +11,26 @@ from hypothesis import strategies as st
 
 from birbal_ray.mix import features
 from birbal_ray.mix.config import FAMILIES, ContaminationSettings
-from birbal_ray.mix.contamination import build_index, families_of
+from birbal_ray.mix.features import build_index, families_of
+from birbal_ray.mix.sources import read_texts
 from birbal_ray.settings import ConfigError
 from tests.conftest import examples
 
 EVALUATION = "The quick brown fox jumps over the lazy dog while seven grey geese watch from the frozen lake at noon."
 
 
+def index_of(file, size=13):
+    return build_index(read_texts([file], "contamination.files"), size)
+
+
 @pytest.fixture
 def index(tmp_path):
     (tmp_path / "a.txt").write_text(f"{EVALUATION}\n\nwho keeps the old lighthouse lamp\ntoo short\n")
-    return build_index([tmp_path / "a.txt"], 13)
+    return index_of(tmp_path / "a.txt")
 
 
 def hits(index, *texts):
-    return index.overlaps([[text] for text in texts]).tolist()
+    return [index.overlaps([text]) for text in texts]
 
 
 def test_thirteen_words_in_a_row(index):
@@ -42,8 +47,8 @@ def test_case_and_punctuation_do_not_hide_it(index):
 def test_a_run_does_not_cross_texts(index):
     words = EVALUATION.split()
     left, right = " ".join(words[:8]), " ".join(words[8:16])
-    assert index.overlaps([[left, right], [left], [right]]).tolist() == [False, False, False]
-    assert index.overlaps([["unrelated", EVALUATION], ["unrelated"]]).tolist() == [True, False]
+    assert not index.overlaps([left, right])
+    assert index.overlaps(["unrelated", EVALUATION]) and not index.overlaps(["unrelated"])
 
 
 def test_short_evaluation_texts_match_as_a_whole(index):
@@ -58,7 +63,7 @@ def test_every_file_kind_gives_the_same_index(tmp_path):
     (tmp_path / "a.txt").write_text(EVALUATION + "\n")
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": {"stem": EVALUATION}, "n": [1, None]}) + "\n\n")
     pq.write_table(pa.table({"text": [EVALUATION], "n": [1]}), tmp_path / "a.parquet")
-    runs = [build_index([tmp_path / f"a.{kind}"], 13).runs.tolist() for kind in ("txt", "jsonl", "parquet")]
+    runs = [index_of(tmp_path / f"a.{kind}").runs.tolist() for kind in ("txt", "jsonl", "parquet")]
     assert runs[0] == runs[1] == runs[2] and len(runs[0]) == len(EVALUATION.split()) - 12
 
 
@@ -75,7 +80,7 @@ def test_bad_evaluation_files(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=message):
-        build_index([tmp_path / name], 13)
+        index_of(tmp_path / name)
 
 
 words = st.lists(st.sampled_from(["a", "b", "c"]), max_size=12)
@@ -90,11 +95,11 @@ def test_equals_a_plain_search(evaluation, rows, size):
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "a.txt"
         file.write_text(" ".join(evaluation) + "\n")
-        index = build_index([file], size)
+        index = index_of(file, size)
     long_enough = range(len(evaluation) - size + 1) if len(evaluation) >= 5 else ()
     runs = {tuple(evaluation[i : i + size]) for i in long_enough}
     expected = [any(tuple(row[i : i + size]) in runs for i in range(len(row))) for row in rows]
-    assert index.overlaps([[" ".join(row)] for row in rows]).tolist() == expected
+    assert hits(index, *(" ".join(row) for row in rows)) == expected
 
 
 def families(**own):
@@ -165,7 +170,7 @@ def test_copies_are_found_whatever_separates_their_words(separator, encoding, tm
     (tmp_path / "a.json").write_bytes(json.dumps([{"t": text}], ensure_ascii=False).encode(encoding))
     for kind in ("txt", "jsonl", "json"):
         if kind == "txt" or separator not in "\t\x0b\x0c\x1c":  # JSON escapes those itself
-            index = build_index([tmp_path / f"a.{kind}"], 13)
+            index = index_of(tmp_path / f"a.{kind}")
             assert index.num_texts == 1 and hits(index, EVALUATION, text) == [True, True], kind
 
 
@@ -173,14 +178,14 @@ def test_copies_are_found_whatever_separates_their_words(separator, encoding, tm
 def test_latin_1_is_refused_in_one_line(name, tmp_path):
     (tmp_path / name).write_bytes('{"t": "Café au lait"}\n'.encode("latin-1"))
     with pytest.raises(ConfigError, match=rf"contamination\.files: .*{name}, .*neither UTF-8 nor UTF-16") as caught:
-        build_index([tmp_path / name], 13)
+        index_of(tmp_path / name)
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_scripts_without_spaces_count_by_character(tmp_path):
     sentence = "这家餐厅的服务非常好环境也很安静我们朋友都喜欢下次还会再来"
     (tmp_path / "a.txt").write_text(sentence + "\n", encoding="utf-8")
-    index = build_index([tmp_path / "a.txt"], 13)
+    index = index_of(tmp_path / "a.txt")
     assert index.num_texts == 1 and len(index.runs) == len(sentence) - 12
     assert hits(index, f"他说：{sentence[5:18]}。", sentence[5:17]) == [True, False]
 
@@ -188,15 +193,15 @@ def test_scripts_without_spaces_count_by_character(tmp_path):
 def test_shared_cases(shared_data):
     folder = shared_data / "cases/contamination"
     whole = (folder / "whole.txt").read_text(encoding="utf-8")
-    assert hits(build_index([folder / "ls.txt"], 13), whole) == [True]
+    assert hits(index_of(folder / "ls.txt"), whole) == [True]
     halves = "first half of a text second half of the very same text here"
-    assert hits(build_index([folder / "ls.jsonl"], 13), halves) == [True]
-    assert build_index([folder / "bom.jsonl"], 13).num_texts == 1
+    assert hits(index_of(folder / "ls.jsonl"), halves) == [True]
+    assert index_of(folder / "bom.jsonl").num_texts == 1
     chinese = (folder / "zh.txt").read_text(encoding="utf-8").splitlines()
-    index = build_index([folder / "zh.txt"], 13)
+    index = index_of(folder / "zh.txt")
     assert index.num_texts == len(chinese) and hits(index, *chinese) == [True] * len(chinese)
     with pytest.raises(ConfigError, match=r"latin\.txt, after line 0: neither UTF-8 nor UTF-16"):
-        build_index([folder / "latin.txt"], 13)
+        index_of(folder / "latin.txt")
 
 
 # --- near-duplicates see numbers and signs ----------------------------------------------------------

@@ -15,8 +15,8 @@ from birbal_ray.mix.datasets import (
     HUB_DATASETS,
     SUMMARIZE,
 )
-from birbal_ray.mix.rows import OUTSIDE_ROWS
 from birbal_ray.mix.sources import origin_of, read_source, source_problem
+from birbal_ray.schemas import OUTSIDE_ROWS
 from birbal_ray.settings import ConfigError
 
 RECORDS = {

@@ -197,17 +197,17 @@ def test_shared_cases(shared_data, scores, tmp_path):
 
 
 def test_an_array_longer_than_a_piece(monkeypatch, scores, tmp_path):
-    from birbal_ray.mix import files
+    from birbal_ray.mix import sources
 
     records = [{"q": f"{LONG} {n}", "a": f'answer {n}, [x] {{y}} \\ " {"z" * (n % 37)}'} for n in range(200)]
     for piece in (1, 7, 64, 1 << 20):
-        monkeypatch.setattr(files, "PIECE_CHARS", piece)
+        monkeypatch.setattr(sources, "PIECE_CHARS", piece)
         (tmp_path / "a.json").write_text(json.dumps(records, indent=2 if piece == 7 else None))
-        assert [record for _, record in files.read_records(str(tmp_path / "a.json"), "x")] == records
+        assert [record for _, record in sources.read_records(str(tmp_path / "a.json"), "x")] == records
         for end in ("[1]", ", 1", "x"):
             (tmp_path / "a.json").write_text(json.dumps(records) + end)
             with pytest.raises(ConfigError, match="after row 200: more than one JSON array"):
-                list(files.read_records(str(tmp_path / "a.json"), "x"))
+                list(sources.read_records(str(tmp_path / "a.json"), "x"))
 
 
 def test_a_factor_of_infinity():

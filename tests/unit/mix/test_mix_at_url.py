@@ -5,7 +5,7 @@ import json
 import pytest
 
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.mix.inspect import diff, explain
+from birbal_ray.mix.files import diff, explain
 from birbal_ray.mix.run import mix
 from birbal_ray.run import MANIFEST_FILE
 from birbal_ray.settings import ConfigError

@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.mix.inspect import explain
+from birbal_ray.mix.files import explain
 from birbal_ray.mix.run import mix
 from birbal_ray.settings import ConfigError
 from tests.fixtures.score_folder import made_up_rows, made_up_task, write_score_folder

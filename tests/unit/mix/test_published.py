@@ -16,8 +16,8 @@ import pytest
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.features import birbal_2023_score, distinct_word_rouge_l, row_hashes, shuffle_hashes
 from birbal_ray.mix.plan import make_context, plan_mix
-from birbal_ray.mix.rows import Reason
 from birbal_ray.mix.scores import open_scores
+from birbal_ray.mix.select import Reason
 from tests.conftest import SLOW
 from tests.fixtures.score_folder import made_up_rows, write_score_folder
 

@@ -10,13 +10,13 @@ import yaml
 
 from birbal_ray.mix import reading
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.mix.inspect import diff, explain
+from birbal_ray.mix.files import diff, explain
 from birbal_ray.mix.plan import MixPlan
-from birbal_ray.mix.rows import AUDIT, MIX_ROWS, Reason
 from birbal_ray.mix.run import dry_run, mix
 from birbal_ray.mix.scores import read_scored
+from birbal_ray.mix.select import Reason
 from birbal_ray.run import MANIFEST_FILE, RUN_FILE, RunError, RunMismatchError
-from birbal_ray.schemas import SCORE_ROWS
+from birbal_ray.schemas import AUDIT, MIX_ROWS, SCORE_ROWS
 from birbal_ray.settings import ConfigError, load_config
 from tests.fixtures.score_folder import list_files_as_they_are, made_up_rows, write_score_folder
 
@@ -501,8 +501,8 @@ def test_overwrite_takes_no_file_that_a_mix_does_not_write(name, scores, tmp_pat
 
 def test_a_finished_mix_needs_no_hub(scores, tmp_path, monkeypatch, capsys):
     from birbal_ray.mix import plan, run
-    from birbal_ray.mix.rows import OUTSIDE_ROWS
     from birbal_ray.mix.sources import Origin
+    from birbal_ray.schemas import OUTSIDE_ROWS
 
     row = {"instruction": "", "input": "one two three four five six", "output": "seven", "task": "lima"}
     row |= {"row_id": "lima:1", "license": "x", "llm_written": False}

@@ -6,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.mix.features import row_hashes, shuffle_hashes
-from birbal_ray.mix.rows import BUCKETS, Flags, Reason
-from birbal_ray.mix.select import NO_DUPLICATE, Candidates, Group, decide
+from birbal_ray.mix.features import Flags, row_hashes, shuffle_hashes
+from birbal_ray.mix.select import BUCKETS, NO_DUPLICATE, Candidates, Group, Reason, decide
 from birbal_ray.ni.schema import hash_order
 from birbal_ray.settings import ConfigError
 from tests.conftest import examples
