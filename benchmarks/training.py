@@ -30,8 +30,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from birbal_ray.manifest import FORMAT
 from birbal_ray.models import load_tokenizer, resolve_model
-from birbal_ray.settings import load_config, sha256_of
+from birbal_ray.settings import load_config
+from birbal_ray.storage import open_folder
 
 VARIANTS = ("birbal", "trl")
 WARM_UP = 1  # steps
@@ -55,9 +57,9 @@ def make_mix(folder: Path) -> None:
     files = {}
     for split, part in (("train", rows[:384]), ("eval", rows[384:])):
         pq.write_table(pa.Table.from_pylist(part), folder / f"{split}.parquet")
-        files[f"{split}.parquet"] = sha256_of(folder / f"{split}.parquet")
-    manifest = {"step": "mix", "identity_hash": "benchmark", "files": files, "composition": [], "licenses": []}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+        files[f"{split}.parquet"] = open_folder(folder).record_of(f"{split}.parquet")._asdict()
+    manifest = {"format": FORMAT, "step": "mix", "identity_hash": "benchmark", "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"composition": [], "licenses": []}))
 
 
 def make_shallow_model(source: Path, folder: Path, num_layers: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import settings
 
+from birbal_ray.manifest import FORMAT
 from birbal_ray.storage import Folder, open_folder
 from tests.fixtures.s3_server import BUCKET, s3_server
 
@@ -198,8 +198,9 @@ def make_mix(folder: Path, num_train: int, num_eval: int) -> None:
             "answer": answers,
         }
         pq.write_table(pa.table(texts), folder / f"{split}.parquet")
-        files[f"{split}.parquet"] = hashlib.sha256((folder / f"{split}.parquet").read_bytes()).hexdigest()
+        files[f"{split}.parquet"] = open_folder(folder).record_of(f"{split}.parquet")._asdict()
     manifest = {
+        "format": FORMAT,
         "step": "mix",
         "identity_hash": "0" * 64,
         "files": files,

@@ -1,6 +1,5 @@
 """`birbal train` up to where Ray would start: which mixes it refuses, what a dry run says."""
 
-import hashlib
 import json
 import shutil
 import sys
@@ -14,12 +13,14 @@ from birbal_ray.cli.main import main
 from birbal_ray.progress import ProgressLine, save_figures
 from birbal_ray.run import RunError, RunFailedError, Step, open_run
 from birbal_ray.settings import ConfigError, load_config
+from birbal_ray.storage import open_folder
 from birbal_ray.train import run as step
 from birbal_ray.train.budget import rate_key
 from birbal_ray.train.config import TrainConfig
 
 SMALL = {"batch.sequence_length": 128, "batch.micro": 2, "batch.accumulation": 2, "lora.r": 8, "lora.alpha": 16}
 
+CHANGED = "1 file(s) of this finished run are missing or have changed (first"
 RESULT = ("num_steps", "epochs", "ended_by", "base_eval_loss", "best_eval_loss", "best_step", "elapsed_seconds")
 
 
@@ -66,19 +67,26 @@ def of_another_step(folder, tiny_mix):
 def without_a_split(folder, tiny_mix):
     shutil.copytree(tiny_mix, folder)
     (folder / "eval.parquet").unlink()
-    return 1, f"{folder}/eval.parquet: missing; put the original back, or run `birbal mix` again with another --output"
+    return 1, f"{folder}: {CHANGED}: eval.parquet is missing); run its `birbal mix` command again"
 
 
 def emptied(folder, tiny_mix):
     shutil.copytree(tiny_mix, folder)
     (folder / "train.parquet").write_bytes(b"")
+    return 1, f"{folder}: {CHANGED}: train.parquet has 0 bytes, not"
+
+
+def edited(folder, tiny_mix):
+    shutil.copytree(tiny_mix, folder)
+    content = (folder / "train.parquet").read_bytes()
+    (folder / "train.parquet").write_bytes(content[:-1] + b"x")
     return 1, f"{folder}/train.parquet: edited since its run finished (its sha256 is another); put the original back"
 
 
 def sign(folder):
     """Write the files' hashes into the mix's manifest again."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    files = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in manifest["files"]}
+    files = {name: open_folder(folder).record_of(name)._asdict() for name in manifest["files"]}
     (folder / "manifest.json").write_text(json.dumps(manifest | {"files": files}))
 
 
@@ -97,7 +105,8 @@ def without_rows(folder, tiny_mix):
 
 
 @pytest.mark.parametrize(
-    "make", [missing, empty, unfinished, of_another_step, without_a_split, emptied, without_answers, without_rows]
+    "make",
+    [missing, empty, unfinished, of_another_step, without_a_split, emptied, edited, without_answers, without_rows],
 )
 def test_a_mix_that_cannot_be_trained_on_is_said_in_one_line(birbal_train, tiny_mix, tmp_path, make):
     code, message = make(tmp_path / "mix", tiny_mix)
