@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -322,6 +323,7 @@ def _quiet(log_file: Path | None) -> Iterator[None]:
     for name in ("ray", "ray.data"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
+    threading.excepthook = _log_ray_threads  # for good: Ray's threads end a moment after Ray does
     terminal, python_stderr = os.dup(2), sys.stderr
     try:
         sys.stderr.flush()
@@ -333,3 +335,17 @@ def _quiet(log_file: Path | None) -> Iterator[None]:
         os.close(terminal)
         handler.close()
         sys.stderr = python_stderr
+
+
+_print_thread_error = threading.excepthook
+
+
+def _log_ray_threads(error: threading.ExceptHookArgs) -> None:
+    """What ended a thread: one of Ray's (most find that Ray is being shut down), to its log; others' as before."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.exc_traceback)]
+    runs = next((name for name in modules if name != "threading"), "")
+    if error.exc_value is None or not runs.startswith("ray."):
+        _print_thread_error(error)
+        return
+    about = error.exc_type, error.exc_value, error.exc_traceback
+    logging.getLogger("ray").error("a thread ended", exc_info=about)

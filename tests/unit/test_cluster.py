@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,18 @@ def test_a_temporary_folder_too_long_for_rays_sockets_is_replaced_and_that_is_sa
         assert len(f"{folder}/session_2026-01-31_12-00-00_123456_1234567/sockets/plasma_store") <= 107
     assert not folder.exists() and not list(long.iterdir())
     assert "too long for the paths of Ray's sockets" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["ray.data._internal.prefetcher", "__main__"])
+def test_how_a_thread_of_rays_ended_is_for_its_log_alone(monkeypatch, caplog, module):
+    """Ray Data's prefetcher finds no Ray any more when a command is stopped."""
+    shown = []
+    monkeypatch.setattr(cluster, "_print_thread_error", shown.append)
+    monkeypatch.setattr(threading, "excepthook", cluster._log_ray_threads)
+    monkeypatch.setattr(logging.getLogger("ray"), "propagate", True)
+    names = {"__name__": module}
+    exec("def run():\n    raise AttributeError('address_info')", names)
+    thread = threading.Thread(target=names["run"])
+    thread.start()
+    thread.join()
+    assert ("address_info" in caplog.text, len(shown)) == ((True, 0) if module.startswith("ray.") else (False, 1))
