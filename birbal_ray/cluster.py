@@ -47,6 +47,7 @@ QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_prestart_worker_first_driver": "0",  # one process per logical CPU, most of them never used
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread of a run that has ended would start Ray again
 }
 
 

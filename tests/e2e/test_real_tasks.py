@@ -9,8 +9,12 @@ import pytest
 
 from birbal_ray.manifest import read_manifest
 from birbal_ray.ni.schema import hash_order
+from birbal_ray.score.config import ScoreConfig
+from birbal_ray.score.run import score
+from birbal_ray.settings import load_config
 from tests.conftest import SLOW, slow
 from tests.e2e.processes import NUM_THREADS, birbal, finish, kill_whole, rows_of, wait_for
+from tests.fixtures.inline_scoring import score_without_ray
 
 pytestmark = pytest.mark.vllm
 LONG = "task9001_long_definition"
@@ -47,7 +51,11 @@ def test_real_tasks_killed_and_run_again_agree_with_transformers(shared_data, tm
 
     undisturbed = tmp_path / "undisturbed"
     (tasks / f"{LONG}.json").unlink()
-    finish(birbal(*[undisturbed if part == run else part for part in command]))
+    with pytest.MonkeyPatch.context() as patch:  # without Ray, in this process, which needs torch anyway
+        score_without_ray(patch)
+        settings = {"tasks.path": str(tasks), "output": str(undisturbed), "tasks.instances_per_task": NUM_PER_TASK}
+        settings |= {"engine.device": "cpu", "resources.threads_per_replica": NUM_THREADS}
+        score(load_config(ScoreConfig, flags=settings))
     assert read_manifest(undisturbed, "score")["tokens"]["cached_fraction"] >= MIN_CACHED_FRACTION
     expected = rows_of(undisturbed)
     assert [row["row_id"] for row in rows] == [row["row_id"] for row in expected]

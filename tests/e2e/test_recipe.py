@@ -26,7 +26,14 @@ SMALLER = {
     "score": {"tasks.instances_per_task": NUM_SCORED, "shard_rows": 5, "completion.max_completion_tokens": 24}
     | ONE_ENGINE,
     "mix": {"task_score.exact_match_budget": 24, "task_score.generation_budget": 24, "eval_fraction": 0.2},
-    "train": {"batch.sequence_length": 512, "lora.r": 8, "lora.alpha": 16, "max_steps": NUM_STEPS, "epochs": 5}
+    "train": {
+        "batch.sequence_length": 256,
+        "evaluation.num_rows": 8,
+        "lora.r": 8,
+        "lora.alpha": 16,
+        "max_steps": NUM_STEPS,
+        "epochs": 5,
+    }
     | {"evaluation.every_steps": EVERY, "checkpoint.every_steps": EVERY, "resources.num_threads": NUM_THREADS},
     "evaluate": {"tasks.instances_per_task": NUM_ASKED, "completion.max_completion_tokens": 16} | ONE_ENGINE,
 }

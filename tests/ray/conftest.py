@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import pyarrow.dataset as pads
 import pytest
 
 # Before Ray is imported anywhere in this process, so that its daemons inherit it.
+from birbal_ray.cli.main import main
 from birbal_ray.cluster import AUTH_MODE, QUIET_ENVIRONMENT
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.run import score
@@ -82,6 +84,39 @@ def birbal(cluster_address: str) -> Callable[..., subprocess.Popen[str]]:
         )
 
     return start
+
+
+@pytest.fixture(scope="session")
+def here(cluster_address: str) -> Callable[..., tuple[int, str, str]]:
+    """here(*arguments) → (exit code, stdout, stderr) of the command in this process, on the cluster.
+
+    For what nobody kills: a process of its own would load Ray Data once more.
+    """
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(pytest.MonkeyPatch.context()).setenv("RAY_ADDRESS", cluster_address)
+            out, err = (stack.enter_context(_file_as(descriptor)) for descriptor in (1, 2))
+            code = main.main(list(map(str, arguments)), "birbal", standalone_mode=False)
+            sys.stdout.flush(), sys.stderr.flush()
+            return (code or 0, *(Path(file.name).read_text() for file in (out, err)))
+
+    return run
+
+
+@contextlib.contextmanager
+def _file_as(descriptor: int) -> Iterator[Any]:
+    """A file that takes what is written to the descriptor, and to Python's stream of that number."""
+    name = {1: "stdout", 2: "stderr"}[descriptor]
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8") as file, pytest.MonkeyPatch.context() as patch:
+        before = os.dup(descriptor)
+        os.dup2(file.fileno(), descriptor)
+        patch.setattr(sys, name, file)
+        try:
+            yield file
+        finally:
+            os.dup2(before, descriptor)
+            os.close(before)
 
 
 @pytest.fixture(scope="session")

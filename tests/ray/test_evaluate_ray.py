@@ -15,11 +15,10 @@ NUM_INSTANCES, NUM_SCORED, NUM_ASKED = 60, 20, 30
 
 
 @pytest.fixture(scope="module")
-def finish(birbal):
+def finish(here):
     def run(*arguments, code=0):
-        process = birbal(*arguments)
-        out, err = process.communicate(timeout=200)
-        assert process.returncode == code, err
+        found, out, err = here(*arguments)
+        assert found == code, err
         return out, err
 
     return run

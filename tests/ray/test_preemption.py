@@ -20,6 +20,7 @@ pytestmark = pytest.mark.timeout(600)
 CARD = "GeForce-RTX-4090"
 IN_FLIGHT = 2
 NUM_STEPS = 300
+LABEL = "ray.io/accelerator-type"
 SETTINGS = {
     "engine.backend": "simulated",
     "engine.device": "cpu",
@@ -32,7 +33,7 @@ SETTINGS = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A head that takes no work; nodes are added by the tests."""
     made = start_cluster(num_cpus=0, include_dashboard=False)
@@ -40,38 +41,39 @@ def cluster() -> Iterator[Any]:
     made.shutdown()
 
 
+@pytest.fixture(scope="module")
+def nodes(cluster) -> dict[str, Any]:
+    """Three nodes that each hold one replica: the one with the training card, where no engine starts, and two more."""
+    training = {"resources": {f"accelerator_type:{CARD}": 1}, "labels": {LABEL: CARD}, "env_vars": {START_FAILURE: "1"}}
+    scoring = {"resources": {"accelerator_type:A10G": 1}, "labels": {LABEL: "A10G"}}
+    kinds = {"training": training, "first": scoring, "second": scoring}
+    return {name: cluster.add_node(num_cpus=3, num_gpus=1, **about) for name, about in kinds.items()}
+
+
 def sets(settings: dict[str, Any]) -> list[str]:
     return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
 
 
-def test_nodes_lost_while_scoring(birbal, cluster, tasks, undisturbed, tmp_path):
-    chance, run = random.Random(7), tmp_path / "run"
-    nodes = [cluster.add_node(num_cpus=4) for _ in range(2)]
-    process = birbal("score", "--tasks", tasks, *sets(SETTINGS), "--output", run, env={"RAY_ADDRESS": cluster.address})
-    kills = 0
-    for _ in range(2):
-        target = len(finished_files(run)) + chance.randint(3, 8)
-        if not wait_for(lambda target=target: len(finished_files(run)) >= target, process):
-            break
-        cluster.remove_node(nodes.pop(0), allow_graceful=False)
-        nodes.append(cluster.add_node(num_cpus=4))  # as a spot provider does, sooner or later
-        kills += 1
-    _, errors = process.communicate(timeout=300)
+def test_scoring_keeps_off_the_training_card(birbal, cluster, nodes, write_task, tmp_path):
+    """Two replicas and three GPUs, one of them in the card that trains."""
+    settings = SETTINGS | {
+        "engine.device": "gpu",
+        "resources.simulated_row_seconds": 0.0,
+        "resources.avoid_accelerator_types": f"[{CARD}]",
+    }
+    run = tmp_path / "run"
+    address = {"RAY_ADDRESS": cluster.address}
+    tasks = write_task("task_a", 40)
+    process = birbal("score", "--tasks", tasks, *sets(settings), "--output", run, env=address)
+    _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert kills == 2
-    assert scored_rows(run) == scored_rows(undisturbed), "no row lost, none doubled, none different"
-    session = read_json(run / "manifest.json")["last_session"]
-    started = "".join(file.read_text() for file in (run / "logs").glob("replica-*.log")).count("begins ")
-    redone = started * SHARD_ROWS / NUM_ROWS - 1
-    print(f"{kills} nodes lost, 0 of {NUM_ROWS} rows lost or doubled, {redone:.1%} of the work done again")
-    assert session["engine_restarts"] >= 1, "a replica came back on another node"
-    assert redone <= kills * (IN_FLIGHT + 2) * SHARD_ROWS / NUM_ROWS, "no more than the shards in flight"
+    replicas = [file.read_text().split() for file in (run / "logs").glob("replica-*.log")]
+    assert len(replicas) == 2
+    assert {words[words.index("node") + 1] for words in replicas} == {nodes["first"].node_id, nodes["second"].node_id}
 
 
-def test_of_three_replicas_one_never_starts(birbal, cluster, write_task, tmp_path):
+def test_of_three_replicas_one_never_starts(birbal, cluster, nodes, write_task, tmp_path):
     """The two others do all the work; the reason is in the log, the summary and the manifest."""
-    bad = cluster.add_node(num_cpus=3, env_vars={START_FAILURE: "1"})
-    good = {cluster.add_node(num_cpus=3).node_id for _ in range(2)}
     settings = SETTINGS | {"resources.num_replicas": 3, "resources.max_start_retries": 1}
     run, address = tmp_path / "run", {"RAY_ADDRESS": cluster.address}
     process = birbal("score", "--tasks", write_task("task_a", 300), *sets(settings), "--output", run, env=address)
@@ -84,7 +86,32 @@ def test_of_three_replicas_one_never_starts(birbal, cluster, write_task, tmp_pat
     assert all("did not start: RuntimeError: simulated start failure" in death for death in manifest["deaths"])
     assert f"an engine died: {manifest['deaths'][0]}" in errors
     replicas = [file.read_text().split() for file in (run / "logs").glob("replica-*.log")]
-    assert {words[words.index("node") + 1] for words in replicas} == good | {bad.node_id}
+    assert {words[words.index("node") + 1] for words in replicas} == {node.node_id for node in nodes.values()}
+
+
+def test_nodes_lost_while_scoring(birbal, cluster, nodes, tasks, undisturbed, tmp_path):
+    chance, run = random.Random(7), tmp_path / "run"
+    cluster.remove_node(nodes.pop("training"))
+    alive = list(nodes.values())
+    process = birbal("score", "--tasks", tasks, *sets(SETTINGS), "--output", run, env={"RAY_ADDRESS": cluster.address})
+    kills = 0
+    for _ in range(2):
+        target = len(finished_files(run)) + chance.randint(3, 8)
+        if not wait_for(lambda target=target: len(finished_files(run)) >= target, process):
+            break
+        cluster.remove_node(alive.pop(0), allow_graceful=False)
+        alive.append(cluster.add_node(num_cpus=3))  # as a spot provider does, sooner or later
+        kills += 1
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert kills == 2
+    assert scored_rows(run) == scored_rows(undisturbed), "no row lost, none doubled, none different"
+    session = read_json(run / "manifest.json")["last_session"]
+    started = "".join(file.read_text() for file in (run / "logs").glob("replica-*.log")).count("begins ")
+    redone = started * SHARD_ROWS / NUM_ROWS - 1
+    print(f"{kills} nodes lost, 0 of {NUM_ROWS} rows lost or doubled, {redone:.1%} of the work done again")
+    assert session["engine_restarts"] >= 1, "a replica came back on another node"
+    assert redone <= kills * (IN_FLIGHT + 2) * SHARD_ROWS / NUM_ROWS, "no more than the shards in flight"
 
 
 @slow
@@ -119,29 +146,6 @@ def test_the_card_is_lost_while_training(cluster, tiny_model, tiny_mix, tmp_path
     alone = start(tiny_model, tiny_mix, undisturbed, device="gpu", address=cluster.address, **card, **steps)
     assert alone.wait(timeout=300) == 0, alone.communicate()[1][-3000:]
     assert losses(folder) == losses(undisturbed), "the same losses as if nothing had happened"
-
-
-def test_scoring_keeps_off_the_training_card(birbal, cluster, write_task, tmp_path):
-    """Two replicas and three GPUs, one of them in the card that trains."""
-    label = "ray.io/accelerator-type"
-    training = cluster.add_node(num_cpus=4, num_gpus=1, resources={f"accelerator_type:{CARD}": 1}, labels={label: CARD})
-    for _ in range(2):
-        cluster.add_node(num_cpus=4, num_gpus=1, resources={"accelerator_type:A10G": 1}, labels={label: "A10G"})
-    settings = SETTINGS | {
-        "engine.device": "gpu",
-        "resources.simulated_row_seconds": 0.0,
-        "resources.avoid_accelerator_types": f"[{CARD}]",
-    }
-    run = tmp_path / "run"
-    address = {"RAY_ADDRESS": cluster.address}
-    tasks = write_task("task_a", 40)
-    process = birbal("score", "--tasks", tasks, *sets(settings), "--output", run, env=address)
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
-    replicas = [file.read_text().split() for file in (run / "logs").glob("replica-*.log")]
-    nodes = {words[words.index("node") + 1] for words in replicas}
-    assert len(replicas) == 2 == len(nodes)
-    assert training.node_id not in nodes
 
 
 def follow(process: Any) -> Any:

@@ -8,7 +8,7 @@ from tests.fixtures.tensors import write_tensors
 from tests.ray.conftest import scored_rows
 
 
-def test_an_adapter_answers_in_place_of_its_base(birbal, write_task, tmp_path):
+def test_an_adapter_answers_in_place_of_its_base(here, write_task, tmp_path):
     adapter = tmp_path / "trained" / "adapter"
     adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
@@ -17,9 +17,8 @@ def test_an_adapter_answers_in_place_of_its_base(birbal, write_task, tmp_path):
 
     def score(output, *more):
         settings = ["--set", "engine.backend=simulated", "--device", "cpu", *more]
-        process = birbal("score", "--tasks", tasks, "--output", tmp_path / output, *settings)
-        _, errors = process.communicate(timeout=200)
-        return process.returncode, errors
+        code, _, errors = here("score", "--tasks", tasks, "--output", tmp_path / output, *settings)
+        return code, errors
 
     with_adapter = ("--set", f"model.adapter={tmp_path / 'trained'}")
     for output, more in (("base", ()), ("adapted", with_adapter)):

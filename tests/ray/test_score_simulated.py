@@ -16,13 +16,12 @@ PER_TASK = 2500 if SLOW else 500  # of the run that a prompt disturbs
 
 
 @pytest.fixture
-def run(birbal, tmp_path):
+def run(here, tmp_path):
     """run(folder, *more) → (exit code, stdout, stderr, run folder)."""
 
-    def score(folder, *more, output="run"):
-        process = birbal("score", "--tasks", folder, "--output", tmp_path / output, *SIMULATED, *more)
-        out, errors = process.communicate(timeout=200)
-        return process.returncode, out, errors, tmp_path / output
+    def score(folder, *more):
+        output = tmp_path / "run"
+        return *here("score", "--tasks", folder, "--output", output, *SIMULATED, *more), output
 
     return score
 

@@ -8,7 +8,9 @@ import sys
 import time
 
 import pytest
+from click.testing import CliRunner
 
+from birbal_ray.cli.main import main
 from birbal_ray.settings import load_config
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import prepare
@@ -16,6 +18,7 @@ from birbal_ray.train.files import all_checkpoints, read_metrics
 from tests.conftest import slow
 from tests.fixtures.small_training import SMALL_TRAINING
 
+CARD = "GeForce-RTX-4090"
 NUM_STEPS = 60
 SETTINGS = {
     **SMALL_TRAINING,
@@ -25,14 +28,17 @@ SETTINGS = {
 }
 
 
-def start(model, mix, folder, *more, device="cpu", address=None, **changes):
-    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
-    environment |= {"RAY_ADDRESS": address} if address else {}
-    command = [sys.executable, "-m", "birbal_ray", "train", "--model", model, "--mix", mix, "--output", folder]
+def arguments(model, mix, folder, device, **changes):
     flags = [part for name, value in {**SETTINGS, **changes}.items() for part in ("--set", f"{name}={value}")]
+    places = ["--model", model, "--mix", mix, "--output", folder]
+    return ["train", *map(str, places), "--device", device, *flags]
+
+
+def start(model, mix, folder, *more, device="cpu", address, **changes):
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"}
     return subprocess.Popen(
-        [*map(str, command), "--device", device, *flags, *map(str, more)],
-        env=environment,
+        [sys.executable, "-m", "birbal_ray", *arguments(model, mix, folder, device, **changes), *more],
+        env=environment | {"RAY_ADDRESS": address},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -107,9 +113,10 @@ def stop(process, folder):
 
 
 @pytest.mark.timeout(600)
-def test_killed_worker_is_replaced_and_a_killed_driver_costs_nothing_either(
+def test_killed_and_stopped_it_goes_on_and_repeats_every_loss(
     undisturbed, alone, cluster_address, tiny_model, tiny_mix, tmp_path
 ):
+    """A killed worker is replaced, a killed driver costs nothing either, and SIGTERM saves what was done."""
     folder = tmp_path / "run"
     process = start(tiny_model, tiny_mix, folder, address=cluster_address)
     wait_for_step(folder, 5, process)
@@ -120,17 +127,11 @@ def test_killed_worker_is_replaced_and_a_killed_driver_costs_nothing_either(
     process.kill()
     kill_worker(folder)  # which Ray does a moment later
     process.communicate()
-    assert losses(folder)[-1][0] < NUM_STEPS
-    assert alone(folder).num_steps == NUM_STEPS
-    assert losses(folder) == losses(undisturbed)
-    assert best_adapter(folder) == best_adapter(undisturbed)
+    done = losses(folder)[-1][0]
+    assert done < NUM_STEPS
 
-
-@pytest.mark.timeout(600)
-def test_sigterm_saves_what_was_done(undisturbed, alone, cluster_address, tiny_model, tiny_mix, tmp_path):
-    folder = tmp_path / "run"
     process = start(tiny_model, tiny_mix, folder, address=cluster_address)
-    wait_for_step(folder, 5, process)
+    wait_for_step(folder, done + 3, process)
     stop(process, folder)
     (folder / "stop").unlink()  # the same command does that, then this:
     assert alone(folder).num_steps == NUM_STEPS
@@ -183,12 +184,16 @@ def check_outputs(folder, model):
     assert (folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_card_that_is_not_there_is_named_beside_what_is(tiny_model, tiny_mix, tmp_path):
-    card = {"resources.accelerator_type": "GeForce-RTX-4090"}
-    process = start(tiny_model, tiny_mix, tmp_path / "run", device="gpu", **card)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "no node has a GeForce-RTX-4090 with 1 free CPUs on its node; the cluster has 1 node(s), 0 GPUs" in err
+def test_a_card_that_is_not_there_is_named_beside_what_is(tiny_model, tiny_mix, tmp_path, monkeypatch):
+    for name in ("RAY_ADDRESS", "RAY_TMPDIR"):  # a Ray of its own, which nothing can join
+        monkeypatch.delenv(name, raising=False)
+    done = CliRunner().invoke(
+        main, arguments(tiny_model, tiny_mix, tmp_path / "run", "gpu", **{"resources.accelerator_type": CARD})
+    )
+    assert done.exit_code == 1
+    assert (
+        "no node has a GeForce-RTX-4090 with 1 free CPUs on its node; the cluster has 1 node(s), 0 GPUs" in done.stderr
+    )
 
 
 def test_job_entrypoint_takes_the_same_options():
