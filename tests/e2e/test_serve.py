@@ -101,6 +101,7 @@ def test_vllms_own_server_reads_its_command(more):
         assert (read.kv_cache_dtype, read.hf_overrides) == ("fp8", {"rope_theta": 1e6})
 
 
+@slow
 def test_vllms_own_server_starts_and_answers(served_model, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

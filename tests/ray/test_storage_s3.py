@@ -57,7 +57,9 @@ def test_score_killed_and_continued_on_another_machine_then_mix(s3, tasks, undis
     assert (row["step"], row["state"], row["folder"]) == ("score", "stopped", url), "its lock's process is gone"
 
     machine(monkeypatch, tmp_path / "second")
-    finish(birbal(*score(tasks, url)))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)  # in this process, on a Ray of its own, which knows the bucket
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    here(*score(tasks, url))
     assert kept.items() <= {name: there.read_bytes(name) for name in row_files(there)}.items(), "not scored again"
     assert rows_at(there) == scored_rows(undisturbed), "each row once, as on a disk"
     (row,) = json.loads(here("status", url, "--format", "json")[0])
