@@ -126,7 +126,7 @@ def measure_driver(work: Path, rows: int, replicas: int) -> dict[str, Any]:
     from birbal_ray.progress import ProgressLine
     from birbal_ray.score import pipeline
     from birbal_ray.score.adaptive import FixedSchedule
-    from birbal_ray.score.session import Session
+    from birbal_ray.score.pipeline import Session
     from birbal_ray.score.shards import Shard
     from birbal_ray.storage import open_folder
 

@@ -166,7 +166,7 @@ def import_tasks(
     import json
 
     from birbal_ray.ni import catalog
-    from birbal_ray.ni.importing import ImportOptions, make_tasks
+    from birbal_ray.ni.obtain import ImportOptions, make_tasks
     from birbal_ray.ni.reader import parse_task
     from birbal_ray.ni.schema import TaskError
     from birbal_ray.storage import write_atomic
@@ -194,27 +194,26 @@ def _read_source(
     source: str, settings: Any, split: str | None, subset: str | None, revision: str | None
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """(columns, rows) of a file, or of a dataset on the Hub or in a folder."""
-    from birbal_ray.ni.importing import read_rows
+    from birbal_ray.mix.sources import SUFFIXES, read_records
+    from birbal_ray.ni.obtain import read_csv
     from birbal_ray.ni.schema import TaskError
     from birbal_ray.settings import one_line
 
     file = Path(source)
-    if file.suffix in (".csv", ".tsv", ".jsonl", ".json", ".parquet") or file.is_file():
-        if not file.is_file():
-            raise TaskError(f"{source}: no such file")
+    if file.suffix in (".csv", ".tsv", *SUFFIXES) or file.is_file():
         for flag, value in (("--split", split), ("--subset", subset), ("--revision", revision)):
             if value:
                 raise TaskError(f"{flag} {value}: {source} is a file, which has none; leave {flag} out")
-        if file.suffix != ".parquet":
-            return read_rows(file, settings.columns)
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            table = pq.ParquetFile(file).read()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise TaskError(f"{source}: not a readable Parquet file ({one_line(error)})") from None
-        return table.column_names, table.to_pylist()
+        if file.suffix in (".csv", ".tsv"):
+            if not file.is_file():
+                raise TaskError(f"{source}: no such file")
+            return read_csv(file, settings.columns)
+        records = list(read_records(source, "SOURCE", also=".csv, .tsv"))
+        for number, record in records:
+            if not isinstance(record, dict):
+                raise TaskError(f"{source}, row {number}: expected an object with columns, found {record!r:.60}")
+        rows = [record for _, record in records]
+        return list(dict.fromkeys(key for row in rows for key in row)), rows
     if revision and file.is_dir():
         raise TaskError(f"--revision {revision}: {source} is a folder, which has none; leave --revision out")
     import datasets
@@ -247,7 +246,7 @@ def fetch(output: Path, url: str | None, sha256: str | None) -> None:
     Example:
       birbal tasks fetch --output natural-instructions
     """
-    from birbal_ray.ni.fetch import DEFAULT_URL, fetch_archive
+    from birbal_ray.ni.obtain import DEFAULT_URL, fetch_archive
     from birbal_ray.progress import ProgressLine
 
     progress = ProgressLine()

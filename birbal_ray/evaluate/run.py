@@ -25,10 +25,9 @@ from birbal_ray.run import LOG_FOLDER, Run, RunError, Step, StepResult, open_run
 from birbal_ray.schemas import ADAPTER, BASE, COMPARISONS, COMPARISONS_FILE, EVALUATION, EVALUATION_FILE, ROWS_FOLDER
 from birbal_ray.score.adaptive import FixedSchedule
 from birbal_ray.score.config import CPU_SHARD_ROWS, ScoreConfig
-from birbal_ray.score.engine import Adapter
-from birbal_ray.score.pipeline import check_cluster, logical_cpus, score_shards
+from birbal_ray.score.engine import REFERENCE_FILE, Adapter
+from birbal_ray.score.pipeline import Session, check_cluster, logical_cpus, score_shards
 from birbal_ray.score.plan import describe_plan, plan_run, publish_inputs
-from birbal_ray.score.reference import REFERENCE_FILE
 from birbal_ray.score.results import summarise
 from birbal_ray.score.run import (
     IDENTITY_SETTINGS,
@@ -38,7 +37,6 @@ from birbal_ray.score.run import (
     resolve_config,
     write_plan,
 )
-from birbal_ray.score.session import Session
 from birbal_ray.score.shards import DamagedRowsError, PromptVariant, RowFiles, ScorePlan
 from birbal_ray.score.stages import find_model
 from birbal_ray.settings import ConfigError, canonical_hash

@@ -298,8 +298,8 @@ def read_records(place: str, setting: str, also: str = "") -> Iterator[tuple[int
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{setting}: {place}, line {number}: not JSON ({error.msg})") from None
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"{setting}: {place}, line {number}: not JSON ({_why_not_json(error)})") from None
 
 
 def _open_text(place: str, setting: str) -> io.TextIOWrapper:
@@ -347,8 +347,8 @@ def _array_records(place: str, setting: str) -> Iterator[tuple[int, Any]]:
                         number, position = number + 1, after
                         yield number, record
                         continue
-                except json.JSONDecodeError as error:
-                    problem = f"row {number + 1}: not JSON ({error.msg})"
+                except (ValueError, RecursionError) as error:
+                    problem = f"row {number + 1}: not JSON ({_why_not_json(error)})"
             if is_last:
                 raise ConfigError(f"{setting}: {place}, {problem}")
             try:
@@ -356,3 +356,7 @@ def _array_records(place: str, setting: str) -> Iterator[tuple[int, Any]]:
             except UnicodeError:
                 raise _not_unicode(place, setting, f"after row {number}") from None
             text, position, is_last = text[position:] + piece, 0, not piece
+
+
+def _why_not_json(error: ValueError | RecursionError) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)  # too deep, too long a number

@@ -30,7 +30,7 @@ from birbal_ray.score.config import (
     ScoreConfig,
 )
 from birbal_ray.score.monitor import Snapshot
-from birbal_ray.score.pipeline import check_cluster, logical_cpus, score_shards
+from birbal_ray.score.pipeline import Session, check_cluster, logical_cpus, score_shards
 from birbal_ray.score.plan import describe_plan, plan_run, publish_inputs
 from birbal_ray.score.results import (
     SET_ASIDE_FOLDER,
@@ -42,7 +42,6 @@ from birbal_ray.score.results import (
     set_aside,
     summarise,
 )
-from birbal_ray.score.session import Session
 from birbal_ray.score.shards import RowFiles, ScorePlan, Shard
 from birbal_ray.score.stages import find_model
 from birbal_ray.settings import ConfigError, Settings, canonical_hash, require

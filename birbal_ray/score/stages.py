@@ -33,9 +33,8 @@ from birbal_ray.run import LOG_FOLDER
 from birbal_ray.schemas import ROWS_FOLDER, SCORE_ROWS
 from birbal_ray.score import plan
 from birbal_ray.score.config import EngineSettings, ResourceSettings, ScoreConfig
-from birbal_ray.score.engine import Adapter, Completion, Engine, Request, Sampling, VllmEngine
+from birbal_ray.score.engine import Adapter, Completion, Engine, Request, Sampling, VllmEngine, check_engine
 from birbal_ray.score.loop import EngineDeadError, EngineLoop, Turns
-from birbal_ray.score.reference import check_engine
 from birbal_ray.score.shards import METADATA_KEY, ZERO_SHOT, Shard, Tally, WrittenFile, row_work
 from birbal_ray.score.simulated import START_FAILURE, SimulatedEngine
 from birbal_ray.score.tokens import load_tokenizer, prompt_token_ids, stops

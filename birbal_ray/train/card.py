@@ -16,7 +16,7 @@ from birbal_ray.manifest import fill_template
 from birbal_ray.models import Model
 from birbal_ray.ni.prompt import CHAT
 from birbal_ray.run import MANIFEST_FILE
-from birbal_ray.score.reference import REFERENCE_FILE
+from birbal_ray.score.engine import REFERENCE_FILE
 from birbal_ray.settings import one_line
 from birbal_ray.storage import CHUNK_BYTES, Folder, RunError
 

@@ -21,7 +21,7 @@ from birbal_ray.ni.prompt import STOP, ChatTemplate, render_prompt
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import LOG_FOLDER, Step, StepResult, open_run
 from birbal_ray.score.config import EngineSettings, ResourceSettings
-from birbal_ray.score.reference import REFERENCE_FILE, Agreement, compare_with_peft, reference_prompts, why_not_applied
+from birbal_ray.score.engine import REFERENCE_FILE, Agreement, compare_with_peft, reference_prompts, why_not_applied
 from birbal_ray.settings import ConfigError, one_line
 from birbal_ray.storage import RunError, cache_folder, input_folder, open_folder, read_json
 from birbal_ray.train.card import CARD_FILE, PUSHED_MANIFEST, merged_card

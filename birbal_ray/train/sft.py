@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 from trl import SFTConfig
 
 from birbal_ray.models import load_tokenizer
-from birbal_ray.score.reference import REFERENCE_FILE
+from birbal_ray.score.engine import REFERENCE_FILE
 from birbal_ray.storage import RunError, read_json, write_atomic, write_json
 from birbal_ray.train import files
 from birbal_ray.train.attention import choose_attention

@@ -11,8 +11,16 @@ import pytest
 
 from birbal_ray.models import ModelError
 from birbal_ray.score.config import EngineSettings, ResourceSettings
-from birbal_ray.score.engine import Adapter, Request, Sampling, VllmEngine, vllm_arguments
-from birbal_ray.score.reference import MIN_CHANGE, check_engine, compare_with_peft
+from birbal_ray.score.engine import (
+    MIN_CHANGE,
+    Adapter,
+    Request,
+    Sampling,
+    VllmEngine,
+    check_engine,
+    compare_with_peft,
+    vllm_arguments,
+)
 from tests.conftest import slow
 from tests.e2e.processes import NUM_THREADS
 from tests.fixtures.engine_contract import MAX_MODEL_LEN, EngineContract

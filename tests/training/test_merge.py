@@ -13,7 +13,7 @@ from birbal_ray.models import load_tokenizer, read_template, resolve_model
 from birbal_ray.ni.prompt import render_prompt
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import MANIFEST_FILE, Step, open_run
-from birbal_ray.score.reference import Agreement
+from birbal_ray.score.engine import Agreement
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import RunError, read_json, write_json
 from birbal_ray.train import merge as step

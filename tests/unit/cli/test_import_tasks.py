@@ -53,6 +53,44 @@ def test_parquet_gives_the_same_files_and_groups_become_tasks(table, tmp_path):
         assert ours["Instances"] == theirs["Instances"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("d.jsonl", '{"question": "a\u2028b\\fc", "answer": "yes"}\n\n{"question": "two\\nlines", "answer": "no"}\r\n'),
+        ("d.json", '[{"question": "a\u2028b\\fc", "answer": "yes"},\n {"question": "two\\nlines", "answer": "no"}]'),
+    ],
+)
+def test_json_in_any_unicode(name, text, encoding, tmp_path):
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    result = run("tasks", "import", tmp_path / name, *COLUMNS, "--folder", tmp_path / "t", "--num-examples", 0)
+    assert result.exit_code == 0, result.stderr
+    rows = [(one["input"], one["output"]) for one in json.loads((tmp_path / "t" / "d.json").read_text())["Instances"]]
+    assert rows == [("a\u2028b\x0cc", ["yes"]), ("two\nlines", ["no"])]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("d.jsonl", '{"question": "a"}\n{"question": \n', "d.jsonl, line 2: not JSON (Expecting value)"),
+        (
+            "d.jsonl",
+            '{"question": "a"}\n["a", "b"]\n',
+            "d.jsonl, row 2: expected an object with columns, found ['a', 'b']",
+        ),
+        ("d.json", "[1, 2]", "d.json, row 1: expected an object with columns, found 1"),
+        ("d.jsonl", '{"question": ' + "[" * 100_000, "d.jsonl, line 1: not JSON ("),
+        ("d.json", '[{"question": ' + "9" * 5000 + "}]", "d.json, row 1: not JSON ("),
+        ("d.json", '[{"question": "a"}][]', "more than one JSON array"),
+        ("d.txt", '{"question": "a"}', "d.txt: expected .csv, .tsv, .json, .jsonl, .parquet"),
+    ],
+)
+def test_a_file_that_can_t_be_read_is_named(name, text, reason, tmp_path):
+    (tmp_path / name).write_text(text)
+    result = run("tasks", "import", tmp_path / name, *COLUMNS, "--folder", tmp_path / "t")
+    assert result.exit_code == 2 and reason in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
 def test_files_that_are_there_stay(table, tmp_path):
     arguments = ["tasks", "import", table, *COLUMNS, "--folder", tmp_path / "t"]
     assert run(*arguments).exit_code == 0
@@ -116,7 +154,7 @@ def test_the_examples_of_the_help_make_tasks(tmp_path, monkeypatch):
     [
         (["{table}", "--input", "questoin", *COLUMNS[2:]], "no column 'questoin' (nearest: 'question')"),
         (["absent.csv", *COLUMNS], "absent.csv: no such file"),
-        (["{bad}", *COLUMNS], "bad.parquet: not a readable Parquet file"),
+        (["{bad}", *COLUMNS], "bad.parquet, after row 0: not a Parquet file"),
         (["no-such/dataset", *COLUMNS], "no-such/dataset: no such file, and not a dataset that the Hub gives"),
         (["{table}", *COLUMNS, "--name", "a:b"], "a:b.json: the name holds a ':'"),
         (["{table}", *COLUMNS, "--split", "test"], "data.csv is a file, which has none; leave --split out"),

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from birbal_ray.ni.fetch import fetch_archive
+from birbal_ray.ni.obtain import fetch_archive
 from birbal_ray.ni.reader import find_task_files
 from birbal_ray.ni.schema import TaskError
 from tests.conftest import slow, task_values
@@ -192,7 +192,7 @@ def test_a_disk_that_is_full_while_unpacking_keeps_the_download(server, tmp_path
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("birbal_ray.ni.fetch.Path.write_bytes", full)
+        patch.setattr("birbal_ray.ni.obtain.Path.write_bytes", full)
         with pytest.raises(TaskError, match=r"no space left on the disk\); the download is kept"):
             fetch_archive(server.url, tmp_path / "ni")
     assert [file.suffix for file in (tmp_path / "ni").iterdir()] == [".gz"], "what was unpacked is gone"

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from birbal_ray.ni import metrics
-from birbal_ray.ni.importing import ImportOptions, make_tasks, read_rows
+from birbal_ray.ni.obtain import ImportOptions, make_tasks, read_csv
 from birbal_ray.ni.reader import parse_task
 from birbal_ray.ni.schema import TaskError
 
@@ -152,31 +152,25 @@ TABLES = {
     "tab.tsv": 'question\tanswer\nIs it, so?\tyes\n"two\nlines"\tno\n',
     "bom.csv": '\ufeffquestion,answer\n"Is it, so?",yes\n"two\nlines",no\n',
     "windows.csv": 'question,answer\r\n"Is it, so?",yes\r\n"two\nlines",no\r\n',
-    "lines.jsonl": '{"question": "Is it, so?", "answer": "yes"}\n\n{"question": "two\\nlines", "answer": "no"}\r\n',
-    "list.json": '[{"question": "Is it, so?", "answer": "yes"}, {"question": "two\\nlines", "answer": "no"}]',
 }
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_of_each_kind(tmp_path, name):
     (tmp_path / name).write_bytes(TABLES[name].encode())
-    columns, rows = read_rows(tmp_path / name, ["question", "answer"])
+    columns, rows = read_csv(tmp_path / name, ["question", "answer"])
     assert columns == ["question", "answer"]
     assert rows == [{"question": "Is it, so?", "answer": "yes"}, {"question": "two\nlines", "answer": "no"}]
 
 
-@pytest.mark.parametrize("name", ["x.csv", "x.jsonl"])
-def test_a_line_separator_inside_a_text_ends_no_row(tmp_path, name):
-    text = (
-        "question,answer\na\u2028b\x0cc,yes\n" if name == "x.csv" else '{"question": "a\u2028b\\fc", "answer": "yes"}'
-    )
-    (tmp_path / name).write_text(text, encoding="utf-8")
-    assert read_rows(tmp_path / name, ["question"])[1] == [{"question": "a\u2028b\x0cc", "answer": "yes"}]
+def test_a_line_separator_inside_a_text_ends_no_row(tmp_path):
+    (tmp_path / "x.csv").write_text("question,answer\na\u2028b\x0cc,yes\n", encoding="utf-8")
+    assert read_csv(tmp_path / "x.csv", ["question"])[1] == [{"question": "a\u2028b\x0cc", "answer": "yes"}]
 
 
 def test_a_cell_may_be_large(tmp_path):
     (tmp_path / "x.csv").write_text("question,answer\n" + "word " * 100_000 + ",yes\n")
-    assert len(read_rows(tmp_path / "x.csv", ["question"])[1][0]["question"]) == 500_000
+    assert len(read_csv(tmp_path / "x.csv", ["question"])[1][0]["question"]) == 500_000
 
 
 @pytest.mark.parametrize(
@@ -188,12 +182,9 @@ def test_a_cell_may_be_large(tmp_path):
             r"x.csv: not UTF-8 at byte 18; save it as UTF-8",
         ),
         ("x.csv", b"question,answer,answer\na,b,c\n", "two columns are named 'answer'"),
-        ("x.jsonl", b'{"question": "a"}\n{"question": \n', r"x.jsonl line 2: not valid JSON"),
-        ("x.jsonl", b'{"question": "a"}\n["a", "b"]\n', r"x.jsonl line 2: expected JSON objects"),
-        ("x.json", b"[1, 2]", r"x.json line 1: expected JSON objects"),
     ],
 )
 def test_an_unreadable_table_is_named(tmp_path, name, data, reason):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(TaskError, match=reason):
-        read_rows(tmp_path / name, ["question", "answer"])
+        read_csv(tmp_path / name, ["question", "answer"])

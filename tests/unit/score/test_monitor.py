@@ -16,7 +16,7 @@ from birbal_ray.score import pipeline
 from birbal_ray.score.adaptive import FixedSchedule
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.monitor import EngineMonitor
-from birbal_ray.score.session import MAX_FATAL_INSTANCES, Session, Watchdog
+from birbal_ray.score.pipeline import MAX_FATAL_INSTANCES, Session, Watchdog
 from birbal_ray.score.shards import Shard, Tally, WrittenFile
 from birbal_ray.settings import load_config
 from birbal_ray.storage import FileRecord, open_folder

@@ -5,8 +5,16 @@ import json
 import pytest
 
 from birbal_ray.models import ModelError
-from birbal_ray.score.engine import Adapter, Completion, TokenLogprob
-from birbal_ray.score.reference import REFERENCE_FILE, Agreement, check_engine, compare_with_peft, why_not_applied
+from birbal_ray.score.engine import (
+    REFERENCE_FILE,
+    Adapter,
+    Agreement,
+    Completion,
+    TokenLogprob,
+    check_engine,
+    compare_with_peft,
+    why_not_applied,
+)
 from birbal_ray.score.simulated import SimulatedEngine
 from tests.fixtures.engine_contract import MAX_MODEL_LEN, EngineContract
 
