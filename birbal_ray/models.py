@@ -70,7 +70,7 @@ def resolve_model(name: str, revision: str | None = None, *, weights: bool = Tru
     """
     if name == EMBEDDED:
         return Model(name, _embedded_folder(), EMBEDDED_SHA256[:12], EMBEDDED_SHA256)
-    path = input_folder(name) if is_url(name) else Path(name).expanduser()
+    path = input_folder(name)
     if path.is_dir():
         return Model(name, path.resolve(), None, _folder_fingerprint(path, weights=weights))
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:

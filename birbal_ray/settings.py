@@ -253,12 +253,13 @@ def _parse_yaml(text: str, origin: str, complaint: str) -> Any:
     """The value of a YAML text. Raises ConfigError with the `complaint` for what is no YAML."""
     try:
         value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-        json.dumps(value, default=str)
-        return value
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{origin}: {complaint} ({one_line(error)})") from None
+    try:
+        json.dumps(value, default=str, skipkeys=True)
     except ValueError:
         raise ConfigError(f"{origin}: a section holds itself, by an alias (*)") from None
+    return value
 
 
 def _explain(schema: type[Settings], problem: Any, origins: Mapping[str, str]) -> str:

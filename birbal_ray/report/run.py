@@ -54,8 +54,8 @@ def report(
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError('the plots need matplotlib, which is not installed: pip install "birbal_ray[train]"')
-    folder, _, name = os.fspath(output).rpartition("/") if output is not None else (os.fspath(run), "", REPORT_FILE)
-    target = open_folder(folder or ".")
+    folder, slash, name = os.fspath(output).rpartition("/") if output is not None else (os.fspath(run), "", REPORT_FILE)
+    target = open_folder(folder or slash or ".")
     if not name.endswith((".html", ".htm")):
         raise ConfigError(f"--output {output}: expected a file name that ends in .html")
     if target.is_local and (target.local / name).is_dir():

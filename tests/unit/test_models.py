@@ -73,6 +73,14 @@ def test_an_incomplete_folder_is_refused_in_one_line(complete, name, content, re
     assert (check.state, check.advice) == ("problem", str(caught.value))
 
 
+def test_a_folder_in_the_users_home_is_found_and_another_users_is_refused(complete, monkeypatch):
+    monkeypatch.setenv("HOME", str(complete.parent))
+    found = models.resolve_model(f"~/{complete.name}")
+    assert (found.path, found.fingerprint) == (complete, models.resolve_model(str(complete)).fingerprint)
+    with pytest.raises(models.ModelError, match="no such folder"):
+        models.resolve_model("~nobody-of-this-name/model")
+
+
 def test_names_that_are_no_model_are_refused(tmp_path):
     for name in ("nobody", "./absent", str(tmp_path / "absent"), "a/b/c"):
         with pytest.raises(models.ModelError, match="no such folder, not a Hub id"):

@@ -79,6 +79,8 @@ TWISTED = [
     ("model: {name: yes}", "model.name = True: input should be a valid string"),
     ("seed: 1\nlora: {r: 8}\nseed: 2", "'seed' stands twice, in lines 1 and 3"),
     ("lora:\n  r: 8\n  alpha: 1\n  r: 16", "'r' stands twice, in lines 2 and 4"),
+    ("seed: !!int many", "not valid YAML .*many"),
+    ("seed: !!timestamp 2024-99-01", "not valid YAML"),
     ("lora: &a\n  r: *a", "holds itself"),
     ("lora: &a [1, *a]", "holds itself"),
 ]
