@@ -30,6 +30,8 @@ from tests.fixtures.inline_scoring import score_without_ray
 # Without a token, told so: a local ray.init would switch to tokens in the middle, and what is started from here
 # after that would refuse calls from the head of a cluster that was started before.
 os.environ.update(QUIET_ENVIRONMENT | {AUTH_MODE: "disabled"})
+# Nobody looks at a dashboard here: its agents need not measure every process every five seconds.
+os.environ["REPORTER_UPDATE_INTERVAL_MS"] = "60000"
 NUM_TASKS, NUM_INSTANCES, SHARD_ROWS = 5, 40, 4
 NUM_ROWS = NUM_TASKS * NUM_INSTANCES
 NUM_SHARDS = NUM_ROWS // SHARD_ROWS
@@ -39,6 +41,7 @@ def start_cluster(**head: Any) -> Any:
     """A ray.cluster_utils.Cluster with this head. Ray gives a node 30 s to start; a busy machine may need longer."""
     from ray.cluster_utils import Cluster
 
+    head = {"include_dashboard": False, "include_log_monitor": False, **head}
     for _ in range(2):
         try:
             return Cluster(initialize_head=True, head_node_args=head)
@@ -54,7 +57,7 @@ def cluster_address() -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="bt-"))
     (folder / "ray").mkdir()
     os.environ["RAY_TMPDIR"] = str(folder)
-    cluster = start_cluster(num_cpus=5, include_dashboard=False, object_store_memory=1 << 29)
+    cluster = start_cluster(num_cpus=5, object_store_memory=1 << 29)
     try:
         yield cluster.address
     finally:

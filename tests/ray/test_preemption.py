@@ -36,7 +36,7 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A head that takes no work; nodes are added by the tests."""
-    made = start_cluster(num_cpus=0, include_dashboard=False)
+    made = start_cluster(num_cpus=0)
     yield made
     made.shutdown()
 

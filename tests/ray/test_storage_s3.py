@@ -122,7 +122,7 @@ def test_two_nodes_write_one_run_and_one_of_them_and_the_driver_are_killed(
 
     # More than a node of 5 CPUs takes, and two processes that write.
     split = {"resources.num_replicas": 6, "resources.shards_in_flight": 1}
-    cluster = start_cluster(num_cpus=0, include_dashboard=False)
+    cluster = start_cluster(num_cpus=0)
     try:
         with (
             s3_proxy(s3, counting("driver")) as driver,

@@ -37,7 +37,7 @@ def two_nodes(monkeypatch):
     import ray
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    cluster = start_cluster(num_cpus=0, include_dashboard=False)
+    cluster = start_cluster(num_cpus=0)
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield cluster, nodes
