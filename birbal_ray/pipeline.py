@@ -53,7 +53,7 @@ class BudgetClock:
     Kept in clock.json of the recipe's folder, with what was decided once for a step, so that a continuation asks it
     for the same. Without a budget it only counts. `is_new`: no earlier session had this budget. `least`: seconds
     that each step works in, at least. `overwrites`: a hash of the command that is to start all steps from scratch; a
-    continuation of that command keeps the steps that it has `made`.
+    continuation of that command keeps what it has made.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class BudgetClock:
         with contextlib.suppress(FileNotFoundError, *([DamagedFileError] if overwrites else [])):
             earlier = folder.read_json(CLOCK_FILE)
         self._is_overwriting = bool(overwrites)
-        self._overwrites: dict[str, Any] = earlier.get("overwrites") or {}  # `steps`: those still to be made
+        self._overwrites: dict[str, Any] = earlier.get("overwrites") or {}  # `since`: seconds since the epoch
         if overwrites and self._overwrites.get("command") != overwrites:
-            earlier, self._overwrites = {}, {"command": overwrites, "steps": list(STEPS)}
+            earlier, self._overwrites = {}, {"command": overwrites}  # it begins with the first step, if none refuses it
         self.spent: dict[str, float] = dict(earlier.get("spent_seconds", {}))
         # Another budget is another plan: what was decided for the old one does not bind it.
         same = earlier.get("budget_seconds") == budget
@@ -95,6 +95,10 @@ class BudgetClock:
         if self.has_ended:
             yield
             return
+        if self._is_overwriting and "since" not in self._overwrites:
+            self._folder.write_json(CLOCK_FILE, {})
+            began = self._folder.stat(CLOCK_FILE)  # by the clock that gives the manifests their times
+            self._overwrites["since"] = began.modified if began else time.time()
         before, start = self.spent.get(step, 0.0), self._now()
 
         def count() -> None:
@@ -130,12 +134,8 @@ class BudgetClock:
 
     def starts_over(self, step: str) -> bool:
         """Whether a command that overwrites has yet to make `step` from scratch."""
-        return self._is_overwriting and step in self._overwrites["steps"]
-
-    def made(self, step: str) -> None:
-        """A command that overwrites has made `step`; the end of its time writes that down."""
-        if self.starts_over(step):
-            self._overwrites["steps"].remove(step)
+        made = self._folder.stat(f"{step}/{MANIFEST_FILE}") if self._is_overwriting else None
+        return self._is_overwriting and not (made and made.modified >= self._overwrites.get("since", math.inf))
 
     def end(self) -> None:
         """Everything is made: the next command that overwrites, the same one, too, is a new one."""
@@ -216,7 +216,6 @@ def run_pipeline(
             if step != "report":
                 with clock.running(step):
                     result = run_step(step, config, clock, announce)
-                    clock.made(step)
                     if step in show and result is not None:
                         show[step](result)
                 if (over := clock.overrun(step)) > 1:

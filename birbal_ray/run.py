@@ -253,8 +253,10 @@ def _claim(folder: Folder, step: Step, identity: dict[str, Any], *, overwrite: b
     finished, wrong = _read_finished(folder, files)
     listed = dict(found) if isinstance(found := finished.get("files"), dict) else {}
     earlier = _earlier_record(folder, step, finished, overwrite)
-    defaults = {key: schema().model_dump(mode="json") for key, schema in step.settings.items()}
-    was = _with_defaults(earlier.get("identity", {}), defaults, identity)
+    was = dict(earlier.get("identity", {}))
+    for key, schema in step.settings.items():
+        if isinstance(was.get(key, {}), dict) and isinstance(identity.get(key), dict):
+            was[key] = _in_todays_words(was.get(key, {}), identity[key], schema, schema().model_dump(mode="json"))
     same = earlier.get("format") == FORMAT and (was == identity or step.may_become(was, identity))
     differences = identity_differences({"step": step.name, "identity": was}, record)
     if same and not (overwrite and MANIFEST_FILE in visible):
@@ -292,15 +294,23 @@ def _claim(folder: Folder, step: Step, identity: dict[str, Any], *, overwrite: b
     return Run(folder)
 
 
-def _with_defaults(old: Mapping[str, Any], defaults: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """`old`, and of what `new` has besides, the defaults that are known."""
-    filled = dict(old)
+def _in_todays_words(
+    old: Mapping[str, Any], new: Mapping[str, Any], schema: type[Settings], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A section of an earlier identity as this version would have recorded it.
+
+    With defaults for what the earlier version did not know, and without retired settings that had the value which they
+    always have now.
+    """
+    retired = {key for key, (meant, _) in schema.RETIRED.items() if meant is None or old.get(key) == meant}
+    words = {key: value for key, value in old.items() if key not in retired}
     for key in defaults.keys() & new.keys():
-        if isinstance(defaults[key], dict) and isinstance(new[key], dict) and isinstance(old.get(key, {}), dict):
-            filled[key] = _with_defaults(old.get(key, {}), defaults[key], new[key])
+        section = schema.model_fields[key].annotation
+        if isinstance(section, type) and issubclass(section, Settings) and isinstance(old.get(key, {}), dict):
+            words[key] = _in_todays_words(old.get(key, {}), new[key], section, defaults[key])
         else:
-            filled.setdefault(key, defaults[key])
-    return filled
+            words.setdefault(key, defaults[key])
+    return words
 
 
 def _is_behind_link(folder: Folder, name: str) -> bool:

@@ -22,6 +22,8 @@ from pydantic import (
     model_validator,
 )
 
+MAX_YAML_NODES = 100_000  # aliases of aliases grow without bounds
+
 
 class ConfigError(ValueError):
     """A setting is unknown, of the wrong type or out of range; the message names where it came from."""
@@ -31,9 +33,12 @@ class Settings(BaseModel):
     """Base of every configuration section: frozen, and an unknown key is an error.
 
     RENAMED: old name of a key of this section → its name; old ones are taken with a warning.
+    RETIRED: key that this section had → (the value that it always has now, or None: any; what to do instead). That
+    value is taken with a warning.
     """
 
     RENAMED: ClassVar[Mapping[str, str]] = {}
+    RETIRED: ClassVar[Mapping[str, tuple[Any, str]]] = {}
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
@@ -54,6 +59,12 @@ class Settings(BaseModel):
                     raise ValueError(f"{old!r} is the old name of {new!r}, and both are set; leave the old one out")
                 print(f"{old!r} is now {new!r}; the old name is accepted until the next release", file=sys.stderr)
                 values = {new if key == old else key: value for key, value in values.items()}
+        for key, (meant, instead) in cls.RETIRED.items():
+            if isinstance(values, dict) and key in values:
+                if meant is not None and values[key] != meant:
+                    raise ValueError(f"{key!r} is no setting any more; {instead}")
+                print(f"{key!r} is no setting any more; it is accepted until the next release", file=sys.stderr)
+                values = {name: value for name, value in values.items() if name != key}
         return values
 
     @field_validator("*", mode="before")
@@ -236,9 +247,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _NUMBER = r"(?:0|[1-9][0-9_]*)"
-_RESOLVED = {  # the first that matches
+_RESOLVED = {  # the first that matches; 12e4567 is none: a commit may look like that
     "tag:yaml.org,2002:int": rf"[-+]?{_NUMBER}$",
-    "tag:yaml.org,2002:float": rf"[-+]?(?:{_NUMBER}(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$"
+    "tag:yaml.org,2002:float": rf"[-+]?(?:{_NUMBER}(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+][0-9]+)?$"
     r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$",
 }
 _Loader.yaml_implicit_resolvers = {
@@ -253,13 +264,25 @@ def _parse_yaml(text: str, origin: str, complaint: str) -> Any:
     """The value of a YAML text. Raises ConfigError with the `complaint` for what is no YAML."""
     try:
         value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        _count_nodes(value, {})
+        return value
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a !!int that is none
         raise ConfigError(f"{origin}: {complaint} ({one_line(error)})") from None
-    try:
-        json.dumps(value, default=str, skipkeys=True)
-    except ValueError:
-        raise ConfigError(f"{origin}: a section holds itself, by an alias (*)") from None
-    return value
+
+
+def _count_nodes(value: Any, counted: dict[int, int]) -> int:
+    """How many values there are, each counted as often as aliases repeat it. `counted`: of containers, by id."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in counted:
+        counted[id(value)] = 0  # being counted
+        inside = value.values() if isinstance(value, dict) else value
+        counted[id(value)] = 1 + sum(_count_nodes(one, counted) for one in inside)
+    if not counted[id(value)]:
+        raise yaml.YAMLError("a section holds itself, by an alias (*)")
+    if counted[id(value)] > MAX_YAML_NODES:
+        raise yaml.YAMLError(f"more than {MAX_YAML_NODES:,} values, by aliases (*) of aliases")
+    return counted[id(value)]
 
 
 def _explain(schema: type[Settings], problem: Any, origins: Mapping[str, str]) -> str:

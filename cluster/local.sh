@@ -40,7 +40,7 @@ find_ray() {
     export PATH
 }
 
-# Ray's processes inherit these; the first seven are birbal_ray/ray_session.py's QUIET_ENVIRONMENT.
+# Ray's processes inherit these; the first eight are birbal_ray/cluster.py's QUIET_ENVIRONMENT.
 set_environment() {
     export RAY_DATA_DISABLE_PROGRESS_BARS="${RAY_DATA_DISABLE_PROGRESS_BARS:-1}"
     export RAY_DATA_PARQUET_FOOTER_NUM_ACTORS="${RAY_DATA_PARQUET_FOOTER_NUM_ACTORS:-1}"
@@ -49,6 +49,7 @@ set_environment() {
     export RAY_USAGE_STATS_ENABLED="${RAY_USAGE_STATS_ENABLED:-0}"
     export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="${RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO:-0}"
     export RAY_prestart_worker_first_driver="${RAY_prestart_worker_first_driver:-0}"
+    export RAY_ENABLE_AUTO_CONNECT="${RAY_ENABLE_AUTO_CONNECT:-0}"
     # `ray job stop` kills after 3 s unless told otherwise; a training may save for resources.stop_grace (300 s).
     export RAY_JOB_STOP_WAIT_TIME_S="${RAY_JOB_STOP_WAIT_TIME_S:-330}"
     # `ray start` of Ray 2.60 asks for a token only where one exists or this is set.

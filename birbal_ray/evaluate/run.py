@@ -54,7 +54,10 @@ def only_adds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """
     models = {name: new["models"].get(name) for name in old["models"]}
     formats = [one for one in new["prompt_formats"] if one in old["prompt_formats"]]
-    return {**new, "models": models, "prompt_formats": formats} == old
+    before = {**new, "models": models, "prompt_formats": formats}
+    if not old.get("primary", {}).get("model"):  # the base model alone, or a version that did not record it
+        before["primary"] = old.get("primary")
+    return before == {"primary": None, **old}
 
 
 STEP = Step("evaluate", OWNS, IDENTITY_SETTINGS, only_adds)

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,13 @@ CALIBRATION_STEPS = 4
 TEXT_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
-STEP = Step("train", files.OWNS, {"settings": TrainConfig})
+def _differ_in_checkpoints(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether two identities differ at most in when checkpoints are saved, which decides nothing of the adapter."""
+    one, other = ({**i, "settings": {**i.get("settings", {}), "checkpoint": None}} for i in (old, new))
+    return one == other
+
+
+STEP = Step("train", files.OWNS, {"settings": TrainConfig}, _differ_in_checkpoints)
 
 
 class TrainResult(StepResult):
@@ -193,10 +200,11 @@ def _calibration_place(config: TrainConfig) -> Path | None:
 
 
 def _identity(config: TrainConfig, model: Model, mix_manifest: dict[str, Any]) -> dict[str, Any]:
-    """Everything that decides the adapter; how a step's sequences are split, and when it is saved, don't."""
-    undecisive = {"resources", "output", "mix", "trackers", "model", "checkpoint", "gradient_checkpointing", "kernels"}
+    """Everything that decides the adapter; paths and resources don't, nor does how a step's sequences are split."""
+    undecisive = {"resources", "output", "mix", "trackers", "model", "gradient_checkpointing", "kernels"}
     settings = config.model_dump(exclude=undecisive, mode="json")
     settings["model"] = config.model.model_dump(exclude={"name", "revision", "attention"})
+    settings["checkpoint"].pop("keep")
     batch = settings["batch"]
     batch["sequences_per_step"] = batch.pop("micro") * batch.pop("accumulation")
     if config.lora.from_adapter:

@@ -349,6 +349,16 @@ def test_a_pipeline_that_overwrites_keeps_what_it_made_when_it_is_called_again(r
     assert recipe() == []
 
 
+def test_a_pipeline_that_overwrites_keeps_what_a_plain_call_between_has_made(recipe):
+    assert recipe() == ALL
+    for step, overwrite in (("train", True), ("evaluate", False)):
+        recipe.ends[step] = KeyboardInterrupt()
+        with pytest.raises(KeyboardInterrupt):
+            recipe(overwrite=overwrite)
+        del recipe.ends[step]
+    assert recipe(overwrite=True) == ["evaluate"]
+
+
 def test_a_refused_command_that_overwrites_leaves_the_clock_as_it_was(recipe):
     recipe(budget=5000.0)
     before = (recipe.folder / CLOCK_FILE).read_bytes()

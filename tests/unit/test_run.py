@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import time
+from typing import ClassVar
 
 import pytest
 
@@ -358,8 +359,20 @@ def test_a_run_goes_on_as_another_identity_where_the_step_says_so(folder):
 
 
 class Kept(Settings):
+    RETIRED: ClassVar = {"key": ("both", "…")}
     seed: int = 1
     later: float = 0.0  # a version that knew no such setting did what 0 does
+
+
+def test_a_retired_setting_counts_only_where_it_was_not_what_it_always_is_now(tmp_path):
+    step, identity = Step("score", OWNS, settings={"settings": Kept}), {"settings": Kept().model_dump()}
+    for value in ("both", "input"):
+        finished(open_folder(tmp_path / value), {"settings": {"seed": 1, "later": 0.0, "key": value}})
+    with open_run(tmp_path / "both", step, identity) as run:
+        assert run.manifest
+    differs = pytest.raises(RunMismatchError, match=r"settings.key: input → \(none\)")
+    with differs, open_run(tmp_path / "input", step, identity):
+        pass
 
 
 @pytest.mark.parametrize("section", [Kept, Settings])

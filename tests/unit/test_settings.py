@@ -83,6 +83,14 @@ TWISTED = [
     ("seed: !!timestamp 2024-99-01", "not valid YAML"),
     ("lora: &a\n  r: *a", "holds itself"),
     ("lora: &a [1, *a]", "holds itself"),
+    (
+        "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+        + "".join(
+            f"{new}: &{new} [{', '.join(['*' + old] * 10)}]\n" for old, new in zip("abcde", "bcdef", strict=True)
+        ),
+        r"more than 100,000 values, by aliases",
+    ),
+    ("seed: !!int x", r"not valid YAML \(invalid literal for int"),
 ]
 
 
@@ -111,6 +119,7 @@ def test_text_numbers_and_merged_sections_that_yaml_leaves_alone_are_taken(tmp_p
         when: str
         at: str
         bare: str
+        commit: str
         number: float
         numbers: list[float]
         small: int
@@ -118,11 +127,11 @@ def test_text_numbers_and_merged_sections_that_yaml_leaves_alone_are_taken(tmp_p
         other: dict[str, int]
 
     (tmp_path / "my.yaml").write_text(
-        "text: '0010'\nwhen: 2024-01-05\nat: 12:00\nbare: 0010\nnumber: 1e-5\nsmall: 1_000\n"
+        "text: '0010'\nwhen: 2024-01-05\nat: 12:00\nbare: 0010\ncommit: 12e4567\nnumber: 1e-5\nsmall: 1_000\n"
         "numbers: [0, -1, +2, 3., .5, -0.25, 1.5E+3, .inf, -.inf]\nsection: &x {a: 1}\nother: {<<: *x, b: -20}\n"
     )
     numbers = [0.0, -1.0, 2.0, 3.0, 0.5, -0.25, 1500.0, math.inf, -math.inf]
-    text = {"text": "0010", "when": "2024-01-05", "at": "12:00", "bare": "0010"}
+    text = {"text": "0010", "when": "2024-01-05", "at": "12:00", "bare": "0010", "commit": "12e4567"}
     sections = {"section": {"a": 1}, "other": {"a": 1, "b": -20}}
     taken = load_config(Taken, tmp_path / "my.yaml")
     assert taken == Taken(**text, number=1e-5, numbers=numbers, small=1000, **sections)
@@ -136,6 +145,24 @@ class Renamed(Settings):
     RENAMED: ClassVar = {"y": "x"}
     inner: Inner = Inner()
     x: int = 0
+
+
+class Retired(Settings):
+    class Inner(Settings):
+        RETIRED: ClassVar = {
+            "key": ("both", "compat=true compares inputs"),
+            "resamples": (None, "no interval needs any"),
+        }
+
+    inner: Inner = Inner()
+
+
+def test_a_retired_key_is_taken_with_the_value_that_it_always_has_now(capsys):
+    assert load_config(Retired, None, ["inner.key=both", "inner.resamples=9"]) == Retired()
+    said = capsys.readouterr().err
+    assert all(f"'{key}' is no setting any more; it is accepted until" in said for key in ("key", "resamples"))
+    with pytest.raises(ConfigError, match=r"--set inner.key=input: inner .*'key' is no setting any more; compat=true"):
+        load_config(Retired, None, ["inner.key=input"])
 
 
 def test_old_keys_are_taken_with_a_warning(tmp_path, capsys):

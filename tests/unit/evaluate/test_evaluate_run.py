@@ -136,6 +136,20 @@ def test_a_further_adapter_or_prompt_format_keeps_the_rows_that_are_there(config
         asked(second(config, tmp_path).replace({"tasks.instances_per_task": 1}))
 
 
+def test_an_adapter_after_the_base_model_alone_names_the_primary_comparison(config, asked):
+    finish(config.replace({"adapters": []}))
+    assert asked(config) == ["base", "mine"]
+
+
+def test_an_identity_without_the_primary_comparison_is_an_earlier_versions(config, asked, tmp_path):
+    finish(config)
+    for name in ("run.json", "manifest.json"):
+        record = json.loads((tmp_path / "run" / name).read_text())
+        del record["identity"]["primary"]
+        (tmp_path / "run" / name).write_text(json.dumps(record))
+    assert asked(second(config, tmp_path)) == ["base", "mine", "other"]
+
+
 def test_an_adapter_in_front_would_be_another_primary_comparison(config, asked, tmp_path):
     finish(config)
     wider = second(config, tmp_path)
