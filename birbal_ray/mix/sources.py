@@ -172,7 +172,7 @@ def _hub_files(name: str, origin: Origin) -> list[str]:
 def _commit_of(name: str, known: HubDataset, revision: str) -> str:
     # Asked even for a commit: where the Hub can't be reached this says so at once, while a download
     # retries for half a minute.
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    from huggingface_hub.errors import HTTPError
 
     repository, is_short = known.repository, re.fullmatch("[0-9a-f]{7,39}", revision) is not None
     with _hub(name, repository) as hub:
@@ -181,9 +181,9 @@ def _commit_of(name: str, known: HubDataset, revision: str) -> str:
             if is_short:  # downloads take full hashes only
                 commits = (one.commit_id for one in hub.list_repo_commits(repository, repo_type="dataset"))
                 commit = next((one for one in commits if one.startswith(revision)), None)
-        except (OSError, HTTPError) as error:
+        except (OSError, HTTPError):
             commit = _cached_commit(known, revision)
-            if commit is None or isinstance(error, HfHubHTTPError):  # the latter is the Hub's own answer
+            if commit is None:
                 raise
     if commit is None:
         raise ConfigError(f"source {name}: the Hub names no commit for {repository} at {revision}; set revision")
