@@ -29,6 +29,9 @@ class ConfigError(ValueError):
     """A setting is unknown, of the wrong type or out of range; the message names where it came from."""
 
 
+_POWER_OF_TEN = re.compile(r"[-+]?(?:0|[1-9][0-9]*)(?:\.[0-9]*)?[eE][0-9]+")
+
+
 class Settings(BaseModel):
     """Base of every configuration section: frozen, and an unknown key is an error.
 
@@ -77,7 +80,8 @@ class Settings(BaseModel):
         is_number = kinds <= {int, float, type(None)} and not any(
             isinstance(m, BeforeValidator) for m in field.metadata
         )
-        if isinstance(value, str) and is_number and re.search(r"\d", value):
+        # 1e5 is text, as a commit may look like that, and a number where one is wanted.
+        if isinstance(value, str) and is_number and re.search(r"\d", value) and not _POWER_OF_TEN.fullmatch(value):
             raise ValueError("input should be a number, without quotes or leading zeros")
         return value
 

@@ -121,20 +121,22 @@ def test_text_numbers_and_merged_sections_that_yaml_leaves_alone_are_taken(tmp_p
         bare: str
         commit: str
         number: float
+        large: float
         numbers: list[float]
         small: int
         section: dict[str, int]
         other: dict[str, int]
 
     (tmp_path / "my.yaml").write_text(
-        "text: '0010'\nwhen: 2024-01-05\nat: 12:00\nbare: 0010\ncommit: 12e4567\nnumber: 1e-5\nsmall: 1_000\n"
-        "numbers: [0, -1, +2, 3., .5, -0.25, 1.5E+3, .inf, -.inf]\nsection: &x {a: 1}\nother: {<<: *x, b: -20}\n"
+        "text: '0010'\nwhen: 2024-01-05\nat: 12:00\nbare: 0010\ncommit: 12e4567\nnumber: 1e-5\nlarge: 1e5\n"
+        "small: 1_000\nnumbers: [0, -1, +2, 3., .5, -0.25, 1.5E+3, .inf, -.inf]\n"
+        "section: &x {a: 1}\nother: {<<: *x, b: -20}\n"
     )
     numbers = [0.0, -1.0, 2.0, 3.0, 0.5, -0.25, 1500.0, math.inf, -math.inf]
     text = {"text": "0010", "when": "2024-01-05", "at": "12:00", "bare": "0010", "commit": "12e4567"}
     sections = {"section": {"a": 1}, "other": {"a": 1, "b": -20}}
     taken = load_config(Taken, tmp_path / "my.yaml")
-    assert taken == Taken(**text, number=1e-5, numbers=numbers, small=1000, **sections)
+    assert taken == Taken(**text, number=1e-5, large=100_000.0, numbers=numbers, small=1000, **sections)
 
 
 class Renamed(Settings):
