@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import math
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -324,7 +325,10 @@ def _quiet(log_file: Path | None) -> Iterator[None]:
     for name in ("ray", "ray.data"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-    threading.excepthook = _log_ray_threads  # for good: Ray's threads end a moment after Ray does
+    if (
+        getattr(threading.excepthook, "func", None) is not _log_ray_threads
+    ):  # for good: they end a moment after Ray does
+        threading.excepthook = functools.partial(_log_ray_threads, threading.excepthook)
     terminal, python_stderr = os.dup(2), sys.stderr
     try:
         sys.stderr.flush()
@@ -338,15 +342,12 @@ def _quiet(log_file: Path | None) -> Iterator[None]:
         sys.stderr = python_stderr
 
 
-_print_thread_error = threading.excepthook
-
-
-def _log_ray_threads(error: threading.ExceptHookArgs) -> None:
-    """What ended a thread: one of Ray's (most find that Ray is being shut down), to its log; others' as before."""
+def _log_ray_threads(others: Callable[[threading.ExceptHookArgs], Any], error: threading.ExceptHookArgs) -> None:
+    """What ended a thread: one of Ray's (most find that Ray is being shut down), to its log; else to `others`."""
     modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.exc_traceback)]
     runs = next((name for name in modules if name != "threading"), "")
     if error.exc_value is None or not runs.startswith("ray."):
-        _print_thread_error(error)
+        others(error)
         return
     about = error.exc_type, error.exc_value, error.exc_traceback
     logging.getLogger("ray").error("a thread ended", exc_info=about)

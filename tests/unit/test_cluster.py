@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import subprocess
 import sys
@@ -84,8 +85,7 @@ def test_a_temporary_folder_too_long_for_rays_sockets_is_replaced_and_that_is_sa
 def test_how_a_thread_of_rays_ended_is_for_its_log_alone(monkeypatch, caplog, module):
     """Ray Data's prefetcher finds no Ray any more when a command is stopped."""
     shown = []
-    monkeypatch.setattr(cluster, "_print_thread_error", shown.append)
-    monkeypatch.setattr(threading, "excepthook", cluster._log_ray_threads)
+    monkeypatch.setattr(threading, "excepthook", functools.partial(cluster._log_ray_threads, shown.append))
     monkeypatch.setattr(logging.getLogger("ray"), "propagate", True)
     names = {"__name__": module}
     exec("def run():\n    raise AttributeError('address_info')", names)
