@@ -325,9 +325,8 @@ def _quiet(log_file: Path | None) -> Iterator[None]:
     for name in ("ray", "ray.data"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-    if (
-        getattr(threading.excepthook, "func", None) is not _log_ray_threads
-    ):  # for good: they end a moment after Ray does
+    # For good: these threads end a moment after Ray does.
+    if getattr(threading.excepthook, "func", None) is not _log_ray_threads:
         threading.excepthook = functools.partial(_log_ray_threads, threading.excepthook)
     terminal, python_stderr = os.dup(2), sys.stderr
     try:

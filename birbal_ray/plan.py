@@ -466,8 +466,8 @@ def _scale_speed(of_smollm2: tuple[float, float], device: str, model: str) -> Sp
     """What two CPU cores do per second, by the model's size. Raises ConfigError for a GPU: CARDS has no such card."""
     if device == "gpu":
         raise ConfigError(
-            "the card is none of which figures are known; `birbal plan --gpu` and resources.accelerator_type take "
-            f"{', '.join(CARDS)}; a search also takes proxy.tokens_per_second"
+            "resources.accelerator_type (or `birbal plan --gpu`) names no card of which figures are known: it takes "
+            f"{', '.join(CARDS)}; a search also takes proxy.tokens_per_second; `birbal doctor` names a machine's cards"
         )
     slower = SMOLLM2_WEIGHTS / num_weights(model)
     return Speed(of_smollm2[0] * slower, of_smollm2[1] * slower, "two CPU cores, SmolLM2-135M, scaled by weights")

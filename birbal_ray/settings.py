@@ -300,7 +300,11 @@ def _explain(schema: type[Settings], problem: Any, origins: Mapping[str, str]) -
     if problem["type"] == "missing":
         return f"{prefix}{path!r} is required"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{prefix}{path} = {problem['input']!r}: {message[:1].lower() + message[1:]}"
+    if isinstance(problem["input"], Mapping):  # of a section as such, all of its settings
+        about = f"{path}: " if path else ""
+    else:
+        about = f"{path} = {problem['input']!r}: "
+    return f"{prefix}{about}{message[:1].lower() + message[1:]}"
 
 
 def _origin(path: str, origins: Mapping[str, str]) -> str:

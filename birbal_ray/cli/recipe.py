@@ -301,12 +301,14 @@ def status(run: str, watch: bool, output_format: str) -> None:
         print_table(records, output_format)
         return
     idle = 0
+    # Whole lines for a pipe: a path that breaks in the middle can't be copied.
+    width = shutil.get_terminal_size().columns if watch or sys.stdout.isatty() else sys.maxsize
     while True:
         if watch:
             click.clear()
         times = read_times(open_folder(run))
         planned = {step: one["planned_seconds"] for step, one in times.plans.items()}
-        click.echo("\n".join(screen(rows, planned, shutil.get_terminal_size().columns)))
+        click.echo("\n".join(screen(rows, planned, width)))
         if text := describe_times(times):
             click.echo(text)
         todo = [row for row in rows if row.next]

@@ -152,7 +152,7 @@ class MixPlan:
         for number, group in enumerate(self.context.groups):
             if group.label is None and not is_kept[number]:
                 why = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped(number).items())
-                notes[group.name] = f"none of its rows is in the mix ({why})"
+                notes[group.name] = f"none of its rows is in the mix ({why or 'it has none'})"
         return dict(sorted(notes.items()))
 
     def _per_group(self, is_chosen: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -94,7 +94,7 @@ def summarise_tasks(path: Path | None) -> list[dict[str, Any]]:
             continue
         label = metrics.label_task(task, overrides)
         about = label.value, label.reason, len(task.instances), len(task.positive_examples), ", ".join(task.categories)
-        values = (name, *about, name in selected)
+        values = (name, *about, name in selected, excluded_by(task, FAMILIES))
         rows.append(dict(zip(_SUMMARY_KEYS, values, strict=True)))
     return sorted(rows, key=lambda row: str(row["task"]))
 
@@ -164,7 +164,7 @@ def compare_labels(rows: list[dict[str, Any]], file: Path) -> tuple[int, list[di
     return len(common) - len(differing), differing
 
 
-_SUMMARY_KEYS = ("task", "label", "label reason", "instances", "shots", "category", "selected")
+_SUMMARY_KEYS = ("task", "label", "label reason", "instances", "shots", "category", "selected", "excluded")
 
 
 def _tasks(path: Path | None) -> Iterator[tuple[reader.TaskFile, Task | TaskError]]:

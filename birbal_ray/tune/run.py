@@ -78,7 +78,8 @@ def tune(config: TuneConfig, *, overwrite: bool = False, retry_failed: bool = Tr
             if before.get("cut_short"):  # it goes on when it gets a larger budget
                 goes_on = (config.budget or math.inf) > (before.get("budget") or math.inf)
             else:
-                goes_on = retry_failed and bool(before.get("failed"))
+                has_time = config.budget is None or run.wall_seconds < config.budget
+                goes_on = retry_failed and has_time and bool(before.get("failed"))
             if not run.changes and not goes_on:
                 progress.message(f"{run.folder} is up to date; nothing to do")
                 return TuneResult(run.folder, before)

@@ -146,7 +146,8 @@ def describe_result(manifest: dict[str, Any]) -> list[str]:
     lines += [f"loss: mean over the groups {weights}"] if weights else []
     lines += [manifest[key] for key in ("left_out", "cut_short") if manifest[key]]
     if failed := manifest.get("failed"):
-        lines.append(f"failed: {', '.join(failed)}; the same command runs them once more")
+        again = "" if manifest["cut_short"] else "; the same command runs them once more"
+        lines.append(f"failed: {', '.join(failed)}{again}")
     if added := manifest.get("added"):
         lines.append(f"added when results were known, for which no interval allows: {'; '.join(added)}")
     if manifest["unfilled"]["trials"]:

@@ -200,7 +200,7 @@ def test_what_cannot_be_planned_is_said_and_does_not_stop_the_run(tmp_path):
     said = []
     pipeline.write_plan(config, open_folder(tmp_path), said.append)
     (line,) = said
-    assert line.startswith("no plan: the card is none of which figures are known")
+    assert line.startswith("no plan: resources.accelerator_type (or `birbal plan --gpu`) names no card of which")
     assert all(word in line for word in (*CARDS, "birbal plan --gpu", "proxy.tokens_per_second"))
     assert not (tmp_path / PLAN_FILE).exists()
 
@@ -281,7 +281,7 @@ def test_a_dry_run_says_the_hours_of_the_plan():
     ):
         assert steps[step].hours in plan.describe_hours(made)
     said = plan.describe_hours(lambda: plan.plan_score(recipe(device="gpu").score))
-    assert said.startswith("no estimate of time: the card is none of which figures are known")
+    assert said.startswith("no estimate of time: resources.accelerator_type (or `birbal plan --gpu`) names no card")
 
 
 def test_the_day_with_an_instruct_model_asks_by_its_template_everywhere():

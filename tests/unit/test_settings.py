@@ -163,7 +163,7 @@ def test_a_retired_key_is_taken_with_the_value_that_it_always_has_now(capsys):
     assert load_config(Retired, None, ["inner.key=both", "inner.resamples=9"]) == Retired()
     said = capsys.readouterr().err
     assert all(f"'{key}' is no setting any more; it is accepted until" in said for key in ("key", "resamples"))
-    with pytest.raises(ConfigError, match=r"--set inner.key=input: inner .*'key' is no setting any more; compat=true"):
+    with pytest.raises(ConfigError, match=r"--set inner.key=input: inner: .key. is no setting any more; compat=true"):
         load_config(Retired, None, ["inner.key=input"])
 
 

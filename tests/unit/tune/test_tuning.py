@@ -861,7 +861,7 @@ def test_shares_that_could_not_be_filled_are_said():
 def test_old_keys_are_accepted_with_a_warning(capsys):
     config = load_config(TuneConfig, None, ["validation.looks=3", "surrogate=false"])
     assert (config.validation.num_rungs, config.predicted) == (3, False)
-    assert "'validation.looks' is now 'validation.num_rungs'" in capsys.readouterr().err
+    assert "'looks' is now 'num_rungs'" in capsys.readouterr().err
     config = load_config(PipelineConfig, None, ["tune.num_random=5", "tune.stopping={grace_looks: 2}"]).tune
     assert (config.num_initial, config.stopping.grace_rungs) == (5, 2)
     assert "'tune.num_random' is now 'tune.num_initial'" in capsys.readouterr().err
