@@ -864,4 +864,4 @@ def test_old_keys_are_accepted_with_a_warning(capsys):
     assert "'looks' is now 'num_rungs'" in capsys.readouterr().err
     config = load_config(PipelineConfig, None, ["tune.num_random=5", "tune.stopping={grace_looks: 2}"]).tune
     assert (config.num_initial, config.stopping.grace_rungs) == (5, 2)
-    assert "'tune.num_random' is now 'tune.num_initial'" in capsys.readouterr().err
+    assert "'num_random' is now 'num_initial'" in capsys.readouterr().err
