@@ -8,7 +8,7 @@ import pytest
 
 from birbal_ray.manifest import read_manifest
 from birbal_ray.ni.reader import find_task_files
-from tests.conftest import SLOW, task_values
+from tests.conftest import SLOW, slow, task_values
 from tests.ray.conftest import scored_rows
 
 SIMULATED = ["--set", "engine.backend=simulated", "--device", "cpu"]
@@ -110,16 +110,15 @@ def test_a_cluster_that_can_not_call_back(write_task, birbal, tmp_path):
     assert "Traceback" not in errors
 
 
-def test_real_task_files_through_ray_data(run, shared_data, tmp_path):
-    """All 179 where slow tests run, else 30 of them; tests/data reads all of them either way."""
+@slow
+def test_real_task_files_through_ray_data(run, shared_data):
+    """All 179; tests/e2e scores some of them with a real model, tests/data reads all."""
     archive = shared_data / "natural-instructions-subset.tar.gz"
-    names = [file.name for file in find_task_files(archive)][:: 1 if SLOW else 6]
-    (tmp_path / "names.txt").write_text("\n".join(names))
-    some = ["--select", tmp_path / "names.txt", "--instances-per-task", "3"]
-    code, _, errors, folder = run(archive, *some, "--set", "resources.shards_in_flight=8")
+    names = [file.name for file in find_task_files(archive)]
+    code, _, errors, folder = run(archive, "--instances-per-task", "3", "--set", "resources.shards_in_flight=8")
     assert code == 0, errors
     rows = scored_rows(folder)
-    assert len(names) >= 30 and {row["task"] for row in rows} == set(names)
+    assert len(names) == 179 and {row["task"] for row in rows} == set(names)
     assert len(rows) == len({row["row_id"] for row in rows}) == len(names) * 3
     assert all(row["few_shot_prompt"].endswith(f"{row['orig_input']}\n\n### Response:\n") for row in rows)
     assert (folder / "quarantine.jsonl").read_text() == ""
