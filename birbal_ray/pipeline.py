@@ -73,8 +73,9 @@ class BudgetClock:
             earlier = folder.read_json(CLOCK_FILE)
         self._is_overwriting = bool(overwrites)
         self._overwrites: dict[str, Any] = earlier.get("overwrites") or {}  # `since`: seconds since the epoch
+        self._replaced: dict[str, Any] | None = None  # by a new command that overwrites, if its first step takes it
         if overwrites and self._overwrites.get("command") != overwrites:
-            earlier, self._overwrites = {}, {"command": overwrites}  # it begins with the first step, if none refuses it
+            self._replaced, earlier, self._overwrites = earlier, {}, {"command": overwrites}
         self.spent: dict[str, float] = dict(earlier.get("spent_seconds", {}))
         # Another budget is another plan: what was decided for the old one does not bind it.
         same = earlier.get("budget_seconds") == budget
@@ -106,12 +107,17 @@ class BudgetClock:
                 self.spent[step] = before + self._now() - start
                 self._save()
 
+        refused = None
         try:
             with repeating(progress_seconds(self._folder), count):
                 yield
+        except ConfigError:
+            if step == STEPS[0]:  # nothing was deleted, and the time that was spent counts as before
+                refused = self._replaced
+            raise
         finally:
             with contextlib.suppress(OSError, RunError):  # a full disk, an outage: the step itself will say so
-                count()
+                self._folder.write_json(CLOCK_FILE, refused) if refused else count()
 
     def left(self, step: str) -> float:
         """Seconds from now that `step` may take; infinite without a budget.

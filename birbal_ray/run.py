@@ -29,7 +29,7 @@ from typing import Any
 from birbal_ray.lock import LOCK_RECORD, hold_lock
 from birbal_ray.manifest import FORMAT, code_version, identity_differences, package_versions, wrong_files
 from birbal_ray.schemas import MANIFEST_FILE, PROGRESS_FILE, RUN_FILE
-from birbal_ray.settings import ConfigError, Settings, canonical_hash, one_line
+from birbal_ray.settings import ConfigError, Settings, canonical_hash, is_meant, one_line
 from birbal_ray.storage import (
     DamagedFileError,
     FileRecord,
@@ -302,7 +302,7 @@ def _in_todays_words(
     With defaults for what the earlier version did not know, and without retired settings that had the value which they
     always have now.
     """
-    retired = {key for key, (meant, _) in schema.RETIRED.items() if meant is None or old.get(key) == meant}
+    retired = {key for key, (meant, _) in schema.RETIRED.items() if is_meant(old.get(key), meant)}
     words = {key: value for key, value in old.items() if key not in retired}
     for key in defaults.keys() & new.keys():
         section = schema.model_fields[key].annotation

@@ -64,9 +64,12 @@ class Settings(BaseModel):
                 values = {new if key == old else key: value for key, value in values.items()}
         for key, (meant, instead) in cls.RETIRED.items():
             if isinstance(values, dict) and key in values:
-                if meant is not None and values[key] != meant:
+                if not is_meant(values[key], meant):
                     raise ValueError(f"{key!r} is no setting any more; {instead}")
-                print(f"{key!r} is no setting any more; it is accepted until the next release", file=sys.stderr)
+                print(
+                    f"{key!r} is no setting any more ({instead}); it is accepted until the next release",
+                    file=sys.stderr,
+                )
                 values = {name: value for name, value in values.items() if name != key}
         return values
 
@@ -80,10 +83,18 @@ class Settings(BaseModel):
         is_number = kinds <= {int, float, type(None)} and not any(
             isinstance(m, BeforeValidator) for m in field.metadata
         )
-        # 1e5 is text, as a commit may look like that, and a number where one is wanted.
-        if isinstance(value, str) and is_number and re.search(r"\d", value) and not _POWER_OF_TEN.fullmatch(value):
-            raise ValueError("input should be a number, without quotes or leading zeros")
-        return value
+        if not isinstance(value, str) or not is_number or not re.search(r"\d", value):
+            return value
+        if _POWER_OF_TEN.fullmatch(value):  # in YAML text, as a commit may look like that
+            return float(value)
+        raise ValueError("input should be a number, without quotes or leading zeros")
+
+
+def is_meant(value: Any, meant: Any) -> bool:
+    """Whether a retired setting had the value that it always has now; None: whatever it had. Lists in any order."""
+    if isinstance(meant, list) and isinstance(value, list | tuple):
+        return sorted(map(str, value)) == sorted(map(str, meant))
+    return meant is None or bool(value == meant)
 
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -94,7 +105,7 @@ def seconds_of(value: object) -> float | None:
     if value is None or isinstance(value, (int, float)):
         return value
     text = str(value).strip().lower()
-    if re.fullmatch(r"\d+(\.\d+)?", text):
+    if re.fullmatch(r"\d+(\.\d+)?(e\d+)?", text):
         return float(text)
     parts = re.findall(r"(\d+(?:\.\d+)?)\s*([smhd])\s*", text)
     if not parts or "".join(f"{number}{unit}" for number, unit in parts) != re.sub(r"\s", "", text):
@@ -270,13 +281,13 @@ def _parse_yaml(text: str, origin: str, complaint: str) -> Any:
         value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
         _count_nodes(value, {})
         return value
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a !!int that is none
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:  # of what a tag can't be
         raise ConfigError(f"{origin}: {complaint} ({one_line(error)})") from None
 
 
 def _count_nodes(value: Any, counted: dict[int, int]) -> int:
     """How many values there are, each counted as often as aliases repeat it. `counted`: of containers, by id."""
-    if not isinstance(value, dict | list):
+    if not isinstance(value, dict | list | tuple | set):
         return 1
     if id(value) not in counted:
         counted[id(value)] = 0  # being counted
@@ -285,13 +296,14 @@ def _count_nodes(value: Any, counted: dict[int, int]) -> int:
     if not counted[id(value)]:
         raise yaml.YAMLError("a section holds itself, by an alias (*)")
     if counted[id(value)] > MAX_YAML_NODES:
-        raise yaml.YAMLError(f"more than {MAX_YAML_NODES:,} values, by aliases (*) of aliases")
+        raise yaml.YAMLError(f"more than {MAX_YAML_NODES:,} values, those of an alias (*) counted each time")
     return counted[id(value)]
 
 
 def _explain(schema: type[Settings], problem: Any, origins: Mapping[str, str]) -> str:
     path = ".".join(str(part) for part in problem["loc"])
-    origin = _origin(path, origins)
+    named = re.match(r"Value error, '(\w+)' is ", problem["msg"])  # a key of the section that is old or retired
+    origin = _origin(".".join(filter(None, [path, named and named[1]])), origins)
     prefix = f"{origin}: " if origin else ""
     if problem["type"] == "extra_forbidden":
         *parents, leaf = problem["loc"]

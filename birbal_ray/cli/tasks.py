@@ -213,6 +213,8 @@ def _read_source(
             if not isinstance(record, dict):
                 raise TaskError(f"{source}, row {number}: expected an object with columns, found {record!r:.60}")
         rows = [record for _, record in records]
+        if not rows:
+            raise TaskError(f"{source}: it has no rows")
         return list(dict.fromkeys(key for row in rows for key in row)), rows
     if revision and file.is_dir():
         raise TaskError(f"--revision {revision}: {source} is a folder, which has none; leave --revision out")

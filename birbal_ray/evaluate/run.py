@@ -54,10 +54,12 @@ def only_adds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """
     models = {name: new["models"].get(name) for name in old["models"]}
     formats = [one for one in new["prompt_formats"] if one in old["prompt_formats"]]
-    before = {**new, "models": models, "prompt_formats": formats}
-    if not old.get("primary", {}).get("model"):  # the base model alone, or a version that did not record it
-        before["primary"] = old.get("primary")
-    return before == {"primary": None, **old}
+    first = next((name for name in new["models"] if name != BASE), "")
+    default = {"model": first, "prompt_format": (*sorted(formats, reverse=True), "")[0], "scope": "all"}
+    named = old.get("primary", default)  # a version that did not record it: only the default can't have been chosen
+    if len(models) == 1:  # the base model alone: nothing was compared
+        named = new["primary"]
+    return {**new, "models": models, "prompt_formats": formats} == {**old, "primary": named}
 
 
 STEP = Step("evaluate", OWNS, IDENTITY_SETTINGS, only_adds)

@@ -67,7 +67,7 @@ class DedupSettings(Settings):
     """What counts as a repeat: the same instruction and input, and more on demand."""
 
     RETIRED: ClassVar[Mapping[str, tuple[Any, str]]] = {
-        "key": ("instruction_input", "birbal_2023.compat=true compares inputs alone, as the published scripts do")
+        "key": ("instruction_input", "inputs alone are compared by policy=birbal_2023 with birbal_2023.compat=true")
     }
 
     near: bool = Field(

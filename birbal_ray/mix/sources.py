@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -181,10 +182,15 @@ def _commit_of(name: str, known: HubDataset, revision: str) -> str:
             if is_short:  # downloads take full hashes only
                 commits = (one.commit_id for one in hub.list_repo_commits(repository, repo_type="dataset"))
                 commit = next((one for one in commits if one.startswith(revision)), None)
-        except (OSError, HTTPError):
+        except (OSError, HTTPError) as error:
             commit = _cached_commit(known, revision)
             if commit is None:
                 raise
+            reason = (one_line(error) or type(error).__name__)[:160]
+            print(
+                f"source {name}: the Hub gave no commit ({reason}); its cache on this machine has {commit[:12]}",
+                file=sys.stderr,
+            )
     if commit is None:
         raise ConfigError(f"source {name}: the Hub names no commit for {repository} at {revision}; set revision")
     return commit

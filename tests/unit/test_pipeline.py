@@ -359,6 +359,15 @@ def test_a_pipeline_that_overwrites_keeps_what_a_plain_call_between_has_made(rec
     assert recipe(overwrite=True) == ["evaluate"]
 
 
+def test_a_step_that_refuses_to_overwrite_leaves_the_clock_as_it_was(recipe):
+    assert recipe(budget=5000.0) == ALL
+    before = (recipe.folder / CLOCK_FILE).read_bytes()
+    (recipe.folder / "score" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="--overwrite deletes nothing here"):
+        recipe(overwrite=True, budget=5000.0)
+    assert json.loads((recipe.folder / CLOCK_FILE).read_text()) == json.loads(before)
+
+
 def test_a_refused_command_that_overwrites_leaves_the_clock_as_it_was(recipe):
     recipe(budget=5000.0)
     before = (recipe.folder / CLOCK_FILE).read_bytes()

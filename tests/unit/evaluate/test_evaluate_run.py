@@ -147,6 +147,9 @@ def test_an_identity_without_the_primary_comparison_is_an_earlier_versions(confi
         record = json.loads((tmp_path / "run" / name).read_text())
         del record["identity"]["primary"]
         (tmp_path / "run" / name).write_text(json.dumps(record))
+    for chosen in ({"primary.scope": "exact_match"}, {"primary.prompt_format": "few_shot"}):
+        with pytest.raises(ConfigError, match=r"primary"):
+            asked(config.replace(chosen))
     assert asked(second(config, tmp_path)) == ["base", "mine", "other"]
 
 

@@ -309,7 +309,7 @@ def test_a_revision_without_the_dataset_s_files(hub, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("is_offline", [True, False])
-def test_what_is_in_the_local_cache_needs_no_network(is_offline, monkeypatch, tmp_path):
+def test_what_is_in_the_local_cache_needs_no_network(is_offline, monkeypatch, tmp_path, capsys):
     import huggingface_hub
 
     def refuse(self, *args, **kwargs):
@@ -335,6 +335,7 @@ def test_what_is_in_the_local_cache_needs_no_network(is_offline, monkeypatch, tm
         (place.parent / f"data{place.suffix}").rename(place)
         assert source_problem(source) == ""
         assert origin_of(source).revision == commit
+        assert f"source {name}: the Hub gave no commit" in (said := capsys.readouterr().err) and commit[:12] in said
         if is_offline:
             assert len(load(source)[0]) == len(EXPECTED[name])
     (tmp_path / "datasets--GAIR--lima" / "refs").mkdir()

@@ -770,7 +770,7 @@ def test_a_failed_trial_of_a_finished_search_runs_once_more_for_each_call(tuned)
     tuned.broken.add("steep-seed2")
     _, manifest = tuned()
     assert manifest["failed"] == ["steep-seed2"] and manifest["trials"] == {"finished": 4, "failed": 1}
-    assert "failed: steep-seed2; the same command runs them once more" in describe_result(manifest)
+    assert "failed: steep-seed2; `birbal tune` runs them once more, while its budget lasts" in describe_result(manifest)
     assert tuned(retry_failed=False) == ([], manifest), "a recipe whose mix is made asks for no other outcome"
     assert tuned()[0] == ["steep-seed2"], "once"
     tuned.broken.clear()
