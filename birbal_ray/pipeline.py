@@ -117,7 +117,10 @@ class BudgetClock:
             raise
         finally:
             with contextlib.suppress(OSError, RunError):  # a full disk, an outage: the step itself will say so
-                self._folder.write_json(CLOCK_FILE, refused) if refused else count()
+                if refused:
+                    self._folder.write_json(CLOCK_FILE, refused)
+                else:
+                    count()
 
     def left(self, step: str) -> float:
         """Seconds from now that `step` may take; infinite without a budget.

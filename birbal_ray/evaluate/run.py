@@ -54,11 +54,11 @@ def only_adds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """
     models = {name: new["models"].get(name) for name in old["models"]}
     formats = [one for one in new["prompt_formats"] if one in old["prompt_formats"]]
-    first = next((name for name in new["models"] if name != BASE), "")
-    default = {"model": first, "prompt_format": (*sorted(formats, reverse=True), "")[0], "scope": "all"}
-    named = old.get("primary", default)  # a version that did not record it: only the default can't have been chosen
     if len(models) == 1:  # the base model alone: nothing was compared
         named = new["primary"]
+    else:  # of a version that did not record it, only the default can't have been chosen by its result: zero_shot first
+        first = next((name for name in new["models"] if name != BASE), "")
+        named = old.get("primary", {"model": first, "prompt_format": max(formats, default=""), "scope": "all"})
     return {**new, "models": models, "prompt_formats": formats} == {**old, "primary": named}
 
 
