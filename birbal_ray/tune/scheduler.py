@@ -137,6 +137,10 @@ class TrialScheduler:
             self._remember(spec)
         return spec
 
+    def start_again(self, spec: TrialSpec) -> None:
+        """Hand this one out once more; what it was doing is lost."""
+        self._again.append(spec)
+
     def tell(self, result: TrialResult) -> None:
         """Take a result in."""
         self.results[result.spec.key] = mark_diverged(result)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -25,6 +28,7 @@ RAY_FOLDER = "ray_tune"
 # Read by Tune when it starts.
 ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C and SIGTERM end the command at once; trials that ended are kept
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # our messages and results say what a trial failed of
     "TUNE_GLOBAL_CHECKPOINT_S": "600",  # our own records say what is done
     "RAY_AIR_NEW_OUTPUT": "0",
 }
@@ -47,11 +51,16 @@ class NotPickled:
 
 
 class SpecSearcher(NotPickled, Searcher):
-    """Asks the scheduler what to run, and hands it how trials ended."""
+    """Asks the scheduler what to run, and hands it how trials ended.
+
+    A trial that failed is started again here, `resources.max_failures` times, and not by Tune: Tune counts the death of
+    a process that was taking its next trial twice, and then gives that trial up.
+    """
 
     def __init__(self, scheduler: TrialScheduler, run: Folder, options: dict[str, Any]) -> None:
         super().__init__(metric=OBJECTIVE, mode="min")
         self._scheduler, self._run, self._options = scheduler, run, options
+        self._failures: Counter[str] = Counter()
         self._specs: dict[str, TrialSpec] = {}
         self._rungs: dict[str, dict[int, list[float]]] = {}
 
@@ -69,21 +78,40 @@ class SpecSearcher(NotPickled, Searcher):
         self._rungs.setdefault(trial_id, {})[result[RUNG]] = [result["step"], result[OBJECTIVE]]
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Finished by itself, stopped early, diverged (a failure, kept), or failed otherwise (not kept)."""
+        """Finished by itself, stopped early, or diverged (a failure, kept). What failed otherwise comes to `failed`."""
+        if error:
+            return
         if result and RUNG in result:  # the one that it was stopped at comes here only
             self.on_trial_result(trial_id, result)
-        spec = self._specs.pop(trial_id)
-        rungs = [rung for _, rung in sorted(self._rungs.pop(trial_id, {}).items())]
+        spec, rungs = self._taken(trial_id)
         if self._run.is_file(trial_file(spec, RESULT_FILE)):
             found = TrialResult.from_dict(self._run.read_json(trial_file(spec, RESULT_FILE)))
-        elif error or not rungs:
-            names = [name for name in self._run.files(RAY_FOLDER) if name.endswith(f"/{spec.key}/error.txt")]
-            reason = one_line(self._run.read_text(names[-1]).strip().splitlines()[-1]) if names else "its process died"
-            found = TrialResult(spec, FAILED, None, rungs, error=reason)
+        elif not rungs:
+            found = TrialResult(spec, FAILED, None, rungs, error="it ended without a result")
         else:
             found = TrialResult(spec, STOPPED, rungs[-1][1], rungs)
             write_result(self._run, found)
         self._scheduler.tell(found)
+
+    def failed(self, trial: Trial) -> str:
+        """Start it again, or give it up, which is not kept: it may work the next time. Returns what a user is to know.
+
+        A preempted node is no failure of the trial's.
+        """
+        spec, rungs = self._taken(trial.trial_id)
+        file = Path(trial.error_file or "")
+        reason = one_line(file.read_text().strip().splitlines()[-1]) if file.is_file() else "its process died"
+        allowed = self._scheduler.config.resources.max_failures
+        self._failures[spec.key] += min(trial.num_failures, 1)
+        if self._failures[spec.key] > allowed:
+            self._scheduler.tell(TrialResult(spec, FAILED, None, rungs, error=reason))
+            return ""
+        self._scheduler.start_again(spec)
+        return f"trial {spec.key} starts again (failure {self._failures[spec.key]}, {allowed} allowed): {reason}"
+
+    def _taken(self, trial_id: str) -> tuple[TrialSpec, list[list[float]]]:
+        """A trial that is over: its spec, and its rungs in order."""
+        return self._specs.pop(trial_id), [rung for _, rung in sorted(self._rungs.pop(trial_id, {}).items())]
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the trials' own records are what a continuation reads."""
@@ -120,6 +148,7 @@ class ShowProgress(NotPickled, tune.Callback):
             # Tune says nothing of a trial for which a process could not be used again: its place would stay taken.
             if trial.status == Trial.ERROR and self.limiter and trial.trial_id in self.limiter.live_trials:
                 self.limiter.on_trial_complete(trial.trial_id, error=True)
+                self.on_trial_error(iteration, trials, trial)
         results, num_trials = self._scheduler.results, self._scheduler.num_trials
         names = [trial.config["spec"]["key"] for trial in trials if trial.status == "RUNNING"]
         found = [r for r in results.values() if r.objective is not None and r.status == FINISHED and r.spec.mix]
@@ -132,8 +161,9 @@ class ShowProgress(NotPickled, tune.Callback):
             self._run.progress(len(results), num_trials, text=" · ".join(parts), running=names)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial's process died; Tune may start it again."""
-        self._progress.message(f"trial {trial.config['spec']['key']} broke off (failure {trial.num_failures})")
+        """A trial raised, or its process or node died."""
+        if self.limiter and (said := self.limiter.searcher.failed(trial)):
+            self._progress.message(said)
 
 
 def run_trials(
@@ -149,6 +179,7 @@ def run_trials(
     are in the run's folder before anything else happens.
     """
     os.environ.update(ENVIRONMENT)
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it calls a trial that started again incomplete
     config, left = scheduler.config, scheduler.seconds_left()
     resources, rungs = config.resources, config.validation.num_rungs
     wanted = {"cpu": resources.num_cpus, "gpu": resources.num_gpus}
@@ -187,7 +218,6 @@ def run_trials(
             storage_filesystem=None if run.is_local else run.filesystem,
             # A loss that is no number stays one: training on changes nothing.
             stop=lambda trial_id, result: not math.isfinite(result.get(OBJECTIVE, 0.0)),
-            failure_config=tune.FailureConfig(max_failures=resources.max_failures),
             callbacks=[show],
             verbose=0,
         ),

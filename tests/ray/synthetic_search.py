@@ -19,13 +19,15 @@ from birbal_ray.tune.scheduler import TrialScheduler, TrialSpec
 
 RUNGS = 2
 STARTS_FILE = "starts.jsonl"
+DIED_FILE = "died"
 DIVERGING = "search-001"
 
 
 def synthetic_trial(config: dict[str, Any]) -> None:
     """Sleeps between its rungs; writes down where and when it started. Its loss follows gamma.
 
-    It takes `linger` seconds to end when it is stopped, as one that frees a card's memory on a busy machine.
+    It takes `linger` seconds to end when it is stopped, as one that frees a card's memory on a busy machine; below 0
+    the process of the first one that is stopped dies, while Tune hands it the next trial.
     """
     import ray
 
@@ -42,6 +44,9 @@ def synthetic_trial(config: dict[str, Any]) -> None:
             loss = 1.0 + spec.values.get("gamma", 4.0) + 0.01 * spec.seed
             reporter.report(number, math.nan if spec.key == DIVERGING else loss, mix_sha256=spec.key)
     except SystemExit:
+        if config["linger"] < 0 and not (run / DIED_FILE).exists():
+            (run / DIED_FILE).touch()
+            os._exit(1)
         time.sleep(config["linger"])
         raise
 

@@ -11,16 +11,18 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from birbal_ray.progress import ProgressLine
 from birbal_ray.storage import open_folder
 from birbal_ray.tune.config import TuneConfig
 from birbal_ray.tune.records import RESULT_FILE, TRIALS_FOLDER, read_results, write_spec
 from birbal_ray.tune.scheduler import FAILED, STOPPED, TrialScheduler
 from tests.e2e.processes import kill_whole, wait_for
 from tests.ray.conftest import start_cluster
-from tests.ray.synthetic_search import DIVERGING, starts_of, synthetic_search
+from tests.ray.synthetic_search import DIED_FILE, DIVERGING, starts_of, synthetic_search
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -71,6 +73,15 @@ def test_a_node_lost_in_the_middle_costs_its_trial_a_retry(two_nodes, tmp_path):
     assert scheduler.results[key].node != node or starts[key] == 1
 
 
+def test_a_process_that_dies_as_it_takes_a_trial_costs_that_trial_a_retry(cluster_address, monkeypatch, tmp_path):
+    """Tune counts that death twice, once for the process and once for its task."""
+    monkeypatch.setenv("RAY_ADDRESS", cluster_address)
+    results = synthetic_search(tmp_path, seconds=0.2, linger=-1.0).results
+    assert [name for name, result in results.items() if result.status == FAILED] == [DIVERGING]
+    assert (tmp_path / DIED_FILE).exists()
+    assert len(results) == 15
+
+
 def test_killed_and_called_again_repeats_no_finished_trial(tmp_path):
     from birbal_ray.tune.searcher import THREAD_TIMEOUT
 
@@ -106,7 +117,8 @@ def test_a_trial_stopped_or_diverged_at_its_first_rung_is_kept_as_that(tmp_path)
     from birbal_ray.tune.searcher import SpecSearcher
 
     scheduler = TrialScheduler(
-        TuneConfig(num_trials=1), remember=lambda spec: write_spec(open_folder(tmp_path), spec, "nowhere")
+        TuneConfig(num_trials=1, resources={"max_failures": 1}),
+        remember=lambda spec: write_spec(open_folder(tmp_path), spec, "nowhere"),
     )
     searcher = SpecSearcher(scheduler, open_folder(tmp_path), {})
     for trial in "abcdef":
@@ -115,8 +127,18 @@ def test_a_trial_stopped_or_diverged_at_its_first_rung_is_kept_as_that(tmp_path)
     searcher.on_trial_complete("f", {"rung": 1, "step": 5, "objective": 2.5})
     (result,) = scheduler.results.values()
     assert (result.spec.key, result.status, result.objective, result.rungs) == ("search-000", STOPPED, 2.5, [[5, 2.5]])
+    error_file = tmp_path / "error.txt"
+    error_file.write_text("Failure # 1\nTraceback …\nValueError: no such card\n")
+    broken = SimpleNamespace(trial_id="e", error_file=str(error_file), num_failures=1)
     searcher.on_trial_complete("e", error=True)
+    assert searcher.failed(broken).endswith("starts again (failure 1, 1 allowed): ValueError: no such card")
+    for trial, num_failures in (("g", 0), ("h", 1)):  # a preempted node, and the failure after the last allowed
+        suggested = searcher.suggest(trial)
+        assert isinstance(suggested, dict) and suggested["spec"]["key"] == "birbal_2023"
+        assert "birbal_2023" in scheduler.running
+        searcher.failed(SimpleNamespace(trial_id=trial, error_file=str(error_file), num_failures=num_failures))
     assert scheduler.results["birbal_2023"].status == FAILED
+    assert scheduler.results["birbal_2023"].error == "ValueError: no such card"
     searcher.on_trial_complete("d", {"rung": 1, "step": 5, "objective": math.nan})
     assert scheduler.results["task_score"].status == FAILED
     (kept, diverged), started = read_results(open_folder(tmp_path))
@@ -129,7 +151,6 @@ def test_tune_may_pickle_what_holds_the_run(tmp_path):
     """Tune pickles searcher and callbacks when it starts; a run's locks and threads can't be."""
     from ray import cloudpickle
 
-    from birbal_ray.progress import ProgressLine
     from birbal_ray.run import Step, open_run
     from birbal_ray.tune.searcher import ShowProgress, SpecSearcher
 
