@@ -83,12 +83,10 @@ class SpecSearcher(NotPickled, Searcher):
             return
         if result and RUNG in result:  # the one that it was stopped at comes here only
             self.on_trial_result(trial_id, result)
-        spec, rungs = self._taken(trial_id)
-        if self._run.is_file(trial_file(spec, RESULT_FILE)):
-            found = TrialResult.from_dict(self._run.read_json(trial_file(spec, RESULT_FILE)))
-        elif not rungs:
+        spec, rungs, found = self._taken(trial_id)
+        if not found and not rungs:
             found = TrialResult(spec, FAILED, None, rungs, error="it ended without a result")
-        else:
+        if not found:
             found = TrialResult(spec, STOPPED, rungs[-1][1], rungs)
             write_result(self._run, found)
         self._scheduler.tell(found)
@@ -98,7 +96,10 @@ class SpecSearcher(NotPickled, Searcher):
 
         A preempted node is no failure of the trial's.
         """
-        spec, rungs = self._taken(trial.trial_id)
+        spec, rungs, found = self._taken(trial.trial_id)
+        if found:  # it had ended when its process died
+            self._scheduler.tell(found)
+            return ""
         file = Path(trial.error_file or "")
         reason = one_line(file.read_text().strip().splitlines()[-1]) if file.is_file() else "its process died"
         allowed = self._scheduler.config.resources.max_failures
@@ -109,9 +110,13 @@ class SpecSearcher(NotPickled, Searcher):
         self._scheduler.start_again(spec)
         return f"trial {spec.key} starts again (failure {self._failures[spec.key]}, {allowed} allowed): {reason}"
 
-    def _taken(self, trial_id: str) -> tuple[TrialSpec, list[list[float]]]:
-        """A trial that is over: its spec, and its rungs in order."""
-        return self._specs.pop(trial_id), [rung for _, rung in sorted(self._rungs.pop(trial_id, {}).items())]
+    def _taken(self, trial_id: str) -> tuple[TrialSpec, list[list[float]], TrialResult | None]:
+        """A trial that is over: its spec, its rungs in order, and the result that it wrote itself."""
+        spec = self._specs.pop(trial_id)
+        rungs = [rung for _, rung in sorted(self._rungs.pop(trial_id, {}).items())]
+        written = trial_file(spec, RESULT_FILE)
+        found = TrialResult.from_dict(self._run.read_json(written)) if self._run.is_file(written) else None
+        return spec, rungs, found
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the trials' own records are what a continuation reads."""

@@ -18,8 +18,8 @@ import pytest
 from birbal_ray.progress import ProgressLine
 from birbal_ray.storage import open_folder
 from birbal_ray.tune.config import TuneConfig
-from birbal_ray.tune.records import RESULT_FILE, TRIALS_FOLDER, read_results, write_spec
-from birbal_ray.tune.scheduler import FAILED, STOPPED, TrialScheduler
+from birbal_ray.tune.records import RESULT_FILE, TRIALS_FOLDER, read_results, write_result, write_spec
+from birbal_ray.tune.scheduler import FAILED, FINISHED, STOPPED, TrialResult, TrialScheduler
 from tests.e2e.processes import kill_whole, wait_for
 from tests.ray.conftest import start_cluster
 from tests.ray.synthetic_search import DIED_FILE, DIVERGING, starts_of, synthetic_search
@@ -117,8 +117,7 @@ def test_a_trial_stopped_or_diverged_at_its_first_rung_is_kept_as_that(tmp_path)
     from birbal_ray.tune.searcher import SpecSearcher
 
     scheduler = TrialScheduler(
-        TuneConfig(num_trials=1, resources={"max_failures": 1}),
-        remember=lambda spec: write_spec(open_folder(tmp_path), spec, "nowhere"),
+        TuneConfig(num_trials=1), remember=lambda spec: write_spec(open_folder(tmp_path), spec, "nowhere")
     )
     searcher = SpecSearcher(scheduler, open_folder(tmp_path), {})
     for trial in "abcdef":
@@ -127,24 +126,43 @@ def test_a_trial_stopped_or_diverged_at_its_first_rung_is_kept_as_that(tmp_path)
     searcher.on_trial_complete("f", {"rung": 1, "step": 5, "objective": 2.5})
     (result,) = scheduler.results.values()
     assert (result.spec.key, result.status, result.objective, result.rungs) == ("search-000", STOPPED, 2.5, [[5, 2.5]])
-    error_file = tmp_path / "error.txt"
-    error_file.write_text("Failure # 1\nTraceback …\nValueError: no such card\n")
-    broken = SimpleNamespace(trial_id="e", error_file=str(error_file), num_failures=1)
-    searcher.on_trial_complete("e", error=True)
-    assert searcher.failed(broken).endswith("starts again (failure 1, 1 allowed): ValueError: no such card")
-    for trial, num_failures in (("g", 0), ("h", 1)):  # a preempted node, and the failure after the last allowed
-        suggested = searcher.suggest(trial)
-        assert isinstance(suggested, dict) and suggested["spec"]["key"] == "birbal_2023"
-        assert "birbal_2023" in scheduler.running
-        searcher.failed(SimpleNamespace(trial_id=trial, error_file=str(error_file), num_failures=num_failures))
+    searcher.on_trial_complete("e", {})
     assert scheduler.results["birbal_2023"].status == FAILED
-    assert scheduler.results["birbal_2023"].error == "ValueError: no such card"
     searcher.on_trial_complete("d", {"rung": 1, "step": 5, "objective": math.nan})
     assert scheduler.results["task_score"].status == FAILED
     (kept, diverged), started = read_results(open_folder(tmp_path))
     assert kept == result, "what failed may work the next time"
     assert (diverged.spec.key, diverged.status, diverged.objective) == ("task_score", FAILED, None), "this can't"
     assert len(started) == 4
+
+
+def test_a_trial_that_failed_starts_again_as_often_as_is_allowed(tmp_path):
+    from birbal_ray.tune.searcher import SpecSearcher
+
+    scheduler = TrialScheduler(TuneConfig(num_trials=1, resources={"max_failures": 1}))
+    searcher = SpecSearcher(scheduler, open_folder(tmp_path), {})
+    error_file = tmp_path / "error.txt"
+    error_file.write_text("Failure # 1\nTraceback …\nValueError: no such card\n")
+
+    def fails(trial: str, num_failures: int) -> tuple[str, str]:
+        """Which spec it had, and what is said."""
+        searcher.suggest(trial)
+        key = searcher._specs[trial].key
+        searcher.on_trial_complete(trial, error=True)
+        failed = SimpleNamespace(trial_id=trial, error_file=str(error_file), num_failures=num_failures)
+        return key, searcher.failed(failed)
+
+    said = "trial base_model starts again (failure 1, 1 allowed): ValueError: no such card"
+    assert fails("a", 1) == fails("a preempted node is no failure", 0) == ("base_model", said)
+    assert fails("b", 1) == ("base_model", "")
+    found = scheduler.results["base_model"]
+    assert (found.status, found.error) == (FAILED, "ValueError: no such card")
+    searcher.suggest("its process died after its result")
+    (spec,) = searcher._specs.values()
+    write_result(open_folder(tmp_path), TrialResult(spec, FINISHED, 1.5, [[5, 1.5]]))
+    ended = SimpleNamespace(trial_id="its process died after its result", error_file=None, num_failures=1)
+    assert searcher.failed(ended) == ""
+    assert scheduler.results[spec.key].objective == 1.5
 
 
 def test_tune_may_pickle_what_holds_the_run(tmp_path):
