@@ -99,6 +99,7 @@ class Run:
     changes: list[str] = field(default_factory=list)  # `key: old → new`, where `may_become` allows another identity
     _record: Mapping[str, Any] = field(default_factory=dict)  # run.json of the present identity
     _started: float = field(default_factory=time.time)
+    _clock_start: float = field(default_factory=time.monotonic)  # a machine's time of day may be set meanwhile
     _earlier_seconds: float = 0.0  # of the sessions before this one
     _last_progress: dict[str, Any] = field(default_factory=dict)
     _written: float = 0.0  # when progress.json was written last, on the monotonic clock
@@ -127,7 +128,7 @@ class Run:
     @property
     def wall_seconds(self) -> float:
         """Seconds that this and all earlier sessions have run."""
-        return self._earlier_seconds + time.time() - self._started
+        return self._earlier_seconds + time.monotonic() - self._clock_start
 
     def withdraw(self) -> None:
         """Delete the manifest: the run is unfinished again. Call it before the files of a finished run change."""
