@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -21,6 +22,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 MAX_YAML_NODES = 100_000  # aliases of aliases grow without bounds
 
@@ -35,9 +37,9 @@ _POWER_OF_TEN = re.compile(r"[-+]?(?:0|[1-9][0-9]*)(?:\.[0-9]*)?[eE][0-9]+")
 class Settings(BaseModel):
     """Base of every configuration section: frozen, and an unknown key is an error.
 
-    RENAMED: old name of a key of this section → its name; old ones are taken with a warning.
+    RENAMED: old name of a key of this section → its name; old ones are taken.
     RETIRED: key that this section had → (the value that it always has now, or None: any; what to do instead). That
-    value is taken with a warning.
+    value is taken. `load_config` warns of both.
     """
 
     RENAMED: ClassVar[Mapping[str, str]] = {}
@@ -56,22 +58,18 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _take_old_names(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        taken = dict(values)
         for old, new in cls.RENAMED.items():
-            if isinstance(values, dict) and old in values:
-                if new in values:
-                    raise ValueError(f"{old!r} is the old name of {new!r}, and both are set; leave the old one out")
-                print(f"{old!r} is now {new!r}; the old name is accepted until the next release", file=sys.stderr)
-                values = {new if key == old else key: value for key, value in values.items()}
+            if old in taken and new in taken:
+                raise _old_key(old, f"{old!r} is the old name of {new!r}, and both are set; leave the old one out")
+            if old in taken:
+                taken[new] = taken.pop(old)
         for key, (meant, instead) in cls.RETIRED.items():
-            if isinstance(values, dict) and key in values:
-                if not is_meant(values[key], meant):
-                    raise ValueError(f"{key!r} is no setting any more; {instead}")
-                print(
-                    f"{key!r} is no setting any more ({instead}); it is accepted until the next release",
-                    file=sys.stderr,
-                )
-                values = {name: value for name, value in values.items() if name != key}
-        return values
+            if key in taken and not is_meant(taken.pop(key), meant):
+                raise _old_key(key, f"{key!r} is no setting any more; {instead}")
+        return taken
 
     @field_validator("*", mode="before")
     @classmethod
@@ -88,6 +86,11 @@ class Settings(BaseModel):
         if _POWER_OF_TEN.fullmatch(value):  # in YAML text, as a commit may look like that
             return float(value)
         raise ValueError("input should be a number, without quotes or leading zeros")
+
+
+def _old_key(key: str, message: str) -> PydanticCustomError:
+    """The error of a section that holds an old key; `_explain` says where the key came from."""
+    return PydanticCustomError("old_key", "{message}", {"message": message, "key": key})
 
 
 def is_meant(value: Any, meant: Any) -> bool:
@@ -131,7 +134,7 @@ def load_config(
     `flags` maps a dotted path to a value; None values are skipped (the flag was not given). `sections` maps a section
     to a YAML file that holds its settings instead of `file`.
     Raises ConfigError whose message names the origin, the key, what was found and the nearest
-    known key.
+    known key. Prints a warning of each old key, with its origin, on stderr.
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -154,9 +157,18 @@ def load_config(
             _assign(values, key, value, f"flag for {key}")
             origins[key] = "command line"
     try:
-        return schema.model_validate(values)
+        config = schema.model_validate(values)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(schema, problem, origins) for problem in error.errors())) from None
+    given = [f"{key}." for key in flatten(values)]
+    for prefix, section in _sections(schema).items():
+        old = {key: f"{key!r} is now {new!r}; the old name" for key, new in section.RENAMED.items()}
+        old |= {key: f"{key!r} is no setting any more ({instead}); it" for key, (_, instead) in section.RETIRED.items()}
+        for key, text in old.items():
+            if any(one.startswith(f"{prefix}{key}.") for one in given):
+                place = ": ".join(filter(None, [_origin(f"{prefix}{key}", origins), prefix.rstrip("."), text]))
+                print(f"{place} is accepted until the next release", file=sys.stderr)
+    return config
 
 
 def read_yaml_mapping(file: str | Path) -> dict[str, Any]:
@@ -245,30 +257,67 @@ def _sections(schema: type[Settings], prefix: str = "") -> dict[str, type[Settin
     return found
 
 
-class _Loader(yaml.SafeLoader):
-    """yaml.safe_load, but dates, 12:00 and 0010, which YAML 1.1 changes, stay text, and no key may stand twice."""
+_TAGS = "tag:yaml.org,2002:"
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[Any, int] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
-                line = key.start_mark.line + 1
-                if key.value in lines:
-                    raise yaml.YAMLError(
-                        f"{key.value!r} stands twice, in lines {lines[key.value]} and {line}; make one section of them"
-                    )
-                lines[key.value] = line
-        return super().construct_mapping(node, deep)
+
+class _Loader(yaml.SafeLoader):
+    """yaml.safe_load, but dates, 12:00 and 0010, which YAML 1.1 changes, stay text, and so do all keys."""
+
+    num_read = 0  # values, those of an alias (*) counted each time
+
+    def read(self, node: yaml.Node, *above: yaml.Node) -> Any:
+        """The value of a node. Raises MarkedYAMLError, with its line, for what is no text, number, list or section."""
+        self.num_read += 1
+        tag, problem, mark = node.tag.removeprefix(_TAGS), "", node.start_mark
+        if node in above:
+            problem = "a section holds itself, by an alias (*)"
+        elif self.num_read > MAX_YAML_NODES:
+            problem = f"more than {MAX_YAML_NODES:,} values, those of an alias (*) counted each time"
+        elif isinstance(node, yaml.MappingNode) and tag == "map":
+            return self._read_section(node, *above)
+        elif isinstance(node, yaml.SequenceNode) and tag == "seq":
+            return [self.read(one, node, *above) for one in node.value]
+        elif isinstance(node, yaml.ScalarNode) and tag in ("null", "bool", "int", "float", "str"):
+            with contextlib.suppress(ValueError, LookupError):  # of what a tag can't be
+                return self.construct_object(node)
+        found = repr(format_value(node.value)) if isinstance(node, yaml.ScalarNode) else "this"
+        wanted = "settings are text, numbers, lists and sections, without tags (!)"
+        raise yaml.MarkedYAMLError(problem=problem or f"{found} can't be read as {tag}; {wanted}", problem_mark=mark)
+
+    def _read_section(self, node: yaml.MappingNode, *above: yaml.Node) -> dict[str, Any]:
+        """Its own keys, then those of the sections that it merges (<<), of which the first named wins."""
+        own: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line, name, problem = key.start_mark.line + 1, key.value, ""
+            if not isinstance(key, yaml.ScalarNode):
+                problem = "a list or a section can't be a key"
+            elif name in lines:
+                problem = f"{name!r} stands twice, in lines {lines[name]} and {line}; make one section of them"
+            elif key.tag != f"{_TAGS}merge":
+                lines[name], own[name] = line, self.read(value, node, *above)
+            else:
+                for section in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    found = self.read(section, node, *above)
+                    if not isinstance(found, dict):
+                        problem = f"<< merges sections, found {found!r}"
+                    else:
+                        merged = found | merged
+            if problem:
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        return merged | own
 
 
 _NUMBER = r"(?:0|[1-9][0-9_]*)"
 _RESOLVED = {  # the first that matches; 12e4567 is none: a commit may look like that
-    "tag:yaml.org,2002:int": rf"[-+]?{_NUMBER}$",
-    "tag:yaml.org,2002:float": rf"[-+]?(?:{_NUMBER}(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+][0-9]+)?$"
+    f"{_TAGS}int": rf"[-+]?{_NUMBER}$",
+    f"{_TAGS}float": rf"[-+]?(?:{_NUMBER}(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+][0-9]+)?$"
     r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$",
 }
+_NOT_RESOLVED = {*_RESOLVED, f"{_TAGS}timestamp", f"{_TAGS}value"}
 _Loader.yaml_implicit_resolvers = {
-    first: [pair for pair in resolvers if pair[0] not in {*_RESOLVED, "tag:yaml.org,2002:timestamp"}]
+    first: [pair for pair in resolvers if pair[0] not in _NOT_RESOLVED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _tag, _pattern in _RESOLVED.items():
@@ -278,32 +327,22 @@ for _tag, _pattern in _RESOLVED.items():
 def _parse_yaml(text: str, origin: str, complaint: str) -> Any:
     """The value of a YAML text. Raises ConfigError with the `complaint` for what is no YAML."""
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-        _count_nodes(value, {})
-        return value
-    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:  # of what a tag can't be
-        raise ConfigError(f"{origin}: {complaint} ({one_line(error)})") from None
-
-
-def _count_nodes(value: Any, counted: dict[int, int]) -> int:
-    """How many values there are, each counted as often as aliases repeat it. `counted`: of containers, by id."""
-    if not isinstance(value, dict | list | tuple | set):
-        return 1
-    if id(value) not in counted:
-        counted[id(value)] = 0  # being counted
-        inside = value.values() if isinstance(value, dict) else value
-        counted[id(value)] = 1 + sum(_count_nodes(one, counted) for one in inside)
-    if not counted[id(value)]:
-        raise yaml.YAMLError("a section holds itself, by an alias (*)")
-    if counted[id(value)] > MAX_YAML_NODES:
-        raise yaml.YAMLError(f"more than {MAX_YAML_NODES:,} values, those of an alias (*) counted each time")
-    return counted[id(value)]
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return None if node is None else loader.read(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        about = filter(None, [f"line {mark.line + 1}" if mark else None, error.context, error.problem])
+        reason = ": ".join(map(one_line, about))
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = one_line(error)
+    raise ConfigError(f"{origin}: {complaint} ({reason})")
 
 
 def _explain(schema: type[Settings], problem: Any, origins: Mapping[str, str]) -> str:
     path = ".".join(str(part) for part in problem["loc"])
-    named = re.match(r"Value error, '(\w+)' is ", problem["msg"])  # a key of the section that is old or retired
-    origin = _origin(".".join(filter(None, [path, named and named[1]])), origins)
+    old_key = problem["ctx"]["key"] if problem["type"] == "old_key" else None
+    origin = _origin(".".join(filter(None, [path, old_key])), origins)
     prefix = f"{origin}: " if origin else ""
     if problem["type"] == "extra_forbidden":
         *parents, leaf = problem["loc"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -91,6 +92,28 @@ TWISTED = [
         "more than 100,000 values, those of an alias",
     ),
     ("seed: !!timestamp now", "not valid YAML"),
+    ("seed: 1\nlora: !!omap [r: 8]", "line 2: this can't be read as omap"),
+    ("seed: 1\nlora: !!pairs [r: 8]", "line 2: this can't be read as pairs"),
+    ("seed: 1\ntrackers: !!set {wandb}", "line 2: this can't be read as set"),
+    ("seed: 1\ntrackers: !!set [wandb]", "line 2: this can't be read as set"),
+    ("seed: 1\nmix: !!binary aGVsbG8=", "line 2: 'aGVsbG8=' can't be read as binary"),
+    ("seed: 1\nmix: !!timestamp 2024-01-05", "line 2: '2024-01-05' can't be read as timestamp"),
+    ("seed: 1\nlora: !!map [1]", "line 2: this can't be read as map"),
+    ("seed: 1\nlora:\n  <<: 5", "line 3: << merges sections, found 5"),
+    ("seed: 1\nlora: {r: *b}", "line 2: found undefined alias 'b'"),
+    ("seed: 1\nlora:\n  ? [r]\n  : 8", "line 3: a list or a section can't be a key"),
+    ("seed: 1\nlora: [", "line 2: while parsing a flow node"),
+    ("seed: 1\nlora:\n  r: &a [*a]", "line 3: a section holds itself"),
+    ("true: 1", "unknown key 'true'"),
+    ("2024-01-05: 1", "unknown key '2024-01-05'"),
+    (
+        "a: &a {x: 1}\n"
+        + "".join(
+            f"{new}: &{new} {{<<: [{', '.join(['*' + old] * 10)}]}}\n"
+            for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+        ),
+        "more than 100,000 values",
+    ),
 ]
 
 
@@ -103,6 +126,11 @@ def test_what_yaml_twists_is_refused_with_what_was_read(tmp_path, text, message)
 
 
 def test_what_yaml_twists_is_refused_on_the_command_line_too():
+    for text, message in (("!!set [a]", "this can't be read as set"), ("{r: 1, r: 2}", "'r' stands twice")):
+        with pytest.raises(
+            ConfigError, match=rf"--set lora={re.escape(text)}: the value is not YAML \(line 1: {message}"
+        ):
+            load_config(TrainConfig, None, [f"lora={text}"])
     with pytest.raises(ConfigError, match="--set budget=12:00: budget = '12:00': a duration like 24h"):
         load_config(TrainConfig, None, ["budget=12:00"])
 
@@ -143,6 +171,23 @@ def test_text_numbers_and_merged_sections_that_yaml_leaves_alone_are_taken(tmp_p
     )
 
 
+def test_a_section_is_merged_before_the_one_that_it_is_a_part_of(tmp_path):
+    class Outer(Settings):
+        sections: dict[str, Any]
+
+    (tmp_path / "my.yaml").write_text(
+        "sections:\n  base: &base {r: 1, s: 1}\n  deep: {er: &er {<<: *base, r: 2}}\n  top: {<<: *er}\n  1: {no: yes}\n"
+        "  both: {<<: [{dropout: 1}, {dropout: 2, alpha: 3}], alpha: 4}"
+    )
+    assert load_config(Outer, tmp_path / "my.yaml").sections == {
+        "base": {"r": 1, "s": 1},
+        "deep": {"er": {"r": 2, "s": 1}},
+        "top": {"r": 2, "s": 1},
+        "1": {"no": True},
+        "both": {"dropout": 1, "alpha": 4},
+    }
+
+
 class Renamed(Settings):
     class Inner(Settings):
         RENAMED: ClassVar = {"looks": "num_rungs"}
@@ -167,7 +212,10 @@ class Retired(Settings):
 def test_a_retired_key_is_taken_with_the_value_that_it_always_has_now(capsys):
     assert load_config(Retired, None, ["inner.key=both", "inner.resamples=9", "inner.names=[b, a]"]) == Retired()
     said = capsys.readouterr().err
-    assert all(f"'{key}' is no setting any more (" in said for key in ("key", "names", "resamples"))
+    given = {"key": "both", "names": "[b, a]", "resamples": "9"}
+    assert all(
+        f"--set inner.{key}={value}: inner: '{key}' is no setting any more (" in said for key, value in given.items()
+    )
     refused = pytest.raises(
         ConfigError, match=r"--set inner.key=input: inner: 'key' is no setting any more; compat=true"
     )
@@ -179,11 +227,19 @@ def test_old_keys_are_taken_with_a_warning(tmp_path, capsys):
     (tmp_path / "my.yaml").write_text("inner: {looks: 3}\ny: 4\n")
     config = load_config(Renamed, tmp_path / "my.yaml")
     assert (config.inner.num_rungs, config.x) == (3, 4)
-    assert "'looks' is now 'num_rungs'; the old name is accepted" in capsys.readouterr().err
-    assert load_config(Renamed, None, ["inner.looks=5"]).inner.num_rungs == 5
+    said = capsys.readouterr().err.splitlines()
+    until = "the old name is accepted until the next release"
+    assert said == [
+        f"{tmp_path / 'my.yaml'}: 'y' is now 'x'; {until}",
+        f"{tmp_path / 'my.yaml'}: inner: 'looks' is now 'num_rungs'; {until}",
+    ]
+    assert load_config(Renamed, None, ["inner={looks: 5}"]).inner.num_rungs == 5
+    assert "--set inner={looks: 5}: inner: 'looks' is now 'num_rungs'" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"inner\.num_rungs = 'many'"):
         load_config(Renamed, None, ["inner.looks=many"])
-    with pytest.raises(ConfigError, match=r"'looks' is the old name of 'num_rungs', and both are set"):
+    with pytest.raises(
+        ConfigError, match=r"--set inner.looks=5: inner: 'looks' is the old name of 'num_rungs', and both"
+    ):
         load_config(Renamed, None, ["inner.looks=5", "inner.num_rungs=5"])
 
 
