@@ -70,7 +70,10 @@ def task_losses(model: Any, samples: Sequence[Sample]) -> dict[str, float]:
 
 
 class AtSteps(TrainerCallback):
-    """Calls `look(step, model)` after the given optimizer steps."""
+    """Calls `look(step, model)` after the given optimizer steps, and leaves the last one without a checkpoint.
+
+    Who looks has seen all that it wants: an evaluation, the adapter, the optimizer's state would be written for nobody.
+    """
 
     def __init__(self, steps: Collection[int], look: Callable[[int, Any], None]) -> None:
         self._steps, self._look = set(steps), look
@@ -79,3 +82,4 @@ class AtSteps(TrainerCallback):
         """Look, if the time has come."""
         if state.global_step in self._steps:
             self._look(state.global_step, model)
+            control.should_evaluate = control.should_save = False

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.exceptions import RayError
+from ray.tune import TuneError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.schedulers import TrialScheduler as RayScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from birbal_ray.progress import ProgressLine
-from birbal_ray.run import Run, one_line
+from birbal_ray.run import Run, RunFailedError, one_line
 from birbal_ray.storage import Folder
-from birbal_ray.tune.records import OBJECTIVE, RESULT_FILE, RUNG, trial_file, write_result
+from birbal_ray.tune.records import OBJECTIVE, RESULT_FILE, RUNG, read_results, trial_file, write_result
 from birbal_ray.tune.scheduler import FAILED, FINISHED, SEARCH, STOPPED, TrialResult, TrialScheduler, TrialSpec
 
 RAY_FOLDER = "ray_tune"
@@ -54,13 +58,15 @@ class SpecSearcher(NotPickled, Searcher):
     """Asks the scheduler what to run, and hands it how trials ended.
 
     A trial that failed is started again here, `resources.max_failures` times, and not by Tune: Tune counts the death of
-    a process that was taking its next trial twice, and then gives that trial up.
+    a process that was taking its next trial twice, and then gives that trial up. What ends is only noted in Tune's
+    calls, which would take an error of the run folder's for the trial's, and dealt with in `settle`.
     """
 
     def __init__(self, scheduler: TrialScheduler, run: Folder, options: dict[str, Any]) -> None:
         super().__init__(metric=OBJECTIVE, mode="min")
         self._scheduler, self._run, self._options = scheduler, run, options
         self._failures: Counter[str] = Counter()
+        self._ended: dict[str, Trial | None] = {}  # by trial id; the trial, where it failed
         self._specs: dict[str, TrialSpec] = {}
         self._rungs: dict[str, dict[int, list[float]]] = {}
 
@@ -78,45 +84,49 @@ class SpecSearcher(NotPickled, Searcher):
         self._rungs.setdefault(trial_id, {})[result[RUNG]] = [result["step"], result[OBJECTIVE]]
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Finished by itself, stopped early, or diverged (a failure, kept). What failed otherwise comes to `failed`."""
-        if error:
-            return
+        """Finished by itself, stopped early, or diverged; what failed otherwise comes to `failed`."""
         if result and RUNG in result:  # the one that it was stopped at comes here only
             self.on_trial_result(trial_id, result)
-        spec, rungs, found = self._taken(trial_id)
-        if not found and not rungs:
+        if not error:
+            self._ended[trial_id] = None
+
+    def failed(self, trial: Trial) -> None:
+        """It raised, or its process or node died."""
+        self._ended[trial.trial_id] = trial
+
+    def settle(self) -> list[str]:
+        """Hand the scheduler what ended. Returns what a user is to know."""
+        said = []
+        while self._ended:
+            trial_id, failed = next(iter(self._ended.items()))
+            said += self._settle(trial_id, failed)
+            self._ended.pop(trial_id)
+        return said
+
+    def _settle(self, trial_id: str, failed: Trial | None) -> list[str]:
+        spec, rungs = self._specs[trial_id], [rung for _, rung in sorted(self._rungs.get(trial_id, {}).items())]
+        allowed = self._scheduler.config.resources.max_failures
+        written = trial_file(spec, RESULT_FILE)
+        if self._run.is_file(written):  # whatever became of its process afterwards
+            found = TrialResult.from_dict(self._run.read_json(written))
+        elif failed:
+            file = Path(failed.error_file or "")
+            lines = file.read_text(errors="replace").split("\n") if file.is_file() else []
+            reason = next((one_line(line) for line in reversed(lines) if line.strip()), "its process died")
+            self._failures[spec.key] += min(failed.num_failures, 1)  # 0 where the node was preempted
+            if self._failures[spec.key] <= allowed:
+                self._scheduler.start_again(spec)
+                return [
+                    f"trial {spec.key} starts again (failure {self._failures[spec.key]}, {allowed} allowed): {reason}"
+                ]
+            found = TrialResult(spec, FAILED, None, rungs, error=reason)  # not kept: it may work the next time
+        elif not rungs:
             found = TrialResult(spec, FAILED, None, rungs, error="it ended without a result")
-        if not found:
+        else:
             found = TrialResult(spec, STOPPED, rungs[-1][1], rungs)
             write_result(self._run, found)
         self._scheduler.tell(found)
-
-    def failed(self, trial: Trial) -> str:
-        """Start it again, or give it up, which is not kept: it may work the next time. Returns what a user is to know.
-
-        A preempted node is no failure of the trial's.
-        """
-        spec, rungs, found = self._taken(trial.trial_id)
-        if found:  # it had ended when its process died
-            self._scheduler.tell(found)
-            return ""
-        file = Path(trial.error_file or "")
-        reason = one_line(file.read_text().strip().splitlines()[-1]) if file.is_file() else "its process died"
-        allowed = self._scheduler.config.resources.max_failures
-        self._failures[spec.key] += min(trial.num_failures, 1)
-        if self._failures[spec.key] > allowed:
-            self._scheduler.tell(TrialResult(spec, FAILED, None, rungs, error=reason))
-            return ""
-        self._scheduler.start_again(spec)
-        return f"trial {spec.key} starts again (failure {self._failures[spec.key]}, {allowed} allowed): {reason}"
-
-    def _taken(self, trial_id: str) -> tuple[TrialSpec, list[list[float]], TrialResult | None]:
-        """A trial that is over: its spec, its rungs in order, and the result that it wrote itself."""
-        spec = self._specs.pop(trial_id)
-        rungs = [rung for _, rung in sorted(self._rungs.pop(trial_id, {}).items())]
-        written = trial_file(spec, RESULT_FILE)
-        found = TrialResult.from_dict(self._run.read_json(written)) if self._run.is_file(written) else None
-        return spec, rungs, found
+        return []
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the trials' own records are what a continuation reads."""
@@ -139,6 +149,12 @@ class SearchOnlyAsha(AsyncHyperBandScheduler):
         if trial.config["spec"]["kind"] == SEARCH:
             super().on_trial_complete(tune_controller, trial, result)
 
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Forget its rungs: the trial that starts again in its place must not be measured by them."""
+        for bracket in self._brackets:
+            for _, recorded in bracket._rungs:
+                recorded.pop(trial.trial_id, None)
+
 
 class ShowProgress(NotPickled, tune.Callback):
     """The progress line, and progress.json."""
@@ -148,12 +164,15 @@ class ShowProgress(NotPickled, tune.Callback):
         self.limiter: ConcurrencyLimiter | None = None  # what Tune asks for trials
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Show where the search is."""
-        for trial in trials:
-            # Tune says nothing of a trial for which a process could not be used again: its place would stay taken.
-            if trial.status == Trial.ERROR and self.limiter and trial.trial_id in self.limiter.live_trials:
-                self.limiter.on_trial_complete(trial.trial_id, error=True)
-                self.on_trial_error(iteration, trials, trial)
+        """Take in what ended; show where the search is."""
+        if self.limiter:
+            for trial in trials:
+                # Tune says nothing of a trial for which a process could not be used again: its place would stay taken.
+                if trial.status == Trial.ERROR and trial.trial_id in self.limiter.live_trials:
+                    self.limiter.on_trial_complete(trial.trial_id, error=True)
+                    self.limiter.searcher.failed(trial)
+            for line in self.limiter.searcher.settle():
+                self._progress.message(line)
         results, num_trials = self._scheduler.results, self._scheduler.num_trials
         names = [trial.config["spec"]["key"] for trial in trials if trial.status == "RUNNING"]
         found = [r for r in results.values() if r.objective is not None and r.status == FINISHED and r.spec.mix]
@@ -167,8 +186,8 @@ class ShowProgress(NotPickled, tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial raised, or its process or node died."""
-        if self.limiter and (said := self.limiter.searcher.failed(trial)):
-            self._progress.message(said)
+        if self.limiter:
+            self.limiter.searcher.failed(trial)
 
 
 def run_trials(
@@ -181,7 +200,7 @@ def run_trials(
     """Run what the scheduler hands out, on the connected cluster, until it has no more or the time is over.
 
     `trainable` gets `{"spec", "run", **options}` in a worker process and uses `RungReporter`. Trials that end
-    are in the run's folder before anything else happens.
+    are in the run's folder before anything else happens. Raises RunFailedError where Tune itself fails or stops.
     """
     os.environ.update(ENVIRONMENT)
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it calls a trial that started again incomplete
@@ -204,7 +223,7 @@ def run_trials(
         trainable(trial)
 
     show.limiter = ConcurrencyLimiter(SpecSearcher(scheduler, run, options), resources.max_concurrent)
-    tune.Tuner(
+    tuner = tune.Tuner(
         tune.with_resources(run_trial, wanted),
         tune_config=tune.TuneConfig(
             metric=OBJECTIVE,
@@ -226,7 +245,22 @@ def run_trials(
             callbacks=[show],
             verbose=0,
         ),
-    ).fit()
+    )
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        tuner.fit()
+    except (TuneError, RayError, RuntimeError) as error:  # Tune knows a dead process, but none that lacked memory
+        raise RunFailedError(
+            f"Ray Tune failed: {one_line(error.__cause__ or error)}; trials that ended are kept"
+        ) from error
+    finally:
+        with contextlib.suppress(ValueError):  # Tune sets its own in the main thread only
+            signal.signal(signal.SIGUSR1, before)
+    for found in read_results(run)[0]:  # the budget ended between its result and its end
+        if found.spec.key not in scheduler.results:
+            scheduler.tell(found)
+    if scheduler.running and scheduler.seconds_left() > 1:
+        raise RunFailedError("Ray Tune ended the search early (SIGUSR1 stops it); trials that ended are kept")
 
 
 def _key_of(trial: Any) -> str:
