@@ -6,6 +6,7 @@ import math
 import pickle
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 KILLED = "its process was killed (out of memory?)"
 DEATHS_OF_A_SUSPECT = 2  # a shard that was in flight at so many deaths runs alone
+LOSSES_OF_A_SHARD = 3  # a shard that was in flight when so many nodes were lost takes the blame for the next one
 COUNTED = ("rows", "errors", "prompt_tokens", "cached_tokens", "completion_tokens")
 
 Part = tuple[int, int]  # rows of a shard: [first, last)
@@ -57,7 +59,8 @@ class Replica:
     was_ready: bool = False  # at any time
     is_dead: bool = False  # it said so and has not come back
     failed_starts: int = 0  # since it was ready
-    restarts: int = 0  # on the node it died on, beside those that `fatal` rows explain
+    restarts: int = 0  # beside those that `fatal` rows or the loss of its node explain
+    has_worked: bool = True  # completed rows since it was started; also before its first start
     in_flight: dict[str, int] = field(default_factory=dict)  # shard → its number of rows
     trying: tuple[str, Part] | None = None  # a shard's part that has the engine alone
 
@@ -72,8 +75,8 @@ class Snapshot:
     num_started: int = 0
     num_ready: int = 0
     num_unstartable: int = 0  # replicas that were tried too often and take no part
-    most_restarts: int = 0  # of one replica, on the node it died on, beside those that `fatal` rows explain
-    num_moves: int = 0  # engines that came back elsewhere: their node was lost
+    most_restarts: int = 0  # of one replica, beside those that `fatal` rows or the loss of its node explain
+    num_moves: int = 0  # engines that came back elsewhere because their node was lost
     counts: Counter[str] = field(default_factory=Counter)
     rows_total: int = 0  # that this session is to write, at most
     work_total: int = 0
@@ -82,28 +85,45 @@ class Snapshot:
     running: list[str] = field(default_factory=list)  # shards in engines
     deaths: list[str] = field(default_factory=list)
     fatal: list[str] = field(default_factory=list)  # instances that ended engines
-    version: int = 0  # grows with every sign of life
+    version: int = 0  # grows with finished rows and files, and with starts of engines that may lead to some
     files: dict[str, FileRecord] = field(default_factory=dict)  # written since the last snapshot, by name
     decisions: list[Decision] = field(default_factory=list)  # made since the last snapshot
+
+
+def alive_nodes() -> set[str]:
+    """Ids of the cluster's living nodes, by its head."""
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 class EngineMonitor:
     """A Ray actor (zero CPUs) beside the driver, that replicas and the source of shards talk to.
 
-    Ray restarts a dead replica under the same actor id: the second `started` of an id is a restart, unless it
-    comes from another node, which is a preemption and not counted. `limit` bounds the shards that are given out
+    Ray restarts a dead replica under the same actor id, wherever there is room: the second `started` of an id is a
+    restart, unless its node was lost, which is a preemption and not counted. A node that dies without a word is
+    known to be dead by then: it is why Ray starts the replica elsewhere. `limit` bounds the shards that are given out
     and not written yet. Same calls, same answers: a source that Ray starts again gets the same shards. After
     `seconds` nothing more is given out, where the schedule allows that.
     """
 
-    def __init__(self, schedule: Schedule, limit: int, max_start_retries: int, seconds: float = math.inf) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        limit: int,
+        max_start_retries: int,
+        seconds: float = math.inf,
+        alive_nodes: Callable[[], set[str]] = alive_nodes,
+    ) -> None:
         self._schedule, self._limit, self._max_start_retries = schedule, limit, max_start_retries
+        self._alive_nodes = alive_nodes
         self._deadline = time.monotonic() + seconds
         self._issued: list[bytes] = []
         self._written: set[str] = set()
         self._state = Snapshot(time.monotonic())
         self._replicas: defaultdict[str, Replica] = defaultdict(Replica)  # by actor id
         self._suspects: dict[str, Suspect] = {}  # by shard
+        self._losses = Counter[str]()  # by shard: lost nodes with a replica that had it in flight
         self._meters: dict[str, Any] = {}
 
     def take(self, position: int) -> list[bytes] | None:
@@ -121,7 +141,7 @@ class EngineMonitor:
     def started(self, replica: str, node: str) -> bool:
         """A replica's process runs, before it loads its model; False: it was tried too often and is to wait."""
         known = self._replicas[replica]
-        if known.node not in ("", node):
+        if known.node not in ("", node) and not known.is_dead and self._is_lost(known):
             self._state.num_moves += 1
             known.in_flight, known.trying = {}, None
         elif known.was_ready:
@@ -130,23 +150,32 @@ class EngineMonitor:
         elif known.node and not known.is_dead:
             self.start_failed(replica, KILLED)
         known.node, known.takes_requests, known.is_dead = node, False, False
-        self._touch()
+        if known.has_worked:  # one that starts again and again without a row between makes no progress
+            known.has_worked = False
+            self._state.version += 1
         return known.failed_starts <= self._max_start_retries
+
+    def _is_lost(self, known: Replica) -> bool:
+        """Whether a replica's node is gone, and not time after time with one and the same shard."""
+        shards = {*known.in_flight, *((known.trying[0],) if known.trying else ())}
+        if known.node in self._alive_nodes() or any(self._losses[shard] >= LOSSES_OF_A_SHARD for shard in shards):
+            return False
+        self._losses.update(shards)
+        return True
 
     def start_failed(self, replica: str, reason: str) -> None:
         """A replica could not load its engine; its process ends now."""
         self._replicas[replica].failed_starts += 1
         self._replicas[replica].is_dead = True
         self._state.deaths.append(f"replica {replica[:12]} did not start: {reason}")
-        self._touch()
 
     def ready(self, replica: str) -> None:
         """A replica takes requests."""
         known = self._replicas[replica]
+        self._state.version += not known.was_ready
         known.takes_requests = known.was_ready = True
         known.failed_starts = 0
         self._state.ready_at = self._state.ready_at or time.monotonic()
-        self._touch()
 
     def begin(self, replica: str, shard: str, num_rows: int) -> tuple[bool, list[Part], dict[int, str]]:
         """(whether the shard must have the engine alone, its parts, rows that must not be sent, with the reason).
@@ -177,7 +206,6 @@ class EngineMonitor:
             return
         shards, trying = known.in_flight, known.trying
         known.is_dead, known.in_flight, known.trying = True, {}, None
-        self._touch()
         if trying is None:
             deaths.append(f"replica {replica[:12]} at {', '.join(sorted(shards)) or 'no shard'}: {reason}")
             for shard, num_rows in shards.items():
@@ -196,6 +224,8 @@ class EngineMonitor:
 
     def add(self, replica: str, counts: dict[str, int]) -> None:
         """What a replica completed since its last report; also to be had from Ray's metrics (Prometheus)."""
+        self._replicas[replica].has_worked = True
+        self._state.version += 1
         self._state.counts.update(counts)
         if not self._meters:
             from ray.util.metrics import Counter as Meter
@@ -207,12 +237,11 @@ class EngineMonitor:
         for name in COUNTED:
             if counts.get(name):  # a Meter refuses 0
                 self._meters[name].inc(counts[name], {"replica": replica[:12]})
-        self._touch()
 
     def written(self, file: WrittenFile) -> None:
         """A replica published a file; after a death it may do so again, and with other bytes."""
         self._state.files[file.name] = file.record
-        self._touch()
+        self._state.version += 1
         if file.name in self._written:
             return
         self._written.add(file.name)
@@ -234,6 +263,3 @@ class EngineMonitor:
         state.running += [one.trying[0] for one in replicas if one.trying]
         given, state.files = replace(state), {}
         return given
-
-    def _touch(self) -> None:
-        self._state.version += 1

@@ -104,7 +104,7 @@ def score_shards(
         is_last = bool(wait([ended], POLL_SECONDS).done)
         try:
             snapshot = ray.get(monitor.snapshot.remote())
-        except ray.exceptions.RayActorError as lost:
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as lost:
             reason = one_line(lost)[:300]
             raise RunFailedError(f"the process that keeps count of shards and engines died: {reason}") from lost
         on_poll(snapshot)

@@ -6,16 +6,17 @@ import io
 import pickle
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from birbal_ray.cluster import can_place
 from birbal_ray.progress import ProgressLine
-from birbal_ray.run import RunError
+from birbal_ray.run import RunError, RunFailedError
 from birbal_ray.score import pipeline
 from birbal_ray.score.adaptive import FixedSchedule
 from birbal_ray.score.config import ScoreConfig
-from birbal_ray.score.monitor import EngineMonitor
+from birbal_ray.score.monitor import COUNTED, LOSSES_OF_A_SHARD, EngineMonitor
 from birbal_ray.score.pipeline import MAX_FATAL_INSTANCES, Session, Watchdog
 from birbal_ray.score.shards import Shard, Tally, WrittenFile
 from birbal_ray.settings import load_config
@@ -41,10 +42,10 @@ def shards(count=4, rows=100):
     return [Shard("t", "", "", "exact_match", n * rows, (n + 1) * rows, 8) for n in range(count)]
 
 
-def monitor(some=(), limit=100, retries=2):
-    made = EngineMonitor(FixedSchedule(list(some)), limit, retries)
-    made._meters = {}
-    made.add = lambda replica, counts: (made._state.counts.update(counts), made._touch())  # Ray's meters need a cluster
+def monitor(some=(), limit=100, retries=2, alive=("n1", "n2", "n3", "n4")):
+    """`alive`: the cluster's nodes; a list may lose some later."""
+    made = EngineMonitor(FixedSchedule(list(some)), limit, retries, alive_nodes=lambda: set(alive))
+    made._meters = dict.fromkeys(COUNTED, SimpleNamespace(inc=lambda *arguments: None))  # Ray's need a cluster
     return made
 
 
@@ -66,11 +67,15 @@ def test_no_progress_is_reported_after_the_given_minutes(clock):
         seen.check(board.snapshot())
 
 
-def test_restarts_are_bounded_but_moves_to_another_node_are_not(clock):
-    board, seen = monitor(), watch(max_engine_restarts=1)
+def test_restarts_are_bounded_but_moves_from_lost_nodes_are_not(clock):
+    alive = ["n1", "n2", "n3", "n4"]
+    board, seen = monitor(alive=alive), watch(max_engine_restarts=1)
     for node in ("n1", "n2", "n3", "n4"):
         board.started("r1", node)
-    board.ready("r1")
+        board.ready("r1")
+        board.begin("r1", f"shard on {node}", 100)
+        alive.remove(node)
+    alive.append("n4")
     assert board.snapshot().num_moves == 3
     seen.check(board.snapshot())
     board.started("r1", "n4")
@@ -82,6 +87,75 @@ def test_restarts_are_bounded_but_moves_to_another_node_are_not(clock):
     assert "task_a chunk 3: CUDA error" in str(caught.value)
 
 
+@pytest.mark.parametrize("has_spoken", [False, True])
+def test_an_engine_that_dies_counts_wherever_it_comes_back(has_spoken):
+    """Ray starts it again wherever there is room; it left a node that lives."""
+    board, dog = monitor(), watch(max_engine_restarts=2)
+    with pytest.raises(RunError, match="an engine died 3 times"):
+        for node in ("n1", "n2") * 10:
+            board.started("r1", node)
+            dog.check(board.snapshot())
+            board.ready("r1")
+            board.begin("r1", "deadly", 100)
+            if has_spoken:
+                board.died("r1", "CUDA error")
+    assert (board.snapshot().num_moves, len(board.snapshot().deaths)) == (0, 3)
+
+
+def test_an_engine_that_never_starts_counts_wherever_it_is_tried_again():
+    board, dog = monitor(retries=2), watch(num_replicas=1)
+    for node in ("n1", "n2", "n1"):
+        assert board.started("r1", node)
+        dog.check(board.snapshot())
+    assert not board.started("r1", "n2")
+    with pytest.raises(RunError, match="no engine could start"):
+        dog.check(board.snapshot())
+
+
+def test_a_row_that_takes_its_node_with_it_is_found():
+    """However many nodes a provider sends after it, and though the rows before it are completed each time."""
+    alive = ["0"]
+    board, dog = monitor(alive=alive), watch(max_engine_restarts=20)
+    (shard,), deadly = shards(1), 37
+    for number in range(100):
+        node = str(number)
+        board.started("r1", node)
+        dog.check(board.snapshot())
+        board.ready("r1")
+        alone, parts, fatal = board.begin("r1", shard.name, shard.num_rows)
+        if fatal:
+            break
+        for first, last in parts:
+            if alone:
+                board.trying("r1", shard.name, (first, last))
+            if first <= deadly < last:
+                break
+            board.add("r1", {"rows": last - first})
+        alive[:] = [str(number + 1)]
+    assert fatal.keys() == {deadly}
+    assert board.snapshot().num_moves == LOSSES_OF_A_SHARD
+
+
+def test_starting_again_and_again_is_no_progress(clock):
+    """Though no one is to blame: each time its node is lost before a row is finished."""
+    board, dog = monitor(alive=[]), watch(no_progress_minutes=5)
+    board.started("r1", "n1")
+    board.ready("r1")
+    board.add("r1", {"rows": 1})
+    clock[0] += 299
+    dog.check(board.snapshot())
+    board.started("r1", "n2")  # it has worked, and now has as long for its first row as any
+    for node in ("n3", "n4"):
+        dog.check(board.snapshot())
+        clock[0] += 149
+        board.started("r1", node)
+        board.ready("r1")
+    dog.check(board.snapshot())
+    clock[0] += 3
+    with pytest.raises(RunError, match="no progress for 5 minutes"):
+        dog.check(board.snapshot())
+
+
 def test_a_death_that_every_shard_in_flight_reports_counts_once(clock):
     board = monitor()
     board.started("r1", "n1")
@@ -91,6 +165,23 @@ def test_a_death_that_every_shard_in_flight_reports_counts_once(clock):
     board.started("r1", "n1")
     board.died("r1", "again")
     assert len(board.snapshot().deaths) == 2
+
+
+@pytest.mark.parametrize("name", ["ActorDiedError", "OutOfMemoryError"])
+def test_the_death_of_the_ledger_ends_the_run_in_one_line(monkeypatch, tmp_path, name):
+    import ray
+
+    def get(reference):
+        raise getattr(ray.exceptions, name)(*(("the node's memory\nwas full",) if name == "OutOfMemoryError" else ()))
+
+    snapshot = SimpleNamespace(remote=lambda: None)
+    monkeypatch.setattr(pipeline, "_start_monitor", lambda *arguments: SimpleNamespace(snapshot=snapshot))
+    monkeypatch.setattr(
+        pipeline, "_dataset", lambda *arguments: SimpleNamespace(iter_internal_ref_bundles=lambda: iter(()))
+    )
+    monkeypatch.setattr(ray, "get", get)
+    with pytest.raises(RunFailedError, match=r"keeps count of shards and engines died: [^\n]+$"):
+        pipeline.score_shards(FixedSchedule([]), ScoreConfig(), "f", open_folder(tmp_path), lambda seen: None)
 
 
 def test_an_output_that_this_node_does_not_see_is_reported(clock, tmp_path):
