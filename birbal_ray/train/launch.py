@@ -15,6 +15,7 @@ from birbal_ray.cluster import WorkerRequest, can_place, job_metadata, ray_log_f
 from birbal_ray.models import Model
 from birbal_ray.progress import ProgressLine, duration, save_figures
 from birbal_ray.run import LOG_FOLDER, Run, RunFailedError
+from birbal_ray.settings import one_line
 from birbal_ray.storage import Folder, RunError
 from birbal_ray.train import files
 from birbal_ray.train.budget import rate_key
@@ -110,8 +111,8 @@ def _run_worker(
         grace = config.resources.stop_grace
         progress.message(f"stopping: the worker saves a checkpoint first (at most {grace:.0f} s)")
         concurrent.futures.wait([done], grace)
-        if not done.done() or done.exception():
-            raise
+        if not done.done() or done.exception() or "eased" in done.result():
+            raise  # eased: the next worker would load the model before it saw that it is to stop
     finally:
         progress.close()
     return done.result()
@@ -181,6 +182,7 @@ def _fit(config: TrainConfig, model: Model, folder: Folder, done: concurrent.fut
 def _run_ray_train(config: TrainConfig, model: Model, folder: Folder) -> dict[str, Any]:
     """One worker under Ray Train, which replaces it when it dies; its outcome. Raises RunError for what ended it."""
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
+    from ray.exceptions import OutOfMemoryError, RayActorError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -211,6 +213,8 @@ def _run_ray_train(config: TrainConfig, model: Model, folder: Folder) -> dict[st
     )
     try:
         result: dict[str, Any] | None = trainer.fit().return_value
+    except (RayActorError, OutOfMemoryError) as error:
+        raise RunFailedError(f"Ray Train's controller of the worker died: {one_line(error)[:300]}") from None
     except TrainingFailedError as error:
         if reason := lasting_reason(error, folder.local if folder.is_local else Path.cwd(), config):  # of Ray's files
             raise RunError(reason) from None

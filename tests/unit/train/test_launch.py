@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import concurrent.futures
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from birbal_ray.progress import MEASURED, ProgressLine
-from birbal_ray.storage import RunError
+from birbal_ray.run import RunFailedError
+from birbal_ray.storage import RunError, open_folder
 from birbal_ray.train import launch, worker
 from birbal_ray.train import run as step
 from birbal_ray.train.budget import Forecast
@@ -27,6 +30,29 @@ def test_whatever_the_training_thread_raises_reaches_the_driver(monkeypatch):
     launch._fit(TrainConfig(), None, None, done)
     with pytest.raises(RunError, match="took this folder over"):
         done.result(timeout=0)
+
+
+@pytest.mark.parametrize("name", ["ActorDiedError", "OutOfMemoryError"])
+def test_the_death_of_rays_controller_is_one_line_and_the_same_command_continues(tmp_path, monkeypatch, name):
+    import ray.exceptions
+
+    error = getattr(ray.exceptions, name)(*(["the node's memory\nwas full"] if name == "OutOfMemoryError" else []))
+
+    class Trainer(dict):
+        def fit(self):
+            raise error
+
+    names = {
+        "ray.train": {"FailureConfig": dict, "RunConfig": dict, "ScalingConfig": dict},
+        "ray.train.torch": {"TorchConfig": dict, "TorchTrainer": lambda worker, **options: Trainer(options)},
+        "ray.train.v2.api.exceptions": {"TrainingFailedError": ZeroDivisionError},
+    }
+    for module, content in names.items():  # the real ones take seconds to load
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**content))
+    monkeypatch.setenv("RAY_TRAIN_V2_ENABLED", "1")
+    with pytest.raises(RunFailedError, match=r"Ray Train's controller of the worker died: [^\n]+$") as caught:
+        launch._run_ray_train(TrainConfig(), SimpleNamespace(fingerprint="f"), open_folder(tmp_path))
+    assert "card" not in str(caught.value)
 
 
 def test_an_outage_while_the_driver_looks_at_the_worker_ends_nothing(monkeypatch):
@@ -167,8 +193,18 @@ def test_ctrl_c_lets_a_worker_save_whose_node_has_just_come_back(folder, monkeyp
     assert folder.is_file("stop")
 
 
-def interrupt(monkeypatch, folder, answers):
-    """Run a worker that never ends; `answers`: what the driver finds at each look at the cluster."""
+def test_ctrl_c_while_the_worker_makes_way_for_an_easier_one_starts_no_other(folder, monkeypatch):
+    def fit(config, model, folder, done):
+        while not folder.is_file("stop"):
+            time.sleep(0.001)
+        done.set_result({"eased": "the card ran out of memory at batch.micro=2"})
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(monkeypatch, folder, [KeyboardInterrupt(), None], fit, grace=30)
+
+
+def interrupt(monkeypatch, folder, answers, fit=lambda *arguments: None, grace=0.01):
+    """Run a worker that never ends, or `fit`; `answers`: what the driver finds at each look at the cluster."""
     answers = iter(answers)
 
     def missing():
@@ -177,8 +213,8 @@ def interrupt(monkeypatch, folder, answers):
             raise answer
         return answer
 
-    monkeypatch.setattr(launch, "_fit", lambda *arguments: None)
+    monkeypatch.setattr(launch, "_fit", fit)
     monkeypatch.setattr(launch, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(launch, "NODES_SECONDS", -1.0)
-    config = TrainConfig(resources={"stop_grace": 0.01})
+    config = TrainConfig(resources={"stop_grace": grace})
     launch._run_worker(config, None, folder, ProgressLine(), None, missing)
