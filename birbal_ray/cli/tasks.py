@@ -43,7 +43,9 @@ def tasks() -> None:
 @click.option("--label", type=click.Choice(["exact_match", "generation"]), help="Only tasks of this label.")
 @format_option
 def list_tasks(path: Path | None, label: str | None, output_format: str) -> None:
-    """One line per task: label, instances, positive examples, categories, and "selected": one of Birbal's 462 tasks.
+    """One line per task: its label and why, instances, positive examples, categories.
+
+    "selected" says whether it is one of Birbal's 462 tasks, "excluded" why runs leave it out (exclude_families).
 
     \b
     Example:
@@ -52,8 +54,7 @@ def list_tasks(path: Path | None, label: str | None, output_format: str) -> None
     from birbal_ray.ni.catalog import summarise_tasks
 
     rows = [row for row in summarise_tasks(path) if label in (None, row["label"])]
-    columns = ["task", "label", "instances", "shots", "category", "selected"]
-    print_table(rows, output_format, columns)
+    print_table(rows, output_format)
     note(f"{len(rows)} tasks, {sum(row['instances'] or 0 for row in rows):,} instances")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -130,7 +131,9 @@ def test_tasks_list_in_three_formats():
     assert {row["label"] for row in rows} == {"exact_match", "generation"}
     table = list(csv.DictReader(io.StringIO(run("tasks", "list", "--format", "csv").stdout)))
     assert [row["task"] for row in table] == [row["task"] for row in rows]
-    assert "sample001_review_sentiment" in run("tasks", "list").stdout
+    text = run("tasks", "list").stdout
+    assert "sample001_review_sentiment" in text
+    assert table[0].keys() == rows[0].keys() == set(re.split(r"\s{2,}", text.splitlines()[0]))
 
 
 def test_sample_tasks_are_what_their_kind_says():
