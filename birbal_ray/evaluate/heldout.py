@@ -43,11 +43,11 @@ class EvaluatedModel:
 
 
 def resolve_models(model: Model, adapters: Sequence[str], merged: Sequence[str]) -> list[EvaluatedModel]:
-    """The base model first, then adapters, then merged models; each name once.
+    """The base model first, then adapters, then merged models.
 
     An adapter is a PEFT folder or an output folder of `birbal train`; `NAME=DIR` names it, else its
-    folder does. Raises ConfigError for a folder that holds no LoRA adapter, one trained on another
-    base model, or a name given twice; ModelError for a merged model that can't be had.
+    folder does. Raises ConfigError for a folder that holds no LoRA adapter or one trained on another
+    base model; ModelError for a merged model that can't be had.
     """
     found = [EvaluatedModel(BASE, BASE, str(model.path), model.fingerprint, origin=str(model.path))]
     for given in adapters:
@@ -60,14 +60,19 @@ def resolve_models(model: Model, adapters: Sequence[str], merged: Sequence[str])
         name, path = _named(given)
         other = resolve_model(path)
         origin = absolute(path) if is_url(path) else str(other.path)
-        found.append(EvaluatedModel(name or Path(path).name, MERGED, str(other.path), other.fingerprint, origin=origin))
-    names = [one.name for one in found]
+        found.append(
+            EvaluatedModel(name or Path(absolute(path)).name, MERGED, str(other.path), other.fingerprint, origin=origin)
+        )
+    return found
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise ConfigError for a model's name that no folder of rows can have, or that two models have."""
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"two models are named {name!r}; name them: --adapter NAME=DIR, --merged NAME=DIR")
         if not _NAME.match(name):
             raise ConfigError(f"model {name!r}: a name takes letters, digits, '.', '_' and '-'; give NAME=DIR")
-    return found
 
 
 def _named(given: str) -> tuple[str | None, str]:

@@ -18,7 +18,7 @@ from birbal_ray.adapters import load_with_adapter, merge_adapter
 from birbal_ray.cluster import job_metadata, ray_log_file, ray_session
 from birbal_ray.evaluate.compare import adjust, compare, pair_tasks, scopes
 from birbal_ray.evaluate.config import EvaluateConfig
-from birbal_ray.evaluate.heldout import EvaluatedModel, HeldOut, find_mixes, held_out, resolve_models
+from birbal_ray.evaluate.heldout import EvaluatedModel, HeldOut, check_names, find_mixes, held_out, resolve_models
 from birbal_ray.models import Model, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine, counted, figures_key
 from birbal_ray.run import LOG_FOLDER, Run, RunError, Step, StepResult, open_run
@@ -55,7 +55,7 @@ def only_adds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     models = {name: new["models"].get(name) for name in old["models"]}
     formats = [one for one in new["prompt_formats"] if one in old["prompt_formats"]]
     if len(models) == 1:  # the base model alone: nothing was compared
-        named = new["primary"]
+        named = new.get("primary")
     else:  # of a version that did not record it, only the default can't have been chosen by its result: zero_shot first
         first = next((name for name in new["models"] if name != BASE), "")
         named = old.get("primary", {"model": first, "prompt_format": max(formats, default=""), "scope": "all"})
@@ -158,6 +158,7 @@ def prepare_evaluation(config: EvaluateConfig) -> Setup:
     scoring = resolve_config(config.scoring())
     model, *_ = find_model(scoring)
     found = resolve_models(model, config.adapters, config.merged)
+    check_names([one.name for one in found])
     names = [one.name for one in found[1:]]
     if config.primary.model is not None and config.primary.model not in names:
         raise ConfigError(f"primary.model={config.primary.model}: is none of {', '.join(names) or 'the models given'}")

@@ -7,8 +7,9 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 
-from birbal_ray.evaluate.config import EvaluateConfig
-from birbal_ray.evaluate.heldout import HeldOut, held_out, resolve_models
+from birbal_ray.evaluate import harness, heldout
+from birbal_ray.evaluate.config import EvaluateConfig, HarnessConfig
+from birbal_ray.evaluate.heldout import HeldOut, check_names, held_out, resolve_models
 from birbal_ray.evaluate.run import prepare_evaluation
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import mix
@@ -176,4 +177,23 @@ def test_a_training_run_says_its_adapter_and_mix(model, tmp_path):
 )
 def test_what_is_no_adapter_of_this_model_is_refused(model, tmp_path, make, message):
     with pytest.raises(ConfigError, match=message):
-        resolve_models(model, make(tmp_path), [])
+        check_names([one.name for one in resolve_models(model, make(tmp_path), [])])
+
+
+@pytest.mark.parametrize("spelled", ["{0}/merged", "{0}/merged/", "{0}/link", "merged", "link/", "."])
+def test_a_merged_model_has_the_name_of_its_folder_however_spelled(model, tmp_path, monkeypatch, spelled):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "link").symlink_to("merged")
+    monkeypatch.setattr(heldout, "resolve_model", lambda path: model)
+    monkeypatch.chdir(tmp_path / "merged" if spelled == "." else tmp_path)
+    assert resolve_models(model, [], [spelled.format(tmp_path)])[1].name == "merged"
+
+
+def test_the_harness_names_an_adapter_as_its_folder_is_called(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "resolve_model", lambda name, weights: Model(name, tmp_path, None, "f0"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("run of today (2)", "base", "läuft"):
+        given = str(adapter(tmp_path / name, "f0"))
+        config = HarnessConfig(model=".", adapter=given, output="out")
+        assert harness.resolve_measured(config)[3] == f"{tmp_path.name} + {name}"
+        assert harness.resolve_measured(config.replace({"adapter": f"mine={given}"}))[1].name == "mine"
