@@ -54,19 +54,25 @@ class RunFailedError(RunError):
 
 
 class RunMismatchError(ConfigError):
-    """The folder holds a run made from other settings or inputs; `differences` lists them."""
+    """The folder holds a run made from other settings or inputs; `differences` lists them.
+
+    `asks_less`: they are only what that run was asked for beyond what this command asks for.
+    """
 
     def __init__(
-        self,
-        folder: object,
-        differences: list[str],
-        advice: str = "Choose another --output, restore the old settings to continue it, or pass --overwrite, which "
-        "deletes it.",
+        self, folder: object, differences: list[str], advice: str | None = None, *, asks_less: bool = False
     ) -> None:
-        self.folder, self.differences = folder, differences
+        self.folder, self.differences, self.asks_less = folder, differences, asks_less
+        found = (
+            "a run that was asked for all of this and more" if asks_less else "a run made from other settings or inputs"
+        )
+        goes_on = "repeat the command that asked for more" if asks_less else "restore the old settings"
         shown = "\n".join(f"  {line}" for line in differences[:20])
         more = f"\n  and {len(differences) - 20} more" if len(differences) > 20 else ""
-        super().__init__(f"{folder} holds a run made from other settings or inputs:\n{shown}{more}\n{advice}")
+        advice = advice or (
+            f"Choose another --output, {goes_on} to continue it, or pass --overwrite, which deletes it."
+        )
+        super().__init__(f"{folder} holds {found}:\n{shown}{more}\n{advice}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +280,8 @@ def _claim(folder: Folder, step: Step, identity: dict[str, Any], *, overwrite: b
             run.withdraw()
         return run
     if not overwrite and not (step.starts_over and MANIFEST_FILE not in visible):
-        raise RunMismatchError(folder, differences)
+        asks_less = earlier.get("format") == FORMAT and step.may_become(identity, was)
+        raise RunMismatchError(folder, differences, asks_less=asks_less)
     # A pattern without a `/` means files directly in the run folder. Of those, a finished run's manifest names all.
     patterns = [glob for glob in (*step.owns, *STANDARD_FILES) if "/" in glob or "*" not in glob or not listed]
     ours = {

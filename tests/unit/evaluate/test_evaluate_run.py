@@ -11,7 +11,7 @@ import pytest
 from birbal_ray.evaluate import run as step
 from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.progress import ProgressLine
-from birbal_ray.run import open_run
+from birbal_ray.run import RunMismatchError, open_run
 from birbal_ray.schemas import COMPARISONS, COMPARISONS_FILE, EVALUATION, EVALUATION_FILE
 from birbal_ray.score.plan import plan_run
 from birbal_ray.settings import ConfigError
@@ -128,10 +128,15 @@ def test_a_further_adapter_or_prompt_format_keeps_the_rows_that_are_there(config
         assert asked(wider) == ["base", "mine", "other"]
         assert not (tmp_path / "run" / "manifest.json").exists()
         assert json.loads((tmp_path / "run" / "run.json").read_text())["identity"]["models"].keys() >= {"other"}
-    with pytest.raises(ConfigError, match=r"models.other: .* → \(none\)"):
-        asked(config)
-    with pytest.raises(ConfigError, match=r"models.other: "):
+    for less in (config, fewer, fewer.replace({"adapters": []})):
+        with pytest.raises(
+            RunMismatchError, match=r"(?s)asked for all of this and more:\n  models.*repeat the command"
+        ) as caught:
+            asked(less)
+        assert caught.value.asks_less and "models.other: adapter " in str(caught.value)
+    with pytest.raises(RunMismatchError, match=r"(?s)made from other settings.* models.other: .*restore") as caught:
         asked(second(config, tmp_path, value=2))
+    assert not caught.value.asks_less
     with pytest.raises(ConfigError, match=r"plan: "):
         asked(second(config, tmp_path).replace({"tasks.instances_per_task": 1}))
 

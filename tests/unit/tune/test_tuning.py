@@ -810,7 +810,9 @@ def test_what_changes_a_trial_or_the_primary_comparison_is_refused(tuned, change
 
 def test_fewer_seeds_than_were_asked_for_are_refused(tuned):
     tuned(repeats={"top": 0, "seeds": 3})
-    with pytest.raises(RunMismatchError, match=r"settings.repeats.seeds: 3 → 2"):
+    with pytest.raises(
+        RunMismatchError, match=r"(?s)all of this and more:.*settings.repeats.seeds: 3 → 2\n.* repeat the"
+    ):
         tuned()
 
 
