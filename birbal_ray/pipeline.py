@@ -27,8 +27,8 @@ from birbal_ray.run import RunFailedError, RunMismatchError, progress_seconds, s
 from birbal_ray.schemas import MANIFEST_FILE, RUN_FILE
 from birbal_ray.score.pipeline import logical_cpus
 from birbal_ray.score.run import score
-from birbal_ray.settings import ConfigError, canonical_hash, one_line
-from birbal_ray.storage import DamagedFileError, Folder, RunError, input_folder, open_folder
+from birbal_ray.settings import ConfigError, canonical_hash, one_line, require
+from birbal_ray.storage import DamagedFileError, Folder, RunError, absolute, input_folder, open_folder
 from birbal_ray.train.launch import logical_cpus as train_logical_cpus
 from birbal_ray.train.run import train
 from birbal_ray.tune.config import changed_mix
@@ -72,7 +72,9 @@ class BudgetClock:
         with contextlib.suppress(FileNotFoundError, *([DamagedFileError] if overwrites else [])):
             earlier = folder.read_json(CLOCK_FILE)
         self._is_overwriting = bool(overwrites)
-        self._overwrites: dict[str, Any] = earlier.get("overwrites") or {}  # `since`: seconds since the epoch
+        # Times of manifests, seconds since the epoch: `since`, the first that isn't to be overwritten; `made`, by step.
+        self._overwrites: dict[str, Any] = earlier.get("overwrites") or {}
+        self._discarded: set[str] = set()
         self._replaced: dict[str, Any] | None = None  # by a new command that overwrites, if its first step takes it
         if overwrites and self._overwrites.get("command") != overwrites:
             self._replaced, earlier, self._overwrites = earlier, {}, {"command": overwrites}
@@ -143,8 +145,24 @@ class BudgetClock:
 
     def starts_over(self, step: str) -> bool:
         """Whether a command that overwrites has yet to make `step` from scratch."""
-        made = self._folder.stat(f"{step}/{MANIFEST_FILE}") if self._is_overwriting else None
-        return self._is_overwriting and not (made and made.modified >= self._overwrites.get("since", math.inf))
+        made = self._made(step) >= self._overwrites.get("since", math.inf)
+        return self._is_overwriting and (step in self._discarded or not made)
+
+    def keep(self, step: str) -> None:
+        """Take what is in a step's folder for this command's: one that overwrites does not discard it."""
+        if self._overwrites:
+            self._overwrites.setdefault("made", {})[step] = self._made(step)
+
+    def discard(self, step: str) -> bool:
+        """Make a command that overwrites start `step` over, unless what is there is this command's; whether it does."""
+        if self._is_overwriting and self._overwrites.get("made", {}).get(step) != self._made(step):
+            self._discarded.add(step)
+        return step in self._discarded
+
+    def _made(self, step: str) -> float:
+        """When a step's manifest was written, in seconds since the epoch; 0 without one."""
+        manifest = self._folder.stat(f"{step}/{MANIFEST_FILE}")
+        return manifest.modified if manifest else 0.0
 
     def end(self) -> None:
         """Everything is made: the next command that overwrites, the same one, too, is a new one."""
@@ -186,7 +204,7 @@ def run_pipeline(
     call, repeated after an interruption, continues. Raises ConfigError when the budget is too small for any step,
     RunError when another pipeline is at work in the folder.
     """
-    config = join_steps(config)
+    asked, config = config, join_steps(config)
     steps, folder = config.steps, open_folder(config.output or "")
     least = least_seconds(config)
     is_first = not folder.is_file(CLOCK_FILE)
@@ -195,9 +213,7 @@ def run_pipeline(
     with ExitStack() as stack:
         stack.enter_context(sigterm_as_interrupt())
         folder = replace(folder, guard=stack.enter_context(hold_lock(folder)))
-        # A larger budget, which training may ask for, is the same command.
-        command = config.model_dump(mode="json", exclude={"budget", "shares"})
-        overwrites = canonical_hash(command) if overwrite else ""
+        overwrites = command_hash(asked) if overwrite else ""
         clock = BudgetClock(folder, config.budget, config.shares, least, overwrites=overwrites)
         if clock.is_new and not is_first:
             refuse_small_budget(config, least)
@@ -239,6 +255,21 @@ def run_pipeline(
     return page
 
 
+def command_hash(config: PipelineConfig) -> str:
+    """What tells two commands apart that overwrite: not how they spell paths, nor resources, nor the time they have."""
+    undecisive: dict[str, Any] = {
+        "tasks": True,
+        "budget": True,
+        "shares": True,
+        **{step: {"resources"} for step in RUN},
+    }
+    joined = join_steps(config.replace({"output": absolute(require(config.output, "--output"))}))
+    command = joined.model_dump(mode="json", exclude=undecisive)
+    for step in ("score", "evaluate"):
+        command[step]["tasks"]["path"] = absolute(command[step]["tasks"]["path"] or "")
+    return canonical_hash(command)
+
+
 def run_step(step: str, config: PipelineConfig, clock: BudgetClock, announce: Callable[[str], None]) -> Any:
     """A step's result; None of a search that a budget does not wait for. Raises as the step does."""
     is_mixed = open_folder(config.mix.output or "").is_file(MANIFEST_FILE) and not clock.starts_over("mix")
@@ -257,6 +288,9 @@ def run_step(step: str, config: PipelineConfig, clock: BudgetClock, announce: Ca
         clock.search_failed = True
         return None
     except RunMismatchError as error:
+        if not error.asks_less and clock.discard(step):
+            announce(f"{error.folder} holds a run that this command did not make; --overwrite deletes it")
+            return run_step(step, config, clock, announce)
         raise RunMismatchError(
             error.folder,
             error.differences,
@@ -264,6 +298,7 @@ def run_step(step: str, config: PipelineConfig, clock: BudgetClock, announce: Ca
             "the same command makes them again. --overwrite deletes the runs of all steps.",
         ) from None
     clock.search_failed = clock.search_failed and step != "tune"
+    clock.keep(step)
     return result
 
 

@@ -210,7 +210,7 @@ def run_recipe(config: PipelineConfig, overwrite: bool) -> None:
             "evaluate": show_evaluation,
         },
     )
-    note(f"\nthe adapter is in {config.output}/train/adapter, everything else on one page: {page}")
+    note(f"\nthe adapter is in {join(config.output or '', 'train/adapter')}, everything else on one page: {page}")
     on_path = "" if shutil.which("birbal") else f" (birbal is in {Path(sys.argv[0]).parent}, which is not on the PATH)"
     note(f"ask why a row is in the mix{on_path}:\n  {explain_command(join(config.output or '', 'mix'))}")
     for result in evaluated:

@@ -204,7 +204,6 @@ def _identity(config: TrainConfig, model: Model, mix_manifest: dict[str, Any]) -
     undecisive = {"resources", "output", "mix", "trackers", "model", "gradient_checkpointing", "kernels"}
     settings = config.model_dump(exclude=undecisive, mode="json")
     settings["model"] = config.model.model_dump(exclude={"name", "revision", "attention"})
-    settings["checkpoint"].pop("keep")
     batch = settings["batch"]
     batch["sequences_per_step"] = batch.pop("micro") * batch.pop("accumulation")
     if config.lora.from_adapter:

@@ -359,6 +359,64 @@ def test_a_pipeline_that_overwrites_keeps_what_a_plain_call_between_has_made(rec
     assert recipe(overwrite=True) == ["evaluate"]
 
 
+@pytest.fixture
+def stopped(recipe):
+    """A pipeline that overwrites, stopped in its training; `by_hand(step, made_from)` overwrites a step without it."""
+    recipe()
+    recipe.ends["train"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        recipe(overwrite=True)
+    del recipe.ends["train"]
+
+    def by_hand(step, made_from):
+        with open_run(recipe.folder / step, Step(step, ("rows",)), {"from": made_from}, overwrite=True) as opened:
+            opened.finish({}, {"rows": opened.folder.write_bytes("rows", b"mine")}, summary="")
+        os.utime(recipe.folder / step / "manifest.json")  # its clock may have stood still since the pipeline's
+
+    return by_hand
+
+
+@pytest.mark.parametrize("step", ["mix", "train"])
+def test_a_pipeline_that_overwrites_replaces_what_was_made_by_hand_since(recipe, stopped, step):
+    stopped(step, 7)
+    with pytest.raises(RunMismatchError):
+        recipe()
+    assert recipe(overwrite=True) == [*dict.fromkeys([step, "train", "evaluate"])], "and keeps the others that it made"
+    assert any(f"{recipe.folder / step} holds a run that this command did not make" in text for text in recipe.said)
+
+
+def test_a_pipeline_that_overwrites_keeps_what_was_made_by_hand_as_it_makes_it(recipe, stopped):
+    stopped("mix", 0)
+    assert recipe(overwrite=True) == ["train", "evaluate"]
+    assert (recipe.folder / "mix" / "rows").read_bytes() == b"mine"
+
+
+def test_a_pipeline_that_overwrites_does_not_discard_what_it_made_itself(recipe, stopped):
+    with pytest.raises(RunMismatchError, match="move this folder, and those of the steps after it, away"):
+        recipe(overwrite=True, mix=1)  # its inputs have changed meanwhile
+    assert recipe(overwrite=True, mix=0) == ["train", "evaluate"]
+
+
+def test_a_command_that_overwrites_is_the_same_however_its_paths_are_spelled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    outputs = ("runs", "runs/", "./runs", str(tmp_path / "runs"), "link")
+    tasks = ("t", "t/", str(tmp_path / "t"), "./t", "t")
+    said = {"resources": {"num_cpus": 2}}
+    given = [PipelineConfig(output=one, tasks=other) for one, other in zip(outputs, tasks, strict=True)]
+    given += [
+        PipelineConfig(output="runs", tasks="t", train=said, mix=said),
+        PipelineConfig(output="runs", score={"tasks": {"path": "t"}}),
+    ]
+    assert len(set(map(pipeline.command_hash, given))) == 1
+    others = {"output": "other", "tasks": "other", "model": "other", "mix": {"seed": 1}}
+    hashes = {
+        pipeline.command_hash(PipelineConfig(**{"output": "runs", "tasks": "t", key: value}))
+        for key, value in others.items()
+    }
+    assert len(hashes | {pipeline.command_hash(given[0])}) == 5
+
+
 def test_a_step_that_refuses_to_overwrite_leaves_the_clock_as_it_was(recipe):
     assert recipe(budget=5000.0) == ALL
     before = (recipe.folder / CLOCK_FILE).read_bytes()
