@@ -148,7 +148,7 @@ def _ray_if_needed(context: Context) -> AbstractContextManager[object]:
 
 def _identity(config: MixConfig, scores: ScoreFolder, origins: Sequence[Origin]) -> dict[str, Any]:
     """Everything that decides the rows; paths and resources don't."""
-    settings = config.model_dump(exclude={"resources", "output", "scores"})
+    settings = config.replace({"model": None}).model_dump(exclude={"resources", "output", "scores"})  # `scores` say it
     for source in settings["sources"]:
         source.pop("path")
     files = config.contamination.files

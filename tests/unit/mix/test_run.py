@@ -372,7 +372,9 @@ def test_score_folder_that_is_not_there_or_unfinished(scores, made, tmp_path):
 def test_scores_of_another_model(scores, tmp_path):
     with pytest.raises(ConfigError, match="scored by made-up-model, the configuration says model = 'mistral'"):
         mix(config(scores, tmp_path / "m", model="mistral"))
-    assert mix(config(scores, tmp_path / "m", model="made-up-model")).manifest["scores"]["model"] == "made-up-model"
+    named = mix(config(scores, tmp_path / "m", model="made-up-model"))
+    assert named.manifest["scores"]["model"] == "made-up-model"
+    assert mix(config(scores, tmp_path / "m")).manifest == named.manifest, "the same mix, with less to be checked"
 
 
 def test_half_written_scores(scores, tmp_path):
