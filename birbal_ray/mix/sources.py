@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from birbal_ray.mix.config import SourceSettings
+from birbal_ray.mix.config import MixConfig, SourceSettings
 from birbal_ray.mix.datasets import HUB_DATASETS, HubDataset, Record, Row
 from birbal_ray.mix.features import hash_all
 from birbal_ray.schemas import OUTSIDE_ROWS
@@ -62,6 +62,12 @@ def origin_of(source: SourceSettings) -> Origin:
     assert known is not None  # by SourceSettings
     revision = _commit_of(source.name, known, source.revision or known.revision)
     return Origin(source.name, known.repository, revision, license)
+
+
+def absolute_paths(config: MixConfig) -> MixConfig:
+    """The settings with the paths of outside files as they are called from any folder."""
+    sources = [one.replace({"path": absolute(one.path)}) if one.path else one for one in config.sources]
+    return config.replace({"sources": sources, "contamination.files": list(map(absolute, config.contamination.files))})
 
 
 def source_problem(source: SourceSettings) -> str:

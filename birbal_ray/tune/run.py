@@ -11,7 +11,7 @@ from typing import Any
 
 from birbal_ray.cluster import WorkerRequest, can_place, job_metadata, ray_log_file, ray_session
 from birbal_ray.mix.scores import ScoreFolder, open_scores
-from birbal_ray.mix.sources import sha256_of_file
+from birbal_ray.mix.sources import absolute_paths, sha256_of_file
 from birbal_ray.models import Model, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine, counted, duration, figures_key, save_figures
 from birbal_ray.run import Run, RunError, RunFailedError, Step, StepResult, open_run
@@ -177,8 +177,11 @@ def resolve_config(config: TuneConfig) -> tuple[TuneConfig, ScoreFolder, Model]:
         num_threads=resources.num_threads or max(1, (os.cpu_count() or 1) // resources.max_concurrent),
     )
     pinned = config.train.model.replace(pin_model(model))
-    files = [absolute(file) for file in config.validation.files]
-    changes = {"scores": path, "train.resources": train_resources, "train.model": pinned, "validation.files": files}
+    changes = {"scores": path, "train.resources": train_resources, "train.model": pinned}
+    # Tune runs a trial in a folder of its own.
+    changes |= {"mix": absolute_paths(config.mix), "validation.files": list(map(absolute, config.validation.files))}
+    if config.train.lora.from_adapter:
+        changes["train.lora.from_adapter"] = absolute(config.train.lora.from_adapter)
     return config.replace(changes), scores, model
 
 
@@ -187,6 +190,7 @@ def _identity(config: TuneConfig, scores: ScoreFolder, model: Model) -> dict[str
     settings = config.model_dump(mode="json", exclude={"scores", "output", "resources", "budget"})
     settings["train"].pop("resources")
     settings["mix"].pop("resources")
+    settings["mix"]["model"] = None  # `scores` say it
     settings["train"]["model"].pop("name")
     settings["proxy"].pop("tokens_per_second")
     files = config.validation.files

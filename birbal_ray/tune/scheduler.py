@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from birbal_ray.mix.sources import absolute_paths
 from birbal_ray.tune.config import BASE_MODEL, TuneConfig, changed_mix
 from birbal_ray.tune.space import baseline_mix, mix_of, predicted_best, ratios_of, searched_ratios
 
@@ -102,7 +103,8 @@ class TrialScheduler:
             values = self._start if name == "task_score" else {}
             self._named[name] = self._spec(BASELINE, name, baseline_mix(name, config.mix), values)
         for mine, changes in config.mixes.items():
-            mix = changed_mix(config.mix, changes).model_dump(mode="json", exclude={"scores", "output", "resources"})
+            changed = absolute_paths(changed_mix(config.mix, changes))
+            mix = changed.model_dump(mode="json", exclude={"scores", "output", "resources"})
             mix["task_score"]["allow_shortfall"] = True
             self._named[mine] = self._spec(MIX, mine, mix, {})
         # Without a search, trials at its seed would decide nothing.

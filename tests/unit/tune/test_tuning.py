@@ -808,6 +808,23 @@ def test_what_changes_a_trial_or_the_primary_comparison_is_refused(tuned, change
         tuned(**changes)
 
 
+def test_a_trial_finds_the_files_of_its_mix_from_any_folder(tuned, tmp_path, monkeypatch):
+    def made_from(folder):
+        sources = [{"name": "mine", "path": f"{folder}mine.jsonl", "columns": {"output": "answer"}, "max_rows": 5}]
+        budgets = {"exact_match_budget": 60, "generation_budget": 60, "allow_shortfall": True}
+        return {"task_score": budgets, "sources": sources, "contamination": {"files": [f"{folder}held.txt"]}}
+
+    monkeypatch.chdir(tmp_path)
+    other = [{"name": "mine", "path": "other.jsonl", "columns": {"output": "answer"}, "max_rows": 5}]
+    mixes = {"steep": {**STEEP, "sources": other}}
+    _, manifest = tuned(mix=made_from(""), mixes=mixes)
+    for trial, file in (("proportional", "mine.jsonl"), ("steep", "other.jsonl")):
+        mix = yaml.safe_load((tmp_path / "run" / "trials" / f"{trial}-seed1" / "mix.yaml").read_text())
+        assert mix["sources"][0]["path"] == str(tmp_path / file)
+        assert mix["contamination"]["files"] == [str(tmp_path / "held.txt")]
+    assert tuned(mix=made_from(f"{tmp_path}/"), mixes=mixes) == ([], manifest), "the same search, spelled otherwise"
+
+
 def test_fewer_seeds_than_were_asked_for_are_refused(tuned):
     tuned(repeats={"top": 0, "seeds": 3})
     with pytest.raises(
