@@ -125,12 +125,12 @@ class BudgetClock:
                     count()
 
     def left(self, step: str) -> float:
-        """Seconds from now that `step` may take; infinite without a budget.
+        """Seconds from now that `step` may take; infinite without a budget, and for the mix, which has no share.
 
         Training gets what the others' shares do not hold back. A step that has used up its share in earlier sessions
         still gets the least that it works in.
         """
-        if self.budget is None:
+        if self.budget is None or step == "mix":
             return math.inf
         later = STEPS[STEPS.index(step) + 1 :]
         held_back = sum(max(0.0, self._share(one) - self.spent.get(one, 0.0)) for one in later)
@@ -140,8 +140,9 @@ class BudgetClock:
         return max(self.least.get(step, 0.0), self._share(step) - self.spent.get(step, 0.0))
 
     def overrun(self, step: str) -> float:
-        """Seconds that `step` took beyond its share."""
-        return 0.0 if self.budget is None or step == "train" else self.spent.get(step, 0.0) - self._share(step)
+        """Seconds that `step` took beyond its share; 0 where it has none."""
+        has_share = self.budget is not None and step in self._shares
+        return self.spent.get(step, 0.0) - self._share(step) if has_share else 0.0
 
     def starts_over(self, step: str) -> bool:
         """Whether a command that overwrites has yet to make `step` from scratch."""

@@ -25,7 +25,7 @@ class ShareSettings(Settings):
     score: float = Field(0.10, gt=0, lt=1, description="of the budget, for scoring")
     tune: float = Field(0.10, gt=0, lt=1, description="of the budget, for the search")
     evaluate: float = Field(0.05, gt=0, lt=1, description="of the budget, for the evaluation")
-    report: float = Field(0.01, gt=0, lt=1, description="of the budget, for the mix and the report")
+    report: float = Field(0.01, gt=0, lt=1, description="of the budget, for the report")
 
     @model_validator(mode="after")
     def _leave_some(self) -> ShareSettings:

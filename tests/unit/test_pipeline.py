@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from types import SimpleNamespace
 
@@ -66,6 +67,16 @@ def test_an_overrun_is_taken_from_training(tmp_path):
     assert clock.overrun("score") == pytest.approx(60)
     assert clock.left("train") == pytest.approx(1000 - 260 - 250)
     assert clock.left("score") == LEAST["score"]  # a continuation can still do something
+
+
+def test_the_mix_has_no_share_and_is_not_limited(tmp_path):
+    time = Time()
+    clock = clock_in(tmp_path, time=time)
+    assert clock.left("mix") == math.inf
+    spend(clock, time, "mix", 120)
+    assert clock.left("mix") == math.inf
+    assert clock.overrun("mix") == clock.overrun("train") == 0
+    assert clock.left("train") == pytest.approx(1000 - 120 - 250)
 
 
 def test_the_clock_survives_a_kill_to_within_a_beat(tmp_path):
@@ -335,6 +346,13 @@ def recipe(tmp_path, monkeypatch):
 
 
 ALL = ["score", "tune", "mix", "train", "evaluate"]
+
+
+def test_a_pipeline_within_a_budget_says_what_each_step_may_take(recipe):
+    recipe(budget=5000.0)
+    limits = {text.split()[1].rstrip(":"): "(at most " in text for text in recipe.said if text[0].isdigit()}
+    assert limits == {**dict.fromkeys(STEPS, True), "mix": False}
+    assert not [text for text in recipe.said if "more than its share" in text]
 
 
 def test_a_pipeline_that_overwrites_keeps_what_it_made_when_it_is_called_again(recipe):
