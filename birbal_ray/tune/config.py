@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -183,8 +184,14 @@ class TuneConfig(Settings):
         if self.num_trials and not any(ratios):
             raise ValueError("search: no ratio is searched; name a range, or set num_trials=0 and compare mixes")
         for name, changes in self.mixes.items():
-            if name in (*BASELINES, BASE_MODEL) or name.startswith(("search-", "predicted")) or "/" in name:
-                raise ValueError(f"mixes.{name}: a trial has this name already, or can't have it; choose another")
+            if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
+                raise ValueError(
+                    f"mixes.{name}: it names a folder; expected letters, digits, '.', '_' and '-', the first a letter or "
+                    "a digit"
+                )
+            taken = name in (*BASELINES, BASE_MODEL) or name.startswith(("search-", "predicted"))
+            if taken or re.search(r"-(seed|x)\d+$", name):  # see TrialScheduler's keys
+                raise ValueError(f"mixes.{name}: a trial has, or may get, this name; choose another")
             changed_mix(self.mix, changes)
         if not self.num_trials and not self.mixes:
             raise ValueError("num_trials=0 searches nothing, and mixes names none: there is nothing to compare")

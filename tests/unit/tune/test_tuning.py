@@ -621,6 +621,9 @@ def test_without_a_search_the_best_mix_of_the_users_is_what_birbal_mix_gets(scor
         ({"mixes": {"uniform": {}}}, "mixes.uniform"),
         ({"mixes": {"mine": {"task_score": {"gama": 1}}}}, "gama"),
         ({"mixes": {"mine": {}}, "baselines": [], "repeats": {"top": 0}}, "baselines"),
+        # Of the folders that these would get, one is hidden, one is the run's own, one is another trial's.
+        *(({"mixes": {name: {}}}, f"mixes.{re.escape(name)}: it names a folder") for name in (".mine", "..", "a/b", "")),
+        *(({"mixes": {name: {}}}, f"mixes.{name}: a trial") for name in ("uniform-seed1", "mine-seed2", "uniform-x4")),
     ],
 )
 def test_mixes_that_can_not_be_compared_are_refused(changes, said):
