@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.models import Model, load_tokenizer, quiet_libraries, read_shapes
+from birbal_ray.models import Model, load_tokenizer, quiet_libraries, read_json_object, read_shapes
 from birbal_ray.schemas import MANIFEST_FILE, RUN_FILE
 from birbal_ray.settings import ConfigError
-from birbal_ray.storage import absolute, input_folder, is_url, join
+from birbal_ray.storage import absolute, input_folder, is_url, join, read_json
 
 ADAPTER_FOLDER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
 
@@ -37,7 +36,7 @@ def find_adapter(given: str, model: Model, option: str = "--adapter") -> Adapter
 
     Raises ConfigError, which names the `option` that gave it, for a folder that holds none, and for one that was made
     for another model: trained here on other weights, naming another Hub id, or of other modules or shapes, which
-    engines serve as the base model or die of.
+    engines serve as the base model or die of. Raises ModelError or RunError for damaged files.
     """
     path = input_folder(given, lambda name: "/" not in name or name.startswith(f"{ADAPTER_FOLDER}/"))
     if not path.is_dir():
@@ -52,14 +51,14 @@ def find_adapter(given: str, model: Model, option: str = "--adapter") -> Adapter
                 "or an output folder of `birbal train`"
             )
     path = path.resolve()
-    settings = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    settings = read_json_object(path / ADAPTER_CONFIG, f"{option} {given}")
     if settings.get("peft_type") != "LORA" or not isinstance(settings.get("r"), int):
         raise ConfigError(f"{path / ADAPTER_CONFIG}: peft_type is {settings.get('peft_type')!r}, expected LORA")
     manifest = path.parent / MANIFEST_FILE
     if path.name == ADAPTER_FOLDER and not manifest.exists() and (path.parent / RUN_FILE).exists():
         raise ConfigError(f"{option} {given}: of an unfinished `birbal train` run; rerun its command to finish it")
-    run = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
-    run = run if path.name == ADAPTER_FOLDER and run.get("step") == "train" else {}
+    found = read_json(manifest) if path.name == ADAPTER_FOLDER and manifest.exists() else None
+    run = found if isinstance(found, dict) and found.get("step") == "train" else {}
     base = run.get("identity", {}).get("model_fingerprint")
     if base is not None and base != model.fingerprint:
         raise ConfigError(

@@ -23,7 +23,7 @@ import filelock
 from birbal_ray.ni.prompt import CHAT, ChatTemplate, TemplateError, read_chat_template
 from birbal_ray.schemas import MANIFEST_FILE, PROGRESS_FILE, RUN_FILE
 from birbal_ray.settings import one_line, sha256_of
-from birbal_ray.storage import input_folder, is_url, make_cache_folder, write_atomic
+from birbal_ray.storage import DamagedFileError, input_folder, is_url, make_cache_folder, read_json, write_atomic
 
 # The model whose weights come inside a package of the registry: SmolLM2-135M-Instruct, Apache-2.0.
 EMBEDDED = "smollm2-135m"
@@ -141,7 +141,9 @@ def _embedded_folder() -> Path:
     target = make_cache_folder("models") / EMBEDDED_FOLDER
     with filelock.FileLock(target.with_suffix(".lock")):
         record = target / "checksums.json"
-        sums = json.loads(record.read_text(encoding="utf-8"))["files"] if record.exists() else {}
+        sums: dict[str, str] = {}
+        with contextlib.suppress(FileNotFoundError, DamagedFileError, KeyError, TypeError, ValueError):
+            sums = dict(read_json(record)["files"])
         if sums and all((target / name).is_file() and sha256_of(target / name) == sha for name, sha in sums.items()):
             return target
         source = _embedded_file()
@@ -226,7 +228,7 @@ def _check_folder(folder: Path, where: str, *, weights: bool) -> None:
     index = folder / "model.safetensors.index.json"
     if weights and index.is_file():
         try:
-            named = set(_json_object(index, where)["weight_map"].values())
+            named = set(read_json_object(index, where)["weight_map"].values())
         except (KeyError, AttributeError, TypeError):
             raise ModelError(f"{where}: {index.name} is not a weight index") from None
         if absent := sorted(name for name in named if not (folder / str(name)).is_file()):
@@ -236,7 +238,7 @@ def _check_folder(folder: Path, where: str, *, weights: bool) -> None:
             raise ModelError(
                 f"{where}: {file.name} is a Git LFS pointer, not the file itself; run `git lfs pull` there"
             )
-    kind = _json_object(folder / "config.json", where).get("model_type")
+    kind = read_json_object(folder / "config.json", where).get("model_type")
     if not kind:
         raise ModelError(f"{where}: config.json names no model_type, so that no library can load the model")
     if not _is_known_type(str(kind)):
@@ -279,8 +281,9 @@ def read_shapes(file: Path, where: str) -> dict[str, list[int]]:
     raise ModelError(f"{where}: {file.name} ({size:,} bytes) is damaged or broke off ({reason}); get it again")
 
 
-def _json_object(file: Path, where: str) -> dict[str, Any]:
+def read_json_object(file: Path, where: str) -> dict[str, Any]:
+    """The JSON object in a file of a model or an adapter. Raises ModelError that begins with `where`."""
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ModelError(f"{where}: {file.name} is not a JSON object ({one_line(error)})") from None
+        raise ModelError(f"{where}: {file.name} is not a JSON object ({one_line(error)}); get it again") from None

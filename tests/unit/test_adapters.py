@@ -10,6 +10,7 @@ import pytest
 from birbal_ray.adapters import find_adapter
 from birbal_ray.models import Model, ModelError
 from birbal_ray.settings import ConfigError
+from birbal_ray.storage import RunError
 from tests.fixtures.tensors import write_tensors
 
 SHAPES = {"model.layers.0.self_attn.q_proj.weight": [8, 6], "model.layers.0.mlp.down_proj.weight": [6, 12]}
@@ -60,6 +61,16 @@ def test_the_adapter_of_an_unfinished_training_run_is_refused(tmp_path, model):
             find_adapter(str(tmp_path / given), model)
 
 
+def test_a_manifest_beside_an_adapter(tmp_path, model):
+    """A damaged one may be its training's, which knows the mix; a list is another tool's."""
+    adapter(tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "manifest.json").write_text('{"step": "tr')
+    with pytest.raises(RunError, match=r"run/manifest.json: not valid JSON"):
+        find_adapter(str(tmp_path / "run"), model)
+    (tmp_path / "run" / "manifest.json").write_text("[]")
+    assert find_adapter(str(tmp_path / "run"), model).run == {}
+
+
 @pytest.mark.parametrize("name", ["Owner/Base", "", None, "some/local/folder"])
 def test_a_base_of_the_same_name_or_of_no_hub_name_passes(tmp_path, model, name):
     assert find_adapter(str(adapter(tmp_path / "a", base_model_name_or_path=name)), model).rank == 4
@@ -99,6 +110,11 @@ def test_what_is_no_adapter(tmp_path, model):
         find_adapter(str(model.path), model)
     with pytest.raises(ConfigError, match="peft_type is 'IA3', expected LORA"):
         find_adapter(str(adapter(tmp_path / "ia3", peft_type="IA3")), model)
+    for number, content in enumerate(("{", "[1]")):  # cut off, and none of PEFT's
+        damaged = adapter(tmp_path / f"damaged-{number}")
+        (damaged / "adapter_config.json").write_text(content)
+        with pytest.raises(ModelError, match=f"--adapter {damaged}: adapter_config.json is not a JSON object .*get it"):
+            find_adapter(str(damaged), model)
     pointer = adapter(tmp_path / "pointer") / "adapter_model.safetensors"
     for content in (
         b"",

@@ -10,6 +10,7 @@ import warnings
 import pytest
 
 from birbal_ray import doctor, models
+from birbal_ray.settings import sha256_of
 from birbal_ray.storage import RunError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1234\n"
@@ -96,6 +97,24 @@ def test_a_cache_that_can_t_be_written_is_named_with_the_way_out(tmp_path, monke
         models.resolve_model("smollm2-135m")
     (check,) = [check for check in doctor.examine("smollm2-135m", ".") if check.name == "model"]
     assert (check.state, check.advice) == ("problem", str(caught.value))
+
+
+def test_weights_whose_record_is_damaged_are_unpacked_again(tmp_path, monkeypatch):
+    def convert(source, target):
+        unpacked.append(target)
+        (target / "checksums.json").write_text(json.dumps({"files": {"weights": sha256_of(b"1")}}))
+        (target / "weights").write_bytes(b"1")
+
+    unpacked = []
+    monkeypatch.setenv("BIRBAL_CACHE", str(tmp_path))
+    monkeypatch.setattr(models, "_embedded_file", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(models, "convert", convert)
+    for number, content in enumerate((None, '{"files": {"we', "[]", '{"files": [1]}'), 1):
+        if content:
+            (tmp_path / "models" / models.EMBEDDED_FOLDER / "checksums.json").write_text(content)
+        for _ in range(2):
+            assert (models._embedded_folder() / "weights").read_bytes() == b"1"
+            assert len(unpacked) == number
 
 
 def test_two_messages_of_libraries_are_dropped_and_no_other(caplog):
