@@ -81,7 +81,7 @@ def run(config: HarnessConfig, *, overwrite: bool = False) -> HarnessResult:
     output = config.output or ""
     files = {} if overwrite else open_folder(output).files()
     index = task_index(config.include_path, [one for one in runs if one.file not in files])
-    inputs = [str(config.include_path)] if config.include_path else []
+    inputs = inputs_of(config, adapter)
     with open_run(output, STEP, _identity(config, measured), inputs=inputs, overwrite=overwrite) as run:
         folder = run.folder
         pending = [one for one in runs if one.file not in run.files]
@@ -135,6 +135,12 @@ def resolve_measured(
     fingerprints = {"model": model.fingerprint, "adapter": adapter.fingerprint if adapter else None}
     both = [Path(absolute(model.name)).name, *([adapter.name] if adapter else [])]
     return model, adapter, fingerprints | {"limit": config.limit}, config.team or " + ".join(both)
+
+
+def inputs_of(config: HarnessConfig, adapter: EvaluatedModel | None) -> list[str]:
+    """The paths and URLs that a measurement reads."""
+    given = (config.include_path, config.model, adapter and adapter.origin)
+    return [str(path) for path in given if path]
 
 
 def check_options(config: HarnessConfig) -> HarnessConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -19,12 +18,12 @@ from typing import Any
 import filelock
 
 from birbal_ray.evaluate.config import HarnessConfig
-from birbal_ray.evaluate.harness import RESULTS_FILE, HarnessResult, resolve_measured
+from birbal_ray.evaluate.harness import RESULTS_FILE, HarnessResult, inputs_of, resolve_measured
 from birbal_ray.evaluate.heldout import EvaluatedModel
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import RunError, RunFailedError, Step, open_run
 from birbal_ray.settings import ConfigError, one_line, sha256_of
-from birbal_ray.storage import cache_folder, is_url
+from birbal_ray.storage import DamagedFileError, cache_folder, is_url, read_json, write_json
 
 SUITE = "birbal"
 STEP = Step("helm", ("helm/*", RESULTS_FILE))
@@ -70,7 +69,8 @@ def run_helm(config: HarnessConfig, *, overwrite: bool = False) -> HarnessResult
     identity = measured | {"helm": HELM, "packages": list(PACKAGES)}
     if config.include_path:
         identity["plugins"] = {file.name: sha256_of(file) for file in config.include_path.glob("*.py")}
-    with open_run(config.output or "", STEP, identity, overwrite=overwrite) as run:
+    inputs = inputs_of(config, adapter)
+    with open_run(config.output or "", STEP, identity, inputs=inputs, overwrite=overwrite) as run:
         before = run.manifest or {}
         if before.get("team") == team and set(entries) <= set(before["entries"]):
             progress.message(f"{run.folder} is up to date; nothing to measure")
@@ -130,8 +130,9 @@ def environment(progress: ProgressLine) -> Path:
     done, wanted = folder / "complete.json", [HELM, *PACKAGES]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder.with_suffix(".lock")):
-        if done.is_file() and json.loads(done.read_text()) == wanted:
-            return folder / "bin"
+        with contextlib.suppress(FileNotFoundError, DamagedFileError):
+            if read_json(done) == wanted:
+                return folder / "bin"
         progress.message(f"making an environment for HELM, once: {folder}")
         shutil.rmtree(folder, ignore_errors=True)
         commands = [[sys.executable, "-m", "venv", str(folder)]]
@@ -144,7 +145,7 @@ def environment(progress: ProgressLine) -> Path:
             made = subprocess.run(command, capture_output=True, text=True)
             if made.returncode:
                 raise RunError(f"HELM can't be installed: {one_line(made.stderr or made.stdout)[-400:]}")
-        done.write_text(json.dumps(wanted))
+        write_json(done, wanted)
     return folder / "bin"
 
 
@@ -202,7 +203,7 @@ def read_figures(suite: Path) -> dict[str, dict[str, Any]]:
         metric, wanted = CHALLENGE.get(scenario, (None, ""))
         plain: dict[str, dict[str, Any]] = {}
         perturbed: dict[str, float] = {}
-        for stat in json.loads(file.read_text(encoding="utf-8")):
+        for stat in read_json(file):
             about = stat["name"]
             if about.get("split") != "test" or not stat["count"]:
                 continue

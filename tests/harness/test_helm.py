@@ -13,7 +13,9 @@ from birbal_ray.evaluate import helm
 from birbal_ray.evaluate.config import HarnessConfig
 from birbal_ray.manifest import read_manifest
 from birbal_ray.models import Model
+from birbal_ray.progress import ProgressLine
 from birbal_ray.run import RunError, RunFailedError, RunMismatchError
+from birbal_ray.settings import ConfigError
 from tests.conftest import REPOSITORY, slow
 
 PLUGINS = REPOSITORY / "tests" / "harness" / "helm_plugins"
@@ -124,11 +126,41 @@ def called(tmp_path, monkeypatch):
     monkeypatch.setattr(helm, "_server", lambda *arguments: contextlib.nullcontext("http://127.0.0.1"))
     monkeypatch.setattr(helm, "_call_helm", call)
 
-    def run(**changes):
-        return helm.run_helm(HarnessConfig(model="m", output=str(tmp_path / "run"), **changes))
+    def run(*, overwrite=False, **changes):
+        return helm.run_helm(HarnessConfig(model="m", output=str(tmp_path / "run"), **changes), overwrite=overwrite)
 
     run.asked, run.says = asked, says
     return run
+
+
+def test_overwriting_deletes_no_plugins(called, tmp_path):
+    """`helm/` in the folder is the step's own."""
+    plugins = tmp_path / "run" / "helm" / "plugins"
+    called()
+    plugins.mkdir()
+    (plugins / "mine.py").write_text("")
+    with pytest.raises(ConfigError, match=r"this folder holds an input \(.*helm/plugins\)"):
+        called(overwrite=True, include_path=plugins)
+    assert (plugins / "mine.py").exists()
+
+
+@pytest.mark.parametrize("content", ['["crfm-he', "{}", None])
+def test_an_environment_that_was_not_finished_is_made_again(tmp_path, monkeypatch, content):
+    commands = []
+    monkeypatch.setenv("BIRBAL_CACHE", str(tmp_path))
+    monkeypatch.setattr(helm.subprocess, "run", lambda command, **options: commands.append(command) or Made())
+    folder = tmp_path / "helm" / helm.HELM.rpartition("==")[2]
+    if content is not None:
+        folder.mkdir(parents=True)
+        (folder / "complete.json").write_text(content)
+    assert helm.environment(ProgressLine()) == folder / "bin"
+    assert len(commands) == 3
+    helm.environment(ProgressLine())
+    assert len(commands) == 3, "now it is there"
+
+
+class Made:
+    returncode = 0
 
 
 def test_a_run_remembers_the_requests_that_an_earlier_session_repeated(called):
