@@ -18,17 +18,25 @@ from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import mix
 from birbal_ray.mix.sources import source_problem
 from birbal_ray.models import ModelError
-from birbal_ray.ni import catalog, reader
-from birbal_ray.plan import fitting_instances, least_seconds, plan_recipe, records_of
-from birbal_ray.progress import CLOCK_FILE, LOAD_SECONDS, PLAN_FILE, duration, repeating, save_figures
+from birbal_ray.plan import chosen, fitting_instances, least_seconds, plan_recipe, read_sizes, records_of
+from birbal_ray.progress import (
+    CLOCK_FILE,
+    LOAD_SECONDS,
+    PLAN_FILE,
+    duration,
+    figures_key,
+    last_figures,
+    repeating,
+    save_figures,
+)
 from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps, refuse_small_budget
 from birbal_ray.report.run import report
 from birbal_ray.run import RunFailedError, RunMismatchError, progress_seconds, sigterm_as_interrupt
 from birbal_ray.schemas import MANIFEST_FILE, RUN_FILE
 from birbal_ray.score.pipeline import logical_cpus
-from birbal_ray.score.run import score
+from birbal_ray.score.run import score, speed_of
 from birbal_ray.settings import ConfigError, canonical_hash, one_line, require
-from birbal_ray.storage import DamagedFileError, Folder, RunError, absolute, input_folder, open_folder
+from birbal_ray.storage import DamagedFileError, Folder, RunError, absolute, open_folder
 from birbal_ray.train.launch import logical_cpus as train_logical_cpus
 from birbal_ray.train.run import train
 from birbal_ray.tune.config import changed_mix
@@ -362,15 +370,18 @@ def settings_of(step: str, config: PipelineConfig, clock: BudgetClock) -> Any:
 
 
 def instances_that_fit(config: PipelineConfig, seconds: float) -> int:
-    """How many instances of each task an evaluation can ask in `seconds`, at the speed that scoring had; at least 2."""
-    scored = open_folder(config.score.output or "").read_json(MANIFEST_FILE)
-    device, session = scored["settings"]["engine"]["device"], scored["last_session"]
-    tasks = config.evaluate.tasks
-    root = input_folder(tasks.path or "")
-    names, _ = catalog.choose_names([file.name for file in reader.find_task_files(root)], tasks.select, root)
-    load = session.get("load_seconds") or LOAD_SECONDS[device][1]
-    rate = session.get("rows_per_second") or 1.0
-    return fitting_instances(config.evaluate, len(set(names) - set(tasks.exclude)), seconds, load, rate, device)
+    """How many instances of each task an evaluation can ask in `seconds`, at the speed that scoring had; at least 2.
+
+    The speed over all of the run's sessions; where these answered too few rows, what was last measured here.
+    """
+    scored = open_folder(config.score.output or "")
+    device = scored.read_json(MANIFEST_FILE)["settings"]["engine"]["device"]
+    speed = speed_of([scored.read_json(name) for name in scored.files("sessions")])
+    speed = speed or last_figures(figures_key("score", config.score))
+    load, rate = speed.get("load_seconds", LOAD_SECONDS[device][1]), speed.get("rows_per_second", 1.0)
+    asked = config.evaluate.scoring().tasks
+    tasks = chosen(read_sizes(asked, config.evaluate.prompt.num_shots), asked)
+    return fitting_instances(config.evaluate, len(tasks), seconds, load, rate, device)
 
 
 def _mix_settings(config: PipelineConfig) -> MixConfig:

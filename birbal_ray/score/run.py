@@ -198,10 +198,17 @@ def keep_figures(key: str, sessions: Sequence[Mapping[str, Any]], seconds: float
 
     `sessions`: of this process alone; those of a step that had little left to do say too little.
     """
+    if speed := speed_of(sessions):
+        spent = sum(one["load_seconds"] + one["steady_seconds"] for one in sessions)
+        save_figures(key, overhead_seconds=seconds - spent, **speed, **more)
+
+
+def speed_of(sessions: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """load_seconds of an engine and rows_per_second over sessions of a step; empty where they answered too little."""
     load, steady, rows = (sum(one[name] for one in sessions) for name in ("load_seconds", "steady_seconds", "rows"))
-    if steady and rows >= MIN_ROWS:
-        figures = {"load_seconds": load / len(sessions), "rows_per_second": rows / steady, **more}
-        save_figures(key, overhead_seconds=seconds - load - steady, **figures)
+    if not steady or rows < MIN_ROWS:
+        return {}
+    return {"load_seconds": load / len(sessions), "rows_per_second": rows / steady}
 
 
 def _score(

@@ -186,8 +186,8 @@ class TuneConfig(Settings):
         for name, changes in self.mixes.items():
             if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
                 raise ValueError(
-                    f"mixes.{name}: it names a folder; expected letters, digits, '.', '_' and '-', the first a letter or "
-                    "a digit"
+                    f"mixes.{name}: the name becomes a folder's; give letters, digits, '.', '_', '-', and begin with a "
+                    "letter or a digit"
                 )
             taken = name in (*BASELINES, BASE_MODEL) or name.startswith(("search-", "predicted"))
             if taken or re.search(r"-(seed|x)\d+$", name):  # see TrialScheduler's keys

@@ -13,7 +13,7 @@ import yaml
 
 from birbal_ray import pipeline
 from birbal_ray.lock import hold_lock
-from birbal_ray.progress import CLOCK_FILE, read_times
+from birbal_ray.progress import CLOCK_FILE, figures_key, read_times, save_figures
 from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps
 from birbal_ray.run import RunFailedError, RunMismatchError, Step, open_run
 from birbal_ray.settings import ConfigError, load_config
@@ -192,18 +192,51 @@ def test_a_larger_budget_comes_too_late_for_what_the_next_step_was_made_from(tmp
     assert restarted != 200, "with --overwrite"
 
 
-def test_an_evaluation_asks_what_its_time_allows(tmp_path):
-    config = join_steps(PipelineConfig(output=str(tmp_path), tasks="sample-tasks", budget=1000))
-    (tmp_path / "score").mkdir()
-    manifest = {
-        "settings": {"engine": {"device": "cpu"}},
-        "last_session": {"load_seconds": 10.0, "rows_per_second": 4.0},
-    }
-    (tmp_path / "score" / "manifest.json").write_text(json.dumps(manifest))
+@pytest.fixture
+def scored(tmp_path, monkeypatch):
+    """scored(*sessions) makes a score run on the sample tasks, of (load seconds, steady seconds, rows): its recipe."""
+    monkeypatch.setenv("BIRBAL_CACHE", str(tmp_path / "cache"))
+
+    def make(*sessions, **settings):
+        folder = open_folder(tmp_path / "score")
+        folder.write_json("manifest.json", {"settings": {"engine": {"device": "cpu"}}})
+        for number, values in enumerate(sessions, 1):
+            record = dict(zip(("load_seconds", "steady_seconds", "rows"), values, strict=True))
+            folder.write_json(f"sessions/{number}.json", record)
+        values = {"output": str(tmp_path), "tasks": "sample-tasks", "budget": 1000, **settings}
+        return join_steps(PipelineConfig.model_validate(values))
+
+    return make
+
+
+def test_an_evaluation_asks_what_its_time_allows(scored):
+    config = scored((10.0, 50.0, 200))
     assert pipeline.instances_that_fit(config, 500.0) == int((500 * 0.8 - 20) * 4 / (8 * 2 * 2))
     assert pipeline.instances_that_fit(config, 1.0) == 2
-    (tmp_path / "score" / "manifest.json").write_text(json.dumps({**manifest, "last_session": {}}))
-    assert pipeline.instances_that_fit(config, 500.0) >= 2
+
+
+@pytest.mark.parametrize("last", [(10.0, 0.0, 0), (10.0, 50.0, 2)])
+def test_the_speed_of_scoring_is_that_of_all_its_sessions(scored, last):
+    """The last one may have had a handful of rows left, or none."""
+    config = scored((10.0, 50.0 - last[1], 200 - last[2]), last)
+    assert pipeline.instances_that_fit(config, 500.0) == int((500 * 0.8 - 20) * 4 / (8 * 2 * 2))
+
+
+def test_where_the_sessions_say_too_little_the_speed_is_what_was_measured_here_before(scored):
+    config = scored((10.0, 1.0, 3))
+    assert pipeline.instances_that_fit(config, 500.0) == int((500 * 0.8 - 2 * 60) * 1 / (8 * 2 * 2))
+    save_figures(figures_key("score", config.score), load_seconds=10.0, rows_per_second=2.0)
+    assert pipeline.instances_that_fit(config, 500.0) == int((500 * 0.8 - 20) * 2 / (8 * 2 * 2))
+
+
+def test_an_evaluation_s_time_is_for_the_tasks_that_it_takes(scored, write_task):
+    write_task("taken", 3)
+    write_task("left_out", 3, Categories=["Translation"])
+    write_task("held_back", 3)
+    folder = write_task("MMLU", 3)
+    (folder / "broken.json").write_text("{")
+    config = scored((10.0, 50.0, 200), tasks=str(folder), evaluate={"tasks": {"exclude": ["held_back"]}})
+    assert pipeline.instances_that_fit(config, 60.0) == int((60 * 0.8 - 20) * 4 / (1 * 2 * 2))
 
 
 def test_adaptive_scoring_fills_the_shares_of_the_pipeline_s_mix():

@@ -622,7 +622,7 @@ def test_without_a_search_the_best_mix_of_the_users_is_what_birbal_mix_gets(scor
         ({"mixes": {"mine": {"task_score": {"gama": 1}}}}, "gama"),
         ({"mixes": {"mine": {}}, "baselines": [], "repeats": {"top": 0}}, "baselines"),
         # Of the folders that these would get, one is hidden, one is the run's own, one is another trial's.
-        *(({"mixes": {name: {}}}, f"mixes.{re.escape(name)}: it names a folder") for name in (".mine", "..", "a/b", "")),
+        *(({"mixes": {name: {}}}, f"mixes.{re.escape(name)}: the name becomes") for name in (".mine", "..", "a/b", "")),
         *(({"mixes": {name: {}}}, f"mixes.{name}: a trial") for name in ("uniform-seed1", "mine-seed2", "uniform-x4")),
     ],
 )
