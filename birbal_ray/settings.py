@@ -45,7 +45,9 @@ class Settings(BaseModel):
     RENAMED: ClassVar[Mapping[str, str]] = {}
     RETIRED: ClassVar[Mapping[str, tuple[Any, str]]] = {}
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
     def replace(self, changes: Mapping[str, Any]) -> Self:
         """A copy in which dotted keys have other values. They are not checked: they come from code, not from a user."""

@@ -52,7 +52,7 @@ class TaskScoreSettings(Settings):
 class Birbal2023Settings(Settings):
     """Policy birbal_2023: the published ladder."""
 
-    factor: float = Field(1.0, gt=0, allow_inf_nan=False, description="multiplies the caps of exact-match tasks")
+    factor: float = Field(1.0, gt=0, description="multiplies the caps of exact-match tasks")
     compat: bool = Field(False, description="also reproduce the published scripts' defects")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from pydantic import ConfigDict
 
 from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.mix.config import MixConfig
@@ -143,6 +144,7 @@ def test_the_shared_cases_are_refused(shared_data):
 
 def test_text_numbers_and_merged_sections_that_yaml_leaves_alone_are_taken(tmp_path):
     class Taken(Settings):
+        model_config = ConfigDict(allow_inf_nan=True)  # only to see what YAML gives
         text: str
         when: str
         at: str
@@ -169,6 +171,22 @@ def test_text_numbers_and_merged_sections_that_yaml_leaves_alone_are_taken(tmp_p
     assert taken == Taken(
         **text, number=1e-5, large=100_000.0, steps=1000, budget=10_000.0, numbers=numbers, small=1000, **sections
     )
+
+
+@pytest.mark.parametrize(
+    ("schema", "assignment"),
+    [
+        (PipelineConfig, "budget=.inf"),
+        (PipelineConfig, "budget=1e999"),
+        (PipelineConfig, "shares.score=.nan"),
+        (ScoreConfig, "adaptive.score_margin=.inf"),
+        (TrainConfig, "optimizer.learning_rate=.inf"),
+        (TuneConfig, "validation.weights={exact_match: .inf}"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused(schema, assignment):
+    with pytest.raises(ConfigError, match=r"= (inf|nan): input should be"):
+        load_config(schema, None, [assignment])
 
 
 def test_a_section_is_merged_before_the_one_that_it_is_a_part_of(tmp_path):
