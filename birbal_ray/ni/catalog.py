@@ -28,15 +28,16 @@ def selected_names() -> tuple[str, ...]:
 def choose_names(available: Sequence[str], select: str | Sequence[str], path: Path) -> tuple[list[str], list[str]]:
     """(chosen, absent): the names to take, in `available`'s order, and the asked-for ones not there.
 
-    `select` is "all", "selected" (the 462; some may be absent), a file of names, or a list of names;
-    a name given by hand that isn't there raises TaskError with the nearest one.
+    `select` is "all", "selected" (the 462; some may be absent), a file of names (`~/` in it is the user's
+    folder), or a list of names; a name given by hand that isn't there raises TaskError with the nearest one.
     """
     if select == "all":
         return list(available), []
     if select == "selected":
         wanted: Iterable[str] = selected_names()
     elif isinstance(select, str):
-        if not (file := Path(select)).is_file():
+        file = Path(select).expanduser() if select.startswith("~/") else Path(select)
+        if not file.is_file():
             raise TaskError(f"{file}: no such file of task names (or use 'all' or 'selected')")
         lines = [line.strip() for line in read_text(file).splitlines()]
         # A comment starts a line or follows white space; a name may hold a # itself.

@@ -69,7 +69,7 @@ def test_462_selected_names():
     assert not [name for name in names if "mmlu" in name]
 
 
-def test_choose_names(tmp_path):
+def test_choose_names(tmp_path, monkeypatch):
     available = ["task002_quoref_answer_generation", "task900_mine", "task901_other"]
     assert catalog.choose_names(available, "all", Path("x")) == (available, [])
     chosen, absent = catalog.choose_names(available, "selected", Path("x"))
@@ -77,7 +77,9 @@ def test_choose_names(tmp_path):
     assert catalog.choose_names(available, ["task901_other"], Path("x"))[0] == ["task901_other"]
     file = tmp_path / "names.txt"
     file.write_text("# mine\ntask900_mine  # kept\n\n")
-    assert catalog.choose_names(available, str(file), Path("x"))[0] == ["task900_mine"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in (str(file), "~/names.txt"):
+        assert catalog.choose_names(available, given, Path("x"))[0] == ["task900_mine"]
 
 
 def test_unknown_name_suggests_the_nearest():
