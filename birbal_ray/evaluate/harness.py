@@ -152,9 +152,10 @@ def check_options(config: HarnessConfig) -> HarnessConfig:
         raise ConfigError(f"--batch-size {config.batch_size}: expected a number from 1, or auto")
     if config.include_path is None:
         return config
-    if not config.include_path.is_dir():
+    include = Path(absolute(config.include_path))
+    if not include.is_dir():
         raise ConfigError(f"--include-path {config.include_path}: no such folder")
-    return config.replace({"include_path": config.include_path.resolve()})
+    return config.replace({"include_path": include})
 
 
 def select_runs(config: HarnessConfig) -> list[BenchmarkRun]:

@@ -23,7 +23,7 @@ from birbal_ray.evaluate.heldout import EvaluatedModel
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import RunError, RunFailedError, Step, open_run
 from birbal_ray.settings import ConfigError, one_line, sha256_of
-from birbal_ray.storage import DamagedFileError, cache_folder, is_url, read_json, write_json
+from birbal_ray.storage import DamagedFileError, absolute, cache_folder, is_url, read_json, write_json
 
 SUITE = "birbal"
 STEP = Step("helm", ("helm/*", RESULTS_FILE))
@@ -63,7 +63,7 @@ def run_helm(config: HarnessConfig, *, overwrite: bool = False) -> HarnessResult
     Raises ConfigError, ModelError, RunFailedError when an entry could not be run or HELM had to repeat a request.
     """
     progress = ProgressLine()
-    check_options(config)
+    config = check_options(config)
     model, adapter, measured, team = resolve_measured(config)
     entries = config.tasks or OFFLINE_ENTRIES
     identity = measured | {"helm": HELM, "packages": list(PACKAGES)}
@@ -109,16 +109,22 @@ def _rows(figures: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"entry": name, **figure} for name, figure in figures.items()]
 
 
-def check_options(config: HarnessConfig, *, dry_run: bool = False) -> None:
-    """Raise ConfigError for what means nothing to HELM."""
+def check_options(config: HarnessConfig, *, dry_run: bool = False) -> HarnessConfig:
+    """The config with an absolute --include-path. Raises ConfigError for what means nothing to HELM."""
+    usual = HarnessConfig()
     unused = {"--benchmark": config.benchmarks, "--num-fewshot": config.num_fewshot is not None, "--dry-run": dry_run}
+    unused |= {"--backend": config.backend != usual.backend, "--batch-size": config.batch_size != usual.batch_size}
     for flag, given in unused.items():
         if given:
-            raise ConfigError(f"{flag} has no meaning with --helm; give HELM's run entries with --task")
+            raise ConfigError(f"{flag} has no meaning with --helm; leave it out (--task names HELM's run entries)")
     if config.output and is_url(config.output):
         raise ConfigError(f"--output {config.output}: HELM writes to a folder of this machine; give a path")
-    if config.include_path and not any(config.include_path.glob("*.py")):
+    if config.include_path is None:
+        return config
+    plugins = Path(absolute(config.include_path))
+    if not any(plugins.glob("*.py")):
         raise ConfigError(f"--include-path {config.include_path}: no *.py there; expected a folder of HELM plugins")
+    return config.replace({"include_path": plugins})
 
 
 def environment(progress: ProgressLine) -> Path:

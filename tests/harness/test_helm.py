@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
-from birbal_ray.evaluate import helm
+from birbal_ray.evaluate import harness, helm
 from birbal_ray.evaluate.config import HarnessConfig
 from birbal_ray.manifest import read_manifest
 from birbal_ray.models import Model
@@ -93,6 +93,8 @@ def test_the_leaderboard_says_whether_the_figures_compare(tmp_path, comparable):
     [
         (["--model", "m"], "--output is required"),
         (["--model", "m", "--output", "o", "--benchmark", "gsm8k"], "--benchmark has no meaning with --helm"),
+        (["--model", "m", "--output", "o", "--backend", "vllm"], "--backend has no meaning with --helm"),
+        (["--model", "m", "--output", "o", "--batch-size", "4"], "--batch-size has no meaning with --helm"),
         (["--model", "m", "--output", "o", "--dry-run"], "--dry-run has no meaning with --helm"),
         (["--model", "m", "--output", "o", "--include-path", "configs"], "no *.py there"),
         (["--model", "nowhere", "--output", "o"], "model 'nowhere': no such folder"),
@@ -142,6 +144,14 @@ def test_overwriting_deletes_no_plugins(called, tmp_path):
     with pytest.raises(ConfigError, match=r"this folder holds an input \(.*helm/plugins\)"):
         called(overwrite=True, include_path=plugins)
     assert (plugins / "mine.py").exists()
+
+
+def test_plugins_in_the_users_home_are_found(called, tmp_path, monkeypatch):
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "mine.py").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = HarnessConfig(model="m", output="o", include_path="~/plugins")
+    assert helm.check_options(config).include_path == harness.check_options(config).include_path == tmp_path / "plugins"
 
 
 @pytest.mark.parametrize("content", ['["crfm-he', "{}", None])
