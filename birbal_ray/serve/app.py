@@ -295,8 +295,7 @@ class Guard:
 
 def _is_from_here(scope: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> bool:
     """Whether a client on this machine asked for it by a name of this machine."""
-    host = headers.get(b"host", b"").decode("latin-1")
-    name = host.rpartition(":")[0] or host
+    name = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1"))  # without its port
     return is_loopback((scope.get("client") or ("",))[0]) and is_loopback(name.strip("[]"))
 
 

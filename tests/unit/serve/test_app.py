@@ -416,7 +416,8 @@ def test_a_token_is_asked_of_everybody():
 
 def test_a_page_that_points_its_name_at_this_machine_is_refused(server):
     assert server.get("/health", headers={"Host": "evil.example"}).status_code == 403
-    for name in ("localhost:8080", "127.0.0.1", "[::1]:8080", "127.0.0.1:8080"):
+    assert server.get("/health", headers={"Host": "localhost.evil.example:8080"}).status_code == 403
+    for name in ("localhost:8080", "localhost", "127.0.0.1", "[::1]:8080", "[::1]", "127.0.0.1:8080"):
         assert server.get("/health", headers={"Host": name}).status_code == 200, name
 
 
