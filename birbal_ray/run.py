@@ -264,7 +264,7 @@ def _claim(folder: Folder, step: Step, identity: dict[str, Any], *, overwrite: b
     for key, schema in step.settings.items():
         if isinstance(was.get(key, {}), dict) and isinstance(identity.get(key), dict):
             was[key] = _in_todays_words(was.get(key, {}), identity[key], schema, schema().model_dump(mode="json"))
-    same = earlier.get("format") == FORMAT and (was == identity or step.may_become(was, identity))
+    same = earlier.get("format") == FORMAT and (was == identity or _may_become(step, was, identity))
     differences = identity_differences({"step": step.name, "identity": was}, record)
     if same and not (overwrite and MANIFEST_FILE in visible):
         folder.delete(leftovers)
@@ -280,7 +280,7 @@ def _claim(folder: Folder, step: Step, identity: dict[str, Any], *, overwrite: b
             run.withdraw()
         return run
     if not overwrite and not (step.starts_over and MANIFEST_FILE not in visible):
-        asks_less = earlier.get("format") == FORMAT and step.may_become(identity, was)
+        asks_less = earlier.get("format") == FORMAT and _may_become(step, identity, was)
         raise RunMismatchError(folder, differences, asks_less=asks_less)
     # A pattern without a `/` means files directly in the run folder. Of those, a finished run's manifest names all.
     patterns = [glob for glob in (*step.owns, *STANDARD_FILES) if "/" in glob or "*" not in glob or not listed]
@@ -300,6 +300,14 @@ def _claim(folder: Folder, step: Step, identity: dict[str, Any], *, overwrite: b
     folder.delete(sorted(ours.union(leftovers) - {MANIFEST_FILE, RUN_FILE}))
     folder.write_json(RUN_FILE, record)
     return Run(folder)
+
+
+def _may_become(step: Step, old: Identity, new: Identity) -> bool:
+    """`step.may_become`; False for an identity that someone edited."""
+    try:
+        return step.may_become(old, new)
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def _in_todays_words(

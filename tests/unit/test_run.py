@@ -10,10 +10,15 @@ from typing import ClassVar
 
 import pytest
 
+from birbal_ray.evaluate.run import STEP as EVALUATE
 from birbal_ray.manifest import check_input, read_manifest
 from birbal_ray.run import RunMismatchError, Step, open_run
 from birbal_ray.settings import ConfigError, Settings
 from birbal_ray.storage import Folder, RunError, open_folder
+from birbal_ray.train.config import TrainConfig
+from birbal_ray.train.run import STEP as TRAIN
+from birbal_ray.tune.config import TuneConfig
+from birbal_ray.tune.run import STEP as TUNE
 from tests.fixtures.s3_server import BUCKET
 
 OWNS = ("rows/*/*.parquet", "tasks.parquet")
@@ -363,6 +368,23 @@ class Kept(Settings):
     RETIRED: ClassVar = {"key": ("both", "…")}
     seed: int = 1
     later: float = 0.0  # a version that knew no such setting did what 0 does
+
+
+@pytest.mark.parametrize(
+    ("step", "was", "now"),
+    [
+        (EVALUATE, {}, {"models": {}, "prompt_formats": []}),
+        (EVALUATE, {"models": 3}, {"models": {}, "prompt_formats": []}),
+        (TUNE, {"settings": "mine"}, {"settings": TuneConfig().model_dump(mode="json")}),
+        (TUNE, {"settings": {"mixes": 3}}, {"settings": TuneConfig().model_dump(mode="json")}),
+        (TRAIN, {"settings": 3}, {"settings": TrainConfig().model_dump(mode="json")}),
+    ],
+)
+def test_an_identity_that_was_edited_is_another_one(tmp_path, step, was, now):
+    with open_run(tmp_path, Step(step.name), was):
+        pass
+    with pytest.raises(RunMismatchError), open_run(tmp_path, step, now):
+        pass
 
 
 def test_a_retired_setting_counts_only_where_it_was_not_what_it_always_is_now(tmp_path):
