@@ -35,28 +35,34 @@ def read_manifest(place: str | os.PathLike[str] | Folder, step: str) -> dict[str
         if RUN_FILE in files:
             started = folder.read_json(RUN_FILE)
             raise RunError(
-                f"{folder}: an unfinished `birbal {started.get('step')}` run (no {MANIFEST_FILE}); "
+                f"{folder}: an unfinished `{command_of(started.get('step'))}` run (no {MANIFEST_FILE}); "
                 "rerun its command to finish it"
             )
         is_there = files or (folder.is_local and folder.local.is_dir())
         found = f"no {MANIFEST_FILE} here" if is_there else "no such folder"
-        raise RunError(f"{folder}: {found}; expected the output of `birbal {step}`")
+        raise RunError(f"{folder}: {found}; expected the output of `{command_of(step)}`")
     manifest = folder.read_json(MANIFEST_FILE)
     if not isinstance(manifest, dict):
         raise RunError(f"{folder.at(MANIFEST_FILE)}: expected a JSON object, found {type(manifest).__name__}")
     if manifest.get("step") != step:
-        raise RunError(f"{folder}: the output of `birbal {manifest.get('step')}`, expected that of `birbal {step}`")
+        found = command_of(manifest.get("step"))
+        raise RunError(f"{folder}: the output of `{found}`, expected that of `{command_of(step)}`")
     if manifest.get("format") != FORMAT:
         raise RunError(
             f"{folder}: another version of birbal_ray made this run, and this one can't read it; "
-            f"run `birbal {step}` again with another --output"
+            f"run `{command_of(step)}` again with another --output"
         )
     if wrong := wrong_files(manifest, files):
         raise RunError(
             f"{folder}: {len(wrong)} file(s) of this finished run are missing or have changed (first: {wrong[0]}); "
-            f"run its `birbal {step}` command again, which makes them again"
+            f"run its `{command_of(step)}` command again, which makes them again"
         )
     return manifest
+
+
+def command_of(step: object) -> str:
+    """The command that makes a run of `step`, which run.json names."""
+    return "birbal harness --helm" if step == "helm" else f"birbal {step}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +114,7 @@ def read_step(folder: Folder, name: str = ".") -> StepFolder | None:
 
 def check_input(folder: Folder, manifest: Mapping[str, Any], names: Iterable[str]) -> None:
     """Check files of a finished run against its manifest's sha256. Raises RunError when one was edited since."""
-    remake = f"put the original back, or run `birbal {manifest.get('step')}` again with another --output"
+    remake = f"put the original back, or run `{command_of(manifest.get('step'))}` again with another --output"
     for name in names:
         try:
             found = folder.record_of(name).sha256

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray.lock import LOCK_RECORD, hold_lock
-from birbal_ray.manifest import FORMAT, code_version, identity_differences, package_versions, wrong_files
+from birbal_ray.manifest import FORMAT, code_version, command_of, identity_differences, package_versions, wrong_files
 from birbal_ray.schemas import MANIFEST_FILE, PROGRESS_FILE, RUN_FILE
 from birbal_ray.settings import ConfigError, Settings, canonical_hash, is_meant, one_line
 from birbal_ray.storage import (
@@ -293,7 +293,7 @@ def _claim(folder: Folder, step: Step, identity: dict[str, Any], *, overwrite: b
     if overwrite and (unknown := sorted(visible.keys() - ours)):
         raise ConfigError(
             f"{folder}: --overwrite deletes nothing here, because the folder holds {len(unknown)} file(s) that "
-            f"`birbal {step.name}` did not make (first: {unknown[0]}); move them away, or choose another --output"
+            f"`{command_of(step.name)}` did not make (first: {unknown[0]}); move them away, or choose another --output"
         )
     # The manifest goes first and run.json is replaced last: a crash half-way leaves an unfinished run of ours.
     folder.delete(sorted(ours & {MANIFEST_FILE}))
@@ -349,7 +349,7 @@ def _earlier_record(folder: Folder, step: Step, finished: Mapping[str, Any], ove
             raise RunError(f"{error}; choose another --output, or pass --overwrite, which deletes this run") from None
     if record.get("step") != step.name:
         raise ConfigError(
-            f"{folder}: holds the output of `birbal {record.get('step')}`, not of `birbal {step.name}`; "
+            f"{folder}: holds the output of `{command_of(record.get('step'))}`, not of `{command_of(step.name)}`; "
             "choose another --output"
         )
     if record.get("format") != FORMAT and not overwrite:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from birbal_ray.lock import LOCK_RECORD, is_alive, lock_holder
-from birbal_ray.manifest import StepFolder, find_steps, read_step
+from birbal_ray.manifest import StepFolder, command_of, find_steps, read_step
 from birbal_ray.progress import Times, duration
 from birbal_ray.run import LOG_FOLDER, MANIFEST_FILE, RUN_FILE
 from birbal_ray.settings import ConfigError
@@ -120,7 +120,7 @@ def _state(folder: Folder, silent_seconds: float) -> tuple[str, str]:
 def _with_next(row: Row, found: StepFolder, home: Folder, last: str | None) -> Row:
     # A pipeline's log lies beside its steps; their settings are in its command.
     piped = row.folder == home.at(row.step) and home.is_file(f"{LOG_FOLDER}/ray.log")
-    maker = "birbal demo or birbal pipeline" if piped else f"birbal {row.step}".removesuffix(" ?")
+    maker = "birbal demo or birbal pipeline" if piped else command_of(row.step).removesuffix(" ?")
     again = f"run the same {maker} command again"
     text = ""
     if row.state == DAMAGED:

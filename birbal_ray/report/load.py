@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from birbal_ray.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, adapter_fingerprint
-from birbal_ray.manifest import FORMAT, StepFolder, check_input, find_steps
+from birbal_ray.manifest import FORMAT, StepFolder, check_input, command_of, find_steps
 from birbal_ray.mix.select import Reason
 from birbal_ray.progress import counted, read_times
 from birbal_ray.run import MANIFEST_FILE, RunError
@@ -60,7 +60,7 @@ def find_finished(run: Folder) -> Found:
             if one.step in STEPS and one.manifest.get("format") != FORMAT:
                 raise RunError(
                     f"{one.folder}: another version of birbal_ray made this run, and this one can't report it; "
-                    f"install that version, or run `birbal {one.step}` again with another --output"
+                    f"install that version, or run `{command_of(one.step)}` again with another --output"
                 )
             found.setdefault(one.step, []).append(one)
         else:

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
 from birbal_ray.lock import this_process
+from birbal_ray.manifest import read_manifest
 from birbal_ray.progress import read_times
 from birbal_ray.run import Step, open_run
 from birbal_ray.settings import ConfigError
@@ -68,6 +69,15 @@ def test_a_stopped_run_says_what_it_last_said(folder):
     assert row.next == "run the same birbal score command again"
     assert (row.folder, row.wall_seconds) == (folder.place, folder.read_json("progress.json")["wall_seconds"])
     assert row.touched == folder.read_json("progress.json")["updated_at"]
+
+
+def test_a_stopped_run_of_helm_names_the_command_that_made_it(tmp_path):
+    run = start(tmp_path / "helm", "helm")
+    assert only(run).next == "run the same birbal harness --helm command again"
+    with pytest.raises(RunError, match=r"an unfinished `birbal harness --helm` run"):
+        read_manifest(run, "helm")
+    with pytest.raises(ConfigError, match=r"holds the output of `birbal harness --helm`, not of `birbal mix`"):
+        start(run, "mix")
 
 
 def test_a_finished_run_says_its_summary(folder):
