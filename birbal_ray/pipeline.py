@@ -154,8 +154,8 @@ class BudgetClock:
 
     def starts_over(self, step: str) -> bool:
         """Whether a command that overwrites has yet to make `step` from scratch."""
-        made = self._made(step) >= self._overwrites.get("since", math.inf)
-        return self._is_overwriting and (step in self._discarded or not made)
+        since = self._overwrites.get("since", math.inf)
+        return self._is_overwriting and (step in self._discarded or self._made(step) < since)
 
     def keep(self, step: str) -> None:
         """Take what is in a step's folder for this command's: one that overwrites does not discard it."""

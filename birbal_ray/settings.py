@@ -287,7 +287,7 @@ class _Loader(yaml.SafeLoader):
         raise yaml.MarkedYAMLError(problem=problem or f"{found} can't be read as {tag}; {wanted}", problem_mark=mark)
 
     def _read_section(self, node: yaml.MappingNode, *above: yaml.Node) -> dict[str, Any]:
-        """Its own keys, then those of the sections that it merges (<<), of which the first named wins."""
+        """A section's own keys win over those that it merges (<<), and a merged section over those behind it."""
         own: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         lines: dict[str, int] = {}
