@@ -303,3 +303,5 @@ def export_predictions(run: str, output: Path) -> None:
 
     files, rows = export_published_json(input_folder(run), output)
     note(f"{rows} rows in {files} files: {output}")
+    if others := sum(1 for _ in output.glob("*.json")) - files:
+        note(f"{others} more .json files are there, which this run did not write")

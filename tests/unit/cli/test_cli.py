@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
 from tests.conftest import task_values
+from tests.fixtures.score_folder import made_up_rows, write_score_folder
 
 SCORE = ["score", "--tasks", "{tasks}", "--output", "{out}"]
 HEAVY = ("ray", "torch", "vllm", "transformers", "datasets", "pyarrow", "pydantic", "numpy")
@@ -123,6 +124,14 @@ def test_exporting_what_is_no_run_fails_in_one_line(write_task, tmp_path):
     assert result.exit_code == 1
     assert result.stderr.strip().endswith("no manifest.json here; expected the output of `birbal score`")
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_an_export_says_what_lies_beside_it(tmp_path):
+    scores, out = write_score_folder(tmp_path / "scores", made_up_rows(2, 5)), tmp_path / "out"
+    assert run("export-predictions", scores, "--output", out).stderr == f"10 rows in 2 files: {out}\n"
+    (out / "task_of_a_larger_run.json").write_text("[]")
+    said = run("export-predictions", scores, "--output", out).stderr
+    assert "1 more .json files are there, which this run did not write" in said
 
 
 def test_tasks_list_in_three_formats():
