@@ -125,7 +125,9 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
     progress, started = ProgressLine(), time.monotonic()
     setup = prepare_evaluation(config)
     plan = plan_run(setup.scoring, progress, excluded=setup.held_out.keys)
-    inputs = [path for path in (config.tasks.path, *setup.mixes, *(one.path for one in setup.models[1:])) if path]
+    given = config.tasks.path, config.tasks.label_overrides, config.model.name
+    compared = [one.origin for one in setup.models[1:]]
+    inputs = [path for path in (*given, *setup.mixes, *compared) if path]
     identity = _identity(setup, plan)
     with open_run(config.output or "", STEP, identity, inputs=inputs, overwrite=overwrite) as run:
         if run.manifest:

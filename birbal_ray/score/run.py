@@ -87,7 +87,8 @@ def score(
     RunError (the run failed; finished files are kept and a rerun continues).
     """
     progress, started, kept_under = ProgressLine(), time.monotonic(), figures_key(STEP.name, config)
-    inputs = [path for path in (config.tasks.path, config.tasks.label_overrides) if path]
+    given = config.tasks.path, config.tasks.label_overrides, config.model.name, config.model.adapter
+    inputs = [path for path in given if path]
     config = resolve_config(config)
     plan = plan_run(config, progress)
     config, revision, fingerprint = pin_model(config)

@@ -70,7 +70,8 @@ def tune(config: TuneConfig, *, overwrite: bool = False, retry_failed: bool = Tr
     """
     progress, kept_under = ProgressLine(), figures_key(STEP.name, config)
     config, scores, model = resolve_config(config)
-    inputs = [config.scores or "", *config.validation.files]
+    inputs = [config.scores or "", str(model.path), *config.validation.files, *config.mix.contamination.files]
+    inputs += [source.path for source in config.mix.sources if source.path]
     identity = _identity(config, scores, model)
     output = require(config.output, "--output")
     with open_run(output, STEP, identity, inputs=inputs, overwrite=overwrite) as run:

@@ -62,6 +62,18 @@ def test_the_primary_comparison_can_not_be_chosen_when_its_result_is_known(confi
         step.evaluate(config.replace({"primary.prompt_format": "few_shot"}))
 
 
+@pytest.mark.parametrize("key", ["model.name", "tasks.label_overrides"])
+def test_overwriting_deletes_neither_the_base_model_nor_the_labels(config, asked, tmp_path, key):
+    """`inputs/` in the folder is the step's own."""
+    finish(config)
+    mine = tmp_path / "run" / "inputs" / "mine"
+    mine.mkdir(parents=True)
+    (mine / "labels.csv").write_text("name,label,reason\n")
+    with pytest.raises(ConfigError, match=r"this folder holds an input \(.*inputs/mine"):
+        asked(config.replace({key: str(mine if key == "model.name" else mine / "labels.csv")}), overwrite=True)
+    assert (mine / "labels.csv").exists()
+
+
 def test_nor_while_a_further_model_is_not_finished(config, asked, tmp_path):
     finish(config)
     wider = second(config, tmp_path)

@@ -107,6 +107,17 @@ def test_what_is_there_stays_when_more_is_asked_for(scored, tmp_path, first, the
     assert read_manifest(tmp_path / "run", "score")["rows"]["planned"] == len(kept_rows)
 
 
+def test_overwriting_deletes_no_model(scored, tmp_path):
+    """`inputs/` in the folder is the step's own."""
+    scored()
+    weights = tmp_path / "run" / "inputs" / "model" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_text("")
+    with pytest.raises(ConfigError, match=r"this folder holds an input \(.*inputs/model"):
+        scored(overwrite=True, model__name=str(weights.parent))
+    assert weights.exists()
+
+
 def test_an_interrupted_run_continues_with_what_is_missing(scored, tmp_path, inline_scoring, capsys):
     inline_scoring(stop_after=3)
     with pytest.raises(Interrupted):

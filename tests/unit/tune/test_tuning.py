@@ -730,11 +730,12 @@ def tuned(scores, tmp_path, monkeypatch):
     broken: set[str] = set()
     monkeypatch.setattr(tune_run, "search", search)
 
-    def call(*, retry_failed=True, **changes):
+    def call(*, retry_failed=True, overwrite=False, **changes):
         settings = {"num_trials": 0, "baselines": ["proportional"], "mixes": {"steep": STEEP}}
         settings |= {"repeats": {"top": 0, "seeds": 2}, "scores": str(scores), "output": str(tmp_path / "run")}
         ran.clear()
-        found = tune_run.tune(config_of(**{**settings, **changes}), retry_failed=retry_failed)
+        config = config_of(**{**settings, **changes})
+        found = tune_run.tune(config, retry_failed=retry_failed, overwrite=overwrite)
         return list(ran), found.manifest
 
     call.broken = broken
@@ -767,6 +768,18 @@ def test_further_mixes_and_seeds_keep_every_trial_that_ended(tuned, tmp_path, ca
     assert any(line.startswith("added when results were known") for line in describe_result(manifest))
     assert tuned(**wider) == ([], manifest)
     assert "is up to date" in capsys.readouterr().err
+
+
+def test_overwriting_deletes_no_sources(tuned, tmp_path):
+    """`trials/` in the folder is the step's own."""
+    tuned()
+    file = tmp_path / "run" / "trials" / "mine.jsonl"
+    file.write_text('{"instruction": "a", "input": "b", "output": "c"}\n')
+    source = {"name": "mine", "path": str(file), "columns": {"input": "input", "output": "output"}, "max_rows": 1}
+    for reading in ({"sources": [source]}, {"contamination": {"files": [str(file)]}}):
+        with pytest.raises(ConfigError, match=r"this folder holds an input \(.*trials/mine"):
+            tuned(overwrite=True, mix=reading)
+    assert file.exists()
 
 
 def test_a_failed_trial_of_a_finished_search_runs_once_more_for_each_call(tuned):
