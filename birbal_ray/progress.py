@@ -152,7 +152,7 @@ def last_figures(key: str) -> dict[str, float]:
 def _kept_figures() -> dict[str, float]:
     try:
         return dict(json.loads((cache_folder() / FIGURES_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return {}
 
 

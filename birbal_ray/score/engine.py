@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from birbal_ray.models import ModelError
+from birbal_ray.models import ModelError, read_json_object
 from birbal_ray.ni.prompt import STOP
 from birbal_ray.score.config import EngineSettings, ResourceSettings
 
@@ -295,7 +294,7 @@ def check_engine(engine: Engine, model: Path, adapters: Sequence[Adapter]) -> No
         *((a.name, Path(a.path), MIN_CHANGE) for a in adapters),
     ]:
         if (folder / REFERENCE_FILE).is_file():
-            reference = json.loads((folder / REFERENCE_FILE).read_text(encoding="utf-8"))
+            reference = read_json_object(folder / REFERENCE_FILE, f"adapter in {folder}")
             if reason := why_not_applied(compare_with_peft(engine, reference, name), least):
                 raise ModelError(f"adapter in {folder}: {reason}; {beside if name else folded}")
 

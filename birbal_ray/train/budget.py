@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import threading
 import time
@@ -23,7 +22,7 @@ from birbal_ray.progress import (
     measured_speed,
     repeating,
 )
-from birbal_ray.storage import write_json
+from birbal_ray.storage import read_json, write_json
 from birbal_ray.train.config import TrainConfig
 
 WRITE_BYTES_PER_SECOND = 200e6  # of a slow disk
@@ -133,7 +132,7 @@ class Clock:
 
     def __init__(self, file: Path, now: Callable[[], float] = time.monotonic, started: float | None = None) -> None:
         self._file, self._now = file, now
-        earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        earlier = read_json(file) if file.exists() else {}
         self._before, self._setup_before = earlier.get("elapsed_seconds", 0.0), earlier.get("setup_seconds", 0.0)
         self.eval_seconds: float = earlier.get("eval_seconds", 0.0)
         self.save_seconds: float = earlier.get("save_seconds", 0.0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ import pyarrow as pa
 from birbal_ray.models import read_template
 from birbal_ray.ni.prompt import ChatTemplate, render_prompt
 from birbal_ray.settings import ConfigError
-from birbal_ray.storage import Folder, open_folder, write_json
+from birbal_ray.storage import Folder, open_folder, read_json, write_json
 from birbal_ray.train.config import BatchSettings, TrainConfig
 
 FIGURES_FILE = "packs.json"
@@ -159,7 +158,7 @@ def prepare(
     """
     figures_file = folder / FIGURES_FILE
     if figures_file.exists():
-        return {split: Packing(**one) for split, one in json.loads(figures_file.read_text()).items()}
+        return {split: Packing(**one) for split, one in read_json(figures_file).items()}
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     figures = {}

@@ -17,7 +17,7 @@ from typing import Any
 
 from birbal_ray.progress import repeating
 from birbal_ray.settings import canonical_hash, one_line
-from birbal_ray.storage import Folder, RunError, absolute, cache_folder, sync
+from birbal_ray.storage import Folder, RunError, absolute, cache_folder, read_json, sync
 
 METRICS_FILE = "metrics.jsonl"  # one line for each step or evaluation
 CLOCK_FILE = "clock.json"  # what of the budget is used, see `budget.Clock`
@@ -212,7 +212,7 @@ def download_state(folder: Folder, working: Path) -> None:
     mine, clock = latest_checkpoint(working / CHECKPOINTS_FOLDER), working / CLOCK_FILE
     clocks = (
         folder.read_json(CLOCK_FILE) if CLOCK_FILE in stored else {},
-        json.loads(clock.read_text(encoding="utf-8")) if clock.exists() else {},
+        read_json(clock) if clock.exists() else {},
     )
     latest = complete[-1] if complete else "", mine.name if mine else ""
     there, here = zip(latest, (one.get("elapsed_seconds", 0.0) for one in clocks), strict=True)

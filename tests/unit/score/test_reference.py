@@ -112,3 +112,6 @@ def test_an_engine_is_checked_against_every_reference_beside_its_model_and_adapt
     (model / REFERENCE_FILE).write_text(json.dumps(reference(1.2)))
     with pytest.raises(ModelError, match=r"adapter in .*/model: .*; it is not the adapter that was folded into this"):
         check_engine(engine, model, adapters[:2])
+    (model / REFERENCE_FILE).write_text('{"prompts": [')
+    with pytest.raises(ModelError, match=r"adapter in .*/model: reference.json is not a JSON object .*get it again"):
+        check_engine(engine, model, [])

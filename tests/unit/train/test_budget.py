@@ -5,6 +5,7 @@ import time
 import pytest
 
 from birbal_ray.settings import ConfigError, load_config
+from birbal_ray.storage import RunError
 from birbal_ray.train.budget import Clock, Deadline, budget_by_clock, learning_rate_factor
 from birbal_ray.train.config import TrainConfig
 
@@ -70,6 +71,12 @@ def test_an_evaluation_that_is_due_counts_before_the_next_step(tmp_path):
     now.now += 95
     assert deadline.progress(10) < 1.0
     assert deadline.progress(10, due_seconds=4.0) == 1.0
+
+
+def test_a_damaged_clock_is_named(tmp_path):
+    (tmp_path / "clock.json").write_text('{"elapsed_sec')
+    with pytest.raises(RunError, match=r"/clock\.json: not valid JSON"):
+        Clock(tmp_path / "clock.json")
 
 
 def test_time_survives_restarts(tmp_path):

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from birbal_ray.settings import ConfigError
+from birbal_ray.storage import RunError
 from birbal_ray.train import data
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import IGNORED, load_packs, prepare
@@ -61,6 +62,9 @@ def test_rows_become_samples_whatever_their_batches(mix, tmp_path, monkeypatch, 
     assert train.num_tokens == sum(len(ids) for ids, _ in samples)
     assert train.num_loss_tokens == sum(label != IGNORED for _, labels in samples for label in labels)
     assert prepare(mix, tmp_path / "packed", None, config) == found, "used again"
+    (tmp_path / "packed" / "packs.json").write_text("{")
+    with pytest.raises(RunError, match=r"/packs\.json: not valid JSON"):
+        prepare(mix, tmp_path / "packed", None, config)
 
 
 @pytest.mark.parametrize("batch_rows", [1, 3, 1000])
