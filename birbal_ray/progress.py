@@ -174,6 +174,7 @@ CARDS = {
     "GeForce-RTX-3090": Card(23.6, 71, 936),
     "GeForce-RTX-4090": Card(23.6, 165, 1008),
     "GeForce-RTX-5090": Card(31.4, 209, 1792),
+    "A100": Card(39.4, 312, 1555),  # Ray's name for both sizes; planned as the smaller one
     "A100-40G": Card(39.4, 312, 1555),
     "L40S": Card(44.4, 362, 864),
     "A100-80G": Card(79.3, 312, 2039),

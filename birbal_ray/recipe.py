@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.mix.allocation import TASK_SCORE
 from birbal_ray.mix.config import MixConfig, SourceSettings
 from birbal_ray.score.config import ScoreConfig
-from birbal_ray.settings import ConfigError, Duration, Settings, require
+from birbal_ray.settings import ConfigError, Duration, Settings, require, write_duration
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.tune.config import TuneConfig
 
@@ -130,6 +129,6 @@ def refuse_small_budget(config: PipelineConfig, least: Mapping[str, float]) -> N
         does = "run its baselines, one mix and their fresh seeds" if step == "tune" else "load and do anything"
         raise ConfigError(
             f"budget {duration(config.budget)} is too small: {name} is {duration(config.budget * shares[step])}, and "
-            f"{step} needs {duration(least[step])} to {does}; the least that works is {math.ceil(wanted[step])}s, with "
-            "these shares"
+            f"{step} needs {duration(least[step])} to {does}; the least that works is "
+            f"{write_duration(wanted[step])}, with these shares"
         )

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -116,6 +117,14 @@ def seconds_of(value: object) -> float | None:
     if not parts or "".join(f"{number}{unit}" for number, unit in parts) != re.sub(r"\s", "", text):
         raise ValueError("a duration like 24h, 90m, 1h30m or 45s is wanted")
     return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+def write_duration(seconds: float) -> str:
+    """The shortest setting of at least that length, in whole minutes from two on: `95s`, `17m`, `6h40m`."""
+    minutes = math.ceil(seconds / 60)
+    if minutes <= 2:
+        return f"{math.ceil(seconds)}s"
+    return f"{minutes}m" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
 
 Duration = Annotated[float, BeforeValidator(seconds_of)]

@@ -183,7 +183,7 @@ def pipeline(config: PipelineConfig, overwrite: bool, dry_run: bool) -> None:
         from birbal_ray.pipeline import check_recipe
 
         config = config.replace({"output": config.output or PLANNED_OUTPUT})
-        print_plan(config, (None,), None, "text")
+        print_plan(config, (None,), (), "text")
         check_recipe(join_steps(config))
         note("nothing was started (--dry-run)")
     else:
@@ -220,9 +220,16 @@ def run_recipe(config: PipelineConfig, overwrite: bool) -> None:
 @click.command()
 @settings_options(PipelineConfig, PIPELINE_FLAGS, step="pipeline")
 @click.option("--gpu", "cards", multiple=True, metavar="CARD", help="Ray's name, e.g. GeForce-RTX-4090. Repeatable.")
-@click.option("--gpu-price", type=click.FloatRange(min=0), metavar="PRICE", help="What the card costs an hour.")
+@click.option(
+    "--gpu-price",
+    "prices",
+    type=click.FloatRange(min=0),
+    multiple=True,
+    metavar="PRICE",
+    help="What the card costs an hour; one for each --gpu, in the same order.",
+)
 @format_option
-def plan(config: PipelineConfig, cards: tuple[str, ...], gpu_price: float | None, output_format: str) -> None:
+def plan(config: PipelineConfig, cards: tuple[str, ...], prices: tuple[float, ...], output_format: str) -> None:
     """What the recipe will take before it starts: work, hours and money of each step, as ranges with their source.
 
     For this machine, from its own earlier runs where there are any, or for one --gpu after the other, from their
@@ -235,16 +242,22 @@ def plan(config: PipelineConfig, cards: tuple[str, ...], gpu_price: float | None
     \b
     Examples:
       birbal plan --config one-day-mistral-7b --tasks natural-instructions/ --budget 24h --gpu GeForce-RTX-4090
-      birbal plan --config one-day-mistral-7b --tasks natural-instructions/ --gpu GeForce-RTX-4090 --gpu H100 \\
-          --gpu-price 0.40
+      birbal plan --config one-day-mistral-7b --tasks natural-instructions/ \\
+          --gpu GeForce-RTX-4090 --gpu-price 0.40 --gpu H100 --gpu-price 2.50
     """
-    print_plan(config, cards or (None,), gpu_price, output_format)
+    shown = cards or (None,)
+    if prices and len(prices) != len(shown):
+        raise click.UsageError(f"--gpu-price: {len(prices)} given for {len(shown)} cards; give one for each --gpu")
+    print_plan(config, shown, prices, output_format)
 
 
 def print_plan(
-    config: PipelineConfig, cards: Sequence[str | None], gpu_price: float | None, output_format: str
+    config: PipelineConfig, cards: Sequence[str | None], prices: Sequence[float], output_format: str
 ) -> None:
-    """The plan of a recipe for each card (None: this machine) on stdout, its sums on stderr."""
+    """The plan of a recipe for each card (None: this machine) on stdout, its sums on stderr.
+
+    `prices`: of an hour, for each card, or none.
+    """
     from birbal_ray.plan import money, plan_recipe, records_of
     from birbal_ray.progress import duration
 
@@ -260,12 +273,13 @@ def print_plan(
     }
     rows = [{"card": card, **record} for card, steps in found.items() for record in records_of(steps)]
     print_table(rows, output_format, columns)
+    price_of = dict(zip(cards, prices, strict=False))
     for card, steps in found.items():
         total = f"{card or 'this machine'}: {duration(sum(one.planned_seconds for one in steps))} planned"
         if config.budget:
             total += f" of a budget of {duration(config.budget)}"
-        if gpu_price is not None:
-            total += ", {:.2f} to {:.2f} in money".format(*money(steps, gpu_price))
+        if card in price_of:
+            total += ", {:.2f} to {:.2f} in money".format(*money(steps, price_of[card]))
         note(total)
 
 

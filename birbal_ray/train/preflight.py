@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from birbal_ray.models import Model, quiet_libraries
 from birbal_ray.progress import CARDS, duration, last_figures
-from birbal_ray.settings import ConfigError
+from birbal_ray.settings import ConfigError, write_duration
 from birbal_ray.train.budget import Forecast, forecast_training, num_passes, rate_key, training_speed
 from birbal_ray.train.config import LoraSettings, TrainConfig
 from birbal_ray.train.data import Packing
@@ -314,7 +313,10 @@ def refuse_if_too_large(found: Preflight) -> None:
     advice = (
         f"it would fit with --set {found.change.replace(' ', ' --set ')}" if found.change else "no smaller setting fits"
     )
-    raise ConfigError(f"about {need:.1f} GiB are needed, the device has {have:.1f}; {advice}")
+    raise ConfigError(
+        f"about {need:.1f} GiB are needed, the device has {have:.1f}; {advice}; "
+        "if it has more, set resources.memory_gib"
+    )
 
 
 def refuse_if_too_short(found: Preflight) -> None:
@@ -323,5 +325,5 @@ def refuse_if_too_short(found: Preflight) -> None:
     if budget and found.forecast and found.forecast.is_measured and budget < least:
         raise ConfigError(
             f"budget={budget:.0f} s is too short: loading, a step, the evaluations and saving took {least:.0f} s on "
-            f"this device; set --budget to {math.ceil(least)}s or more"
+            f"this device; set --budget to {write_duration(least)} or more"
         )

@@ -23,6 +23,7 @@ from trl import SFTConfig
 
 from birbal_ray.models import load_tokenizer
 from birbal_ray.score.engine import REFERENCE_FILE
+from birbal_ray.settings import write_duration
 from birbal_ray.storage import RunError, read_json, write_atomic, write_json
 from birbal_ray.train import files
 from birbal_ray.train.attention import choose_attention
@@ -223,8 +224,8 @@ class SftCallback(TrainerCallback):
                 raise RunError(
                     f"budget={deadline.budget_seconds:.0f} s ends before the first step: loading and the first "
                     f"evaluation took {deadline.clock.setup_seconds:.0f} s, the last evaluation and checkpoint need "
-                    f"{deadline.reserve_seconds:.0f} s; set --budget to {math.ceil(deadline.least_budget_seconds())}s "
-                    "or more, with another --output"
+                    f"{deadline.reserve_seconds:.0f} s; set --budget to "
+                    f"{write_duration(deadline.least_budget_seconds())} or more, with another --output"
                 )
         self._step_started = time.monotonic()
 

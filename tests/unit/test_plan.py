@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 
 import pytest
 from click.testing import CliRunner
@@ -15,7 +16,7 @@ from birbal_ray.progress import CARDS, PLAN_FILE, figures_key, last_figures, sav
 from birbal_ray.recipe import PipelineConfig, join_steps
 from birbal_ray.report.load import compare_times
 from birbal_ray.score.run import keep_figures
-from birbal_ray.settings import ConfigError, load_config
+from birbal_ray.settings import ConfigError, load_config, seconds_of
 from birbal_ray.storage import open_folder
 from birbal_ray.train.budget import rate_key
 from birbal_ray.train.config import TrainConfig
@@ -23,6 +24,7 @@ from birbal_ray.train.preflight import GIB, estimate, shapes_of, total_bytes
 from birbal_ray.tune.config import TuneConfig
 from birbal_ray.tune.run import figures_of
 from birbal_ray.tune.scheduler import BASE_MODEL, FINISHED, TrialResult, TrialScheduler, TrialSpec
+from tests.conftest import REPOSITORY
 
 
 @pytest.fixture(autouse=True)
@@ -137,9 +139,9 @@ def test_a_budget_without_time_for_fresh_seeds_is_refused_with_the_least_that_wo
     save_figures(figures_key("tune", config.tune), trial_seconds=100.0, overhead_seconds=20.0)
     least = plan.least_seconds(config)
     assert least["tune"] == pytest.approx(0.8 * 0.9 * (20 + 4 * 100))
-    with pytest.raises(ConfigError, match=r"tune needs 5 min 02 s to run its baselines.*least that works is 1164s"):
+    with pytest.raises(ConfigError, match=r"tune needs 5 min 02 s to run its baselines.*least that works is 20m,"):
         pipeline.refuse_small_budget(config, least)
-    pipeline.refuse_small_budget(config.model_copy(update={"budget": 1164.0}), least)
+    pipeline.refuse_small_budget(config.model_copy(update={"budget": seconds_of("20m")}), least)
     without = recipe(search=False)
     pipeline.refuse_small_budget(without, plan.least_seconds(without))
 
@@ -246,6 +248,25 @@ def test_a_pipeline_dry_run_prints_the_plan_and_refuses_what_cannot_work(tmp_pat
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == "error: source lima: is gated"
     assert not (tmp_path / "run").exists()
+
+
+def test_each_card_has_its_own_price():
+    arguments = ["plan", "--config", "tiny", "--gpu", "GeForce-RTX-4090", "--gpu-price", "0.40", "--gpu", "H100"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2 and "1 given for 2 cards; give one for each --gpu" in result.stderr
+    once, tenfold = (CliRunner().invoke(main, [*arguments, "--gpu-price", price]).stderr for price in ("25", "250"))
+    assert once.splitlines()[0] == tenfold.splitlines()[0], "of the first card"
+    low, ten_low = (float(text.splitlines()[1].split(", ")[1].split()[0]) for text in (once, tenfold))
+    assert ten_low == pytest.approx(10 * low, abs=0.1) and low > 0
+
+
+def test_the_readme_s_command_for_another_card_names_it_in_every_step():
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    (line,) = (line for line in readme.splitlines() if "accelerator_type=" in line and line.startswith("birbal "))
+    small = ["--tasks", "sample-tasks", "--set", "score.tasks.select=all", "--set", "mix.sources=[]", "--dry-run"]
+    result = CliRunner().invoke(main, [*shlex.split(line)[1:], *small])
+    assert result.exit_code == 0, result.output
+    assert "A100's data sheet" in result.stdout and "4090" not in result.stdout
 
 
 def test_nothing_starts_where_a_dataset_cannot_be_had(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.recipe import PipelineConfig
 from birbal_ray.score.config import ScoreConfig, ServeConfig
-from birbal_ray.settings import ConfigError, Duration, Settings, load_config
+from birbal_ray.settings import ConfigError, Duration, Settings, load_config, seconds_of, write_duration
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.tune.config import TuneConfig
 from tests.conftest import REPOSITORY
@@ -296,3 +296,11 @@ def test_both_sizes_are_there_for_every_step():
         names = {path.name for path in FILES if path.parent.name == step}
         assert "tiny.yaml" in names
         assert len(names) >= 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(90.2, "91s"), (120, "120s"), (121, "3m"), (3600, "1h00m"), (23_968, "6h40m")]
+)
+def test_a_duration_is_written_as_a_setting_takes_it(seconds, text):
+    assert write_duration(seconds) == text
+    assert 0 <= seconds_of(text) - seconds < 60
