@@ -46,6 +46,10 @@ def installed(tmp_path_factory):
     return folder / "site"
 
 
+def test_type_checkers_read_the_wheels_types(installed):
+    assert (installed / "birbal_ray" / "py.typed").is_file()
+
+
 def test_the_wheel_finds_its_settings_and_tasks_from_anywhere(installed, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SHOW % (STEPS,)],
