@@ -346,7 +346,7 @@ def _flop_per_token(config: TrainConfig) -> float:
 
 
 def least_seconds(config: PipelineConfig) -> dict[str, float]:
-    """The least that each step works in: its models loaded, and something done.
+    """The least that each step with a share of the budget, or its rest, works in: its models loaded, something done.
 
     A search needs its baselines, one mix to compare with them, and the fresh seeds of all of these. It ends in time
     with what it knows, so only a budget far below that is refused; on a card without figures, none.
@@ -354,7 +354,7 @@ def least_seconds(config: PipelineConfig) -> dict[str, float]:
     device = _device(config.score.engine.device, None)
     load = LOAD_SECONDS[device][0]
     engines = num_engines(config.evaluate, device)
-    least = {"score": load + 10, "mix": 3.0, "train": load + 20, "evaluate": engines * load + 10, "report": 5.0}
+    least = {"score": load + 10, "train": load + 20, "evaluate": engines * load + 10, "report": 5.0}
     if config.search:
         with contextlib.suppress(ConfigError):
             ((start, trial), _), _ = _trial_seconds(config.tune, None)

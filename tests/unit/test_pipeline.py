@@ -21,7 +21,7 @@ from birbal_ray.status import describe_times
 from birbal_ray.storage import RunError, open_folder
 
 SHARES = ShareSettings(score=0.2, tune=0.1, evaluate=0.2, report=0.05)
-LEAST = {"score": 5.0, "tune": 5.0, "mix": 1.0, "train": 10.0, "evaluate": 5.0, "report": 1.0}
+LEAST = {"score": 5.0, "tune": 5.0, "train": 10.0, "evaluate": 5.0, "report": 1.0}
 
 
 class Time:

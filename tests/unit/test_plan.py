@@ -213,7 +213,7 @@ def test_a_search_on_a_card_without_figures_starts(tmp_path, monkeypatch, budget
     config = recipe("one-day-mistral-7b", tasks="sample-tasks", budget=budget)
     config = config.replace({"tune.resources.accelerator_type": "RTX-A6000", "tune.proxy.tokens_per_second": None})
     least = plan.least_seconds(config)
-    assert least.keys() == {"score", "mix", "train", "evaluate", "report"}
+    assert least.keys() == {"score", "train", "evaluate", "report"}
     pipeline.check_recipe(config)
     clock = pipeline.BudgetClock(open_folder(tmp_path), budget, config.shares, least)
     assert clock.left("tune") == (8640.0 if budget else math.inf)
