@@ -79,12 +79,17 @@ class Commands(click.Group):
             from birbal_ray.run import RunError, RunFailedError
             from birbal_ray.settings import ConfigError
 
-            # The second line: a path on the command line that can't be what it should be.
             usage = (ConfigError, TaskError, ModelError)
-            usage += (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)  # type: ignore[assignment]
+            # Of a path on the command line that can't be what it should be.
+            not_folder = (FileExistsError, NotADirectoryError)
+            usage += (*not_folder, IsADirectoryError, PermissionError)  # type: ignore[assignment]
             if not isinstance(error, (*usage, RunError, OSError)):  # OSError: a full disk, a lost connection
                 raise
-            click.echo(f"error: {error}", err=True)
+            text = str(error)
+            if isinstance(error, OSError) and error.filename and error.strerror:
+                a_file = "expected a folder, but it, or a part of this path, is a file"
+                text = f"{error.filename}: {a_file if isinstance(error, not_folder) else error.strerror}"
+            click.echo(f"error: {text}", err=True)
             if isinstance(error, RunFailedError):
                 click.echo("what is finished is kept; the same command continues", err=True)
             context.exit(EXIT_USAGE if isinstance(error, usage) else EXIT_FAILED)

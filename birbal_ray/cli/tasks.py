@@ -172,7 +172,7 @@ def import_tasks(
     from birbal_ray.ni.schema import TaskError
     from birbal_ray.storage import write_atomic
 
-    name = name or Path(source).name.split(".")[0]
+    name = name or Path(source).absolute().name.split(".")[0]
     on_hub = {name: options.pop(name) for name in ("split", "subset", "revision")}
     settings = ImportOptions(name=name, source=source, **options)
     columns, rows = _read_source(source, settings, **on_hub)
@@ -186,6 +186,8 @@ def import_tasks(
         write_atomic(folder / f"{name}.json", text)
     written = [row for row in catalog.summarise_tasks(folder) if row["task"] in files]
     print_table(written, output_format, ["task", "label", "label reason", "instances", "shots"])
+    if any(row["shots"] < settings.num_examples for row in written):
+        note(f"fewer than {settings.num_examples} examples (shots): at most half of a task's rows become examples")
     for reason, numbers in dropped.items():
         note(f"left out {len(numbers):,} of {len(rows):,} rows (the first is row {numbers[0]}): {reason}")
     note(f"{len(files)} task files in {folder}; next: birbal tasks validate --tasks {folder}")
@@ -209,7 +211,9 @@ def _read_source(
             if not file.is_file():
                 raise TaskError(f"{source}: no such file")
             return read_csv(file, settings.columns)
-        records = list(read_records(source, "SOURCE", also=".csv, .tsv"))
+        if file.suffix not in SUFFIXES:
+            raise TaskError(f"{source}: expected .csv, .tsv, {', '.join(SUFFIXES)}; export the table as CSV")
+        records = list(read_records(source, "SOURCE"))
         for number, record in records:
             if not isinstance(record, dict):
                 raise TaskError(f"{source}, row {number}: expected an object with columns, found {record!r:.60}")
@@ -226,7 +230,10 @@ def _read_source(
         rows = datasets.load_dataset(source, subset, split=split or "train", revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         reason = one_line(error)[:200]
-        raise TaskError(f"{source}: no such file, and not a dataset that the Hub gives ({reason})") from None
+        what = "no such file, and not a dataset that the Hub gives"
+        if file.is_dir():
+            what = "a folder that does not hold one dataset; give one of its files"
+        raise TaskError(f"{source}: {what} ({reason})") from None
     for column, feature in rows.features.items():
         if isinstance(feature, datasets.ClassLabel):  # numbers that stand for names
             names = feature.names

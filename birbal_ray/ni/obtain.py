@@ -192,6 +192,8 @@ def read_csv(file: Path, columns: Sequence[str]) -> tuple[list[str], list[dict[s
     `columns`.
     """
     text = read_text(file)
+    if not text.strip():
+        raise TaskError(f"{file}: the file is empty")
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     delimiters = ("\t",) if file.suffix == ".tsv" else CSV_DELIMITERS
     headers = {one: next(csv.reader(io.StringIO(text, newline=""), delimiter=one), []) for one in delimiters}
@@ -219,8 +221,8 @@ def make_tasks(
     """
     for column in options.columns:
         if column not in columns:
-            hint = nearest(column, columns)
-            raise TaskError(f"{options.source}: no column {column!r}{hint}; it has {', '.join(columns) or 'none'}")
+            hint, found = nearest(column, columns), ", ".join(map(repr, columns))
+            raise TaskError(f"{options.source}: no column {column!r}{hint}; it has {found or 'none'}")
     dropped: dict[str, list[int]] = defaultdict(list)
     groups: dict[str, dict[str, tuple[int, list[str]]]] = {}  # group → input → (row number, outputs)
     for number, row in enumerate(rows, 1):

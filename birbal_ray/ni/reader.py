@@ -115,11 +115,13 @@ def parse_task(name: str, data: bytes | OSError) -> Task:
         raise TaskError(f"{shown}.json: can't be read ({data.strerror})")
     if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
         raise TaskError(f"{shown[:40]}….json: the name is longer than {MAX_NAME_BYTES} bytes; rename the file")
-    if shown != name or ":" in name or name.startswith("."):
-        what = (
-            "a ':', which ends the task's name in row ids" if ":" in name else "a dot at its start, which hides files"
-        )
-        what = what if shown == name else "bytes that are no text in UTF-8"
+    wrong = {
+        "bytes that are no text in UTF-8": shown != name,
+        "a ':', which ends the task's name in row ids": ":" in name,
+        "a '/', which ends a folder's name": "/" in name,
+        "a dot at its start, which hides files": name.startswith("."),
+    }
+    if what := next((what for what, found in wrong.items() if found), ""):
         raise TaskError(f"{shown}.json: the name holds {what}; rename the file")
     repairs: Counter[str] = Counter()
     try:
@@ -127,7 +129,8 @@ def parse_task(name: str, data: bytes | OSError) -> Task:
         definition = values.get("Definition")
         first = definition[0] if isinstance(definition, list) and definition else definition
         if not isinstance(first, str) or not first.strip():
-            raise TaskError(f"{name}.json: 'Definition' is {_kind(definition)}, expected a text or a list of texts")
+            found = "empty" if isinstance(first, str) else _kind(definition)
+            raise TaskError(f"{name}.json: 'Definition' is {found}, expected a text or a list of texts")
         task = Task(
             name=name,
             definition=clean_text(first, Counter()),

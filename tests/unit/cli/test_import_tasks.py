@@ -72,6 +72,7 @@ def test_json_in_any_unicode(name, text, encoding, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "reason"),
     [
+        ("d.xlsx", "PK", "d.xlsx: expected .csv, .tsv, .json, .jsonl, .parquet; export the table as CSV"),
         ("d.jsonl", '{"question": "a"}\n{"question": \n', "d.jsonl, line 2: not JSON (Expecting value)"),
         (
             "d.jsonl",
@@ -101,6 +102,7 @@ def test_files_that_are_there_stay(table, tmp_path):
     assert "data.json exists; give another --name or --folder, or --overwrite" in result.stderr
     assert (tmp_path / "t" / "data.json").read_bytes() == before
     assert run(*arguments, "--num-examples", 2, "--overwrite").exit_code == 0
+    assert "fewer than 18 examples" in run(*arguments, "--num-examples", 18, "--overwrite").stderr
     assert (tmp_path / "t" / "data.json").read_bytes() != before
     assert (tmp_path / "t" / "other.json").read_text() == "mine"
 
@@ -157,6 +159,12 @@ def test_the_examples_of_the_help_make_tasks(tmp_path, monkeypatch):
         (["{bad}", *COLUMNS], "bad.parquet, after row 0: not a Parquet file"),
         (["no-such/dataset", *COLUMNS], "no-such/dataset: no such file, and not a dataset that the Hub gives"),
         (["{table}", *COLUMNS, "--name", "a:b"], "a:b.json: the name holds a ':'"),
+        (["{table}", *COLUMNS, "--name", "a/b"], "a/b.json: the name holds a '/'"),
+        (["{table}", *COLUMNS[:4], "--definition", " "], "data.json: 'Definition' is empty"),
+        (["{empty}", *COLUMNS], "empty.csv: the file is empty"),
+        (["{folder}", *COLUMNS], "a folder that does not hold one dataset; give one of its files"),
+        (["{table}", *COLUMNS, "--folder", "{table}"], "data.csv: expected a folder, but it, or a part of this path"),
+        (["{table}", *COLUMNS, "--folder", "{table}/x"], "data.csv/x: expected a folder, but it, or a part of this"),
         (["{table}", *COLUMNS, "--split", "test"], "data.csv is a file, which has none; leave --split out"),
         (["{bad}", *COLUMNS, "--subset", "en"], "bad.parquet is a file, which has none; leave --subset out"),
         (["{table}", *COLUMNS, "--revision", "v2"], "--revision v2: "),
@@ -168,11 +176,14 @@ def test_wrong_usage_is_one_line(table, tmp_path, monkeypatch, arguments, reason
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
-    places = {"table": table, "bad": tmp_path / "bad.parquet", "folder": tmp_path}
+    (tmp_path / "empty.csv").write_text("\n")
+    names = ("bad.parquet", "empty.csv")
+    places = {"table": table, "folder": tmp_path, **{name.split(".")[0]: tmp_path / name for name in names}}
     if "--folder" not in arguments:
         arguments = [*arguments, "--folder", str(tmp_path / "t")]
     result = run("tasks", "import", *(argument.format(**places) for argument in arguments))
     assert result.exit_code == 2
     assert reason in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1 or "Usage:" in result.stderr
+    assert "Errno" not in result.stderr
     assert not (tmp_path / "t").exists()

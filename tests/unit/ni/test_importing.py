@@ -141,7 +141,7 @@ def test_few_rows_keep_as_many_instances_as_examples():
 
 
 def test_a_missing_column_is_named_with_the_nearest():
-    expected = r"^data.csv: no column 'questions' \(nearest: 'question'\); it has question, answer, topic$"
+    expected = r"^data.csv: no column 'questions' \(nearest: 'question'\); it has 'question', 'answer', 'topic'$"
     with pytest.raises(TaskError, match=expected):
         made(inputs=("questions",))
 

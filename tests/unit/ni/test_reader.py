@@ -99,6 +99,7 @@ def test_surrogates_and_byte_order_mark():
         (b'{"Definition": ["x"], "Positive Examples": [], "Instances": {}}', "'Instances' is an object"),
         (b'{"Definition": ["x"], "Positive Examples": [], "Instances": []}', "'Instances' is empty"),
         (b'{"Definition": 3, "Positive Examples": [], "Instances": []}', "'Definition' is a number"),
+        (b'{"Definition": [" "], "Positive Examples": [], "Instances": []}', "'Definition' is empty"),
         (b'{"Definition": ["x"], "Positive Examples": 1, "Instances": []}', "'Positive Examples' is a number"),
         (b"\xff\xfe\x00", "not UTF-8 at byte 0"),
         (b"[" * 100_000, "nested too deeply"),
