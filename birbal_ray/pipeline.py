@@ -12,9 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 from birbal_ray.cluster import job_metadata, ray_log_file, ray_session
+from birbal_ray.evaluate.run import STEP as EVALUATE
 from birbal_ray.evaluate.run import evaluate
 from birbal_ray.lock import hold_lock
 from birbal_ray.mix.config import MixConfig
+from birbal_ray.mix.run import STEP as MIX
 from birbal_ray.mix.run import mix
 from birbal_ray.mix.sources import source_problem
 from birbal_ray.models import ModelError
@@ -31,15 +33,18 @@ from birbal_ray.progress import (
 )
 from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps, refuse_small_budget
 from birbal_ray.report.run import report
-from birbal_ray.run import RunFailedError, RunMismatchError, progress_seconds, sigterm_as_interrupt
+from birbal_ray.run import RunFailedError, RunMismatchError, check_output, progress_seconds, sigterm_as_interrupt
 from birbal_ray.schemas import MANIFEST_FILE, RUN_FILE
 from birbal_ray.score.pipeline import logical_cpus
+from birbal_ray.score.run import STEP as SCORE
 from birbal_ray.score.run import score, speed_of
 from birbal_ray.settings import ConfigError, canonical_hash, one_line, require
 from birbal_ray.storage import DamagedFileError, Folder, RunError, absolute, open_folder
 from birbal_ray.train.launch import logical_cpus as train_logical_cpus
+from birbal_ray.train.run import STEP as TRAIN
 from birbal_ray.train.run import train
 from birbal_ray.tune.config import changed_mix
+from birbal_ray.tune.run import STEP as TUNE
 from birbal_ray.tune.run import tune
 from birbal_ray.tune.space import mix_of, ratios_of
 
@@ -218,7 +223,7 @@ def run_pipeline(
     least = least_seconds(config)
     is_first = not folder.is_file(CLOCK_FILE)
     if is_first:
-        check_recipe(config)  # before anything is made
+        check_recipe(config, overwrite=overwrite)  # before anything is made
     with ExitStack() as stack:
         stack.enter_context(sigterm_as_interrupt())
         folder = replace(folder, guard=stack.enter_context(hold_lock(folder)))
@@ -311,8 +316,14 @@ def run_step(step: str, config: PipelineConfig, clock: BudgetClock, announce: Ca
     return result
 
 
-def check_recipe(config: PipelineConfig) -> None:
-    """Raise ConfigError where a joined recipe can't work: a budget too small, an outside dataset that can't be had."""
+def check_recipe(config: PipelineConfig, *, overwrite: bool = False) -> None:
+    """Raise ConfigError where a joined recipe can't work.
+
+    A budget too small, an outside dataset that can't be had, a folder that holds something else.
+    """
+    for step in (SCORE, TUNE, MIX, TRAIN, EVALUATE):
+        if step.name in config.steps:
+            check_output(getattr(config, step.name).output, step, {}, overwrite=overwrite)
     refuse_small_budget(config, least_seconds(config))
     check_sources(config)
 

@@ -63,7 +63,7 @@ def train(
     if calibrate and not dry_run:
         raise click.UsageError("--calibrate goes with --dry-run")
     if dry_run:
-        found = step.dry_run(config, calibrate=calibrate)
+        found = step.dry_run(config, calibrate=calibrate, overwrite=overwrite)
         from birbal_ray.plan import describe_hours, plan_train
 
         print_preflight(found, output_format)
@@ -134,6 +134,9 @@ def merge(run: str, output: str, push: str | None, dry_run: bool, output_format:
     from birbal_ray.train import merge as step
 
     if dry_run:
+        from birbal_ray.run import check_output
+
+        check_output(output, step.STEP, {}, inputs=[run], overwrite=options["overwrite"])
         print_table([{"file": name} for name in step.plan_merge(run, modelfile=options["modelfile"])], output_format)
         return
     result = step.merge(run, output, **options)

@@ -184,7 +184,7 @@ def pipeline(config: PipelineConfig, overwrite: bool, dry_run: bool) -> None:
 
         config = config.replace({"output": config.output or PLANNED_OUTPUT})
         print_plan(config, (None,), (), "text")
-        check_recipe(join_steps(config))
+        check_recipe(join_steps(config), overwrite=overwrite)
         note("nothing was started (--dry-run)")
     else:
         run_recipe(config, overwrite)

@@ -53,6 +53,7 @@ def evaluate(config: EvaluateConfig, per_task: bool, overwrite: bool, dry_run: b
     from birbal_ray.evaluate import run as step
     from birbal_ray.plan import describe_hours, plan_evaluate
     from birbal_ray.progress import ProgressLine
+    from birbal_ray.run import check_output
     from birbal_ray.score.run import plan_run
 
     if not dry_run:
@@ -63,6 +64,8 @@ def evaluate(config: EvaluateConfig, per_task: bool, overwrite: bool, dry_run: b
     progress = ProgressLine()
     setup = step.prepare_evaluation(config)
     plan = plan_run(setup.scoring, progress, excluded=setup.held_out.keys)
+    identity = step.identify_evaluation(setup, plan)
+    check_output(config.output, step.STEP, identity, inputs=setup.inputs, overwrite=overwrite)
     step.describe_evaluation(setup, plan, progress)
     rows = [
         {

@@ -102,6 +102,13 @@ class Setup:
         adapter = one.name if one.kind == ADAPTER and self.lora else ""
         return [PromptVariant(one.name, how, adapter) for how in self.config.prompt_formats]
 
+    @property
+    def inputs(self) -> list[str]:
+        """The paths, URLs and Hub's names that it reads."""
+        given = self.config.tasks.path, self.config.tasks.label_overrides, self.config.model.name
+        compared = [one.origin for one in self.models[1:]]
+        return [path for path in (*given, *self.mixes, *compared) if path]
+
     def primary(self) -> dict[str, str]:
         """The comparison that was named beforehand, as COMPARISONS names it."""
         chosen = self.config.primary
@@ -125,11 +132,8 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
     progress, started = ProgressLine(), time.monotonic()
     setup = prepare_evaluation(config)
     plan = plan_run(setup.scoring, progress, excluded=setup.held_out.keys)
-    given = config.tasks.path, config.tasks.label_overrides, config.model.name
-    compared = [one.origin for one in setup.models[1:]]
-    inputs = [path for path in (*given, *setup.mixes, *compared) if path]
-    identity = _identity(setup, plan)
-    with open_run(config.output or "", STEP, identity, inputs=inputs, overwrite=overwrite) as run:
+    identity = identify_evaluation(setup, plan)
+    with open_run(config.output or "", STEP, identity, inputs=setup.inputs, overwrite=overwrite) as run:
         if run.manifest:
             result = _read(run)
             if not run.changes:
@@ -199,7 +203,8 @@ def describe_evaluation(setup: Setup, plan: ScorePlan, progress: ProgressLine) -
     progress.message(f"{names}: {' and '.join(setup.config.prompt_formats)}")
 
 
-def _identity(setup: Setup, plan: ScorePlan) -> dict[str, Any]:
+def identify_evaluation(setup: Setup, plan: ScorePlan) -> dict[str, Any]:
+    """Everything that decides the rows and what is compared."""
     identity = identity_of(setup.scoring, setup.model.fingerprint)
     identity["plan"] = plan_hash(setup.scoring, plan)
     identity["tasks"] = {task.name: task.sha256 for task in plan.tasks}

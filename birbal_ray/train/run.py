@@ -22,7 +22,7 @@ from birbal_ray.manifest import check_input, package_versions, read_manifest
 from birbal_ray.models import Model, load_tokenizer, pin_model, resolve_model
 from birbal_ray.ni.prompt import CHAT
 from birbal_ray.progress import ProgressLine, save_figures
-from birbal_ray.run import Run, Step, StepResult, open_run, sigterm_as_interrupt
+from birbal_ray.run import Run, Step, StepResult, check_output, open_run, sigterm_as_interrupt
 from birbal_ray.settings import ConfigError, require
 from birbal_ray.storage import Folder, RunError, absolute, is_url, open_folder
 from birbal_ray.train import files
@@ -106,15 +106,18 @@ def train(config: TrainConfig, *, overwrite: bool = False) -> TrainResult:
         return result
 
 
-def dry_run(config: TrainConfig, *, calibrate: bool = False) -> Preflight:
+def dry_run(config: TrainConfig, *, calibrate: bool = False, overwrite: bool = False) -> Preflight:
     """Tokens, memory, and what will fit in the budget; checks the architecture; trains a few steps to calibrate.
 
-    Without `calibrate` neither weights nor a card are needed: the model's config and tokenizer are enough.
+    Without `calibrate` neither weights nor a card are needed: the model's config and tokenizer are enough. Raises
+    ConfigError where `train` would not take `config.output`.
     """
     progress = ProgressLine()
     place = _calibration_place(config) if calibrate else None
     config, model = resolve_config(config, weights=calibrate)
-    mix, _ = read_mix(config)
+    mix, mix_manifest = read_mix(config)
+    identity = _identity(config, model, mix_manifest)
+    check_output(config.output, STEP, identity, inputs=[mix.place, str(model.path)], overwrite=overwrite)
     with tempfile.TemporaryDirectory(prefix="birbal-train-", dir=place) as name:
         folder = Path(name)
         packed, few = folder / files.PACKED_FOLDER, 8 if calibrate else None

@@ -14,7 +14,7 @@ from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.mix.sources import absolute_paths, sha256_of_file
 from birbal_ray.models import Model, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine, counted, duration, figures_key, save_figures
-from birbal_ray.run import Run, RunError, RunFailedError, Step, StepResult, open_run
+from birbal_ray.run import Run, RunError, RunFailedError, Step, StepResult, check_output, open_run
 from birbal_ray.settings import ConfigError, require
 from birbal_ray.storage import Folder, absolute
 from birbal_ray.train.config import TrainResources
@@ -70,8 +70,7 @@ def tune(config: TuneConfig, *, overwrite: bool = False, retry_failed: bool = Tr
     """
     progress, kept_under = ProgressLine(), figures_key(STEP.name, config)
     config, scores, model = resolve_config(config)
-    inputs = [config.scores or "", str(model.path), *config.validation.files, *config.mix.contamination.files]
-    inputs += [source.path for source in config.mix.sources if source.path]
+    inputs = _inputs(config, model)
     identity = _identity(config, scores, model)
     output = require(config.output, "--output")
     with open_run(output, STEP, identity, inputs=inputs, overwrite=overwrite) as run:
@@ -143,10 +142,15 @@ def estimate(config: TuneConfig) -> list[dict[str, Any]]:
     return [dict(zip(("trials", "number", "tokens each"), row, strict=True)) for row in rows]
 
 
-def dry_run(config: TuneConfig) -> list[dict[str, Any]]:
-    """`estimate`, with settings, scores and model checked, and on stderr what mixes are judged by. Writes nothing."""
+def dry_run(config: TuneConfig, *, overwrite: bool = False) -> list[dict[str, Any]]:
+    """`estimate`, with settings, scores and model checked, and on stderr what mixes are judged by. Writes nothing.
+
+    Raises ConfigError where `tune` would not take `config.output`.
+    """
     progress = ProgressLine()
-    config, scores, _ = resolve_config(config)
+    config, scores, model = resolve_config(config)
+    identity = _identity(config, scores, model)
+    check_output(config.output, STEP, identity, inputs=_inputs(config, model), overwrite=overwrite)
     weights = config.validation.weights
     groups = [
         *sorted({task.label for task in scores.tasks}),
@@ -184,6 +188,12 @@ def resolve_config(config: TuneConfig) -> tuple[TuneConfig, ScoreFolder, Model]:
     if config.train.lora.from_adapter:
         changes["train.lora.from_adapter"] = absolute(config.train.lora.from_adapter)
     return config.replace(changes), scores, model
+
+
+def _inputs(config: TuneConfig, model: Model) -> list[str]:
+    """The paths and URLs that a search reads."""
+    files = [config.scores or "", str(model.path), *config.validation.files, *config.mix.contamination.files]
+    return files + [source.path for source in config.mix.sources if source.path]
 
 
 def _identity(config: TuneConfig, scores: ScoreFolder, model: Model) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def finish(config):
         if pa.types.is_floating(field.type) or pa.types.is_integer(field.type)
     }
     rows = [{**numbers, **figures, **setup.primary()}]
-    with open_run(config.output, step.STEP, step._identity(setup, plan)) as run:
+    with open_run(config.output, step.STEP, step.identify_evaluation(setup, plan)) as run:
         files = {
             EVALUATION_FILE: run.folder.write_parquet(EVALUATION_FILE, EVALUATION.empty_table()),
             COMPARISONS_FILE: run.folder.write_parquet(COMPARISONS_FILE, pa.Table.from_pylist(rows, COMPARISONS)),

@@ -257,6 +257,10 @@ def test_dry_run_writes_nothing(scores, made, outside, tmp_path):
     assert result.composition == made.composition and result.folder is None
     assert result.manifest["rows"] == made.manifest["rows"]
     assert not (tmp_path / "m").exists()
+    with pytest.raises(RunMismatchError, match="seed: 5 → 1"):
+        dry_run(config(scores, made.folder.local, sources=[outside], seed=1))
+    with pytest.raises(ConfigError, match="this folder is an input"):
+        dry_run(config(scores, scores))
 
 
 def test_birbal_2023_end_to_end(scores, tmp_path):
