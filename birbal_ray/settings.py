@@ -167,19 +167,20 @@ def load_config(
         if value is not None:
             _assign(values, key, value, f"flag for {key}")
             origins[key] = "command line"
-    try:
-        config = schema.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("; ".join(_explain(schema, problem, origins) for problem in error.errors())) from None
     given = [f"{key}." for key in flatten(values)]
     for prefix, section in _sections(schema).items():
         old = {key: f"{key!r} is now {new!r}; the old name" for key, new in section.RENAMED.items()}
         old |= {key: f"{key!r} is no setting any more ({instead}); it" for key, (_, instead) in section.RETIRED.items()}
         for key, text in old.items():
             if any(one.startswith(f"{prefix}{key}.") for one in given):
-                place = ": ".join(filter(None, [_origin(f"{prefix}{key}", origins), prefix.rstrip("."), text]))
+                origin = _origin(f"{prefix}{key}", origins)
+                origins.setdefault(f"{prefix}{section.RENAMED.get(key, key)}", origin)
+                place = ": ".join(filter(None, [origin, prefix.rstrip("."), text]))
                 print(f"{place} is accepted until the next release", file=sys.stderr)
-    return config
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain(schema, error, origins)) from None
 
 
 def read_yaml_mapping(file: str | Path) -> dict[str, Any]:
@@ -348,6 +349,11 @@ def _parse_yaml(text: str, origin: str, complaint: str) -> Any:
     except (yaml.YAMLError, RecursionError) as error:
         reason = one_line(error)
     raise ConfigError(f"{origin}: {complaint} ({reason})")
+
+
+def explain(schema: type[Settings], error: ValidationError, origins: Mapping[str, str] = {}) -> str:
+    """What is wrong with the settings given to a schema, in one line. `origins`: dotted key → where it comes from."""
+    return "; ".join(_explain(schema, problem, origins) for problem in error.errors())
 
 
 def _explain(schema: type[Settings], problem: Any, origins: Mapping[str, str]) -> str:

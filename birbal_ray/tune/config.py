@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.settings import Duration, Settings
+from birbal_ray.settings import Duration, Settings, explain
 from birbal_ray.train.config import TrainConfig
 
 Baseline = Literal["uniform", "proportional", "task_score", "birbal_2023"]
@@ -192,7 +192,10 @@ class TuneConfig(Settings):
             taken = name in (*BASELINES, BASE_MODEL) or name.startswith(("search-", "predicted"))
             if taken or re.search(r"-(seed|x)\d+$", name):  # see TrialScheduler's keys
                 raise ValueError(f"mixes.{name}: a trial has, or may get, this name; choose another")
-            changed_mix(self.mix, changes)
+            try:
+                changed_mix(self.mix, changes)
+            except ValidationError as error:
+                raise ValueError(f"mixes.{name}: {explain(MixConfig, error)}") from None
         if not self.num_trials and not self.mixes:
             raise ValueError("num_trials=0 searches nothing, and mixes names none: there is nothing to compare")
         if (self.repeats.top or self.mixes) and not self.baselines:

@@ -253,7 +253,7 @@ def test_old_keys_are_taken_with_a_warning(tmp_path, capsys):
     ]
     assert load_config(Renamed, None, ["inner={looks: 5}"]).inner.num_rungs == 5
     assert "--set inner={looks: 5}: inner: 'looks' is now 'num_rungs'" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"inner\.num_rungs = 'many'"):
+    with pytest.raises(ConfigError, match=r"--set inner\.looks=many: inner\.num_rungs = 'many'"):
         load_config(Renamed, None, ["inner.looks=many"])
     with pytest.raises(
         ConfigError, match=r"--set inner.looks=5: inner: 'looks' is the old name of 'num_rungs', and both"

@@ -440,6 +440,11 @@ def test_failed_first_off_draws_as_they_come(scores, tmp_path):
         ({"baselines": []}, "repeats.top=0"),
         ({"baselines": ["unifrom"]}, "uniform"),
         ({"proxy": {"steps": 4}}, "unknown key 'proxy.steps'"),
+        ({"mixes": {"mine": {"sede": 1}}}, "mixes.mine: unknown key 'sede' (did you mean 'seed'?)"),
+        (
+            {"mixes": {"mine": {"task_score": {"gamma": "x"}}}},
+            "mixes.mine: task_score.gamma = 'x': input should be a valid",
+        ),
         ({"validation": {"weights": {"exact": 2}}}, "validation.weights.exact: no such group; there are exact_match"),
         (
             {"validation": {"weights": {"generation": -1}}},
