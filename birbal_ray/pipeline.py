@@ -6,6 +6,7 @@ import contextlib
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,12 +16,14 @@ from birbal_ray.cluster import job_metadata, ray_log_file, ray_session
 from birbal_ray.evaluate.run import STEP as EVALUATE
 from birbal_ray.evaluate.run import evaluate
 from birbal_ray.lock import hold_lock
+from birbal_ray.mix.allocation import BIRBAL_2023, TASK_SCORE
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.run import STEP as MIX
 from birbal_ray.mix.run import mix
 from birbal_ray.mix.sources import source_problem
 from birbal_ray.models import ModelError
-from birbal_ray.plan import chosen, fitting_instances, least_seconds, plan_recipe, read_sizes, records_of
+from birbal_ray.ni.metrics import EXACT_MATCH, GENERATION
+from birbal_ray.plan import chosen, find_tasks, fitting_instances, least_seconds, plan_recipe, read_sizes, records_of
 from birbal_ray.progress import (
     CLOCK_FILE,
     LOAD_SECONDS,
@@ -319,13 +322,37 @@ def run_step(step: str, config: PipelineConfig, clock: BudgetClock, announce: Ca
 def check_recipe(config: PipelineConfig, *, overwrite: bool = False) -> None:
     """Raise ConfigError where a joined recipe can't work.
 
-    A budget too small, an outside dataset that can't be had, a folder that holds something else.
+    A budget too small, an outside dataset that can't be had, a folder that holds something else. Raises TaskError for
+    a name that is no task's, among `held_out_tasks` for instance.
     """
+    check_tasks(config)
     for step in (SCORE, TUNE, MIX, TRAIN, EVALUATE):
         if step.name in config.steps:
             check_output(getattr(config, step.name).output, step, {}, overwrite=overwrite)
     refuse_small_budget(config, least_seconds(config))
     check_sources(config)
+
+
+def check_tasks(config: PipelineConfig) -> None:
+    """Raise TaskError for a name that is no task's, ConfigError where no scoring of them could fill the mix."""
+    for tasks in (config.score.tasks, config.evaluate.scoring().tasks):
+        find_tasks(tasks)
+    asked = config.mix.task_score
+    if config.budget or config.search or asked.allow_shortfall or config.mix.policy == BIRBAL_2023:
+        return  # in time, the shares may fall short; the search has its own idea of them
+    num_instances: Counter[str] = Counter()
+    for one in chosen(read_sizes(config.score.tasks, config.score.prompt.num_shots), config.score.tasks):
+        num_instances[one.label] += one.num_instances
+    budgets = [([EXACT_MATCH], asked.exact_match_budget), ([GENERATION], asked.generation_budget)]
+    if config.mix.policy != TASK_SCORE:  # the others draw both together
+        budgets = [([EXACT_MATCH, GENERATION], asked.exact_match_budget + asked.generation_budget)]
+    for labels, budget in budgets:
+        if budget > (there := sum(num_instances[label] for label in labels)):
+            name = " + ".join(f"{label}_budget" for label in labels)
+            raise ConfigError(
+                f"mix.task_score.{name} = {budget}: the tasks that are scored have {there} instances labelled "
+                f"{' or '.join(labels)}; lower it to at most {there}, or set mix.task_score.allow_shortfall=true"
+            )
 
 
 def check_sources(config: PipelineConfig) -> None:

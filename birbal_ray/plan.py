@@ -174,17 +174,26 @@ def num_weights(model: str) -> int:
         raise
 
 
-def read_sizes(tasks: TaskSettings, num_shots: int) -> list[TaskSizes]:
-    """Every usable task that the settings choose, those left out by hand (`exclude`) among them.
+def find_tasks(tasks: TaskSettings) -> list[reader.TaskFile]:
+    """The files that the settings choose, those left out by hand (`exclude`) among them.
 
-    Raises TaskError where there is none.
+    Raises TaskError, with the nearest name, where `select` or `exclude` names a task that isn't there.
     """
     root = input_folder(require(tasks.path, "--tasks"))
     files = reader.find_task_files(root)
-    names, _ = catalog.choose_names([file.name for file in files], tasks.select, root)
-    overrides = metrics.default_overrides()
+    available = [file.name for file in files]
+    catalog.choose_names(available, tasks.exclude, root)
+    names = set(catalog.choose_names(available, tasks.select, root)[0])
+    return [file for file in files if file.name in names]
+
+
+def read_sizes(tasks: TaskSettings, num_shots: int) -> list[TaskSizes]:
+    """The usable tasks of `find_tasks`. Raises TaskError where there is none."""
+    files, overrides = find_tasks(tasks), metrics.default_overrides()
+    if tasks.label_overrides:
+        overrides |= metrics.read_overrides(input_folder(tasks.label_overrides))
     sizes = []
-    for _, task in reader.read_tasks([file for file in files if file.name in set(names)]):
+    for _, task in reader.read_tasks(files):
         if isinstance(task, TaskError) or catalog.excluded_by(task, tasks.exclude_families):
             continue
         sampled = [one for one in task.instances[:SAMPLED_INSTANCES] if one.error is None]
@@ -197,7 +206,7 @@ def read_sizes(tasks: TaskSettings, num_shots: int) -> list[TaskSizes]:
         sizes.append(TaskSizes(task.name, label, len(task.instances), shared, own + 8, answer + 2))
     if not sizes:
         raise TaskError(
-            f"{root}: no usable task among its {len(files)} (tasks.select = {tasks.select!r} takes {len(names)})"
+            f"{tasks.path}: no usable task among the {len(files)} that tasks.select = {tasks.select!r} takes"
         )
     return sizes
 

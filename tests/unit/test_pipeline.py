@@ -362,6 +362,7 @@ def recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "ray_session", lambda *arguments, **options: contextlib.nullcontext())
     monkeypatch.setattr(pipeline, "least_seconds", lambda config: LEAST)
     monkeypatch.setattr(pipeline, "check_sources", lambda config: None)
+    monkeypatch.setattr(pipeline, "check_tasks", lambda config: None)
     monkeypatch.setattr(pipeline, "write_plan", lambda *arguments: None)
     monkeypatch.setattr(pipeline, "settings_of", lambda step, config, clock: getattr(config, step))
     monkeypatch.setattr(pipeline, "save_figures", lambda *arguments, **figures: None)

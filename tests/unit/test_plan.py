@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 
 import pytest
@@ -273,6 +274,43 @@ def test_the_readme_s_command_for_another_card_names_it_in_every_step():
     result = CliRunner().invoke(main, [*shlex.split(line)[1:], *small])
     assert result.exit_code == 0, result.output
     assert "A100's data sheet" in result.stdout and "4090" not in result.stdout
+
+
+@pytest.mark.parametrize("command", [["pipeline", "--dry-run"], ["pipeline"], ["plan"]])
+def test_a_held_out_task_that_is_none_is_refused_before_anything_starts(tmp_path, monkeypatch, command):
+    monkeypatch.setattr(pipeline, "RUN", {})  # a step that is called would be a KeyError
+    arguments = ["--config", "tiny", "--device", "cpu", "--output", str(tmp_path / "run"), "--no-tune"]
+    result = CliRunner().invoke(main, [*command, *arguments, "--held-out-task", "sampel004"])
+    assert result.exit_code == 2, result.output
+    assert "no task 'sampel004' (nearest: 'sample004_short_reading_question')" in result.stderr
+    result = CliRunner().invoke(main, [*command, *arguments, "--set", "evaluate.tasks.exclude=[sampel004]"])
+    assert command == ["plan"] or (result.exit_code, "no task 'sampel004'" in result.stderr) == (2, True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ([], "mix.task_score.exact_match_budget = 50000: the tasks that are scored have 3 instances"),
+        (["mix.policy=uniform"], "exact_match_budget + generation_budget = 100000: the tasks that are scored have 7"),
+        (["mix.task_score.exact_match_budget=3"], "generation_budget = 50000: the tasks that are scored have 4"),
+        (["mix.task_score={exact_match_budget: 3, generation_budget: 4}"], ""),
+        (["mix.task_score.allow_shortfall=true"], ""),
+        (["mix.policy=birbal_2023"], ""),
+        (["budget=1000h"], ""),
+        (["search=true"], ""),
+    ],
+)
+def test_a_mix_that_no_scoring_could_fill_is_refused_before_it(tmp_path, write_task, changes, refusal):
+    write_task("task_a", 3, Categories=["Program Execution"])
+    folder = write_task("task_b", 4, Categories=["Title Generation"])
+    flags = {"tasks": str(folder), "output": "/nowhere/run"}
+    made = load_config(PipelineConfig, None, ["search=false", *changes], flags)
+    if not refusal:
+        pipeline.check_tasks(join_steps(made))
+        return
+    with pytest.raises(ConfigError, match=re.escape(refusal)):
+        pipeline.check_tasks(join_steps(made))
 
 
 def test_nothing_starts_where_a_dataset_cannot_be_had(tmp_path, monkeypatch):
