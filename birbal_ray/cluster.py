@@ -273,12 +273,12 @@ def decide_device(asked: str, setting: str = "") -> str:
 
 
 def _check_answers(address: str) -> None:
-    """Raise RunError when nothing listens at host:port; ray.init would try for over a minute, then abort."""
-    host, _, port = address.rpartition(":")
-    if not port.isdigit() or "//" in address:
-        return  # auto, local, ray://…: Ray's to judge
+    """Raise RunError when nothing listens at [ray://]host:port; ray.init would try for over a minute, then abort."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # auto, local: Ray's to judge
     try:
-        socket.create_connection((host, int(port)), timeout=5).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError as error:
         raise RunError(
             f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); unset it to use this machine"

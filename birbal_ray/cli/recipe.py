@@ -137,7 +137,7 @@ def print_cluster(nodes: list[Node], found: list[Placement], output_format: str)
 def demo(output: str, overwrite: bool) -> None:
     """Run the recipe small, for real: vLLM, SmolLM2-135M and QLoRA on the sample tasks that come with birbal.
 
-    About ten minutes on two CPU cores. Called again it continues, or says that it is up to date. It is
+    About six minutes on two idle CPU cores. Called again it continues, or says that it is up to date. It is
     `birbal pipeline --config demo`.
 
     \b
@@ -165,7 +165,8 @@ PIPELINE_FLAGS = (
 )
 @overwrite_option
 @dry_run_option("Print the plan, and check budget and outside datasets; run nothing.")
-def pipeline(config: PipelineConfig, overwrite: bool, dry_run: bool) -> None:
+@format_option
+def pipeline(config: PipelineConfig, overwrite: bool, dry_run: bool, output_format: str) -> None:
     """Score, tune, mix, train, evaluate, report: in one budget, each step resumable, skipped where it is up to date.
 
     With --budget each step ends in time: scoring stops where it is and says what it knows, the search ends, training
@@ -183,9 +184,11 @@ def pipeline(config: PipelineConfig, overwrite: bool, dry_run: bool) -> None:
         from birbal_ray.pipeline import check_recipe
 
         config = config.replace({"output": config.output or PLANNED_OUTPUT})
-        print_plan(config, (None,), (), "text")
+        print_plan(config, (None,), (), output_format)
         check_recipe(join_steps(config), overwrite=overwrite)
         note("nothing was started (--dry-run)")
+    elif output_format != "text":
+        raise click.UsageError("--format is for the plan that --dry-run prints")
     else:
         run_recipe(config, overwrite)
 

@@ -7,6 +7,7 @@ instance with an `error` of one that can't be scored, and raises TaskError where
 from __future__ import annotations
 
 import codecs
+import difflib
 import gzip
 import hashlib
 import itertools
@@ -53,6 +54,8 @@ def find_task_files(path: Path) -> list[TaskFile]:
     """
     if not path.exists():
         advice = "" if path.suffix else f"; `birbal tasks fetch --output {path}` downloads Natural Instructions there"
+        if near := difflib.get_close_matches(path.name, [one.name for one in path.parent.glob("*")], n=1):
+            advice = f"; did you mean {path.parent / near[0]}?"
         raise TaskError(f"{path}: no such file or folder{advice}")
     if path.is_dir():
         folder = path / "tasks" if (path / "tasks").is_dir() else path

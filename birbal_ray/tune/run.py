@@ -319,5 +319,6 @@ def _finish(scheduler: TrialScheduler, run: Run, progress: ProgressLine) -> Tune
         "trials": dict(Counter(result.status for result in results)),
         "rows": {"per_mix": num_rows(config.mix)},
     }
+    run.progress(len(results), scheduler.num_trials, final=True)
     summary = f"{counted(len(results), 'trial')}; best mix: {chosen}"
     return TuneResult(folder, run.finish(manifest, files, summary=summary))

@@ -137,6 +137,8 @@ def test_the_tables_in_three_formats(capsys):
     ("arguments", "code", "reason"),
     [
         (["--cluster", "127.0.0.1:1"], 1, "no Ray cluster answers there"),
+        (["--cluster", "ray://127.0.0.1:1"], 1, "no Ray cluster answers there"),
+        (["--cluster", "[::1]:1"], 1, "no Ray cluster answers there ([Errno"),
         (["--cluster"], 1, "RAY_ADDRESS=127.0.0.1:2: no Ray cluster answers there"),
         (["--cluster", "local"], 2, "would start a Ray"),
         (["--cluster", "127.0.0.1:1", "--score-config", "nowhere.yaml"], 2, "nowhere.yaml: no such file"),

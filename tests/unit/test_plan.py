@@ -242,6 +242,8 @@ def test_a_pipeline_dry_run_prints_the_plan_and_refuses_what_cannot_work(tmp_pat
     steps = {line.split()[0] for line in result.stdout.splitlines()[2:]}
     assert steps == {"score", "tune", "mix", "train", "evaluate", "report"}
     assert "nothing was started" in result.stderr
+    listed = json.loads(CliRunner().invoke(main, [*arguments, "--format", "json"]).stdout)
+    assert {row["step"] for row in listed} == steps
     result = CliRunner().invoke(main, [*arguments, "--budget", "60s"])
     assert result.exit_code == 2
     assert "budget 1 min 00 s is too small" in result.stderr

@@ -66,6 +66,7 @@ def test_every_command_has_help_with_an_example(path, command):
             ["score", "--tasks", "nowhere", "--output", "{out}"],
             "nowhere: no such file or folder; `birbal tasks fetch",
         ),
+        (["score", "--tasks", "{tasks}s", "--output", "{out}"], "no such file or folder; did you mean {tasks}?"),
         (["score", "--tasks", "{tasks}"], "--output is required"),
         (["score", "--output", "{out}"], "--tasks is required"),
         (["score", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
@@ -95,7 +96,7 @@ def test_wrong_usage_is_exit_code_2_with_one_line(write_task, tmp_path, argument
     filled = [text.format(**places) for text in arguments]
     result = run(*filled)
     assert result.exit_code == 2, result.output
-    assert reason in result.stderr
+    assert reason.replace("{tasks}", str(folder)) in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
@@ -213,6 +214,7 @@ def test_dry_run_counts_and_starts_nothing(write_task, tmp_path):
     [
         ([*SCORE, "--retry-errors", "--rescore"], "--rescore starts no engine; give one of them"),
         (["status", "{out}", "--watch", "--format", "json"], "leave out --format or --watch"),
+        (["pipeline", "--output", "{out}", "--format", "json"], "--format is for the plan that --dry-run prints"),
         (["doctor", "--cluster", "--config", "demo"], "give --score-config and --train-config"),
         (
             ["serve", "--openai", "--compat", "--model", "{out}", "--device", "cpu"],

@@ -21,6 +21,7 @@ from birbal_ray.progress import ProgressLine
 from birbal_ray.recipe import PipelineConfig
 from birbal_ray.run import RUN_FILE, Run, RunFailedError, RunMismatchError, Step, open_run
 from birbal_ray.settings import ConfigError, load_config
+from birbal_ray.status import read_status
 from birbal_ray.storage import open_folder
 from birbal_ray.tune import run as tune_run
 from birbal_ray.tune.config import TuneConfig, num_rows
@@ -279,6 +280,10 @@ def test_a_baseline_that_wins_by_its_fresh_seeds_alone_gives_its_mix(scores, tmp
     assert (best, best.seed) == (asked, 4)
     first = result.manifest["summary_rows"][0]
     assert (first["mix"], first["status"], first["loss"], first["mean loss"]) == ("uniform", "failed", None, 0.5)
+    (row,) = read_status(tmp_path)
+    assert (row.done, row.planned, row.progress.split(";")[0]) == (len(scheduler.results),) * 2 + (
+        f"{len(scheduler.results)} trials",
+    )
 
 
 def test_a_verdict_by_hand():
