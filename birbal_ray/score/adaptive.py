@@ -216,7 +216,7 @@ class AdaptiveSchedule:
             score = min(1.0, tally.mean) if tally.num_scored else typical
             if other is task:
                 score, _ = tally.interval(label)
-            # The mix owes such a task no share of what it fails.
+            # A task whose references can't score 1 gets no share by its errors, as in the mix.
             unfit = 0 if other.unreachable_fraction > MAX_UNREACHABLE_FRACTION else None
             candidates = other.num_instances - (self._covered[other.name] - tally.num_scored)
             if candidates:
