@@ -368,6 +368,8 @@ def _explain(schema: type[Settings], problem: Any, origins: Mapping[str, str]) -
     if problem["type"] == "missing":
         return f"{prefix}{path!r} is required"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "literal_error":
+        message += nearest(str(problem["input"]), re.findall("'(.+?)'", problem["ctx"]["expected"]))
     if isinstance(problem["input"], Mapping):  # of a section as such, all of its settings
         about = f"{path}: " if path else ""
     else:

@@ -221,7 +221,7 @@ def _option(flag: str, field: FieldInfo, about: str) -> Callable[[Any], Any]:
         float: click.FloatRange(**bounds),
     }.get(kind)
     if get_origin(kind) is Literal:
-        click_type = click.Choice(get_args(kind))
+        click_type = _Choice(get_args(kind))
     elif click_type is None and not is_flag:
         raise TypeError(f"{flag}: no option for a setting of type {field.annotation}")
     return click.option(
@@ -233,6 +233,12 @@ def _option(flag: str, field: FieldInfo, about: str) -> Callable[[Any], Any]:
         default=(field.default or None) if multiple else field.default,
         help=f"{about[:1].upper()}{about[1:]}.{' Repeatable.' if multiple else ''}",
     )
+
+
+class _Choice(click.Choice[str]):
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """With the nearest choice."""
+        return super().get_invalid_choice_message(value, ctx).rstrip(".") + nearest(value, self.choices) + "."
 
 
 def _kinds(annotation: Any) -> list[Any]:

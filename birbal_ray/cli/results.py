@@ -301,10 +301,11 @@ def export_predictions(run: str, output: Path) -> None:
     Example:
       birbal export-predictions runs/score --output predictions/
     """
+    from birbal_ray.progress import counted
     from birbal_ray.score.results import export_published_json
     from birbal_ray.storage import input_folder
 
     files, rows = export_published_json(input_folder(run), output)
-    note(f"{rows} rows in {files} files: {output}")
+    note(f"{counted(rows, 'row')} in {counted(files, 'file')}: {output}")
     if others := sum(1 for _ in output.glob("*.json")) - files:
         note(f"{others} more .json files are there, which this run did not write")

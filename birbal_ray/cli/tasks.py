@@ -52,10 +52,12 @@ def list_tasks(path: Path | None, label: str | None, output_format: str) -> None
       birbal tasks list --tasks natural-instructions/ --label exact_match --format csv
     """
     from birbal_ray.ni.catalog import summarise_tasks
+    from birbal_ray.progress import counted
 
     rows = [row for row in summarise_tasks(path) if label in (None, row["label"])]
     print_table(rows, output_format)
-    note(f"{len(rows)} tasks, {sum(row['instances'] or 0 for row in rows):,} instances")
+    num_instances = sum(row["instances"] or 0 for row in rows)
+    note(f"{counted(len(rows), 'task')}, {counted(num_instances, 'instance')}")
 
 
 @tasks.command()
@@ -170,6 +172,7 @@ def import_tasks(
     from birbal_ray.ni.obtain import ImportOptions, make_tasks
     from birbal_ray.ni.reader import parse_task
     from birbal_ray.ni.schema import TaskError
+    from birbal_ray.progress import counted
     from birbal_ray.storage import write_atomic
 
     name = name or Path(source).absolute().name.split(".")[0]
@@ -190,7 +193,7 @@ def import_tasks(
         note(f"fewer than {settings.num_examples} examples (shots): at most half of a task's rows become examples")
     for reason, numbers in dropped.items():
         note(f"left out {len(numbers):,} of {len(rows):,} rows (the first is row {numbers[0]}): {reason}")
-    note(f"{len(files)} task files in {folder}; next: birbal tasks validate --tasks {folder}")
+    note(f"{counted(len(files), 'task file')} in {folder}; next: birbal tasks validate --tasks {folder}")
 
 
 def _read_source(

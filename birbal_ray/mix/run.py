@@ -21,7 +21,7 @@ from birbal_ray.mix.plan import MixPlan, make_context, plan_mix
 from birbal_ray.mix.reading import Context, sort_texts
 from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.mix.sources import Origin, origin_of, sha256_of_file
-from birbal_ray.progress import ProgressLine, figures_key, save_figures
+from birbal_ray.progress import ProgressLine, counted, figures_key, save_figures
 from birbal_ray.run import Step, check_output, open_run
 from birbal_ray.schemas import MANIFEST_FILE, MIX_TASKS, TASKS_FILE
 from birbal_ray.settings import ConfigError, require
@@ -128,7 +128,7 @@ def _inputs(
     """The scores, and where the sources come from: while the Hub can't be reached, what is `known` of them."""
     scores = open_scores(require(config.scores, "--scores"), config.model)
     model = scores.model or "an unnamed model"
-    progress.message(f"{scores.num_rows:,} scored rows of {len(scores.tasks)} tasks by {model}")
+    progress.message(f"{counted(scores.num_rows, 'scored row')} of {counted(len(scores.tasks), 'task')} by {model}")
     origins = []
     for source in config.sources:
         try:

@@ -18,7 +18,7 @@ from birbal_ray.ni import catalog, metrics, prompt, reader
 from birbal_ray.ni.metrics import EXACT_MATCH, METRIC_VERSION, find_unreachable
 from birbal_ray.ni.prompt import ChatTemplate
 from birbal_ray.ni.schema import Instance, Task, TaskError, order_instances
-from birbal_ray.progress import ProgressLine
+from birbal_ray.progress import ProgressLine, counted
 from birbal_ray.score.config import CompletionSettings, ScoreConfig
 from birbal_ray.score.shards import PlannedTask, ScorePlan
 from birbal_ray.score.tokens import Tokenizer, encode, load_tokenizer, prompt_token_ids
@@ -95,7 +95,8 @@ def describe_plan(plan: ScorePlan, config: ScoreConfig, progress: ProgressLine) 
     """Say on stderr what the plan takes and what it leaves out, and why."""
     at_most = "at most " if config.adaptive.enabled else ""
     progress.message(
-        f"{len(plan.tasks)} tasks, {at_most}{plan.num_rows} rows, model {config.model.name} on {config.engine.device}"
+        f"{counted(len(plan.tasks), 'task')}, {at_most}{counted(plan.num_rows, 'row')}, "
+        f"model {config.model.name} on {config.engine.device}"
     )
     for file, reason in plan.quarantined:
         progress.message(f"quarantined {file}: {reason}")

@@ -89,6 +89,12 @@ def test_a_wrong_value_is_refused_with_what_is_allowed(words, reason):
     assert reason in result.stderr
 
 
+@pytest.mark.parametrize("flags", ["--policy birbal", "--set policy=birbal"])
+def test_a_misspelt_choice_gets_the_nearest_one(flags):
+    result = CliRunner().invoke(main, ["mix", *flags.split()])
+    assert result.exit_code == 2 and "(did you mean 'birbal_2023'?)" in result.stderr
+
+
 def test_a_flag_wins_over_set_which_wins_over_the_file(tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_text("count: 2\ninner: {rate: 0.75}\nnames: [file]\n")
