@@ -272,6 +272,33 @@ def decide_device(asked: str, setting: str = "") -> str:
     return "gpu" if torch.cuda.is_available() else "cpu"
 
 
+def local_cards() -> tuple[int, str | None]:
+    """(how many GPUs this machine has, what Ray calls them; None where it has no name for them)."""
+    import torch
+    from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager as Nvidia
+
+    if not torch.cuda.is_available():
+        return 0, None
+    return torch.cuda.device_count(), Nvidia.get_current_node_accelerator_type()
+
+
+def missing_cards(wanted: Mapping[str, str | None]) -> str:
+    """Which steps this machine has no card for, in words; empty where it has all, or where a cluster runs them.
+
+    `wanted`: step → a card as Ray calls it, or None for any.
+    """
+    ray = sys.modules.get("ray")
+    if not wanted or os.environ.get("RAY_ADDRESS") or (ray and ray.is_initialized()):
+        return ""
+    count, card = local_cards()
+    lacking = {step: one for step, one in wanted.items() if not count or (card and one and one != card)}
+    if not lacking:
+        return ""
+    steps, cards = (", ".join(dict.fromkeys(one or "a GPU" for one in names)) for names in (lacking, lacking.values()))
+    has = f"{count} × {card}" if count else "no GPU"
+    return f"this machine has {has}; wanted: {cards} for {steps} (their device and resources.accelerator_type)"
+
+
 def _check_answers(address: str) -> None:
     """Raise RunError when nothing listens at [ray://]host:port; ray.init would try for over a minute, then abort."""
     host, _, port = address.removeprefix("ray://").rpartition(":")

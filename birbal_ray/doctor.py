@@ -13,10 +13,10 @@ from typing import Any
 import psutil
 
 from birbal_ray import models
-from birbal_ray.cluster import Node, WorkerRequest, can_place, nodes_of, ray_session
+from birbal_ray.cluster import Node, WorkerRequest, can_place, local_cards, missing_cards, nodes_of, ray_session
 from birbal_ray.manifest import package_versions
-from birbal_ray.mix.config import SourceSettings
 from birbal_ray.mix.sources import source_problem
+from birbal_ray.recipe import PipelineConfig
 from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.pipeline import replica_request
 from birbal_ray.settings import ConfigError, one_line
@@ -53,10 +53,10 @@ class Placement:
     missing: str
 
 
-def examine(model: str, output: str, sources: Sequence[SourceSettings] = ()) -> list[Check]:
+def examine(model: str, output: str, recipe: PipelineConfig | None = None) -> list[Check]:
     """All checks, in the order in which they are shown. Starts no Ray, loads no model, downloads nothing.
 
-    `sources`: outside datasets that a mix is to have.
+    `recipe`: whose cards and outside datasets to look for.
     """
     usable, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory().total
     try:
@@ -82,7 +82,7 @@ def examine(model: str, output: str, sources: Sequence[SourceSettings] = ()) -> 
             f"{memory / 2**30:.1f} GiB",
             "" if memory >= MIN_MEMORY_BYTES else "6 GiB or more are needed for the small model alone",
         ),
-        *_gpus(versions),
+        *_gpus(versions, recipe.cards if recipe else {}),
         Check(
             "disk",
             f"{free / 2**30:.0f} GiB free at {folder}",
@@ -91,7 +91,8 @@ def examine(model: str, output: str, sources: Sequence[SourceSettings] = ()) -> 
         _model(model),
         *(
             Check(one.name, "can't be had" if problem else one.path or "on the Hub", problem)
-            for one, problem in zip(sources, map(source_problem, sources), strict=True)
+            for one in (recipe.sources if recipe else [])
+            for problem in [source_problem(one)]
         ),
     ]
 
@@ -149,25 +150,24 @@ def _packages(versions: Mapping[str, str]) -> list[Check]:
     return checks
 
 
-def _gpus(versions: Mapping[str, str]) -> list[Check]:
+def _gpus(versions: Mapping[str, str], wanted: Mapping[str, str | None]) -> list[Check]:
     if not {"torch", "ray"} <= versions.keys():
         return [Check("gpus", "not looked for", "torch and ray are needed for it: run `make setup`")]
     import torch
-    from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager as Nvidia
 
-    if not torch.cuda.is_available():
-        return [Check("gpus", "none: runs use the CPU engine, training attends with sdpa sample by sample")]
+    (count, card), missing = local_cards(), missing_cards(wanted)
+    if not count:
+        return [Check("gpus", "none: runs use the CPU engine, training attends with sdpa sample by sample", missing)]
     from birbal_ray.train.attention import why_not_varlen
 
-    card = Nvidia.get_current_node_accelerator_type()
     checks = []
-    for index in range(torch.cuda.device_count()):
+    for index in range(count):
         properties = torch.cuda.get_device_properties(index)
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
         reason = why_not_varlen(torch.device("cuda", index), torch.bfloat16, 128)
         kernel = f"sdpa sample by sample ({reason})" if reason else "torch's varlen FlashAttention"
         found = f"{properties.name}, {memory}; Ray calls it {card}; training attends with {kernel}"
-        checks.append(Check(f"gpu {index}", found))
+        checks.append(Check(f"gpu {index}", found, missing))
     return checks
 
 

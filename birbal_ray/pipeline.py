@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from birbal_ray.cluster import job_metadata, ray_log_file, ray_session
+from birbal_ray.cluster import job_metadata, missing_cards, ray_log_file, ray_session
 from birbal_ray.evaluate.run import STEP as EVALUATE
 from birbal_ray.evaluate.run import evaluate
 from birbal_ray.lock import hold_lock
@@ -227,6 +227,9 @@ def run_pipeline(
     is_first = not folder.is_file(CLOCK_FILE)
     if is_first:
         check_recipe(config, overwrite=overwrite)  # before anything is made
+        done = () if overwrite else [step for step in steps if folder.is_file(f"{step}/{MANIFEST_FILE}")]
+        if missing := missing_cards({step: card for step, card in config.cards.items() if step not in done}):
+            raise ConfigError(missing)
     with ExitStack() as stack:
         stack.enter_context(sigterm_as_interrupt())
         folder = replace(folder, guard=stack.enter_context(hold_lock(folder)))

@@ -60,6 +60,18 @@ class PipelineConfig(Settings):
         return tuple(step for step in STEPS if step != "tune" or self.search)
 
     @property
+    def cards(self) -> dict[str, str | None]:
+        """Step → the card that it needs, as Ray calls it, or None for any; without those that need no GPU."""
+        devices = {
+            "score": self.device or self.score.engine.device,
+            "tune": "gpu" if self.tune.resources.num_gpus else "cpu",
+            "train": self.device or ("gpu" if self.train.resources.accelerator_type else self.train.resources.device),
+            "evaluate": self.device or self.evaluate.engine.device,
+        }
+        on_gpu = (step for step in self.steps if devices.get(step) == "gpu")
+        return {step: getattr(self, step).resources.accelerator_type for step in on_gpu}
+
+    @property
     def sources(self) -> list[SourceSettings]:
         """The outside datasets of the mix and of the search's trials, each once."""
         searched = self.tune.mix.sources if self.search else []

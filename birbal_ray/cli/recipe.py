@@ -46,7 +46,7 @@ PLANNED_OUTPUT = "runs"  # of a plan without --output: nothing is written there
 
 @click.command()
 @click.option("--model", default="smollm2-135m", show_default=True, help="A model whose reachability to check.")
-@click.option("--config", metavar="FILE", help="A pipeline's settings, whose model and outside datasets to check.")
+@click.option("--config", metavar="FILE", help="A pipeline's settings, whose model, cards and datasets to check.")
 @click.option("--output", default=".", show_default=True, help="A folder whose disk to check.")
 @click.option(
     "--cluster",
@@ -82,7 +82,7 @@ def doctor(
         from birbal_ray.doctor import examine
 
         recipe = load_config(PipelineConfig, find_config("pipeline", config)) if config else PipelineConfig()
-        checks = examine(recipe.model or model, output, recipe.sources)
+        checks = examine(recipe.model or model, output, recipe)
         print_table([{"check": c.name, "state": c.state, "found": c.found} for c in checks], output_format)
         problems = [f"{check.name}: {check.advice}" for check in checks if check.advice]
     for problem in problems:
@@ -181,11 +181,14 @@ def pipeline(config: PipelineConfig, overwrite: bool, dry_run: bool, output_form
           --set mix.task_score.allow_shortfall=true
     """
     if dry_run:
+        from birbal_ray.cluster import missing_cards
         from birbal_ray.pipeline import check_recipe
 
         config = config.replace({"output": config.output or PLANNED_OUTPUT})
         print_plan(config, (None,), (), output_format)
         check_recipe(join_steps(config), overwrite=overwrite)
+        if missing := missing_cards(config.cards):
+            note(f"the recipe can't run here: {missing}")
         note("nothing was started (--dry-run)")
     elif output_format != "text":
         raise click.UsageError("--format is for the plan that --dry-run prints")
@@ -278,7 +281,8 @@ def print_plan(
     print_table(rows, output_format, columns)
     price_of = dict(zip(cards, prices, strict=False))
     for card, steps in found.items():
-        total = f"{card or 'this machine'}: {duration(sum(one.planned_seconds for one in steps))} planned"
+        here = ", ".join(sorted({one for one in joined.cards.values() if one})) or "this machine"
+        total = f"{card or here}: {duration(sum(one.planned_seconds for one in steps))} planned"
         if config.budget:
             total += f" of a budget of {duration(config.budget)}"
         if card in price_of:

@@ -10,7 +10,7 @@ import shlex
 import pytest
 from click.testing import CliRunner
 
-from birbal_ray import doctor, pipeline, plan
+from birbal_ray import cluster, doctor, pipeline, plan
 from birbal_ray.cli.main import main
 from birbal_ray.cli.options import find_config
 from birbal_ray.progress import CARDS, PLAN_FILE, figures_key, last_figures, save_figures
@@ -334,6 +334,55 @@ def test_doctor_looks_for_the_datasets_of_a_recipe(monkeypatch):
     assert (rows["lima"]["state"], rows["math_instruct"]["state"]) == ("problem", "ok")
     assert "lima: gated" in result.stderr
     assert result.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("here", "lacks"),
+    [
+        ((0, None), "this machine has no GPU; wanted: GeForce-RTX-4090, H100 for score, tune, train, evaluate"),
+        ((2, "A100"), "this machine has 2 × A100; wanted: GeForce-RTX-4090, H100 for score, tune, train, evaluate"),
+        ((1, "GeForce-RTX-4090"), "this machine has 1 × GeForce-RTX-4090; wanted: H100 for train"),
+        ((1, None), ""),  # a card for which Ray has no name
+    ],
+)
+def test_a_recipe_for_a_card_that_is_not_here_is_planned_and_not_started(tmp_path, monkeypatch, here, lacks):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster, "local_cards", lambda: here)
+    monkeypatch.setattr(pipeline, "RUN", {})  # a step that is called would be a KeyError
+    monkeypatch.setattr(pipeline, "source_problem", lambda source: "")
+    output = ["--output", str(tmp_path / "run"), "--set", "train.resources.accelerator_type=H100"]
+    command = ["pipeline", "--config", "one-day-mistral-7b", "--tasks", "sample-tasks", *output]
+    command += ["--set", "score.tasks.select=all", "--set", "evaluate.tasks.select=all"]
+    result = CliRunner().invoke(main, [*command, "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert "GeForce-RTX-4090, H100: " in result.stderr, "the cards that the plan is for"
+    assert (f"the recipe can't run here: {lacks}" in result.stderr) == bool(lacks)
+    if lacks:
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"error: {lacks}")
+        assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(doctor, "local_cards", lambda: (0, None))
+    monkeypatch.setattr(cluster, "local_cards", lambda: (0, None))
+    monkeypatch.setattr(doctor, "source_problem", lambda source: "")
+    monkeypatch.setattr(doctor, "_model", lambda name: doctor.Check("model", name))
+    result = CliRunner().invoke(main, ["doctor", "--config", "one-day-mistral-7b"])
+    assert result.exit_code == 1
+    wanted = "gpus: this machine has no GPU; wanted: GeForce-RTX-4090 for score, tune, train, evaluate"
+    assert wanted in result.stderr
+
+
+def test_a_recipe_for_another_card_runs_on_a_cluster_and_where_its_steps_are_done(monkeypatch):
+    monkeypatch.setattr(cluster, "local_cards", lambda: (0, None))
+    wanted = recipe("one-day-mistral-7b", device=None).cards
+    assert wanted == dict.fromkeys(["score", "tune", "train", "evaluate"], "GeForce-RTX-4090")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert cluster.missing_cards(wanted) == ""
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert "this machine has no GPU" in cluster.missing_cards(wanted)
+    assert cluster.missing_cards({}) == ""
+    assert recipe("tiny").cards == {}
+    assert recipe("tiny", device="gpu").cards == dict.fromkeys(["score", "train", "evaluate"])
 
 
 def test_a_dry_run_says_the_hours_of_the_plan():
