@@ -195,23 +195,19 @@ def test_accumulation_is_one_big_batch(tiny_model, run_folder, tmp_path):
 
 
 KILLED = """
-import sys
+import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.sft import fine_tune
-fine_tune(TrainConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+
+def report(line):
+    if line["step"] == int(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+fine_tune(TrainConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), report)
 """
-
-
-def start(config, model, folder):
-    return subprocess.Popen(
-        [sys.executable, "-c", KILLED, config.model_dump_json(), str(model), str(folder)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.fixture
@@ -242,13 +238,8 @@ def test_killed_at_random_steps_and_resumed_repeats_every_loss(one_thread, tiny_
     killed = folders["killed"]
     kills = 0
     for point in (rng.randrange(4, 11), rng.randrange(13, 21)):
-        process = start(config, tiny_model, killed)
-        while process.poll() is None and max((s for s, _ in losses(killed)), default=0) < point:
-            time.sleep(0.002)
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        process.communicate()
+        program = [sys.executable, "-c", KILLED, config.model_dump_json(), tiny_model, killed, point]
+        kills += subprocess.run(list(map(str, program)), capture_output=True).returncode == -signal.SIGKILL
         assert all_checkpoints(killed / "checkpoints"), "a checkpoint every third step"
     fine_tune(config, tiny_model, killed)
     assert kills == 2
@@ -284,13 +275,36 @@ def test_loss_falls_and_the_best_adapter_is_the_lowest_eval(tiny_model, run_fold
     assert (run_folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_budget_ends_within_a_tenth_of_it(tiny_model, run_folder):
+def test_a_budget_ends_within_a_tenth_of_it(tiny_model, run_folder, monkeypatch):
+    """By a clock on which a step takes 1 s, an evaluation 2 s and a checkpoint half a second."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, TrainerCallback
 
-    from birbal_ray.train.sft import fine_tune
+    from birbal_ray.train import sft, trainer
+    from birbal_ray.train.budget import Clock
 
-    outcome = fine_tune(settings(budget="30s", epochs=100_000), tiny_model, run_folder)
+    now, clocks = [1000.0], []
+
+    def make_clock(file, started):
+        clocks.append(Clock(file, lambda: now[0], started))
+        return clocks[0]
+
+    class Passes(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            now[0] += 1.0
+
+        def on_evaluate(self, *_, **__):
+            now[0] += 2.0
+            clocks[0].eval_seconds = 2.0
+
+        def on_save(self, *_, **__):
+            now[0] += 0.5
+            clocks[0].save_seconds = 0.5
+
+    monkeypatch.setattr(sft, "Clock", make_clock)
+    for module in (sft, trainer):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    outcome = sft.fine_tune(settings(budget="30s", epochs=100_000), tiny_model, run_folder, callbacks=[Passes()])
     assert outcome.ended_by == "budget"
     assert 27 <= json.loads((run_folder / "clock.json").read_text())["elapsed_seconds"] <= 33
     last = [line for line in read_metrics(run_folder / "metrics.jsonl") if "loss" in line][-1]
@@ -309,10 +323,13 @@ def test_resumed_near_its_deadline_a_run_takes_no_further_step(tiny_model, run_f
 
     config = settings(budget="1000s", epochs=100_000)
     (run_folder / "stop").touch()
+    began = time.monotonic()
     assert fine_tune(config, tiny_model, run_folder).ended_by == "stop"
+    took = time.monotonic() - began
     (run_folder / "stop").unlink()
     clock = json.loads((run_folder / "clock.json").read_text())
-    assert min(clock["eval_seconds"], clock["save_seconds"], clock["step_seconds"]) > 0
+    parts = [clock[name] for name in ("setup_seconds", "eval_seconds", "save_seconds", "step_seconds")]
+    assert min(parts) > 0 and max(parts) < clock["elapsed_seconds"] <= took, "real seconds"
     assert not (run_folder / "best.json").exists()
 
     # Less is left than an evaluation and a checkpoint take, as the session before had measured them.
