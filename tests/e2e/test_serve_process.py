@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import httpx
 import pytest
@@ -39,12 +38,17 @@ def serve(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_answers_what_is_in_flight_and_ends_with_0(serve, number):
     process, url, _ = serve("--set", "resources.simulated_row_seconds=1.5")
-    answers = []
-    asking = threading.Thread(
-        target=lambda: answers.append(httpx.post(f"{url}/process", json={"prompt": "x"}, timeout=30))
-    )
+    answers, sent = [], threading.Event()
+
+    def ask():
+        extensions = {"trace": lambda event, _: sent.set() if event == "http11.send_request_body.complete" else None}
+        with httpx.Client(timeout=60) as client:
+            answers.append(client.post(f"{url}/process", json={"prompt": "x"}, extensions=extensions))
+
+    asking = threading.Thread(target=ask)
     asking.start()
-    time.sleep(0.5)  # the request is in the engine by then
+    assert sent.wait(30)
+    assert httpx.get(f"{url}/health", timeout=30).status_code == 200  # what was sent before is taken before
     process.send_signal(number)
     asking.join(30)
     assert process.wait(30) == 0
