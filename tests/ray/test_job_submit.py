@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import time
@@ -73,12 +72,12 @@ class Head:
         return [process for process in found if process.pid != os.getpid()]
 
     def lose(self) -> None:
-        """SIGKILL to everything, as when the machine is taken away."""
-        for process in self.processes():
-            try:
-                process.send_signal(signal.SIGKILL)
-            except psutil.NoSuchProcess:
-                continue
+        """SIGKILL to everything, as when the machine is taken away; also to what starts meanwhile."""
+        while processes := self.processes():
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(processes, timeout=1)
 
 
 @pytest.fixture(scope="module")

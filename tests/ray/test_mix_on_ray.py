@@ -1,8 +1,6 @@
 """The mix on Ray's workers equals the mix in one process, byte for byte; a killed run leaves nothing half-written."""
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -87,7 +85,7 @@ def test_killed_and_run_again(scores, expected, tmp_path, wait_for):
     deadline = time.monotonic() + 60
     while not (tmp_path / "m" / wait_for).exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.0005)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     result = mix(settings)
     assert data_of(result.folder.local) == data_of(expected)

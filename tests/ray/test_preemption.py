@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -93,15 +94,19 @@ def test_nodes_lost_while_scoring(birbal, cluster, nodes, tasks, undisturbed, tm
     chance, run = random.Random(7), tmp_path / "run"
     if training := nodes.pop("training", None):  # this is the last test of these nodes
         cluster.remove_node(training)
-    alive = list(nodes.values())
+    # The spare ones are there before they are needed: a busy machine takes long to start a node.
+    spare = [cluster.add_node(num_cpus=3) for _ in range(2)]
+    alive = {node.node_id: node for node in (*nodes.values(), *spare)}
     process = birbal("score", "--tasks", tasks, *sets(SETTINGS), "--output", run, env={"RAY_ADDRESS": cluster.address})
     kills = 0
     for _ in range(2):
         target = len(finished_files(run)) + chance.randint(3, 8)
         if not wait_for(lambda target=target: len(finished_files(run)) >= target, process):
             break
-        cluster.remove_node(alive.pop(0), allow_graceful=False)
-        alive.append(cluster.add_node(num_cpus=3))  # as a spot provider does, sooner or later
+        logs = [file.read_text() for file in (run / "logs").glob("replica-*.log")]
+        latest = [re.findall(r"^replica .* node (\w+)$", log, re.MULTILINE)[-1:] for log in logs]
+        lost = next(node for (node,) in filter(None, latest) if node in alive)
+        cluster.remove_node(alive.pop(lost), allow_graceful=False)
         kills += 1
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors

@@ -92,6 +92,7 @@ def test_killed_or_stopped_again_and_again_it_ends_with_the_same_rows(birbal: St
     before = finished_files(run)
     assert 0 < len(before) < NUM_SHARDS
     for number in (signal.SIGTERM, signal.SIGINT):
+        psutil.wait_procs(engines(run), timeout=60)  # of a driver that has left: they still publish what they finish
         done = len(finished_files(run))
         process = start_until_more(3, "--set", "resources.simulated_row_seconds=0.1")  # 20 s: not over by itself
         process.send_signal(number)
