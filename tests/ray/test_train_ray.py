@@ -1,5 +1,6 @@
 """`birbal train` through Ray Train, on a model of two layers: killed, stopped, refused, without a card."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -97,7 +99,8 @@ def worker_of(folder):
 
 def kill_worker(folder):
     pid = worker_of(folder)
-    os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # Ray was quicker, where the driver is dead
+        os.kill(pid, signal.SIGKILL)
     return pid
 
 
@@ -125,7 +128,7 @@ def test_killed_and_stopped_it_goes_on_and_repeats_every_loss(
     assert worker_of(folder) != first_worker
 
     process.kill()
-    kill_worker(folder)  # which Ray does a moment later
+    kill_worker(folder)  # which Ray does, too
     process.communicate()
     done = losses(folder)[-1][0]
     assert done < NUM_STEPS
@@ -142,7 +145,7 @@ def test_killed_and_stopped_it_goes_on_and_repeats_every_loss(
 @pytest.mark.timeout(900)
 @slow
 def test_the_same_command_goes_on_whatever_ended_it(undisturbed, cluster_address, tiny_model, tiny_mix, tmp_path):
-    """SIGKILL to the worker; SIGKILL to the driver; SIGTERM; then to the end, equal to the last bit."""
+    """SIGKILL to worker, driver and Ray Train's controller; SIGTERM; then to the end, equal to the last bit."""
     folder = tmp_path / "run"
     process = start(tiny_model, tiny_mix, folder, address=cluster_address)
     wait_for_step(folder, 5, process)
@@ -151,6 +154,15 @@ def test_the_same_command_goes_on_whatever_ended_it(undisturbed, cluster_address
     process.kill()
     kill_worker(folder)
     process.communicate()
+
+    process = start(tiny_model, tiny_mix, folder, address=cluster_address)
+    wait_for_step(folder, losses(folder)[-1][0] + 5, process)
+    beside = psutil.Process(worker_of(folder)).parent().children()
+    (controller,) = [one for one in beside if "TrainController" in " ".join(one.cmdline())]
+    controller.kill()
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 1 and "Traceback" not in err
+    assert "Ray Train's controller of the worker died" in err and "the same command continues" in err
 
     process = start(tiny_model, tiny_mix, folder, address=cluster_address)
     wait_for_step(folder, losses(folder)[-1][0] + 5, process)
