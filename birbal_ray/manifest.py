@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray.schemas import MANIFEST_FILE, PROGRESS_FILE, RUN_FILE
-from birbal_ray.settings import flatten, format_value, one_line
+from birbal_ray.settings import ConfigError, flatten, format_value, one_line
 from birbal_ray.storage import DamagedFileError, FileStat, Folder, RunError, open_folder
 
 FORMAT = 2  # of run.json and manifest.json
@@ -26,8 +26,8 @@ VERSIONED_PACKAGES = (
 def read_manifest(place: str | os.PathLike[str] | Folder, step: str) -> dict[str, Any]:
     """The manifest of a finished run of `step`, whose listed files are there with their sizes.
 
-    Raises RunError when there is no such run, it is unfinished or of another format, or files are missing or have
-    changed.
+    Raises ConfigError for a folder that holds no run or another step's; RunError for an unfinished one, one of another
+    format, one whose files are missing or have changed.
     """
     folder = open_folder(place)
     files = folder.files()
@@ -40,13 +40,13 @@ def read_manifest(place: str | os.PathLike[str] | Folder, step: str) -> dict[str
             )
         is_there = files or (folder.is_local and folder.local.is_dir())
         found = f"no {MANIFEST_FILE} here" if is_there else "no such folder"
-        raise RunError(f"{folder}: {found}; expected the output of `{command_of(step)}`")
+        raise ConfigError(f"{folder}: {found}; expected the output of `{command_of(step)}`")
     manifest = folder.read_json(MANIFEST_FILE)
     if not isinstance(manifest, dict):
         raise RunError(f"{folder.at(MANIFEST_FILE)}: expected a JSON object, found {type(manifest).__name__}")
     if manifest.get("step") != step:
         found = command_of(manifest.get("step"))
-        raise RunError(f"{folder}: the output of `{found}`, expected that of `{command_of(step)}`")
+        raise ConfigError(f"{folder}: the output of `{found}`, expected that of `{command_of(step)}`")
     if manifest.get("format") != FORMAT:
         raise RunError(
             f"{folder}: another version of birbal_ray made this run, and this one can't read it; "

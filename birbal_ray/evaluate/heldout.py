@@ -96,7 +96,7 @@ def find_mixes(models: Sequence[EvaluatedModel], given: str | None) -> list[str]
     """Folders of all mixes to leave out: the given one, then every adapter's own; the same mix once.
 
     A mix is known by its identity hash, so `given` may be where an adapter's mix has been moved to. Raises
-    ConfigError where an adapter's own mix is nowhere to be had, RunError where the given one is none.
+    ConfigError where an adapter's own mix is nowhere to be had, or the given one is none.
     """
     found = {read_manifest(given, "mix")["identity_hash"]: given} if given else {}
     for one in models:
@@ -105,7 +105,7 @@ def find_mixes(models: Sequence[EvaluatedModel], given: str | None) -> list[str]
         try:
             there = read_manifest(one.mix, "mix")["identity_hash"]
             problem = f"{one.mix} holds another one by now ({there[:12]}…)"
-        except RunError as error:
+        except (ConfigError, RunError) as error:
             there, problem = None, str(error)
         if there is None or there != one.mix_identity:
             other = f"; nor is it --mix {given}" if given else ""

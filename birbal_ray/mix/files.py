@@ -227,7 +227,7 @@ def _cell(value: Any) -> str:
 def explain(mix: str | os.PathLike[str] | Folder, row_id: str) -> dict[str, Any]:
     """Why a candidate is in the mix or not: its audit record, the reason in words, its task's counts.
 
-    Raises RunError when the folder is no finished mix, ConfigError when the row was no candidate.
+    Raises ConfigError when the folder is no mix or the row was no candidate, RunError when the mix is unfinished.
     """
     folder = open_folder(mix)
     manifest = read_manifest(folder, "mix")

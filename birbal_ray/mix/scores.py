@@ -75,8 +75,8 @@ class ScoreFolder:
 def open_scores(place: str | os.PathLike[str] | Folder, model: str | None = None) -> ScoreFolder:
     """The finished score run at `place`.
 
-    Raises RunError when it is missing, unfinished, of another step, lacks a table, or holds one that was
-    edited or makes no sense; ConfigError when `model` is given and another model made the scores.
+    Raises RunError when it is unfinished, lacks a table, or holds one that was edited or makes no sense;
+    ConfigError when it is missing or of another step, or when `model` is given and another model made the scores.
     """
     folder = open_folder(place)
     manifest = read_manifest(folder, "score")

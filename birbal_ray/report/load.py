@@ -48,8 +48,9 @@ class Found:
 def find_finished(run: Folder) -> Found:
     """Find the steps in the folders of `run` by their manifests; or `run` itself, when it is a step's folder.
 
-    Where several folders hold the same one of STEPS, the one that bears its name counts. Raises RunError (no finished
-    step, a damaged record, a run of an earlier version), ConfigError (several, none of that name).
+    Where several folders hold the same one of STEPS, the one that bears its name counts. Raises RunError (only
+    unfinished steps, a damaged record, a run of an earlier version), ConfigError (none at all; several, none of that
+    name).
     """
     found: dict[str, list[StepFolder]] = {}
     started = set()
@@ -68,7 +69,7 @@ def find_finished(run: Folder) -> Found:
     if not found:
         unfinished = f" (started, not finished: {', '.join(sorted(started))})" if started else ""
         is_there = not run.is_local or run.local.is_dir()
-        raise RunError(
+        raise (RunError if started else ConfigError)(
             f"{run}: {'no finished step in it' if is_there else 'no such folder'}{unfinished}; expected folders like "
             f"{', '.join(STEPS)}, each with a {MANIFEST_FILE}, as `birbal demo --output {run}` makes them"
         )

@@ -266,8 +266,8 @@ def export_published_json(run: str | Path, output: Path) -> tuple[int, int]:
 
     Each holds a list of objects by row id: {orig_input, few_shot_prompt, answer, prediction}, and what the
     published scripts read beside these: ground_truth and orig_output (the references), task_file, id. Rows with an
-    error have an empty prediction. Raises RunError when `run` is no finished score run, or its files are not all
-    there any more or damaged.
+    error have an empty prediction. Raises ConfigError when `run` is no score run, RunError when it is unfinished, or
+    its files are not all there any more or damaged.
     """
     folder = open_folder(run)
     listed = read_manifest(folder, "score")["files"]

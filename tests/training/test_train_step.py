@@ -44,12 +44,12 @@ def birbal_train(tiny_model):
 
 
 def missing(folder, tiny_mix):
-    return 1, f"{folder}: no such folder; expected the output of `birbal mix`"
+    return 2, f"{folder}: no such folder; expected the output of `birbal mix`"
 
 
 def empty(folder, tiny_mix):
     folder.mkdir()
-    return 1, f"{folder}: no manifest.json here; expected the output of `birbal mix`"
+    return 2, f"{folder}: no manifest.json here; expected the output of `birbal mix`"
 
 
 def unfinished(folder, tiny_mix):
@@ -61,7 +61,7 @@ def unfinished(folder, tiny_mix):
 def of_another_step(folder, tiny_mix):
     with open_run(folder, Step("score"), {}) as run:
         run.finish({}, [], summary="")
-    return 1, f"{folder}: the output of `birbal score`, expected that of `birbal mix`"
+    return 2, f"{folder}: the output of `birbal score`, expected that of `birbal mix`"
 
 
 def without_a_split(folder, tiny_mix):

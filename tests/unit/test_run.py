@@ -237,14 +237,14 @@ def test_an_input_that_was_edited_is_refused(folder):
 
 
 def test_manifests_that_are_not_a_steps_finished_run_are_refused(folder):
-    with pytest.raises(RunError, match="no such folder"):
+    with pytest.raises(ConfigError, match="no such folder"):
         read_manifest(folder, "score")
     folder.write_bytes("x", b"")
-    with pytest.raises(RunError, match=r"no manifest\.json here"):
+    with pytest.raises(ConfigError, match=r"no manifest\.json here"):
         read_manifest(folder, "score")
     folder.delete(["x"])
     finished(folder)
-    with pytest.raises(RunError, match="the output of `birbal score`, expected that of `birbal mix`"):
+    with pytest.raises(ConfigError, match="the output of `birbal score`, expected that of `birbal mix`"):
         read_manifest(folder, "mix")
     folder.write_bytes("manifest.json", b"[1]")
     with pytest.raises(RunError, match="expected a JSON object, found list"):

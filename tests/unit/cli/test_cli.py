@@ -120,9 +120,9 @@ def test_a_url_is_not_taken_for_a_local_folder(command, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_exporting_what_is_no_run_fails_in_one_line(write_task, tmp_path):
+def test_exporting_what_is_no_run_is_wrong_usage_in_one_line(write_task, tmp_path):
     result = run("export-predictions", write_task("task_a"), "--output", tmp_path / "out")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr.strip().endswith("no manifest.json here; expected the output of `birbal score`")
     assert len(result.stderr.strip().splitlines()) == 1
 

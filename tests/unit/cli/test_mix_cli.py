@@ -78,14 +78,14 @@ def test_explain_and_diff(run, folder, scores, tmp_path):
     ("arguments", "code", "message"),
     [
         (("--output", "x"), 2, "error: --scores is required"),
-        (("--scores", "{tmp}/gone", "--output", "{tmp}/m"), 1, "gone: no such folder"),
+        (("--scores", "{tmp}/gone", "--output", "{tmp}/m"), 2, "gone: no such folder"),
         (("--scores", "{scores}", "--output", "{tmp}/m"), 2, "task_score.exact_match_budget = 50000: only"),
         (("--scores", "{scores}", "--output", "{tmp}/m", "--model", "other"), 2, "scored by made-up-model"),
         (("--scores", "{scores}", "--output", "{tmp}/m", "--set", "polcy=x"), 2, "unknown key 'polcy'"),
         (("--scores", "{scores}", "--output", "{tmp}/m", "--config", "{tmp}/no.yaml"), 2, "no.yaml: no such file"),
         (("explain", "a:b", "--mix", "{folder}"), 2, "no candidate 'a:b'"),
-        (("explain", "a:b", "--mix", "{tmp}"), 1, "expected the output of `birbal mix`"),
-        (("diff", "{folder}", "{tmp}/gone"), 1, "gone: no such folder"),
+        (("explain", "a:b", "--mix", "{tmp}"), 2, "expected the output of `birbal mix`"),
+        (("diff", "{folder}", "{tmp}/gone"), 2, "gone: no such folder"),
     ],
 )
 def test_exit_codes(run, folder, scores, tmp_path, arguments, code, message):

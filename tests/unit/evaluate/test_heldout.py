@@ -129,7 +129,7 @@ def test_an_edited_mix_is_refused(made, tmp_path):
 
 
 def test_no_mix_there(tmp_path):
-    with pytest.raises(RunError, match="expected the output of `birbal mix`"):
+    with pytest.raises(ConfigError, match="expected the output of `birbal mix`"):
         held_out(tmp_path)
 
 

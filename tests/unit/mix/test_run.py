@@ -360,16 +360,16 @@ def copied(scores, tmp_path):
 
 
 def test_score_folder_that_is_not_there_or_unfinished(scores, made, tmp_path):
-    with pytest.raises(RunError, match="gone: no such folder; expected the output of `birbal score`"):
+    with pytest.raises(ConfigError, match="gone: no such folder; expected the output of `birbal score`"):
         mix(config(tmp_path / "gone", tmp_path / "m"))
     folder = copied(scores, tmp_path)
     (folder / MANIFEST_FILE).unlink()
     with pytest.raises(RunError, match=r"an unfinished `birbal score` run \(no manifest.json\)"):
         mix(config(folder, tmp_path / "m"))
     (folder / RUN_FILE).unlink()
-    with pytest.raises(RunError, match=r"no manifest.json here; expected the output of `birbal score`"):
+    with pytest.raises(ConfigError, match=r"no manifest.json here; expected the output of `birbal score`"):
         mix(config(folder, tmp_path / "m"))
-    with pytest.raises(RunError, match="the output of `birbal mix`, expected that of `birbal score`"):
+    with pytest.raises(ConfigError, match="the output of `birbal mix`, expected that of `birbal score`"):
         mix(config(made.folder, tmp_path / "m"))
 
 

@@ -254,7 +254,7 @@ def test_a_step_s_own_folder_is_a_run_too(copy):
 def test_a_folder_without_steps_is_refused(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / MANIFEST_FILE).write_text('{"name": "an app"}')
-    with pytest.raises(RunError, match="no finished step in it; expected folders like score, mix, train, evaluate"):
+    with pytest.raises(ConfigError, match="no finished step in it; expected folders like score, mix, train, evaluate"):
         report(tmp_path)
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "run.json").write_text('{"step": "train", "identity": {}}')
@@ -380,8 +380,8 @@ def test_each_model_gets_a_conclusion(tmp_path, without_plots):
 @pytest.mark.parametrize(
     ("arguments", "code", "reason"),
     [
-        (["{tmp}/absent"], 1, "absent: no such folder"),
-        (["{tmp}"], 1, "no finished step in it"),
+        (["{tmp}/absent"], 2, "absent: no such folder"),
+        (["{tmp}"], 2, "no finished step in it"),
         (["{run}", "--output", "{tmp}"], 2, "expected a file name that ends in .html"),
         (["{run}", "--output", "{tmp}/folder.html"], 2, "is a folder, expected a file name"),
         (["{run}", "--output", "{tmp}/x.html", "--add", "{tmp}/absent.json"], 2, "absent.json: no such file"),

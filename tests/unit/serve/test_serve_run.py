@@ -54,9 +54,9 @@ def test_wrong_usage_is_exit_code_2_with_one_line(arguments, message):
     assert message in result.stderr and result.stderr.count("\n") <= 1
 
 
-def test_a_run_that_is_not_there_fails():
+def test_a_run_that_is_not_there_is_wrong_usage():
     result = run("--run", "nowhere", "--port", "0", "--device", "cpu")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "nowhere: no such folder; expected the output of `birbal train`" in result.stderr
 
 
