@@ -560,7 +560,7 @@ def test_paged_optimizer_state_stays_paged_after_a_resume():
 def test_a_budget_that_ends_before_the_first_step_is_refused_with_the_least_that_works(tiny_model, run_folder):
     from birbal_ray.train.sft import fine_tune
 
-    with pytest.raises(RunError, match=r"budget=1 s ends before the first step: .*set --budget to \d+s or more"):
+    with pytest.raises(RunError, match=r"budget=1 s ends before the first step: .*set --budget to \d+[sm] or more"):
         fine_tune(settings(budget="1s"), tiny_model, run_folder)
 
 
