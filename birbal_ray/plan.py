@@ -327,7 +327,7 @@ def plan_train(
     if rest is not None and high > rest:
         epochs = found.steps_within(rest - found.start_seconds) * per_step / train_tokens
         fits = [min(config.epochs, epochs * (1 + sign * found.spread)) for sign in (-1, 1)]
-        work += f"; {fits[0]:.2g} to {fits[1]:.2g} fit"
+        work += f"; {fits[0]:.2g} to {fits[1]:.2g} fit" if fits[1] else "; no step fits"
     return StepPlan("train", work, low, high, rest, found.source)
 
 
@@ -354,20 +354,21 @@ def _flop_per_token(config: TrainConfig) -> float:
         return float(TRAIN_FLOP_PER_WEIGHT * num_weights(config.model.name))
 
 
-def least_seconds(config: PipelineConfig) -> dict[str, float]:
+def least_seconds(config: PipelineConfig, gpu: str | None = None) -> dict[str, float]:
     """The least that each step with a share of the budget, or its rest, works in: its models loaded, something done.
 
     A search needs its baselines, one mix to compare with them, and the fresh seeds of all of these. It ends in time
     with what it knows, so only a budget far below that is refused; on a card without figures, none.
+    `gpu`: on one such card.
     """
-    device = _device(config.score.engine.device, None)
+    device = _device(config.score.engine.device, gpu)
     load = LOAD_SECONDS[device][0]
     engines = num_engines(config.evaluate, device)
     least = {"score": load + 10, "train": load + 20, "evaluate": engines * load + 10, "report": 5.0}
     if config.search:
         with contextlib.suppress(ConfigError):
-            ((start, trial), _), _ = _trial_seconds(config.tune, None)
-            rounds = _rounds(config.tune, min(1, config.tune.num_trials), None)
+            ((start, trial), _), _ = _trial_seconds(config.tune, gpu)
+            rounds = _rounds(config.tune, min(1, config.tune.num_trials), gpu)
             least["tune"] = SEARCH_HASTE * (start + rounds * trial)
     return least
 

@@ -44,7 +44,9 @@ class PipelineConfig(Settings):
     device: Literal["cpu", "gpu"] | None = Field(None, description="where engines and training run")
     held_out_tasks: list[str] = Field([], description="tasks that are evaluated and never scored or trained on")
     budget: Duration | None = Field(
-        None, gt=0, description="wall-clock time of all steps together: 24h, 90m; null: each takes what it takes"
+        None,
+        gt=0,
+        description="wall-clock time of all steps together: 24h, 90m, or seconds; null: each takes what it takes",
     )
     shares: ShareSettings = ShareSettings()
     search: bool = Field(True, description="search the sampling ratios (tune) before the mix is made")

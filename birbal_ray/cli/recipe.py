@@ -30,7 +30,7 @@ from birbal_ray.cli.options import (
 )
 from birbal_ray.cli.results import print_evaluate, refuse_loss
 from birbal_ray.cli.steps import print_mix, print_score, print_tune
-from birbal_ray.recipe import PipelineConfig, join_steps
+from birbal_ray.recipe import PipelineConfig, join_steps, refuse_small_budget
 from birbal_ray.settings import load_config
 
 if TYPE_CHECKING:
@@ -255,6 +255,11 @@ def plan(config: PipelineConfig, cards: tuple[str, ...], prices: tuple[float, ..
     if prices and len(prices) != len(shown):
         raise click.UsageError(f"--gpu-price: {len(prices)} given for {len(shown)} cards; give one for each --gpu")
     print_plan(config, shown, prices, output_format)
+    from birbal_ray.plan import least_seconds
+
+    joined = join_steps(config.replace({"output": config.output or PLANNED_OUTPUT}))
+    for card in shown:
+        refuse_small_budget(joined, least_seconds(joined, card))
 
 
 def print_plan(

@@ -199,7 +199,7 @@ class ScoreConfig(Settings):
     budget: Duration | None = Field(
         None,
         gt=0,
-        description="time of all sessions, e.g. 2h: tasks stop where they are; needs adaptive.enabled",
+        description="time of all sessions, e.g. 2h, or seconds: tasks stop where they are; needs adaptive.enabled",
     )
     shard_rows: int | None = Field(
         None, ge=1, le=65_536, description="instances of one task per output file; null: 512 on GPU, 64 on CPU"

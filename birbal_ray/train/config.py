@@ -105,7 +105,9 @@ class TrainConfig(Settings):
     output: str | None = Field(None, description="run folder; the same command on it continues a stopped run")
     seed: int = Field(0, ge=0, description="another seed gives other initial adapter weights and another order")
     budget: Duration | None = Field(
-        None, gt=0, description="wall-clock time of the worker, all sessions together: 24h, 90m; null trains all epochs"
+        None,
+        gt=0,
+        description="wall-clock time of the worker, in all sessions: 24h, 90m, or seconds; null trains all epochs",
     )
     epochs: float = Field(3.0, gt=0)
     max_steps: int | None = Field(

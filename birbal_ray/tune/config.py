@@ -133,7 +133,9 @@ class TuneConfig(Settings):
     output: str | None = Field(None, description="run folder; the same command goes on, also with more mixes or seeds")
     seed: int = Field(0, ge=0, description="another seed is another search")
     budget: Duration | None = Field(
-        None, gt=0, description="e.g. 2h: the search ends early enough for the fresh seeds, and these with it"
+        None,
+        gt=0,
+        description="e.g. 2h, or seconds: the search ends early enough for the fresh seeds, and these with it",
     )
     num_trials: int = Field(
         24, ge=0, description="mixes that the search tries, besides baselines and repeats; 0: fresh seeds only"

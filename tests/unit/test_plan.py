@@ -229,7 +229,7 @@ def test_a_budget_of_seconds_leaves_no_step_less_than_nothing():
     assert all(one.limit_seconds is None or one.limit_seconds >= 0 for one in plans)
     train = next(one for one in plans if one.step == "train")
     assert train.limit_seconds == 0, "the mix alone takes more than is left"
-    assert train.planned_seconds == 0 and train.work.endswith("; 0 to 0 fit")
+    assert train.planned_seconds == 0 and train.work.endswith("; no step fits")
     low, high = plan.money(plans, 3600.0)
     assert 0 < low <= high <= sum(60 if one.limit_seconds is None else one.limit_seconds for one in plans)
 
@@ -383,6 +383,18 @@ def test_a_recipe_for_another_card_runs_on_a_cluster_and_where_its_steps_are_don
     assert cluster.missing_cards({}) == ""
     assert recipe("tiny").cards == {}
     assert recipe("tiny", device="gpu").cards == dict.fromkeys(["score", "train", "evaluate"])
+
+
+@pytest.mark.parametrize("gpu", [[], ["--gpu", "GeForce-RTX-4090"]])
+def test_a_plan_refuses_a_budget_that_the_pipeline_would_refuse(gpu):
+    save_figures("smollm2-135m cpu vllm", tokens_per_second=1000.0)
+    result = CliRunner().invoke(main, ["plan", "--config", "tiny", "--device", "cpu", *gpu, "--budget", "24"])
+    assert result.exit_code == 2, result.output
+    assert "error: budget 24 s is too small: " in result.stderr
+    result = CliRunner().invoke(main, ["plan", "--config", "tiny", "--device", "cpu", *gpu, "--budget", "24h"])
+    assert result.exit_code == 0, result.output
+    least = [plan.least_seconds(recipe(), card)["score"] for card in (None, "GeForce-RTX-4090")]
+    assert least == [plan.LOAD_SECONDS[device][0] + 10 for device in ("cpu", "gpu")]
 
 
 def test_a_dry_run_says_the_hours_of_the_plan():
