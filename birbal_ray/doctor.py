@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
@@ -23,6 +24,7 @@ from birbal_ray.settings import ConfigError, one_line
 from birbal_ray.storage import RunError, cache_folder, input_folder, is_url, open_folder
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.launch import worker_request
+from birbal_ray.train.preflight import MASTER_BYTES, num_trainable, shapes_of
 
 MIN_DISK_BYTES = 10 << 30
 MIN_MEMORY_BYTES = 6 << 30
@@ -56,7 +58,7 @@ class Placement:
 def examine(model: str, output: str, recipe: PipelineConfig | None = None) -> list[Check]:
     """All checks, in the order in which they are shown. Starts no Ray, loads no model, downloads nothing.
 
-    `recipe`: whose cards and outside datasets to look for.
+    `recipe`: whose cards, outside datasets and room for weights and checkpoints to look for.
     """
     usable, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory().total
     try:
@@ -69,6 +71,7 @@ def examine(model: str, output: str, recipe: PipelineConfig | None = None) -> li
     place = cache_folder().resolve() if is_url(output) else open_folder(output).local
     folder = next(path for path in (place, *place.parents) if path.exists())
     free, versions = shutil.disk_usage(folder).free, package_versions()
+    least = max(MIN_DISK_BYTES, recipe_bytes(recipe) if recipe else 0)
     return [
         Check("python", platform.python_version()),  # the package installs on no other than those that work
         *_packages(versions),
@@ -86,7 +89,7 @@ def examine(model: str, output: str, recipe: PipelineConfig | None = None) -> li
         Check(
             "disk",
             f"{free / 2**30:.0f} GiB free at {folder}",
-            "" if free >= MIN_DISK_BYTES else "10 GiB or more are needed; --output elsewhere",
+            "" if free >= least else f"{math.ceil(least / 2**30)} GiB or more are needed; --output elsewhere",
         ),
         _model(model),
         *(
@@ -95,6 +98,23 @@ def examine(model: str, output: str, recipe: PipelineConfig | None = None) -> li
             for problem in [source_problem(one)]
         ),
     ]
+
+
+def recipe_bytes(recipe: PipelineConfig) -> int:
+    """Weights that are still to come, in bfloat16, and a training's checkpoints: one more than it keeps, for a moment.
+
+    0 where the model's config can't be had.
+    """
+    name = recipe.model or recipe.train.model.name
+    try:
+        path = models.resolve_model(name, recipe.train.model.revision, weights=False).path
+    except (models.ModelError, RunError):
+        return 0
+    shapes = shapes_of(path, recipe.train.lora.target_modules)
+    weights = shapes.num_other + sum(out * into for out, into in shapes.linear)
+    coming = 0 if any(path.glob("*.safetensors")) else 2 * weights
+    checkpoint = 3 * MASTER_BYTES * num_trainable(shapes, recipe.train.lora)  # the adapter and two states of Adam
+    return coming + (recipe.train.checkpoint.keep + 1) * checkpoint
 
 
 def cluster_nodes(address: str | None = None) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 from birbal_ray import cluster, doctor, pipeline, plan
 from birbal_ray.cli.main import main
 from birbal_ray.cli.options import find_config
+from birbal_ray.models import ModelError
 from birbal_ray.progress import CARDS, PLAN_FILE, figures_key, last_figures, save_figures
 from birbal_ray.recipe import PipelineConfig, join_steps
 from birbal_ray.report.load import compare_times
@@ -445,6 +447,33 @@ def test_the_day_s_training_and_trials_fit_the_card(name, tmp_path):
         on_card = train.replace({"resources.device": "gpu"})
         parts = estimate(shapes_of(tmp_path, train.lora.target_modules), on_card)
         assert total_bytes(parts) < CARDS["GeForce-RTX-4090"].memory_gib * GIB
+
+
+def test_doctor_wants_room_for_a_recipe_s_weights_and_checkpoints(tmp_path, monkeypatch):
+    shape = {"model_type": "mistral", "vocab_size": 100, "hidden_size": 8, "intermediate_size": 16, "head_dim": 4}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(shape | heads))
+    monkeypatch.setattr(doctor.models, "resolve_model", lambda *names, weights: SimpleNamespace(path=tmp_path))
+    sets = ["train.lora.r=2", "train.checkpoint.keep=4"]
+    sets.append("train.lora.target_modules=[q_proj]")
+    made = load_config(PipelineConfig, None, sets)
+    weights = 2 * 100 * 8 + 3 * 8 + (8 + 4 + 4 + 8) * 8 + 3 * 8 * 16  # embeddings, head; norms; attention; the rest
+    checkpoint = 3 * 4 * 2 * (8 + 8)  # r x (in + out) float32, and Adam's states
+    assert doctor.recipe_bytes(made) == 2 * weights + 5 * checkpoint
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert doctor.recipe_bytes(made) == 5 * checkpoint
+
+    def unknown(*names, weights):
+        raise ModelError("the Hub can't be reached")
+
+    monkeypatch.setattr(doctor.models, "resolve_model", unknown)
+    assert doctor.recipe_bytes(made) == 0
+    monkeypatch.setattr(doctor, "recipe_bytes", lambda recipe: 50 << 30)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: SimpleNamespace(free=40 << 30))
+    monkeypatch.setattr(doctor, "_model", lambda name: doctor.Check("model", name))
+    for recipe_given, advice in ((made, "50 GiB or more are needed; --output elsewhere"), (None, "")):
+        (disk,) = [one for one in doctor.examine("m", str(tmp_path), recipe_given) if one.name == "disk"]
+        assert disk.advice == advice
 
 
 def test_figures_are_of_what_this_process_measured():
