@@ -162,7 +162,7 @@ def test_what_does_not_fit_is_refused_with_the_change_that_does(birbal_train, ti
 
     result = birbal_train(tiny_mix, "--output", tmp_path / "run", "--set", "resources.memory_gib=1e-6")
     assert result.exit_code == 2
-    assert result.stderr.splitlines()[-1].endswith("no smaller setting fits")
+    assert "no smaller setting fits" in result.stderr.splitlines()[-1]
 
 
 def test_a_run_is_continued_with_its_own_settings_alone(birbal_train, tiny_mix, monkeypatch, tmp_path):
