@@ -141,7 +141,7 @@ class EngineMonitor:
     def started(self, replica: str, node: str) -> bool:
         """A replica's process runs, before it loads its model; False: it was tried too often and is to wait."""
         known = self._replicas[replica]
-        if known.node not in ("", node) and not known.is_dead and self._is_lost(known):
+        if known.node not in ("", node) and self._is_lost(known):  # its engine may have died of that first
             self._state.num_moves += 1
             known.in_flight, known.trying = {}, None
         elif known.was_ready:
@@ -215,8 +215,12 @@ class EngineMonitor:
         deaths.append(f"replica {replica[:12]} at {shard}, rows {part[0]} to {part[1]} alone: {reason}")
         known.restarts -= 1  # it finds out; the restart that follows is no one's fault
         suspect = self._suspects[shard]
-        # Another replica may have died of it, too: one that Ray lost sight of, with the same shard.
-        if part in suspect.parts and suspect.blame(part, reason):
+        if (
+            part not in suspect.parts
+        ):  # another replica died of it, too: one that Ray lost sight of, with the same shard
+            return
+        self._state.version += 1  # half as many rows are left to look through
+        if suspect.blame(part, reason):
             self._state.fatal.append(f"{shard}, row {part[0]}: {reason}")
             for other in suspect.at_deaths:  # the row explains them
                 self._replicas[other].restarts -= 1

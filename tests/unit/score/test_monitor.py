@@ -156,6 +156,36 @@ def test_starting_again_and_again_is_no_progress(clock):
         dog.check(board.snapshot())
 
 
+def test_looking_for_a_deadly_row_is_progress(clock):
+    """Though every engine takes its time to load and none finishes a row."""
+    board, dog = monitor(), watch(no_progress_minutes=5)
+    (shard,) = shards(1)
+    fatal: dict[int, str] = {}
+    while not fatal:
+        board.started("r1", "n1")
+        clock[0] += 95
+        dog.check(board.snapshot())
+        board.ready("r1")
+        alone, parts, fatal = board.begin("r1", shard.name, shard.num_rows)
+        if alone and parts[0][0] == 0:
+            board.trying("r1", shard.name, parts[0])
+        board.died("r1", "CUDA error")
+    assert fatal.keys() == {0}
+
+
+def test_an_engine_that_dies_of_its_node_s_loss_is_no_restart():
+    alive = ["n1", "n2"]
+    board, dog = monitor(alive=alive), watch(max_engine_restarts=0)
+    board.started("r1", "n1")
+    board.ready("r1")
+    board.begin("r1", "t", 100)
+    board.died("r1", "a worker of vLLM's was killed")
+    alive.remove("n1")
+    board.started("r1", "n2")
+    dog.check(board.snapshot())
+    assert (board.snapshot().num_moves, board.snapshot().most_restarts) == (1, 0)
+
+
 def test_a_death_that_every_shard_in_flight_reports_counts_once(clock):
     board = monitor()
     board.started("r1", "n1")
