@@ -23,7 +23,7 @@ from ray.tune.schedulers import TrialScheduler as RayScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from birbal_ray.progress import ProgressLine
-from birbal_ray.run import Run, RunFailedError, one_line
+from birbal_ray.run import Run, RunError, RunFailedError, one_line
 from birbal_ray.storage import Folder
 from birbal_ray.tune.records import OBJECTIVE, RESULT_FILE, RUNG, read_results, trial_file, write_result
 from birbal_ray.tune.scheduler import FAILED, FINISHED, SEARCH, STOPPED, TrialResult, TrialScheduler, TrialSpec
@@ -249,6 +249,8 @@ def run_trials(
     before = signal.getsignal(signal.SIGUSR1)
     try:
         tuner.fit()
+    except RunError:  # the run folder's, which is a RuntimeError
+        raise
     except (TuneError, RayError, RuntimeError) as error:  # Tune knows a dead process, but none that lacked memory
         raise RunFailedError(
             f"Ray Tune failed: {one_line(error.__cause__ or error)}; trials that ended are kept"

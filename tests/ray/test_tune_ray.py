@@ -229,6 +229,15 @@ def test_a_failure_of_tune_itself_says_that_the_command_continues(fit_as):
         fit_as(fit, TrialScheduler(TuneConfig(num_trials=1)))
 
 
+def test_an_error_of_the_run_folder_is_no_failed_search(fit_as):
+    def fit() -> None:
+        raise RunError("the store: no answer")
+
+    with pytest.raises(RunError, match=r"^the store: no answer$") as caught:
+        fit_as(fit, TrialScheduler(TuneConfig(num_trials=1)))
+    assert type(caught.value) is RunError, "a pipeline goes on without a search only where that failed"
+
+
 def test_a_search_that_sigusr1_stops_is_not_finished(fit_as):
     scheduler = TrialScheduler(TuneConfig(num_trials=1))
     before = signal.getsignal(signal.SIGUSR1)
