@@ -302,8 +302,8 @@ def missing_cards(wanted: Mapping[str, str | None]) -> str:
 def _check_answers(address: str) -> None:
     """Raise RunError when nothing listens at [ray://]host:port; ray.init would try for over a minute, then abort."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
-        return  # auto, local: Ray's to judge
+    if not port.isdigit() or "://" in host:
+        return  # auto, local, a service's address: Ray's to judge
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError as error:

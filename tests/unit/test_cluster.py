@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from birbal_ray import cluster
 from birbal_ray.cluster import WorkerRequest, can_place
+from birbal_ray.storage import RunError
 
 GPU = {"CPU": 64.0, "GPU": 1.0, "accelerator_type:A10G": 1.0}
 
@@ -48,6 +50,30 @@ def test_cards_are_wanted_or_avoided():
     assert "no node has a H100 with 1 free CPUs" in can_place(WorkerRequest("worker", 1, 1.0, 1.0, "H100"), [GPU])
     assert WorkerRequest("replica", 1, 1.0, 0.0, "H100").places_on(GPU) == 64, "a CPU worker takes any node"
     assert can_place(WorkerRequest("replica", 1, 1.0, total_cpus=100), [GPU]) is not None
+
+
+@pytest.mark.parametrize(
+    ("address", "dialled"),
+    [
+        ("10.0.0.2:6379", ("10.0.0.2", 6379)),
+        ("[::1]:6379", ("::1", 6379)),
+        ("ray://head:10001", ("head", 10001)),
+        ("https://anyscale.example:443", None),  # of a service that Ray knows: Ray asks it for the cluster
+        ("anyscale://project:1", None),
+        ("auto", None),
+    ],
+)
+def test_a_cluster_is_dialled_where_its_address_is_a_host_s(monkeypatch, address, dialled):
+    called = []
+
+    def connect(place, timeout):
+        called.append(place)
+        raise OSError("refused")
+
+    monkeypatch.setattr(cluster.socket, "create_connection", connect)
+    with pytest.raises(RunError, match="no Ray cluster answers there") if dialled else contextlib.nullcontext():
+        cluster._check_answers(address)
+    assert called == ([dialled] if dialled else [])
 
 
 def test_a_folder_whose_driver_lives_is_kept_and_a_dead_ones_is_removed(monkeypatch, tmp_path):
