@@ -210,7 +210,11 @@ def keep_figures(key: str, sessions: Sequence[Mapping[str, Any]], seconds: float
 
 
 def speed_of(sessions: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """load_seconds of an engine and rows_per_second over sessions of a step; empty where they answered too little."""
+    """load_seconds of an engine and rows_per_second over sessions of a step; empty where they answered too little.
+
+    A session that answered nothing may have waited for a card in vain, and called that loading: it does not count.
+    """
+    sessions = [one for one in sessions if one["rows"]]
     load, steady, rows = (sum(one[name] for one in sessions) for name in ("load_seconds", "steady_seconds", "rows"))
     if not steady or rows < MIN_ROWS:
         return {}

@@ -222,6 +222,12 @@ def test_the_speed_of_scoring_is_that_of_all_its_sessions(scored, last):
     assert pipeline.instances_that_fit(config, 500.0) == int((500 * 0.8 - 20) * 4 / (8 * 2 * 2))
 
 
+def test_a_session_that_answered_nothing_says_nothing_of_an_engine_s_load(scored):
+    """It waited for a card, say, and gave up."""
+    config = scored((1200.0, 0.0, 0), (10.0, 50.0, 200))
+    assert pipeline.instances_that_fit(config, 500.0) == int((500 * 0.8 - 20) * 4 / (8 * 2 * 2))
+
+
 def test_where_the_sessions_say_too_little_the_speed_is_what_was_measured_here_before(scored):
     config = scored((10.0, 1.0, 3))
     assert pipeline.instances_that_fit(config, 500.0) == int((500 * 0.8 - 2 * 60) * 1 / (8 * 2 * 2))
