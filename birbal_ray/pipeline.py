@@ -69,7 +69,7 @@ class BudgetClock:
     Kept in clock.json of the recipe's folder, with what was decided once for a step, so that a continuation asks it
     for the same. Without a budget it only counts. `is_new`: no earlier session had this budget. `least`: seconds
     that each step works in, at least. `overwrites`: a hash of the command that is to start all steps from scratch; a
-    continuation of that command keeps what it has made.
+    continuation of that command keeps what it has made. `formerly`: the hash that an earlier version gave it.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class BudgetClock:
         least: Mapping[str, float],
         *,
         overwrites: str = "",
+        formerly: str = "",
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.budget, self._shares, self.least = budget, shares.model_dump(), least
@@ -92,6 +93,8 @@ class BudgetClock:
         self._overwrites: dict[str, Any] = earlier.get("overwrites") or {}
         self._discarded: set[str] = set()
         self._replaced: dict[str, Any] | None = None  # by a new command that overwrites, if its first step takes it
+        if overwrites and self._overwrites.get("command") == formerly:
+            self._overwrites["command"] = overwrites
         if overwrites and self._overwrites.get("command") != overwrites:
             self._replaced, earlier, self._overwrites = earlier, {}, {"command": overwrites}
         self.spent: dict[str, float] = dict(earlier.get("spent_seconds", {}))
@@ -234,7 +237,9 @@ def run_pipeline(
         stack.enter_context(sigterm_as_interrupt())
         folder = replace(folder, guard=stack.enter_context(hold_lock(folder)))
         overwrites = command_hash(asked) if overwrite else ""
-        clock = BudgetClock(folder, config.budget, config.shares, least, overwrites=overwrites)
+        # Until the next release: the hash was of the settings as they were spelled.
+        formerly = canonical_hash(config.model_dump(mode="json", exclude={"budget", "shares"}))
+        clock = BudgetClock(folder, config.budget, config.shares, least, overwrites=overwrites, formerly=formerly)
         if clock.is_new and not is_first:
             refuse_small_budget(config, least)
         is_done = not overwrite and all(folder.is_file(f"{step}/{MANIFEST_FILE}") for step in steps if step != "report")

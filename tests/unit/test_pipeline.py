@@ -16,7 +16,7 @@ from birbal_ray.lock import hold_lock
 from birbal_ray.progress import CLOCK_FILE, figures_key, read_times, save_figures
 from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps
 from birbal_ray.run import RunFailedError, RunMismatchError, Step, open_run
-from birbal_ray.settings import ConfigError, load_config, seconds_of
+from birbal_ray.settings import ConfigError, canonical_hash, load_config, seconds_of
 from birbal_ray.status import describe_times
 from birbal_ray.storage import RunError, open_folder
 
@@ -499,6 +499,24 @@ def test_a_larger_budget_is_the_same_command_that_overwrites(recipe):
         recipe(overwrite=True, budget=5000.0)
     del recipe.ends["train"]
     assert recipe(overwrite=True, budget=6000.0) == ["train", "evaluate"]
+
+
+def test_a_command_that_overwrites_goes_on_where_an_earlier_version_kept_its_hash(recipe):
+    recipe.ends["train"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        recipe(overwrite=True)
+    clock = json.loads((recipe.folder / CLOCK_FILE).read_text())
+    joined = join_steps(PipelineConfig(output=str(recipe.folder), tasks="t"))
+    kept = canonical_hash(joined.model_dump(mode="json", exclude={"budget", "shares"}))
+    clock["overwrites"] = {"command": kept, "since": clock["overwrites"]["since"]}
+    clock["spent_seconds"]["score"] = 900.0
+    (recipe.folder / CLOCK_FILE).write_text(json.dumps(clock))
+    with pytest.raises(KeyboardInterrupt):
+        recipe(overwrite=True)
+    clock = json.loads((recipe.folder / CLOCK_FILE).read_text())
+    assert clock["overwrites"]["command"] != kept and clock["spent_seconds"]["score"] >= 900.0
+    del recipe.ends["train"]
+    assert recipe(overwrite=True) == ["train", "evaluate"]
 
 
 def test_another_command_that_overwrites_starts_from_scratch(recipe):
