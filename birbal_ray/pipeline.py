@@ -327,15 +327,16 @@ def run_step(step: str, config: PipelineConfig, clock: BudgetClock, announce: Ca
     return result
 
 
-def check_recipe(config: PipelineConfig, *, overwrite: bool = False) -> None:
+def check_recipe(config: PipelineConfig, *, overwrite: bool = False, has_output: bool = True) -> None:
     """Raise ConfigError where a joined recipe can't work.
 
-    A budget too small, an outside dataset that can't be had, a folder that holds something else. Raises TaskError for
-    a name that is no task's, among `held_out_tasks` for instance.
+    A budget too small, an outside dataset that can't be had, a folder that holds something else: where the recipe
+    `has_output`, a folder that someone named. Raises TaskError for a name that is no task's, among `held_out_tasks` for
+    instance.
     """
     check_tasks(config)
     for step in (SCORE, TUNE, MIX, TRAIN, EVALUATE):
-        if step.name in config.steps:
+        if has_output and step.name in config.steps:
             check_output(getattr(config, step.name).output, step, {}, overwrite=overwrite)
     refuse_small_budget(config, least_seconds(config))
     check_sources(config)

@@ -184,9 +184,9 @@ def pipeline(config: PipelineConfig, overwrite: bool, dry_run: bool, output_form
         from birbal_ray.cluster import missing_cards
         from birbal_ray.pipeline import check_recipe
 
-        config = config.replace({"output": config.output or PLANNED_OUTPUT})
         print_plan(config, (None,), (), output_format)
-        check_recipe(join_steps(config), overwrite=overwrite)
+        joined = join_steps(config.replace({"output": config.output or PLANNED_OUTPUT}))
+        check_recipe(joined, overwrite=overwrite, has_output=config.output is not None)
         if missing := missing_cards(config.cards):
             note(f"the recipe can't run here: {missing}")
         note("nothing was started (--dry-run)")

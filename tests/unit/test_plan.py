@@ -261,6 +261,18 @@ def test_a_pipeline_dry_run_prints_the_plan_and_refuses_what_cannot_work(tmp_pat
     assert "train: holds the output of `birbal mix`, not of `birbal train`" in result.stderr
 
 
+def test_a_pipeline_dry_run_without_an_output_looks_at_no_folder(tmp_path, monkeypatch):
+    save_figures("smollm2-135m cpu vllm", tokens_per_second=1000.0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/train").mkdir(parents=True)
+    (tmp_path / "runs/train/notes.txt").write_text("mine")
+    arguments = ["pipeline", "--config", "tiny", "--device", "cpu", "--dry-run"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(main, [*arguments, "--output", "runs"])
+    assert result.exit_code == 2 and "not empty and not a birbal run" in result.stderr
+
+
 def test_each_card_has_its_own_price():
     arguments = ["plan", "--config", "tiny", "--gpu", "GeForce-RTX-4090", "--gpu-price", "0.40", "--gpu", "H100"]
     result = CliRunner().invoke(main, arguments)
