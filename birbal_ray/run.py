@@ -235,21 +235,24 @@ def check_output(
     *,
     inputs: Sequence[str | os.PathLike[str]] = (),
     overwrite: bool = False,
-) -> None:
+) -> Run | None:
     """Raise ConfigError where `open_run` would, and say on stderr what it would do with an earlier run. Only reads.
 
-    `identity` may lack what is not known yet. Without an `output` there is nothing to check.
+    Gives the run that the command would continue, to be looked at. `identity` may lack what is not known yet. Without
+    an `output` there is nothing to check.
     """
     if output is None:
-        return
+        return None
     folder = _open_output(output, inputs)
     run = _claim(folder, step, json.loads(json.dumps(identity)), overwrite=overwrite, only_looks=True)
     if run.resumed:
         found = f"{'a finished' if run.manifest else 'an unfinished'} run of `{command_of(step.name)}`"
         goes_on = "the command continues it" if identity else "the command continues it where its settings are the same"
         print(f"{folder} holds {found}: {goes_on}", file=sys.stderr, flush=True)
-    elif folder.is_file(RUN_FILE):
+        return run
+    if folder.is_file(RUN_FILE):
         print(f"{folder} holds a run of `{command_of(step.name)}`, which the command deletes", file=sys.stderr)
+    return None
 
 
 def _open_output(output: str | os.PathLike[str] | Folder, inputs: Sequence[str | os.PathLike[str]]) -> Folder:

@@ -58,17 +58,15 @@ def train(
       birbal train --mix runs/mix --output runs/train --config mistral-7b-qlora --budget 23h
     """
     from birbal_ray.train import run as step
-    from birbal_ray.train.preflight import refuse_if_too_large, refuse_if_too_short
 
     if calibrate and not dry_run:
         raise click.UsageError("--calibrate goes with --dry-run")
     if dry_run:
-        found = step.dry_run(config, calibrate=calibrate, overwrite=overwrite)
+        found, run = step.dry_run(config, calibrate=calibrate, overwrite=overwrite)
         from birbal_ray.plan import describe_hours, plan_train
 
         print_preflight(found, output_format)
-        refuse_if_too_large(found)
-        refuse_if_too_short(found)
+        step.refuse_if_unfit(found, run)
         if found.forecast is None:  # else its times are said already
             train, held_back = (found.packing[split].num_tokens for split in ("train", "eval"))
             note(describe_hours(lambda: plan_train(config, train, held_back, rest=config.budget)))

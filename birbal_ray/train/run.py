@@ -69,8 +69,7 @@ def train(config: TrainConfig, *, overwrite: bool = False) -> TrainResult:
     config, model = resolve_config(config)
     mix, mix_manifest = read_mix(config)
     identity = _identity(config, model, mix_manifest)
-    inputs = [mix.place, str(model.path), *filter(None, [config.lora.from_adapter])]
-    with open_run(output, STEP, identity, inputs=inputs, overwrite=overwrite) as run:
+    with open_run(output, STEP, identity, inputs=_inputs(config, model), overwrite=overwrite) as run:
         if run.manifest:
             progress.message(f"{run.folder} is up to date; nothing to do")
             return TrainResult(run.folder, run.manifest)
@@ -86,11 +85,9 @@ def train(config: TrainConfig, *, overwrite: bool = False) -> TrainResult:
         found = run_preflight(config, model, packing)
         for line in describe_preflight(found):
             progress.message(line)
-        refuse_if_too_large(found)
+        refuse_if_unfit(found, run)
         if files.METRICS_FILE in run.files:
             progress.message(f"continuing from the last checkpoint in {run.folder}")
-        else:  # a run that is under way ends in time whatever this machine has measured since
-            refuse_if_too_short(found)
         run.folder.delete([files.STOP_FILE])
         outcome = train_on_cluster(config, model, run.folder, progress, run)
         if outcome["ended_by"] == "stop":
@@ -106,18 +103,20 @@ def train(config: TrainConfig, *, overwrite: bool = False) -> TrainResult:
         return result
 
 
-def dry_run(config: TrainConfig, *, calibrate: bool = False, overwrite: bool = False) -> Preflight:
-    """Tokens, memory, and what will fit in the budget; checks the architecture; trains a few steps to calibrate.
+def dry_run(config: TrainConfig, *, calibrate: bool = False, overwrite: bool = False) -> tuple[Preflight, Run | None]:
+    """(tokens, memory, and what will fit in the budget; the run that `train` would continue).
 
-    Without `calibrate` neither weights nor a card are needed: the model's config and tokenizer are enough. Raises
-    ConfigError where `train` would not take `config.output`.
+    Checks the architecture; trains a few steps to `calibrate`. Without it neither weights nor a card are needed: the
+    model's config and tokenizer are enough. Raises ConfigError where `train` would not take `config.output`.
     """
     progress = ProgressLine()
     place = _calibration_place(config) if calibrate else None
     config, model = resolve_config(config, weights=calibrate)
     mix, mix_manifest = read_mix(config)
     identity = _identity(config, model, mix_manifest)
-    check_output(config.output, STEP, identity, inputs=[mix.place, str(model.path)], overwrite=overwrite)
+    if model.revision is None and not any(model.path.glob("*.safetensors")):
+        del identity["model_fingerprint"]  # of a folder, it is known once the weights are here
+    run = check_output(config.output, STEP, identity, inputs=_inputs(config, model), overwrite=overwrite)
     with tempfile.TemporaryDirectory(prefix="birbal-train-", dir=place) as name:
         folder = Path(name)
         packed, few = folder / files.PACKED_FOLDER, 8 if calibrate else None
@@ -137,7 +136,16 @@ def dry_run(config: TrainConfig, *, calibrate: bool = False, overwrite: bool = F
                 train_on_cluster(short, model, open_folder(folder), progress)
             found = run_preflight(config, model, packing)
     progress.close()
-    return found
+    return found, run
+
+
+def refuse_if_unfit(found: Preflight, run: Run | None) -> None:
+    """Raise ConfigError where memory or budget is too small for what is left of a run; None: a new one."""
+    if run and run.manifest:
+        return
+    refuse_if_too_large(found)
+    if not run or files.METRICS_FILE not in run.files:
+        refuse_if_too_short(found)  # one that is under way ends in time whatever this machine has measured since
 
 
 def resolve_config(config: TrainConfig, *, weights: bool = True) -> tuple[TrainConfig, Model]:
@@ -200,6 +208,11 @@ def _calibration_place(config: TrainConfig) -> Path | None:
     place = open_folder(config.output).local.parent
     place.mkdir(parents=True, exist_ok=True)
     return place
+
+
+def _inputs(config: TrainConfig, model: Model) -> list[str]:
+    """The paths and URLs that a training reads."""
+    return [config.mix or "", str(model.path), *filter(None, [config.lora.from_adapter])]
 
 
 def _identity(config: TrainConfig, model: Model, mix_manifest: dict[str, Any]) -> dict[str, Any]:
