@@ -56,7 +56,7 @@ class Placement:
 
 
 def examine(model: str, output: str, recipe: PipelineConfig | None = None) -> list[Check]:
-    """All checks, in the order in which they are shown. Starts no Ray, loads no model, downloads nothing.
+    """All checks, in the order in which they are shown. Starts no Ray, loads no model, downloads no weights.
 
     `recipe`: whose cards, outside datasets and room for weights and checkpoints to look for.
     """
@@ -71,7 +71,8 @@ def examine(model: str, output: str, recipe: PipelineConfig | None = None) -> li
     place = cache_folder().resolve() if is_url(output) else open_folder(output).local
     folder = next(path for path in (place, *place.parents) if path.exists())
     free, versions = shutil.disk_usage(folder).free, package_versions()
-    least = max(MIN_DISK_BYTES, recipe_bytes(recipe) if recipe else 0)
+    knows_sizes = {"torch", "transformers"} <= versions.keys()
+    least = max(MIN_DISK_BYTES, recipe_bytes(recipe, folder) if recipe and knows_sizes else 0)
     return [
         Check("python", platform.python_version()),  # the package installs on no other than those that work
         *_packages(versions),
@@ -100,19 +101,21 @@ def examine(model: str, output: str, recipe: PipelineConfig | None = None) -> li
     ]
 
 
-def recipe_bytes(recipe: PipelineConfig) -> int:
-    """Weights that are still to come, in bfloat16, and a training's checkpoints: one more than it keeps, for a moment.
+def recipe_bytes(recipe: PipelineConfig, folder: Path) -> int:
+    """What comes to the disk of `folder`: a training's checkpoints, one more than it keeps, for a moment; and weights.
 
-    0 where the model's config can't be had.
+    Weights, in bfloat16, count where they are still to come and the models' cache is on that disk. 0 where the model's
+    config can't be had, or transformers can't build the model.
     """
     name = recipe.model or recipe.train.model.name
     try:
         path = models.resolve_model(name, recipe.train.model.revision, weights=False).path
-    except (models.ModelError, RunError):
+        shapes = shapes_of(path, recipe.train.lora.target_modules)
+    except (models.ModelError, RunError, ImportError, OSError, ValueError, AttributeError):
         return 0
-    shapes = shapes_of(path, recipe.train.lora.target_modules)
     weights = shapes.num_other + sum(out * into for out, into in shapes.linear)
-    coming = 0 if any(path.glob("*.safetensors")) else 2 * weights
+    come_here = not any(path.glob("*.safetensors")) and path.stat().st_dev == folder.stat().st_dev
+    coming = 2 * weights if come_here else 0
     checkpoint = 3 * MASTER_BYTES * num_trainable(shapes, recipe.train.lora)  # the adapter and two states of Adam
     return coming + (recipe.train.checkpoint.keep + 1) * checkpoint
 
@@ -198,5 +201,7 @@ def _model(name: str) -> Check:
         )  # not fetched from the Hub
     except (models.ModelError, RunError) as error:
         return Check("model", name, str(error))
+    except ImportError as error:
+        return Check("model", name, f"{one_line(error)}; run `make setup` (extras: cpu or gpu)")
     weights = "" if any(model.path.glob("*.safetensors")) else "; weights not here yet: they come with the first run"
     return Check("model", f"{name} ({model.path}{weights})")

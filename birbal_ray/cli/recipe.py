@@ -45,7 +45,9 @@ PLANNED_OUTPUT = "runs"  # of a plan without --output: nothing is written there
 
 
 @click.command()
-@click.option("--model", default="smollm2-135m", show_default=True, help="A model whose reachability to check.")
+@click.option(
+    "--model", metavar="NAME", help="A model whose reachability to check; by default the recipe's, or smollm2-135m."
+)
 @click.option("--config", metavar="FILE", help="A pipeline's settings, whose model, cards and datasets to check.")
 @click.option("--output", default=".", show_default=True, help="A folder whose disk to check.")
 @click.option(
@@ -59,7 +61,7 @@ PLANNED_OUTPUT = "runs"  # of a plan without --output: nothing is written there
 @click.option("--train-config", metavar="FILE", help="With --cluster: the training to place (default settings).")
 @format_option
 def doctor(
-    model: str, config: str | None, output: str, cluster: str | None, output_format: str, **steps: str | None
+    model: str | None, config: str | None, output: str, cluster: str | None, output_format: str, **steps: str | None
 ) -> None:
     """Check this machine: versions, CPUs, GPUs and Ray's names for them, memory, disk, model.
 
@@ -81,8 +83,9 @@ def doctor(
     else:
         from birbal_ray.doctor import examine
 
-        recipe = load_config(PipelineConfig, find_config("pipeline", config)) if config else PipelineConfig()
-        checks = examine(recipe.model or model, output, recipe)
+        file = find_config("pipeline", config) if config else None
+        recipe = load_config(PipelineConfig, file, flags={"model": model})
+        checks = examine(recipe.model or recipe.train.model.name, output, recipe if config else None)
         print_table([{"check": c.name, "state": c.state, "found": c.found} for c in checks], output_format)
         problems = [f"{check.name}: {check.advice}" for check in checks if check.advice]
     for problem in problems:

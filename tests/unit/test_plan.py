@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shlex
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -471,21 +473,66 @@ def test_doctor_wants_room_for_a_recipe_s_weights_and_checkpoints(tmp_path, monk
     made = load_config(PipelineConfig, None, sets)
     weights = 2 * 100 * 8 + 3 * 8 + (8 + 4 + 4 + 8) * 8 + 3 * 8 * 16  # embeddings, head; norms; attention; the rest
     checkpoint = 3 * 4 * 2 * (8 + 8)  # r x (in + out) float32, and Adam's states
-    assert doctor.recipe_bytes(made) == 2 * weights + 5 * checkpoint
+    assert doctor.recipe_bytes(made, tmp_path) == 2 * weights + 5 * checkpoint
+    assert doctor.recipe_bytes(made, Path("/proc")) == 5 * checkpoint, "the weights come to another disk"
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert doctor.recipe_bytes(made) == 5 * checkpoint
+    assert doctor.recipe_bytes(made, tmp_path) == 5 * checkpoint
 
     def unknown(*names, weights):
         raise ModelError("the Hub can't be reached")
 
     monkeypatch.setattr(doctor.models, "resolve_model", unknown)
-    assert doctor.recipe_bytes(made) == 0
-    monkeypatch.setattr(doctor, "recipe_bytes", lambda recipe: 50 << 30)
+    assert doctor.recipe_bytes(made, tmp_path) == 0
+    monkeypatch.setattr(doctor, "recipe_bytes", lambda recipe, folder: 50 << 30)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: SimpleNamespace(free=40 << 30))
     monkeypatch.setattr(doctor, "_model", lambda name: doctor.Check("model", name))
     for recipe_given, advice in ((made, "50 GiB or more are needed; --output elsewhere"), (None, "")):
         (disk,) = [one for one in doctor.examine("m", str(tmp_path), recipe_given) if one.name == "disk"]
         assert disk.advice == advice
+
+
+@pytest.mark.parametrize("kind", ["vit", "mamba", "no such kind"])
+def test_a_model_whose_sizes_are_unknown_costs_doctor_no_more_than_its_disk_space(tmp_path, monkeypatch, kind):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "num_hidden_layers": 1, "hidden_size": 8}))
+    monkeypatch.setattr(doctor.models, "resolve_model", lambda *names, weights: SimpleNamespace(path=tmp_path))
+    assert doctor.recipe_bytes(PipelineConfig(), tmp_path) == 0
+
+
+@pytest.mark.parametrize("config", [[], ["--config", "tiny"]])
+@pytest.mark.parametrize("found", [{"ray": "2"}, {"ray": "2", "torch": "2", "transformers": "5"}])
+def test_doctor_names_what_is_not_installed(monkeypatch, config, found):
+    """Or is there and can't be imported."""
+    monkeypatch.setitem(sys.modules, "torch", None)  # whose import then fails
+    monkeypatch.setattr(doctor, "package_versions", lambda: found)
+    monkeypatch.setattr(doctor, "_gpus", lambda *arguments: [])
+    result = CliRunner().invoke(main, ["doctor", *config, "--format", "json"])
+    states = {row["check"]: row["state"] for row in json.loads(result.stdout)}
+    assert states["torch"] == ("ok" if "torch" in found else "problem")
+    assert states["pyarrow"] == "problem" and result.exit_code == 1
+    assert "model: " in result.stderr and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ([], "smollm2-135m"),
+        (["--model", "a/b"], "a/b"),
+        (["--config", "one-day-qwen3-8b"], "Qwen/Qwen3-8B"),
+        (["--config", "one-day-qwen3-8b", "--model", "a/b"], "a/b"),
+    ],
+)
+def test_doctor_looks_for_one_model_and_for_its_room(monkeypatch, arguments, name):
+    seen = []
+    monkeypatch.setattr(doctor, "source_problem", lambda source: "")
+
+    def absent(model, revision=None, *, weights):
+        seen.append(model)
+        raise ModelError("not here")
+
+    monkeypatch.setattr(doctor.models, "resolve_model", absent)
+    result = CliRunner().invoke(main, ["doctor", *arguments])
+    assert result.exit_code == 1 and "model: not here" in result.stderr
+    assert set(seen) == {name} and len(seen) == (2 if "--config" in arguments else 1)
 
 
 def test_figures_are_of_what_this_process_measured():
