@@ -78,6 +78,13 @@ def _expanded(path: str | os.PathLike[str]) -> Path:
     return Path(path).expanduser() if str(path).partition("/")[0] == "~" else Path(path)
 
 
+def base_name(path: str | os.PathLike[str]) -> str:
+    """The last name of a path or URL: what it is called, also where that is a link."""
+    if is_url(path):
+        return str(path).rstrip("/").rpartition("/")[2]
+    return Path(os.path.normpath(_expanded(path).absolute())).name
+
+
 def join(path: str | os.PathLike[str], name: str) -> str:
     """`name` below a path or URL."""
     return f"{str(path).rstrip('/')}/{name}" if is_url(path) else str(Path(path) / name)

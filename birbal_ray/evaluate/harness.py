@@ -24,7 +24,7 @@ from birbal_ray.progress import ProgressLine, duration
 from birbal_ray.run import RunFailedError, RunMismatchError, Step, StepResult, identity_differences, open_run
 from birbal_ray.schemas import RUN_FILE
 from birbal_ray.settings import ConfigError, canonical_hash, nearest, one_line, require, sha256_of
-from birbal_ray.storage import Folder, RunError, absolute, open_folder
+from birbal_ray.storage import Folder, RunError, absolute, base_name, open_folder
 
 RESULTS_FILE = "results.json"
 BENCHMARKS_FOLDER, TASKS_FOLDER = "benchmarks", "tasks"
@@ -133,7 +133,7 @@ def resolve_measured(
     model = resolve_model(require(config.model, "--model"), weights=weights)
     adapter = resolve_models(model, [config.adapter], [])[1] if config.adapter else None
     fingerprints = {"model": model.fingerprint, "adapter": adapter.fingerprint if adapter else None}
-    both = [Path(absolute(model.name)).name, *([adapter.name] if adapter else [])]
+    both = [base_name(model.name), *([adapter.name] if adapter else [])]
     return model, adapter, fingerprints | {"limit": config.limit}, config.team or " + ".join(both)
 
 

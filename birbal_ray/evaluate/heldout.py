@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,7 +19,7 @@ from birbal_ray.ni.schema import text_key
 from birbal_ray.run import RunError
 from birbal_ray.schemas import ADAPTER, BASE, MERGED, MIX_ROWS, NATURAL_INSTRUCTIONS
 from birbal_ray.settings import ConfigError
-from birbal_ray.storage import absolute, is_url, open_folder
+from birbal_ray.storage import absolute, base_name, is_url, open_folder
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
@@ -60,9 +59,7 @@ def resolve_models(model: Model, adapters: Sequence[str], merged: Sequence[str])
         name, path = _named(given)
         other = resolve_model(path)
         origin = absolute(path) if is_url(path) else str(other.path)
-        found.append(
-            EvaluatedModel(name or Path(absolute(path)).name, MERGED, str(other.path), other.fingerprint, origin=origin)
-        )
+        found.append(EvaluatedModel(name or base_name(path), MERGED, str(other.path), other.fingerprint, origin=origin))
     return found
 
 

@@ -180,13 +180,24 @@ def test_what_is_no_adapter_of_this_model_is_refused(model, tmp_path, make, mess
         check_names([one.name for one in resolve_models(model, make(tmp_path), [])])
 
 
-@pytest.mark.parametrize("spelled", ["{0}/merged", "{0}/merged/", "{0}/link", "merged", "link/", "."])
-def test_a_merged_model_has_the_name_of_its_folder_however_spelled(model, tmp_path, monkeypatch, spelled):
-    (tmp_path / "merged").mkdir()
-    (tmp_path / "link").symlink_to("merged")
+@pytest.mark.parametrize(
+    ("spelled", "name"),
+    [
+        *((spelled, "merged") for spelled in ("{0}/merged", "{0}/merged/", "../merged", ".", "sub/..")),
+        *((spelled, "current") for spelled in ("{0}/current", "../current/", "~/current")),
+        ("s3://bucket/models/merged/", "merged"),
+    ],
+)
+def test_a_merged_model_has_the_name_that_its_folder_is_called_by(model, tmp_path, monkeypatch, spelled, name):
+    (tmp_path / "merged" / "sub").mkdir(parents=True)
+    (tmp_path / "current").symlink_to("merged")
     monkeypatch.setattr(heldout, "resolve_model", lambda path: model)
-    monkeypatch.chdir(tmp_path / "merged" if spelled == "." else tmp_path)
-    assert resolve_models(model, [], [spelled.format(tmp_path)])[1].name == "merged"
+    monkeypatch.setattr(harness, "resolve_model", lambda name, weights: Model(name, tmp_path, None, "f0"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "merged")
+    given = spelled.format(tmp_path)
+    assert resolve_models(model, [], [given])[1].name == name
+    assert harness.resolve_measured(HarnessConfig(model=given, output="out"))[3] == name
 
 
 def test_the_harness_names_an_adapter_as_its_folder_is_called(model, tmp_path, monkeypatch):
