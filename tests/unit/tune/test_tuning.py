@@ -632,13 +632,33 @@ def test_without_a_search_the_best_mix_of_the_users_is_what_birbal_mix_gets(scor
         ({"mixes": {"mine": {"task_score": {"gama": 1}}}}, "gama"),
         ({"mixes": {"mine": {}}, "baselines": [], "repeats": {"top": 0}}, "baselines"),
         # Of the folders that these would get, one is hidden, one is the run's own, one is another trial's.
-        *(({"mixes": {name: {}}}, f"mixes.{re.escape(name)}: the name becomes") for name in (".mine", "..", "a/b", "")),
-        *(({"mixes": {name: {}}}, f"mixes.{name}: a trial") for name in ("uniform-seed1", "mine-seed2", "uniform-x4")),
+        *(
+            ({"mixes": {name: {}}}, f"mixes.{re.escape(name)}: the name becomes")
+            for name in (".mine", "..", "a/b", "", "a\nb")
+        ),
+        ({"mixes": {"uniform-seed1": {}}}, "mixes.uniform-seed1: a trial"),
+        ({"mixes": {"mine": {}, "mine-seed2": {}}}, "mixes.mine: a trial"),
+        ({"mixes": {"uniform-seed3": {}}, "seed": 2}, "mixes.uniform-seed3: a trial"),
+        ({"mixes": {"uniform-x4": {}}, "transfer": {"factor": 4}}, "mixes.uniform-x4: a trial"),
+        ({"mixes": {"half-x2": {}, "half": {}}, "transfer": {"factor": 2}}, "mixes.half-x2: a trial"),
+        ({"mixes": {"search-000": {}}}, "mixes.search-000: a trial"),
+        ({"mixes": {"predicted": {}}}, "mixes.predicted: a trial"),
     ],
 )
 def test_mixes_that_can_not_be_compared_are_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         config_of(**changes)
+
+
+@pytest.mark.parametrize("num_trials", [0, 6])
+@pytest.mark.parametrize("longer", [0, 4])
+def test_a_mix_may_have_any_name_that_no_other_trial_gets(num_trials, longer):
+    names = ["my mix", "_mine", "half-x2", "v-seed1", "mine-seed2", "uniform-seed9", "uniform-x2", "läuft (2)"]
+    transfer = {"factor": longer, "seeds": 2}
+    config = config_of(num_trials=num_trials, mixes=dict.fromkeys(names, STEEP), transfer=transfer)
+    keys = run_out(scheduler := TrialScheduler(config))
+    assert len(set(keys)) == len(keys) == scheduler.num_trials
+    assert {result.spec.name for result in scheduler.of_kind(REPEAT)} >= set(names)
 
 
 def test_rank_agreement_by_hand():
