@@ -84,6 +84,7 @@ class Step:
     know, and so did not record, counts as its default: a new setting's default must mean what was done before, or
     FORMAT must change. `may_become` says of an old and a new identity whether a run may go on as the new one
     (`Run.changes`). `starts_over`: an unfinished run holds nothing worth keeping; one of another identity is replaced.
+    `restate` gives an identity that an earlier version recorded as this one records it: the run is the same one.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Step:
     settings: Mapping[str, type[Settings]] = field(default_factory=dict)
     may_become: Callable[[Identity, Identity], bool] = lambda old, new: False
     starts_over: bool = False
+    restate: Callable[[Identity], Identity] = lambda old: old
 
 
 @dataclass
@@ -303,6 +305,8 @@ def _claim(folder: Folder, step: Step, identity: dict[str, Any], *, overwrite: b
     for key, schema in step.settings.items():
         if isinstance(was.get(key, {}), dict) and isinstance(identity.get(key), dict):
             was[key] = _in_todays_words(was.get(key, {}), identity[key], schema, schema().model_dump(mode="json"))
+    with contextlib.suppress(KeyError, TypeError, AttributeError):  # someone edited it, or this is half of one
+        was = dict(step.restate(was))
     same = earlier.get("format") == FORMAT and (was == identity or _may_become(step, was, identity))
     differences = identity_differences({"step": step.name, "identity": was}, record)
     if same and not (overwrite and MANIFEST_FILE in visible):

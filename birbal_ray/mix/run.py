@@ -27,8 +27,14 @@ from birbal_ray.schemas import MANIFEST_FILE, MIX_TASKS, TASKS_FILE
 from birbal_ray.settings import ConfigError, require
 from birbal_ray.storage import Folder, RunError, absolute, open_folder
 
+
+def restate(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity without what earlier versions recorded in it: `model`, which `scores` say."""
+    return {**identity, "settings": {**identity["settings"], "model": None}}
+
+
 # A mix appears all at once, so an unfinished one holds nothing that other settings could spoil.
-STEP = Step("mix", OWN_FILES, {"settings": MixConfig}, starts_over=True)
+STEP = Step("mix", OWN_FILES, {"settings": MixConfig}, starts_over=True, restate=restate)
 WORK_FOLDER = ".work"
 ANY_SIZE_MIB = 1 << 20
 
@@ -55,10 +61,9 @@ def mix(config: MixConfig, *, overwrite: bool = False) -> MixResult:
     """
     progress, started = ProgressLine(), time.monotonic()
     output = require(config.output, "--output")
-    scores, origins = _inputs(config, progress, {} if overwrite else _origins_in(open_folder(output)))
+    scores, origins = _open_inputs(config, progress, {} if overwrite else _origins_in(open_folder(output)))
     identity = _identity(config, scores, origins)
-    inputs = [config.scores or "", *config.contamination.files, *(s.path for s in config.sources if s.path)]
-    with open_run(output, STEP, identity, inputs=inputs, overwrite=overwrite) as run:
+    with open_run(output, STEP, identity, inputs=inputs_of(config), overwrite=overwrite) as run:
         if run.manifest is not None:
             progress.message(f"{run.folder} is up to date: {run.manifest['rows']['kept']:,} rows; nothing to do")
             return MixResult(run.folder, run.manifest)
@@ -90,9 +95,9 @@ def mix(config: MixConfig, *, overwrite: bool = False) -> MixResult:
 def dry_run(config: MixConfig, *, overwrite: bool = False) -> MixResult:
     """Decide everything and write nothing. Raises ConfigError where `mix` would not take `config.output`."""
     progress = ProgressLine()
-    scores, origins = _inputs(config, progress)
+    scores, origins = _open_inputs(config, progress)
     identity = _identity(config, scores, origins)
-    check_output(config.output, STEP, identity, inputs=[config.scores or ""], overwrite=overwrite)
+    check_output(config.output, STEP, identity, inputs=inputs_of(config), overwrite=overwrite)
     context = make_context(config, scores)
     with _work_folder(None) as work, _ray_if_needed(context):
         plan = plan_mix(context, origins, work, progress.update)
@@ -122,7 +127,12 @@ def _origins_in(folder: Folder) -> dict[str, Origin]:
     return {}
 
 
-def _inputs(
+def inputs_of(config: MixConfig) -> list[str]:
+    """The paths and URLs that a mix is made from."""
+    return [config.scores or "", *config.contamination.files, *(one.path for one in config.sources if one.path)]
+
+
+def _open_inputs(
     config: MixConfig, progress: ProgressLine, known: Mapping[str, Origin] = {}
 ) -> tuple[ScoreFolder, list[Origin]]:
     """The scores, and where the sources come from: while the Hub can't be reached, what is `known` of them."""
@@ -150,16 +160,17 @@ def _ray_if_needed(context: Context) -> AbstractContextManager[object]:
 
 def _identity(config: MixConfig, scores: ScoreFolder, origins: Sequence[Origin]) -> dict[str, Any]:
     """Everything that decides the rows; paths and resources don't."""
-    settings = config.replace({"model": None}).model_dump(exclude={"resources", "output", "scores"})  # `scores` say it
+    settings = config.model_dump(exclude={"resources", "output", "scores"})
     for source in settings["sources"]:
         source.pop("path")
     files = config.contamination.files
     settings["contamination"]["files"] = [sha256_of_file(file, "contamination.files") for file in files]
-    return {
+    identity = {
         "settings": settings,
         "scores": {"run": scores.identity_hash, "files": scores.content_hash},
         "sources": {origin.name: {"revision": origin.revision, "license": origin.license} for origin in origins},
     }
+    return restate(identity)
 
 
 def _manifest(plan: MixPlan, licenses: dict[str, set[str]], origins: Sequence[Origin]) -> dict[str, Any]:

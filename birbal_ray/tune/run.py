@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from birbal_ray.cluster import WorkerRequest, can_place, job_metadata, ray_log_file, ray_session
+from birbal_ray.mix.run import inputs_of
 from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.mix.sources import absolute_paths, sha256_of_file
 from birbal_ray.models import Model, pin_model, resolve_model
@@ -18,7 +19,7 @@ from birbal_ray.run import Run, RunError, RunFailedError, Step, StepResult, chec
 from birbal_ray.settings import ConfigError, require
 from birbal_ray.storage import Folder, absolute
 from birbal_ray.train.config import TrainResources
-from birbal_ray.tune.config import TuneConfig, file_group, num_rows
+from birbal_ray.tune.config import TuneConfig, changed_mix, file_group, num_rows
 from birbal_ray.tune.records import TRIALS_FOLDER, mix_yaml, read_results, table_of, trial_file, write_spec
 from birbal_ray.tune.scheduler import BASE, BASE_MODEL, FAILED, FINISHED, TRANSFER, TrialScheduler
 from birbal_ray.tune.space import searched_ratios
@@ -54,7 +55,21 @@ def only_adds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     return {**new, "settings": without} == old and list(without["mixes"]) == list(was["mixes"])
 
 
-STEP = Step("tune", OWNS, {"settings": TuneConfig}, only_adds)
+def restate(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity with absolute paths, and without `mix.model`, which `scores` say: earlier versions recorded both."""
+    settings = identity["settings"]
+    mix, train = settings["mix"], settings["train"]
+    start = train["lora"]["from_adapter"]
+    sources = [{**one, "path": one["path"] and absolute(one["path"])} for one in mix["sources"]]
+    files = {**mix["contamination"], "files": [absolute(file) for file in mix["contamination"]["files"]]}
+    changed = {
+        "mix": {**mix, "model": None, "sources": sources, "contamination": files},
+        "train": {**train, "lora": {**train["lora"], "from_adapter": start and absolute(start)}},
+    }
+    return {**identity, "settings": {**settings, **changed}}
+
+
+STEP = Step("tune", OWNS, {"settings": TuneConfig}, only_adds, restate=restate)
 
 
 class TuneResult(StepResult):
@@ -192,8 +207,10 @@ def resolve_config(config: TuneConfig) -> tuple[TuneConfig, ScoreFolder, Model]:
 
 def _inputs(config: TuneConfig, model: Model) -> list[str]:
     """The paths and URLs that a search reads."""
-    files = [config.scores or "", str(model.path), *config.validation.files, *config.mix.contamination.files]
-    return files + [source.path for source in config.mix.sources if source.path]
+    mixes = [config.mix, *(changed_mix(config.mix, changes) for changes in config.mixes.values())]
+    files = [config.scores or "", str(model.path), *config.validation.files]
+    files += filter(None, [config.train.lora.from_adapter])
+    return files + [path for one in mixes for path in inputs_of(one) if path]
 
 
 def _identity(config: TuneConfig, scores: ScoreFolder, model: Model) -> dict[str, Any]:
@@ -201,16 +218,16 @@ def _identity(config: TuneConfig, scores: ScoreFolder, model: Model) -> dict[str
     settings = config.model_dump(mode="json", exclude={"scores", "output", "resources", "budget"})
     settings["train"].pop("resources")
     settings["mix"].pop("resources")
-    settings["mix"]["model"] = None  # `scores` say it
     settings["train"]["model"].pop("name")
     settings["proxy"].pop("tokens_per_second")
     files = config.validation.files
     settings["validation"]["files"] = {file_group(file): sha256_of_file(file, "validation.files") for file in files}
-    return {
+    identity = {
         "settings": settings,
         "scores": {"run": scores.identity_hash, "files": scores.content_hash},
         "model_fingerprint": model.fingerprint,
     }
+    return restate(identity)
 
 
 def search(
