@@ -60,7 +60,7 @@ def find_adapter(given: str, model: Model, option: str = "--adapter") -> Adapter
     found = read_json(manifest) if path.name == ADAPTER_FOLDER and manifest.exists() else None
     run = found if isinstance(found, dict) and found.get("step") == "train" else {}
     base = run.get("identity", {}).get("model_fingerprint")
-    if base is not None and base != model.fingerprint:
+    if base is not None and model.fingerprint and base != model.fingerprint:
         raise ConfigError(
             f"{option} {given}: trained on {run['model']['name']} with other weights than --model {model.name}"
         )

@@ -43,7 +43,11 @@ class ModelError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model on disk. `fingerprint` changes when its weights, config or tokenizer do."""
+    """A model on disk.
+
+    `fingerprint` changes when its weights, config or tokenizer do; empty for a folder without weights, where none were
+    asked for.
+    """
 
     name: str
     path: Path
@@ -72,7 +76,9 @@ def resolve_model(name: str, revision: str | None = None, *, weights: bool = Tru
         return Model(name, _embedded_folder(), EMBEDDED_SHA256[:12], EMBEDDED_SHA256)
     path = input_folder(name)
     if path.is_dir():
-        return Model(name, path.resolve(), None, _folder_fingerprint(path, weights=weights))
+        fingerprint = _folder_fingerprint(path, weights=weights)
+        is_known = weights or any(path.glob("*.safetensors"))
+        return Model(name, path.resolve(), None, fingerprint if is_known else "")
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(f"model {name!r}: no such folder, not a Hub id (owner/name), and not birbal's {EMBEDDED}")
     return _from_hub(name, revision, weights=weights)

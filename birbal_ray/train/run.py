@@ -114,8 +114,8 @@ def dry_run(config: TrainConfig, *, calibrate: bool = False, overwrite: bool = F
     config, model = resolve_config(config, weights=calibrate)
     mix, mix_manifest = read_mix(config)
     identity = _identity(config, model, mix_manifest)
-    if model.revision is None and not any(model.path.glob("*.safetensors")):
-        del identity["model_fingerprint"]  # of a folder, it is known once the weights are here
+    if not model.fingerprint:
+        del identity["model_fingerprint"]  # known once the weights are here
     run = check_output(config.output, STEP, identity, inputs=_inputs(config, model), overwrite=overwrite)
     with tempfile.TemporaryDirectory(prefix="birbal-train-", dir=place) as name:
         folder = Path(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ def test_the_output_of_a_training_run(tmp_path, model):
     assert (found.name, found.path, found.run) == ("run", tmp_path / "run" / "adapter", manifest)
     manifest["identity"]["model_fingerprint"] = "0" * 64
     (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    assert find_adapter(str(tmp_path / "run"), replace(model, fingerprint="")).run == manifest, "weights not here yet"
     with pytest.raises(ConfigError, match="trained on owner/base with other weights than --model owner/base"):
         find_adapter(str(tmp_path / "run"), model)
 

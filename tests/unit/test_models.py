@@ -35,8 +35,11 @@ def test_a_complete_folder_is_taken_and_its_fingerprint_follows_its_files(comple
     before = models.resolve_model(str(complete)).fingerprint
     (complete / "README.md").write_text("x")
     assert models.resolve_model(str(complete)).fingerprint == before
+    assert models.resolve_model(str(complete), weights=False).fingerprint == before
     (complete / "config.json").write_text('{"model_type": "llama", "vocab_size": 7}')
     assert models.resolve_model(str(complete)).fingerprint != before
+    (complete / "model.safetensors").unlink()
+    assert models.resolve_model(str(complete), weights=False).fingerprint == "", "not known"
 
 
 @pytest.mark.parametrize(
