@@ -21,7 +21,7 @@ from birbal_ray.evaluate.heldout import EvaluatedModel, resolve_models
 from birbal_ray.manifest import package_versions
 from birbal_ray.models import Model, resolve_model
 from birbal_ray.progress import ProgressLine, duration
-from birbal_ray.run import RunFailedError, RunMismatchError, Step, StepResult, identity_differences, open_run
+from birbal_ray.run import RunFailedError, Step, StepResult, check_output, open_run
 from birbal_ray.schemas import RUN_FILE
 from birbal_ray.settings import ConfigError, canonical_hash, nearest, one_line, require, sha256_of
 from birbal_ray.storage import Folder, RunError, absolute, base_name, open_folder
@@ -44,18 +44,17 @@ class HarnessResult(StepResult):
 def dry_run(config: HarnessConfig, *, overwrite: bool = False) -> list[dict[str, Any]]:
     """What would run, its names checked; loads no model and writes nothing.
 
-    Raises RunMismatchError where the run itself would: the folder's benchmarks are another model's, for instance.
+    Raises ConfigError where the run itself would: the folder's benchmarks are another model's, for instance.
     """
     config = check_options(config)
     runs = select_runs(config)
     task_index(config.include_path, runs)
     folder = open_folder(config.output or "")
+    if folder.is_file(RUN_FILE):
+        _, adapter, measured, _ = resolve_measured(config, weights=False)
+        known = {key: value for key, value in _identity(config, measured).items() if value != ""}  # without weights
+        check_output(folder, STEP, known, inputs=inputs_of(config, adapter), overwrite=overwrite)
     files = {} if overwrite else folder.files()
-    if RUN_FILE in files:
-        _, _, measured, _ = resolve_measured(config, weights=False)
-        due = {"step": STEP.name, "identity": _identity(config, measured)}
-        if differences := identity_differences(folder.read_json(RUN_FILE), due):
-            raise RunMismatchError(folder, differences)
     return [
         {
             "benchmark": one.name,

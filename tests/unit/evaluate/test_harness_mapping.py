@@ -198,3 +198,5 @@ def test_a_dry_run_says_nothing_of_another_models_benchmarks(tmp_path, monkeypat
     with pytest.raises(ConfigError, match="model: mine → other"):
         harness.dry_run(other)
     assert [row["state"] for row in harness.dry_run(other, overwrite=True)] == ["to run"]
+    monkeypatch.setattr(harness, "resolve_measured", lambda config, weights: measured(config.replace({"model": ""})))
+    assert [row["state"] for row in harness.dry_run(config)] == ["finished"], "no weights here, so no fingerprint"
