@@ -391,8 +391,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny_model, run_folder):
     assert whole == ["step-000001"]
     state = {f.name: f.read_bytes() for f in (run_folder / "checkpoints" / whole[-1]).iterdir()}
     script = FULL_DISK.replace("@@", "20000") + KILLED
+    never = "-1"  # a step that it does not reach
     process = subprocess.run(
-        [sys.executable, "-c", script, config.model_dump_json(), str(tiny_model), str(run_folder)],
+        [sys.executable, "-c", script, config.model_dump_json(), str(tiny_model), str(run_folder), never],
         capture_output=True,
         text=True,
         timeout=240,
