@@ -313,7 +313,7 @@ def _check_answers(address: str) -> None:
 
 
 def remove_stale_folders() -> None:
-    """Remove folders of local clusters and of trials whose process is gone (it was killed and could not).
+    """Remove folders of local clusters, trials and engines whose process is gone (it was killed and could not).
 
     The kernel says so by the folder's lock, also of drivers in other pid namespaces (containers that share /tmp).
     """

@@ -7,6 +7,7 @@ itself, and makes the same rows when it is retried; the second one publishes com
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import json
@@ -25,7 +26,7 @@ import pyarrow as pa
 
 from birbal_ray import models
 from birbal_ray.adapters import AdapterFolder, find_adapter
-from birbal_ray.cluster import log_to
+from birbal_ray.cluster import locked_folder, log_to, remove_stale_folders
 from birbal_ray.ni import prompt, reader
 from birbal_ray.ni.metrics import METRIC_OF_LABEL, score_answer
 from birbal_ray.ni.schema import Instance, Task, TaskError, order_instances
@@ -287,7 +288,10 @@ def _log_into(folder: Folder, name: str) -> Callable[[], None]:
     if folder.is_local:
         log_to(folder.local / name)
         return lambda: None
-    file = Path(tempfile.mkdtemp(prefix="birbal-log-")) / Path(name).name
+    remove_stale_folders()  # of engines that were killed here
+    lasting = contextlib.ExitStack()
+    atexit.register(lasting.close)
+    file = lasting.enter_context(locked_folder(Path(tempfile.gettempdir()))) / Path(name).name
     log_to(file)
 
     def upload() -> None:

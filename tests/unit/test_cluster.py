@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,27 @@ def test_a_folder_whose_driver_lives_is_kept_and_a_dead_ones_is_removed(monkeypa
     driver.wait()
     cluster.remove_stale_folders()
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("ends", ["by itself", "killed"])
+def test_the_log_of_an_engine_at_a_url_leaves_nothing_on_its_node(monkeypatch, tmp_path, ends):
+    code = (
+        "import sys\nfrom types import SimpleNamespace\nfrom birbal_ray.score.stages import _log_into\n"
+        "_log_into(SimpleNamespace(is_local=False), 'logs/replica.log')\nprint('at work', flush=True)\nsys.stdin.read()"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    engine = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, env=environment)
+    until = time.monotonic() + 60
+    while not any(file.read_text() for file in tmp_path.glob("*/replica.log")) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert len(list(tmp_path.iterdir())) == 1
+    if ends == "killed":
+        engine.kill()
+    engine.communicate()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if ends == "killed":
+        cluster.remove_stale_folders()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_temporary_folder_too_long_for_rays_sockets_is_replaced_and_that_is_said(monkeypatch, tmp_path, capsys):
