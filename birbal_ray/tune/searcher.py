@@ -91,8 +91,9 @@ class SpecSearcher(NotPickled, Searcher):
             self._ended[trial_id] = None
 
     def failed(self, trial: Trial) -> None:
-        """It raised, or its process or node died."""
-        self._ended[trial.trial_id] = trial
+        """It raised, or its process or node died; once it is settled, it may be named again."""
+        if trial.trial_id in self._specs:
+            self._ended[trial.trial_id] = trial
 
     def settle(self) -> list[str]:
         """Hand the scheduler what ended. Returns what a user is to know."""
@@ -100,7 +101,7 @@ class SpecSearcher(NotPickled, Searcher):
         while self._ended:
             trial_id, failed = next(iter(self._ended.items()))
             said += self._settle(trial_id, failed)
-            self._ended.pop(trial_id)
+            del self._ended[trial_id], self._specs[trial_id]
         return said
 
     def _settle(self, trial_id: str, failed: Trial | None) -> list[str]:
@@ -167,8 +168,8 @@ class ShowProgress(NotPickled, tune.Callback):
         """Take in what ended; show where the search is."""
         if self.limiter:
             for trial in trials:
-                # Tune says nothing of a trial for which a process could not be used again: its place would stay taken.
-                if trial.status == Trial.ERROR and trial.trial_id in self.limiter.live_trials:
+                if trial.status == Trial.ERROR:
+                    # Tune says nothing of one for which a process could not be used again: its place would stay taken.
                     self.limiter.on_trial_complete(trial.trial_id, error=True)
                     self.limiter.searcher.failed(trial)
             for line in self.limiter.searcher.settle():
@@ -183,11 +184,6 @@ class ShowProgress(NotPickled, tune.Callback):
         self._progress.update(" · ".join(parts))
         if self._run is not None:
             self._run.progress(len(results), num_trials, text=" · ".join(parts), running=names)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial raised, or its process or node died."""
-        if self.limiter:
-            self.limiter.searcher.failed(trial)
 
 
 def run_trials(
