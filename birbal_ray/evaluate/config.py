@@ -95,7 +95,9 @@ class HarnessConfig(Settings):
     )
     limit: int | None = Field(None, ge=1, description="only the first N documents of every task")
     num_fewshot: int | None = Field(None, ge=0, description="examples in the prompt, for every task")
-    batch_size: Annotated[str, BeforeValidator(str)] = Field("8", description="requests computed together")
+    batch_size: Annotated[str, BeforeValidator(str)] | None = Field(
+        None, description="requests computed together; null: 8 with transformers, auto with vLLM"
+    )
     device: str | None = Field(None, description="for example cuda:0 or cpu; default: a GPU where there is one")
     backend: Literal["hf", "vllm"] = Field("hf", description="transformers, or vLLM (on GPUs)")
     team: str | None = Field(None, description="the model's name in results.json; default: the model's and adapter's")

@@ -23,6 +23,7 @@ from birbal_ray.models import Model, resolve_model
 from birbal_ray.progress import ProgressLine, duration
 from birbal_ray.run import RunFailedError, Step, StepResult, check_output, open_run
 from birbal_ray.schemas import RUN_FILE
+from birbal_ray.score.engine import lora_rank, set_vllm_environment
 from birbal_ray.settings import ConfigError, canonical_hash, nearest, one_line, require, sha256_of
 from birbal_ray.storage import Folder, RunError, absolute, base_name, open_folder
 
@@ -147,7 +148,7 @@ def check_options(config: HarnessConfig) -> HarnessConfig:
     check_installed(config.backend)
     require(config.model, "--model")
     require(config.output, "--output")
-    if not re.fullmatch(r"auto|[1-9][0-9]*", config.batch_size):
+    if config.batch_size and not re.fullmatch(r"auto|[1-9][0-9]*", config.batch_size):
         raise ConfigError(f"--batch-size {config.batch_size}: expected a number from 1, or auto")
     if config.include_path is None:
         return config
@@ -276,13 +277,15 @@ def load_tasks(index: Any, names: Sequence[str]) -> list[Any]:
 
 def load_model(config: HarnessConfig, model: Path, adapter: EvaluatedModel | None) -> Any:
     """The model as the harness wants it; no code of the model's folder is run."""
-    arguments: dict[str, Any] = {"pretrained": str(model), "trust_remote_code": False, "batch_size": config.batch_size}
+    batch_size = config.batch_size or ("auto" if config.backend == "vllm" else "8")
+    arguments: dict[str, Any] = {"pretrained": str(model), "trust_remote_code": False, "batch_size": batch_size}
     with _quiet():  # vLLM takes the standard output for its log that it finds when it is imported
         if config.backend == "vllm":
+            set_vllm_environment()
             from lm_eval.models.vllm_causallms import VLLM
 
             if adapter is not None:
-                arguments |= {"lora_local_path": adapter.path, "max_lora_rank": adapter.rank or 16}
+                arguments |= {"lora_local_path": adapter.path, "max_lora_rank": lora_rank(adapter.rank or 16)}
             return VLLM(**arguments)
         import torch
         from lm_eval.models.huggingface import HFLM

@@ -129,9 +129,8 @@ def vllm_arguments(
     if resources.max_num_seqs:
         device["max_num_seqs"] = resources.max_num_seqs
     if adapters:
-        rank = max(one.rank for one in adapters)
-        provided = next((choice for choice in LORA_RANKS if choice >= rank), rank)
-        device |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": provided}
+        rank = lora_rank(max(one.rank for one in adapters))
+        device |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
     return {
         "model": str(model),
         # Without AVX-512 bf16 ran at 0.78 against float32's 4.75 requests/s.
@@ -147,6 +146,26 @@ def vllm_arguments(
     }
 
 
+def lora_rank(rank: int) -> int:
+    """The rank that vLLM must provide for adapters up to `rank`; it refuses a larger one than it knows."""
+    return next((choice for choice in LORA_RANKS if choice >= rank), rank)
+
+
+def set_vllm_environment(kv_cache_gib: float | None = None) -> None:
+    """Set what vLLM reads from the environment when it is imported; the user's own values win.
+
+    `kv_cache_gib`: of its CPU engine.
+    """
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # FlashInfer's sampler is compiled by nvcc when the engine starts, and few machines have one; greedy and seeded
+    # requests never use it.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    # Tensor parallel: a fork of a process that has asked torch for its cards can't use them.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    if kv_cache_gib is not None:
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(kv_cache_gib)))
+
+
 class VllmEngine:
     """vLLM without its extra process.
 
@@ -158,9 +177,7 @@ class VllmEngine:
         self, model: Path, engine: EngineSettings, resources: ResourceSettings, adapters: Sequence[Adapter] = ()
     ) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        if engine.device == "cpu":
-            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(resources.kv_cache_gib)))
+        set_vllm_environment(resources.kv_cache_gib if engine.device == "cpu" else None)
         from vllm import LLM, SamplingParams
         from vllm.exceptions import VLLMClientError
         from vllm.inputs import TokensPrompt

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pyarrow as pa
 
 from birbal_ray import models
@@ -163,10 +164,14 @@ class ScorePrompts:
             # Ray derives OMP_NUM_THREADS from num_cpus: one logical CPU would mean one core (2.5, not 4.7 requests/s).
             share = max(1, len(os.sched_getaffinity(0)) // replicas_per_node)
             resources = config.resources.replace({"threads_per_replica": config.resources.threads_per_replica or share})
-            os.environ["OMP_NUM_THREADS"] = str(resources.threads_per_replica)  # before torch is loaded
+            if config.engine.device == "cpu":
+                os.environ["OMP_NUM_THREADS"] = str(resources.threads_per_replica)  # before torch is loaded
+            else:
+                os.environ.pop("OMP_NUM_THREADS", None)  # Ray's; without one vLLM serves with one thread, none spins
             here = [replace(one, path=str(input_folder(one.path))) for one in adapters]
             here += [Adapter(own.name, str(own.path), own.rank)] if own else []
-            self._loop = EngineLoop(lambda: load_engine(model.path, config.engine, resources, here), GATHER_SECONDS)
+            with _turn_on_card(resources.gpus_per_replica):
+                self._loop = EngineLoop(lambda: load_engine(model.path, config.engine, resources, here), GATHER_SECONDS)
         except Exception as error:  # whatever it is: another try, in a new process, may go well
             self._end(monitor.start_failed, f"{type(error).__name__}: {one_line(error)}")
         ray.get(monitor.ready.remote(self._replica))
@@ -228,6 +233,14 @@ class ScorePrompts:
         self._upload_log()
         with self._writes.take(alone=True):  # what is completed is written first
             os._exit(1)
+
+
+def _turn_on_card(gpus_per_replica: float) -> contextlib.AbstractContextManager[object]:
+    """Engines that share a card start one after the other: each takes what the others load meanwhile for its own."""
+    if gpus_per_replica >= 1:
+        return contextlib.nullcontext()
+    card = f"birbal-card-{os.getuid()}-{os.environ.get('CUDA_VISIBLE_DEVICES', '')}.lock"
+    return filelock.FileLock(Path(tempfile.gettempdir(), card))
 
 
 def write_shard(

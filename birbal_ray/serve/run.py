@@ -18,7 +18,7 @@ from birbal_ray.manifest import read_manifest
 from birbal_ray.models import load_tokenizer, resolve_model
 from birbal_ray.run import RunError
 from birbal_ray.score.config import ResourceSettings, ServeConfig, ServedEngine
-from birbal_ray.score.engine import Adapter, Request, Sampling, vllm_arguments
+from birbal_ray.score.engine import Adapter, Request, Sampling, set_vllm_environment, vllm_arguments
 from birbal_ray.score.loop import EngineLoop
 from birbal_ray.score.monitor import COUNTED
 from birbal_ray.score.stages import load_engine
@@ -121,9 +121,7 @@ def serve_openai(config: ServeConfig) -> None:
     command = openai_command(config)
     if config.token:
         os.environ["VLLM_API_KEY"] = config.token
-    if config.engine.device != "gpu":
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.resources.kv_cache_gib))))
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    set_vllm_environment(config.resources.kv_cache_gib if config.engine.device != "gpu" else None)
     os.execv(command[0], command)  # noqa: S606
 
 
@@ -151,7 +149,8 @@ def load_served(config: ServeConfig) -> Served:
     given_adapter = given.adapter or config.run
     found = find_adapter(given_adapter, model) if given_adapter else None
     threads = config.resources.threads_per_replica or len(os.sched_getaffinity(0))
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is loaded
+    if engine.device == "cpu":  # on a GPU vLLM serves with one thread where nothing is set
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is loaded
     shape = open_folder(model.path).read_json("config.json")
     shape = shape.get("text_config", shape)
     length = min(engine.max_model_len, shape.get("max_position_embeddings") or engine.max_model_len)
