@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import shutil
+import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,7 +192,11 @@ def _gpus(versions: Mapping[str, str], wanted: Mapping[str, str | None]) -> list
         kernel = f"sdpa sample by sample ({reason})" if reason else "torch's varlen FlashAttention"
         found = f"{properties.name}, {memory}; Ray calls it {card}; training attends with {kernel}"
         checks.append(Check(f"gpu {index}", found, missing))
-    return checks
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    has_headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    problem = "" if compiler and has_headers else "engines compile kernels when they start: apt install gcc python3-dev"
+    found = f"{compiler or 'none'}, {'with' if has_headers else 'without'} Python's headers"
+    return [*checks, Check("compiler", found, problem)]
 
 
 def _model(name: str) -> Check:

@@ -535,6 +535,18 @@ def test_doctor_looks_for_one_model_and_for_its_room(monkeypatch, arguments, nam
     assert set(seen) == {name} and len(seen) == (2 if "--config" in arguments else 1)
 
 
+@pytest.mark.parametrize("compiler", ["/usr/bin/gcc", None])
+def test_doctor_looks_for_a_compiler_where_there_is_a_card(monkeypatch, compiler):
+    import torch
+
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(doctor, "local_cards", lambda: (1, "L4"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda n: SimpleNamespace(name="L4", total_memory=2**30))
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: compiler)
+    checks = {check.name: check for check in doctor.examine("no-such-model", "runs")}
+    assert "gpu 0" in checks and bool(checks["compiler"].advice) == (compiler is None)
+
+
 def test_figures_are_of_what_this_process_measured():
     values = ((20.0, 10.0, 30), (30.0, 15.0, 70))
     sessions = [dict(zip(("load_seconds", "steady_seconds", "rows"), one, strict=True)) for one in values]
