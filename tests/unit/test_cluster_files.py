@@ -148,6 +148,7 @@ def test_spot_workers_on_demand_head():
     head = types.pop(config["head_node_type"])
     assert head["resources"] == {"CPU": 0} and "InstanceMarketOptions" not in head["node_config"]
     assert [one["node_config"]["InstanceMarketOptions"]["MarketType"] for one in types.values()] == ["spot"]
+    assert all(one["node_config"]["IamInstanceProfile"] for one in (head, *types.values())), "all write to the bucket"
     (score,) = (command for command in COMMANDS if command.file.name == "aws-spot.yaml")
     assert f"resources.num_replicas={config['max_workers']}" in score.values("--set")
 
@@ -156,6 +157,23 @@ def test_spot_workers_on_demand_head():
 def test_mounted_files_exist(file):
     for local in read(file)["file_mounts"].values():
         assert local.startswith("~") or (REPOSITORY / local).exists()
+
+
+def test_the_package_can_be_built_from_what_files_bring_before_they_install_it(tmp_path):
+    brought = [read(file)["file_mounts"].values() for file in RAY_YAMLS]
+    for file in DOCKERFILES:
+        before, install, _ = file.read_text().partition("RUN uv pip install --no-deps .")
+        assert install
+        copied = re.findall(r"^COPY (?!--)(.+) \S+$", before, re.MULTILINE)
+        brought.append([name for line in copied for name in line.split()])
+    for number, names in enumerate({frozenset(one for one in names if one[0] != "~") for names in brought}):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name in names:
+            (folder / name).symlink_to(REPOSITORY / name)
+        command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "built")]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, (names, done.stderr)
 
 
 def test_every_ray_asks_for_the_token():
