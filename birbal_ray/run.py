@@ -29,7 +29,7 @@ from typing import Any
 from birbal_ray.lock import LOCK_RECORD, hold_lock
 from birbal_ray.manifest import FORMAT, code_version, command_of, identity_differences, package_versions, wrong_files
 from birbal_ray.schemas import MANIFEST_FILE, PROGRESS_FILE, RUN_FILE
-from birbal_ray.settings import ConfigError, Settings, canonical_hash, is_meant, one_line
+from birbal_ray.settings import ConfigError, canonical_hash, one_line
 from birbal_ray.storage import (
     DamagedFileError,
     FileRecord,
@@ -80,19 +80,14 @@ class Step:
     """What is the same for all runs of a step.
 
     `owns`: patterns (fnmatch; in one with a `/`, `*` spans folders) of the files that it makes, besides STANDARD_FILES.
-    `settings`: key in an identity → the schema of the settings under it. A setting that an earlier version did not
-    know, and so did not record, counts as its default: a new setting's default must mean what was done before, or
-    FORMAT must change. `may_become` says of an old and a new identity whether a run may go on as the new one
-    (`Run.changes`). `starts_over`: an unfinished run holds nothing worth keeping; one of another identity is replaced.
-    `restate` gives an identity that an earlier version recorded as this one records it: the run is the same one.
+    `may_become` says of an old and a new identity whether a run may go on as the new one (`Run.changes`).
+    `starts_over`: an unfinished run holds nothing worth keeping; one of another identity is replaced.
     """
 
     name: str
     owns: Sequence[str] = ()
-    settings: Mapping[str, type[Settings]] = field(default_factory=dict)
     may_become: Callable[[Identity, Identity], bool] = lambda old, new: False
     starts_over: bool = False
-    restate: Callable[[Identity], Identity] = lambda old: old
 
 
 @dataclass
@@ -302,11 +297,6 @@ def _claim(folder: Folder, step: Step, identity: dict[str, Any], *, overwrite: b
     was = dict(earlier.get("identity", {}))
     if only_looks:
         was = {key: value for key, value in was.items() if key in identity}
-    for key, schema in step.settings.items():
-        if isinstance(was.get(key, {}), dict) and isinstance(identity.get(key), dict):
-            was[key] = _in_todays_words(was.get(key, {}), identity[key], schema, schema().model_dump(mode="json"))
-    with contextlib.suppress(KeyError, TypeError, AttributeError):  # someone edited it, or this is half of one
-        was = dict(step.restate(was))
     same = earlier.get("format") == FORMAT and (was == identity or _may_become(step, was, identity))
     differences = identity_differences({"step": step.name, "identity": was}, record)
     if same and not (overwrite and MANIFEST_FILE in visible):
@@ -355,25 +345,6 @@ def _may_become(step: Step, old: Identity, new: Identity) -> bool:
         return step.may_become(old, new)
     except (KeyError, TypeError, AttributeError):
         return False
-
-
-def _in_todays_words(
-    old: Mapping[str, Any], new: Mapping[str, Any], schema: type[Settings], defaults: Mapping[str, Any]
-) -> dict[str, Any]:
-    """A section of an earlier identity as this version would have recorded it.
-
-    With defaults for what the earlier version did not know, and without retired settings that had the value which they
-    always have now.
-    """
-    retired = {key for key, (meant, _) in schema.RETIRED.items() if is_meant(old.get(key), meant)}
-    words = {key: value for key, value in old.items() if key not in retired}
-    for key in defaults.keys() & new.keys():
-        section = schema.model_fields[key].annotation
-        if isinstance(section, type) and issubclass(section, Settings) and isinstance(old.get(key, {}), dict):
-            words[key] = _in_todays_words(old.get(key, {}), new[key], section, defaults[key])
-        else:
-            words.setdefault(key, defaults[key])
-    return words
 
 
 def _is_behind_link(folder: Folder, name: str) -> bool:

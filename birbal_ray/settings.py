@@ -38,13 +38,10 @@ _POWER_OF_TEN = re.compile(r"[-+]?(?:0|[1-9][0-9]*)(?:\.[0-9]*)?[eE][0-9]+")
 class Settings(BaseModel):
     """Base of every configuration section: frozen, and an unknown key is an error.
 
-    RENAMED: old name of a key of this section → its name; old ones are taken.
-    RETIRED: key that this section had → (the value that it always has now, or None: any; what to do instead). That
-    value is taken. `load_config` warns of both.
+    RENAMED: old name of a key of this section → its name. Old ones are taken; `load_config` warns of them.
     """
 
     RENAMED: ClassVar[Mapping[str, str]] = {}
-    RETIRED: ClassVar[Mapping[str, tuple[Any, str]]] = {}
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
@@ -66,12 +63,10 @@ class Settings(BaseModel):
         taken = dict(values)
         for old, new in cls.RENAMED.items():
             if old in taken and new in taken:
-                raise _old_key(old, f"{old!r} is the old name of {new!r}, and both are set; leave the old one out")
+                message = f"{old!r} is the old name of {new!r}, and both are set; leave the old one out"
+                raise PydanticCustomError("old_key", "{message}", {"message": message, "key": old})
             if old in taken:
                 taken[new] = taken.pop(old)
-        for key, (meant, instead) in cls.RETIRED.items():
-            if key in taken and not is_meant(taken.pop(key), meant):
-                raise _old_key(key, f"{key!r} is no setting any more; {instead}")
         return taken
 
     @field_validator("*", mode="before")
@@ -89,18 +84,6 @@ class Settings(BaseModel):
         if _POWER_OF_TEN.fullmatch(value):  # in YAML text, as a commit may look like that
             return float(value)
         raise ValueError("input should be a number, without quotes or leading zeros")
-
-
-def _old_key(key: str, message: str) -> PydanticCustomError:
-    """The error of a section that holds an old key; `_explain` says where the key came from."""
-    return PydanticCustomError("old_key", "{message}", {"message": message, "key": key})
-
-
-def is_meant(value: Any, meant: Any) -> bool:
-    """Whether a retired setting had the value that it always has now; None: whatever it had. Lists in any order."""
-    if isinstance(meant, list) and isinstance(value, list | tuple):
-        return sorted(map(str, value)) == sorted(map(str, meant))
-    return meant is None or bool(value == meant)
 
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -169,14 +152,12 @@ def load_config(
             origins[key] = "command line"
     given = [f"{key}." for key in flatten(values)]
     for prefix, section in _sections(schema).items():
-        old = {key: f"{key!r} is now {new!r}; the old name" for key, new in section.RENAMED.items()}
-        old |= {key: f"{key!r} is no setting any more ({instead}); it" for key, (_, instead) in section.RETIRED.items()}
-        for key, text in old.items():
-            if any(one.startswith(f"{prefix}{key}.") for one in given):
-                origin = _origin(f"{prefix}{key}", origins)
-                origins.setdefault(f"{prefix}{section.RENAMED.get(key, key)}", origin)
-                place = ": ".join(filter(None, [origin, prefix.rstrip("."), text]))
-                print(f"{place} is accepted until the next release", file=sys.stderr)
+        for old, new in section.RENAMED.items():
+            if any(one.startswith(f"{prefix}{old}.") for one in given):
+                origin = _origin(f"{prefix}{old}", origins)
+                origins.setdefault(f"{prefix}{new}", origin)
+                place = ": ".join(filter(None, [origin, prefix.rstrip("."), f"{old!r} is now {new!r}"]))
+                print(f"{place}; the old name is accepted until the next release", file=sys.stderr)
     try:
         return schema.model_validate(values)
     except ValidationError as error:

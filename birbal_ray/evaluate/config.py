@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -40,8 +39,6 @@ class PrimaryComparison(Settings):
 
 class EvaluateConfig(Settings):
     """All settings of `birbal evaluate`."""
-
-    RETIRED: ClassVar[Mapping[str, tuple[Any, str]]] = {"bootstrap": (None, "intervals are Student's t now")}
 
     tasks: HeldOutTasks = HeldOutTasks()
     model: ModelSettings = ModelSettings()

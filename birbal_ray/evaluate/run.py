@@ -29,14 +29,7 @@ from birbal_ray.score.engine import REFERENCE_FILE, Adapter
 from birbal_ray.score.pipeline import Session, check_cluster, logical_cpus, score_shards
 from birbal_ray.score.plan import describe_plan, plan_run, publish_inputs
 from birbal_ray.score.results import summarise
-from birbal_ray.score.run import (
-    IDENTITY_SETTINGS,
-    identity_of,
-    keep_figures,
-    plan_hash,
-    resolve_config,
-    write_plan,
-)
+from birbal_ray.score.run import identity_of, keep_figures, plan_hash, resolve_config, write_plan
 from birbal_ray.score.shards import DamagedRowsError, PromptVariant, RowFiles, ScorePlan
 from birbal_ray.score.stages import find_model
 from birbal_ray.settings import ConfigError, canonical_hash
@@ -54,15 +47,11 @@ def only_adds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """
     models = {name: new["models"].get(name) for name in old["models"]}
     formats = [one for one in new["prompt_formats"] if one in old["prompt_formats"]]
-    if len(models) == 1:  # the base model alone: nothing was compared
-        named = new.get("primary")
-    else:  # of a version that did not record it, only the default can't have been chosen by its result: zero_shot first
-        first = next((name for name in new["models"] if name != BASE), "")
-        named = old.get("primary", {"model": first, "prompt_format": max(formats, default=""), "scope": "all"})
+    named = new["primary"] if len(models) == 1 else old["primary"]  # of the base model alone nothing was compared
     return {**new, "models": models, "prompt_formats": formats} == {**old, "primary": named}
 
 
-STEP = Step("evaluate", OWNS, IDENTITY_SETTINGS, only_adds)
+STEP = Step("evaluate", OWNS, only_adds)
 
 
 @dataclass(frozen=True, slots=True)

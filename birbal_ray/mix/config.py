@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -66,10 +66,6 @@ class FilterSettings(Settings):
 class DedupSettings(Settings):
     """What counts as a repeat: the same instruction and input, and more on demand."""
 
-    RETIRED: ClassVar[Mapping[str, tuple[Any, str]]] = {
-        "key": ("instruction_input", "inputs alone are compared by policy=birbal_2023 with birbal_2023.compat=true")
-    }
-
     near: bool = Field(
         False, description="also drop near-duplicate inputs with the same instruction, numbers and signs (MinHash)"
     )
@@ -78,10 +74,6 @@ class DedupSettings(Settings):
 
 class ContaminationSettings(Settings):
     """What the evaluations must not have been trained on."""
-
-    RETIRED: ClassVar[Mapping[str, tuple[Any, str]]] = {
-        "evaluations": ([*FAMILIES], "families={NAME: []} leaves one out")
-    }
 
     action: Literal["report", "drop"] = Field("report")
     files: list[str] = Field([], description="evaluation texts: .txt (one a line), .jsonl (all strings), .parquet")

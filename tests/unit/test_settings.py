@@ -216,31 +216,6 @@ class Renamed(Settings):
     x: int = 0
 
 
-class Retired(Settings):
-    class Inner(Settings):
-        RETIRED: ClassVar = {
-            "key": ("both", "compat=true compares inputs"),
-            "names": (["a", "b"], "all count"),
-            "resamples": (None, "no interval needs any"),
-        }
-
-    inner: Inner = Inner()
-
-
-def test_a_retired_key_is_taken_with_the_value_that_it_always_has_now(capsys):
-    assert load_config(Retired, None, ["inner.key=both", "inner.resamples=9", "inner.names=[b, a]"]) == Retired()
-    said = capsys.readouterr().err
-    given = {"key": "both", "names": "[b, a]", "resamples": "9"}
-    assert all(
-        f"--set inner.{key}={value}: inner: '{key}' is no setting any more (" in said for key, value in given.items()
-    )
-    refused = pytest.raises(
-        ConfigError, match=r"--set inner.key=input: inner: 'key' is no setting any more; compat=true"
-    )
-    with refused:
-        load_config(Retired, None, ["inner.resamples=9", "inner.key=input"])
-
-
 def test_old_keys_are_taken_with_a_warning(tmp_path, capsys):
     (tmp_path / "my.yaml").write_text("inner: {looks: 3}\ny: 4\n")
     config = load_config(Renamed, tmp_path / "my.yaml")

@@ -158,18 +158,6 @@ def test_an_adapter_after_the_base_model_alone_names_the_primary_comparison(conf
     assert asked(config) == ["base", "mine"]
 
 
-def test_an_identity_without_the_primary_comparison_is_an_earlier_versions(config, asked, tmp_path):
-    finish(config)
-    for name in ("run.json", "manifest.json"):
-        record = json.loads((tmp_path / "run" / name).read_text())
-        del record["identity"]["primary"]
-        (tmp_path / "run" / name).write_text(json.dumps(record))
-    for chosen in ({"primary.scope": "exact_match"}, {"primary.prompt_format": "few_shot"}):
-        with pytest.raises(ConfigError, match=r"primary"):
-            asked(config.replace(chosen))
-    assert asked(second(config, tmp_path)) == ["base", "mine", "other"]
-
-
 def test_an_adapter_in_front_would_be_another_primary_comparison(config, asked, tmp_path):
     finish(config)
     wider = second(config, tmp_path)

@@ -17,7 +17,7 @@ from birbal_ray.mix.scores import read_scored
 from birbal_ray.mix.select import Reason
 from birbal_ray.run import MANIFEST_FILE, RUN_FILE, RunError, RunMismatchError
 from birbal_ray.schemas import AUDIT, MIX_ROWS, SCORE_ROWS
-from birbal_ray.settings import ConfigError, canonical_hash, load_config
+from birbal_ray.settings import ConfigError, load_config
 from tests.fixtures.score_folder import list_files_as_they_are, made_up_rows, write_score_folder
 
 DATA_FILES = [
@@ -387,28 +387,6 @@ def test_scores_of_another_model(scores, tmp_path):
     named = mix(config(scores, tmp_path / "m", model="made-up-model"))
     assert named.manifest["scores"]["model"] == "made-up-model"
     assert mix(config(scores, tmp_path / "m")).manifest == named.manifest, "the same mix, with less to be checked"
-
-
-def test_a_mix_of_a_version_that_recorded_the_scores_model_is_the_same_one(scores, tmp_path, capsys):
-    settings = config(scores, tmp_path / "m", model="made-up-model")
-    made, data = mix(settings), data_of(tmp_path / "m")
-    identity = made.manifest["identity"]
-    recorded = {**identity, "settings": {**identity["settings"], "model": "made-up-model"}}
-    for name in (RUN_FILE, MANIFEST_FILE):
-        file = tmp_path / "m" / name
-        old = {**json.loads(file.read_text()), "identity": recorded, "identity_hash": canonical_hash(recorded)}
-        file.write_text(json.dumps(old))
-    dry_run(settings)
-    assert "holds a finished run of `birbal mix`: the command continues it" in capsys.readouterr().err
-    for same in (settings, settings.replace({"model": None})):
-        assert mix(same).manifest == old
-    with pytest.raises(RunMismatchError) as caught:
-        mix(settings.replace({"seed": 6}))
-    assert caught.value.differences == ["settings.seed: 5 → 6"]
-    (tmp_path / "m" / "train.parquet").unlink()
-    again = mix(settings)
-    assert data_of(tmp_path / "m") == data
-    assert again.manifest["identity_hash"] == canonical_hash(recorded), "its hash stays what later steps know"
 
 
 def test_half_written_scores(scores, tmp_path):

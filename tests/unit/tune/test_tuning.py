@@ -1,6 +1,5 @@
 """The search without Ray: what is tried, in which order, what may be concluded."""
 
-import json
 import math
 import re
 from dataclasses import asdict
@@ -21,7 +20,6 @@ from birbal_ray.plan import money, plan_tune
 from birbal_ray.progress import ProgressLine
 from birbal_ray.recipe import PipelineConfig
 from birbal_ray.run import RUN_FILE, Run, RunFailedError, RunMismatchError, Step, open_run
-from birbal_ray.schemas import MANIFEST_FILE
 from birbal_ray.settings import ConfigError, load_config
 from birbal_ray.status import read_status
 from birbal_ray.storage import open_folder
@@ -871,40 +869,6 @@ def test_a_trial_finds_the_files_of_its_mix_from_any_folder(tuned, tmp_path, mon
         assert mix["sources"][0]["path"] == str(tmp_path / file)
         assert mix["contamination"]["files"] == [str(tmp_path / "held.txt")]
     assert tuned(mix=made_from(f"{tmp_path}/"), mixes=mixes) == ([], manifest), "the same search, spelled otherwise"
-
-
-def test_a_search_of_a_version_that_recorded_paths_and_model_goes_on(tuned, tmp_path, monkeypatch, capsys):
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to("real")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    columns = {"output": "answer"}
-    sources = [{"name": "mine", "path": f"{tmp_path}/link/mine.jsonl", "columns": columns, "max_rows": 5}]
-    mixing = {
-        "model": "made-up-model",
-        "task_score": {"exact_match_budget": 60, "generation_budget": 60, "allow_shortfall": True},
-        "sources": [*sources, {"name": "lima"}],
-        "contamination": {"files": ["~/held.txt", "link/held.txt"]},
-    }
-    settings = {"mix": mixing, "train": {"lora": {"from_adapter": "link/adapter"}}}
-    monkeypatch.chdir(tmp_path)
-    _, manifest = tuned(**settings)
-    identity = manifest["identity"]
-    mix, train = identity["settings"]["mix"], identity["settings"]["train"]
-    mix |= {"model": "made-up-model", "contamination": mix["contamination"] | mixing["contamination"]}
-    mix["sources"][0]["path"] = sources[0]["path"]
-    train["lora"]["from_adapter"] = "link/adapter"
-    for name in (RUN_FILE, MANIFEST_FILE):
-        file = tmp_path / "run" / name
-        file.write_text(json.dumps({**json.loads(file.read_text()), "identity": identity}))
-    assert tuned(**settings) == ([], manifest), "its identity is still what was recorded"
-    assert "is up to date" in capsys.readouterr().err
-    (tmp_path / "run" / MANIFEST_FILE).unlink()
-    (tmp_path / "run" / "trials" / "steep-seed2" / RESULT_FILE).unlink()
-    assert tuned(**settings)[0] == ["steep-seed2"]
-    settings["train"]["lora"]["from_adapter"] = "real/other"
-    with pytest.raises(RunMismatchError) as caught:
-        tuned(**settings)
-    assert [line.partition(":")[0] for line in caught.value.differences] == ["settings.train.lora.from_adapter"]
 
 
 def test_overwriting_deletes_no_adapter_to_start_from_and_no_source_of_one_mix(tuned, tmp_path):
