@@ -6,8 +6,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.mix.sources import Origin, origin_of, sha256_of_file
 from birbal_ray.progress import ProgressLine, counted, figures_key, save_figures
 from birbal_ray.run import Step, check_output, open_run
-from birbal_ray.schemas import MANIFEST_FILE, MIX_TASKS, TASKS_FILE
-from birbal_ray.settings import ConfigError, require
-from birbal_ray.storage import Folder, RunError, absolute, open_folder
+from birbal_ray.schemas import MIX_TASKS, TASKS_FILE
+from birbal_ray.settings import require
+from birbal_ray.storage import Folder, absolute
 
 # A mix appears all at once, so an unfinished one holds nothing that other settings could spoil.
 STEP = Step("mix", OWN_FILES, starts_over=True)
@@ -55,7 +55,7 @@ def mix(config: MixConfig, *, overwrite: bool = False) -> MixResult:
     """
     progress, started = ProgressLine(), time.monotonic()
     output = require(config.output, "--output")
-    scores, origins = _open_inputs(config, progress, {} if overwrite else _origins_in(open_folder(output)))
+    scores, origins = _open_inputs(config, progress)
     identity = _identity(config, scores, origins)
     with open_run(output, STEP, identity, inputs=inputs_of(config), overwrite=overwrite) as run:
         if run.manifest is not None:
@@ -114,35 +114,16 @@ def _work_folder(folder: Folder | None) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _origins_in(folder: Folder) -> dict[str, Origin]:
-    """What the finished mix in a folder was made from, by source; empty where there is none."""
-    with suppress(OSError, RunError, KeyError, TypeError):
-        return {one["name"]: Origin(**one) for one in folder.read_json(MANIFEST_FILE)["sources"]}
-    return {}
-
-
 def inputs_of(config: MixConfig) -> list[str]:
     """The paths and URLs that a mix is made from."""
     return [config.scores or "", *config.contamination.files, *(one.path for one in config.sources if one.path)]
 
 
-def _open_inputs(
-    config: MixConfig, progress: ProgressLine, known: Mapping[str, Origin] = {}
-) -> tuple[ScoreFolder, list[Origin]]:
-    """The scores, and where the sources come from: while the Hub can't be reached, what is `known` of them."""
+def _open_inputs(config: MixConfig, progress: ProgressLine) -> tuple[ScoreFolder, list[Origin]]:
     scores = open_scores(require(config.scores, "--scores"), config.model)
     model = scores.model or "an unnamed model"
     progress.message(f"{counted(scores.num_rows, 'scored row')} of {counted(len(scores.tasks), 'task')} by {model}")
-    origins = []
-    for source in config.sources:
-        try:
-            origins.append(origin_of(source))
-        except ConfigError as error:
-            if source.path is not None or source.name not in known:
-                raise
-            progress.message(f"{error}; the finished mix was made from {known[source.name].revision}")
-            origins.append(known[source.name])
-    return scores, origins
+    return scores, [origin_of(source) for source in config.sources]
 
 
 def _ray_if_needed(context: Context) -> AbstractContextManager[object]:

@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from birbal_ray.mix.config import MixConfig, SourceSettings
-from birbal_ray.mix.datasets import HUB_DATASETS, HubDataset, Record, Row
+from birbal_ray.mix.datasets import HUB_DATASETS, Record, Row
 from birbal_ray.mix.features import hash_all
 from birbal_ray.schemas import OUTSIDE_ROWS
 from birbal_ray.settings import ConfigError, nearest, one_line
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
 PEEK_ROWS = 1000  # columns that none of the first so many records has are missing
 SUFFIXES = (".json", ".jsonl", ".parquet")
 BATCH_ROWS = 2048
-PIECE_CHARS = 1 << 20  # of a .json array, read at a time
-# Between the records of a .json array.
-_OPENING, _COMMA, _CLOSING, _EMPTY = map(re.compile, (r"\s*\[\s*", r"\s*,\s*", r"\s*\]\s*", r"\s*\[\s*\]\s*"))
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
@@ -50,7 +46,7 @@ def origin_of(source: SourceSettings) -> Origin:
     """Resolve where `source` comes from, without reading its rows.
 
     A branch on the Hub is resolved to its commit; while the Hub can't be reached, to the one in its local cache.
-    Raises ConfigError when the file isn't there, or the Hub can't be reached and its cache holds none of the dataset.
+    Raises ConfigError when the file isn't there, or neither the Hub nor its cache says which commit that is.
     """
     known = HUB_DATASETS.get(source.name)
     license = source.license or (known.license if known else "unknown")
@@ -60,7 +56,7 @@ def origin_of(source: SourceSettings) -> Origin:
         place = absolute(source.path)
         return Origin(source.name, place, f"sha256:{sha256_of_file(place, f'source {source.name}')}", license)
     assert known is not None  # by SourceSettings
-    revision = _commit_of(source.name, known, source.revision or known.revision)
+    revision = _commit_of(source.name, known.repository, source.revision or known.revision)
     return Origin(source.name, known.repository, revision, license)
 
 
@@ -75,15 +71,14 @@ def source_problem(source: SourceSettings) -> str:
 
     Asks the Hub, and downloads nothing.
     """
-    from huggingface_hub import constants
-
     try:
         origin = origin_of(source)
-        if source.path is None and constants.HF_HUB_OFFLINE:
-            _hub_files(source.name, origin)  # from the local cache
-        elif source.path is None and _cached_commit(HUB_DATASETS[source.name], origin.revision) is None:
-            with _hub(source.name, origin.location) as hub:
-                hub.auth_check(origin.location, repo_type="dataset")
+        if source.path is None:
+            try:
+                _hub_files(source.name, origin, local_files_only=True)
+            except ConfigError:
+                with _hub(source.name, origin.location) as hub:
+                    hub.auth_check(origin.location, repo_type="dataset")
     except ConfigError as error:
         return str(error)
     return ""
@@ -162,13 +157,17 @@ def _complete(row: Row, source: SourceSettings, origin: Origin, where: str) -> R
     }
 
 
-def _hub_files(name: str, origin: Origin) -> list[str]:
+def _hub_files(name: str, origin: Origin, *, local_files_only: bool = False) -> list[str]:
     from huggingface_hub import snapshot_download
 
     pattern = HUB_DATASETS[name].data_files
     with _hub(name, origin.location):
         folder = snapshot_download(
-            origin.location, repo_type="dataset", revision=origin.revision, allow_patterns=[pattern]
+            origin.location,
+            repo_type="dataset",
+            revision=origin.revision,
+            allow_patterns=[pattern],
+            local_files_only=local_files_only,
         )
     files = sorted(str(file) for file in Path(folder).glob(pattern))
     if not files:
@@ -176,52 +175,24 @@ def _hub_files(name: str, origin: Origin) -> list[str]:
     return files
 
 
-def _commit_of(name: str, known: HubDataset, revision: str) -> str:
-    # Asked even for a commit: where the Hub can't be reached this says so at once, while a download
-    # retries for half a minute.
-    from huggingface_hub.errors import HTTPError
-
-    repository, is_short = known.repository, re.fullmatch("[0-9a-f]{7,39}", revision) is not None
-    with _hub(name, repository) as hub:
-        try:
-            commit = hub.dataset_info(repository, revision=None if is_short else revision, timeout=20).sha
-            if is_short:  # downloads take full hashes only
-                commits = (one.commit_id for one in hub.list_repo_commits(repository, repo_type="dataset"))
-                commit = next((one for one in commits if one.startswith(revision)), None)
-        except (OSError, HTTPError) as error:
-            commit = _cached_commit(known, revision)
-            if commit is None:
-                raise
-            reason = (one_line(error) or type(error).__name__)[:160]
-            print(
-                f"source {name}: the Hub gave no commit ({reason}); its cache on this machine has {commit[:12]}",
-                file=sys.stderr,
-            )
-    if commit is None:
-        raise ConfigError(f"source {name}: the Hub names no commit for {repository} at {revision}; set revision")
-    return commit
-
-
-def _cached_commit(known: HubDataset, revision: str) -> str | None:
-    """The commit of a revision of which the Hub's local cache holds data files; None where it holds none.
-
-    Downloads name commits, so the cache may not know which one a branch was at: for "main" the last that came counts.
-    """
+def _commit_of(name: str, repository: str, revision: str) -> str:
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=known.repository, repo_type="dataset")
-    branch = cache / "refs" / revision
-    start = branch.read_text().strip() if branch.is_file() else "" if revision == "main" else revision
-    there = [one for one in cache.glob("snapshots/*") if one.name.startswith(start) and any(one.glob(known.data_files))]
-    return max(there, key=lambda one: one.stat().st_mtime).name if there else None
+    with _hub(name, repository) as hub:
+        if re.fullmatch("[0-9a-f]{7,39}", revision):  # downloads take full hashes only
+            cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="dataset")
+            commits = [one.name for one in cache.glob(f"snapshots/{revision}*")]
+            commits = commits or [one.commit_id for one in hub.list_repo_commits(repository, repo_type="dataset")]
+            revision = next((one for one in commits if one.startswith(revision)), revision)
+        return str(hub.resolve_revision(repository, repo_type="dataset", revision=revision).resolved)
 
 
 @contextmanager
 def _hub(name: str, repository: str) -> Iterator[HfApi]:
     """The Hub's client for a block; what goes wrong there is a ConfigError that says what to do about the source."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HTTPError
+    from huggingface_hub.errors import GatedRepoError, HTTPError, RevisionResolutionError
 
     try:
         yield HfApi()
@@ -230,7 +201,7 @@ def _hub(name: str, repository: str) -> Iterator[HfApi]:
             f"source {name}: {repository} is gated: accept its terms at https://huggingface.co/datasets/{repository} "
             "and set HF_TOKEN, or leave it out of mix.sources"
         ) from None
-    except (OSError, HTTPError) as error:
+    except (OSError, HTTPError, RevisionResolutionError) as error:
         detail = (one_line(error) or type(error).__name__)[:160]
         raise ConfigError(
             f"source {name}: {repository} can't be had from the Hub ({detail}); a gated dataset needs HF_TOKEN; "
@@ -290,7 +261,7 @@ def read_lines(place: str, setting: str) -> Iterator[tuple[int, str]]:
 def read_records(place: str, setting: str, also: str = "") -> Iterator[tuple[int, Any]]:
     """(number from 1, record) of a .jsonl, .json (an array, or one record a line) or .parquet file.
 
-    Text stays text, dates included. Memory: a batch of rows. Raises ConfigError naming file and row.
+    Text stays text, dates included. Memory: a batch of rows, or the array. Raises ConfigError naming file and row.
     """
     if not place.endswith(SUFFIXES):
         raise ConfigError(f"{setting}: {place}: expected {also + ', ' if also else ''}{', '.join(SUFFIXES)}")
@@ -300,18 +271,22 @@ def read_records(place: str, setting: str, also: str = "") -> Iterator[tuple[int
     if place.endswith(".json"):
         with _open_text(place, setting) as file:
             try:
-                is_array = file.read(4096).lstrip()[:1] == "["
+                text = file.read(4096)
+                records = json.loads(text + file.read()) if text.lstrip().startswith("[") else None
             except UnicodeError:
-                raise _not_unicode(place, setting, "at its start") from None
-        if is_array:
-            yield from _array_records(place, setting)
+                raise _not_unicode(place, setting, "in its text") from None
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"{setting}: {place}: not JSON ({error})") from None
+        if records is not None:
+            yield from enumerate(records, 1)
             return
     for number, line in read_lines(place, setting):
         if line.strip():
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{setting}: {place}, line {number}: not JSON ({_why_not_json(error)})") from None
+                reason = getattr(error, "msg", error)  # without its own line number
+                raise ConfigError(f"{setting}: {place}, line {number}: not JSON ({reason})") from None
 
 
 def _open_text(place: str, setting: str) -> io.TextIOWrapper:
@@ -339,36 +314,3 @@ def _parquet_records(place: str, setting: str) -> Iterator[tuple[int, Any]]:
     except (pa.ArrowException, OSError) as error:
         reason = one_line(error)
         raise ConfigError(f"{setting}: {place}, after row {number}: not a Parquet file ({reason})") from None
-
-
-def _array_records(place: str, setting: str) -> Iterator[tuple[int, Any]]:
-    decoder, number, text, position, is_last = json.JSONDecoder(), 0, "", 0, False
-    with _open_text(place, setting) as file:
-        while True:
-            problem = f"after row {number}: not JSON (expected , or ])"
-            if end := (_CLOSING if number else _EMPTY).match(text, position):
-                if end.end() < len(text):
-                    more = "more than one JSON array; make it one array, or one record a line in a .jsonl"
-                    raise ConfigError(f"{setting}: {place}, after row {number}: {more}")
-                if is_last:
-                    return
-            elif start := (_COMMA if number else _OPENING).match(text, position):
-                try:
-                    record, after = decoder.raw_decode(text, start.end())
-                    if after < len(text) or is_last:  # else a number may go on in the next piece
-                        number, position = number + 1, after
-                        yield number, record
-                        continue
-                except (ValueError, RecursionError) as error:
-                    problem = f"row {number + 1}: not JSON ({_why_not_json(error)})"
-            if is_last:
-                raise ConfigError(f"{setting}: {place}, {problem}")
-            try:
-                piece = file.read(PIECE_CHARS)
-            except UnicodeError:
-                raise _not_unicode(place, setting, f"after row {number}") from None
-            text, position, is_last = text[position:] + piece, 0, not piece
-
-
-def _why_not_json(error: ValueError | RecursionError) -> str:
-    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)  # too deep, too long a number

@@ -513,34 +513,6 @@ def test_overwrite_takes_no_file_that_a_mix_does_not_write(name, scores, tmp_pat
     assert (tmp_path / "m" / "train.parquet").exists()
 
 
-def test_a_finished_mix_needs_no_hub(scores, tmp_path, monkeypatch, capsys):
-    from birbal_ray.mix import plan, run
-    from birbal_ray.mix.sources import Origin
-    from birbal_ray.schemas import OUTSIDE_ROWS
-
-    row = {"instruction": "", "input": "one two three four five six", "output": "seven", "task": "lima"}
-    row |= {"row_id": "lima:1", "license": "x", "llm_written": False}
-    monkeypatch.setattr(run, "origin_of", lambda source: Origin(source.name, "GAIR/lima", "a" * 40, "x"))
-    monkeypatch.setattr(plan, "read_source", lambda *_: iter([pa.Table.from_pylist([row], schema=OUTSIDE_ROWS)]))
-    settings = {"sources": [{"name": "lima"}]}
-    first = mix(config(scores, tmp_path / "m", **settings))
-
-    def unreachable(source):
-        raise ConfigError("source lima: GAIR/lima can't be had from the Hub (no route)")
-
-    monkeypatch.setattr(run, "origin_of", unreachable)
-    again = mix(config(scores, tmp_path / "m", **settings))
-    assert again.manifest == first.manifest
-    said = capsys.readouterr().err
-    assert f"no route); the finished mix was made from {'a' * 40}" in said and "is up to date" in said
-    with pytest.raises(RunMismatchError, match=r"settings\.seed: 5 → 6"):
-        mix(config(scores, tmp_path / "m", **settings, seed=6))
-    for folder, options in (("m", {"overwrite": True}), ("new", {})):
-        with pytest.raises(ConfigError, match="can't be had from the Hub"):
-            mix(config(scores, tmp_path / folder, **settings), **options)
-    assert (tmp_path / "m" / MANIFEST_FILE).exists()
-
-
 def test_the_card_does_not_say_where_a_users_file_lies(made, outside):
     assert "| notes | notes.jsonl |" in (made.folder.local / "README.md").read_text()
     folder = str(outside["path"]).rpartition("/")[0]
