@@ -186,15 +186,10 @@ class TuneConfig(Settings):
         if self.num_trials and not any(ratios):
             raise ValueError("search: no ratio is searched; name a range, or set num_trials=0 and compare mixes")
         for name, changes in self.mixes.items():
-            if not re.fullmatch(r"[^./\x00-\x1f][^/\x00-\x1f]*", name):
-                raise ValueError(
-                    f"mixes.{name}: the name becomes a folder's; give one without '/' and line ends, which does not "
-                    "begin with '.'"
-                )
-            taken = name in (*BASELINES, BASE_MODEL) or name.startswith(("search-", "predicted"))
-            rivals = (*self.baselines, *(other for other in self.mixes if other != name))
-            if taken or any(self._trials_of(name) & self._trials_of(other) for other in rivals):
-                raise ValueError(f"mixes.{name}: a trial of another mix has, or gets, this name; choose another")
+            # Without "-", which all names of trials have that are made from others.
+            if not re.fullmatch(r"\w+", name, re.ASCII) or name in (*BASELINES, BASE_MODEL, "predicted"):
+                reserved = ", ".join((*BASELINES, BASE_MODEL, "predicted"))
+                raise ValueError(f"mixes.{name}: a name has letters, digits and _, and is none of {reserved}")
             try:
                 changed_mix(self.mix, changes)
             except ValidationError as error:
@@ -214,16 +209,6 @@ class TuneConfig(Settings):
         if len(set(stems)) < len(stems):
             raise ValueError("validation.files: two files have the same name; a file's name is its group's")
         return self
-
-    def _trials_of(self, mix: str) -> set[str]:
-        """Names that trials of a named mix may get: see TrialScheduler."""
-        numbers = {"": self.repeats.seeds}
-        if self.transfer.factor:
-            numbers[f"-x{self.transfer.factor}"] = self.transfer.seeds
-        at_seeds = {
-            f"{mix}{longer}-seed{self.seed + 1 + n}" for longer, number in numbers.items() for n in range(number)
-        }
-        return at_seeds | {mix} if self.num_trials else at_seeds
 
     @property
     def num_named(self) -> int:
