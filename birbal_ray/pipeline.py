@@ -302,9 +302,7 @@ def run_step(step: str, config: PipelineConfig, clock: BudgetClock, announce: Ca
         announce("the search failed before the mix was made, with the ratios of its settings; it is not tried again")
         return None
     try:
-        # Once there is a mix, another outcome of the search would come too late for it.
-        options = {"retry_failed": not is_mixed} if step == "tune" else {}
-        result = RUN[step](settings_of(step, config, clock), overwrite=clock.starts_over(step), **options)
+        result = RUN[step](settings_of(step, config, clock), overwrite=clock.starts_over(step))
     except RunFailedError as error:
         if step != "tune" or config.budget is None:
             raise

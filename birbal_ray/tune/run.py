@@ -62,10 +62,9 @@ class TuneResult(StepResult):
     """What a search left: its folder and its manifest."""
 
 
-def tune(config: TuneConfig, *, overwrite: bool = False, retry_failed: bool = True) -> TuneResult:
+def tune(config: TuneConfig, *, overwrite: bool = False) -> TuneResult:
     """Search, or go on with a search, in `config.output`.
 
-    Of a finished search, trials that failed without diverging run once more, with `retry_failed`.
     Raises ConfigError (settings, scores, another run's folder), ModelError, RunError (the search broke
     off or every trial failed; trials that ended are kept and the same command goes on).
     """
@@ -76,12 +75,8 @@ def tune(config: TuneConfig, *, overwrite: bool = False, retry_failed: bool = Tr
     output = require(config.output, "--output")
     with open_run(output, STEP, identity, inputs=inputs, overwrite=overwrite) as run:
         if before := run.manifest:
-            if before.get("cut_short"):  # it goes on when it gets a larger budget
-                goes_on = (config.budget or math.inf) > (before.get("budget") or math.inf)
-            else:
-                has_time = config.budget is None or run.wall_seconds < config.budget
-                goes_on = retry_failed and has_time and bool(before.get("failed"))
-            if not run.changes and not goes_on:
+            has_more = (config.budget or math.inf) > (before.get("budget") or math.inf)
+            if not run.changes and not (before.get("cut_short") and has_more):
                 progress.message(f"{run.folder} is up to date; nothing to do")
                 return TuneResult(run.folder, before)
             if run.changes:
@@ -253,7 +248,6 @@ def _finish(scheduler: TrialScheduler, run: Run, progress: ProgressLine) -> Tune
         [scheduler.results[key] for key in sorted(scheduler.results)],
     )
     failed = [result for result in results if result.status == FAILED]
-    unended = {spec.key for spec in read_results(folder)[1]}
     for result in failed:
         log = folder.at(trial_file(result.spec, LOG_FILE))
         progress.message(f"trial {result.spec.key} failed: {result.error} (log: {log})")
@@ -314,7 +308,7 @@ def _finish(scheduler: TrialScheduler, run: Run, progress: ProgressLine) -> Tune
         "base_objective": base.objective if base else None,
         "left_out": scheduler.left_out or None,
         "cut_short": cut_short or None,
-        "failed": [result.spec.key for result in failed if result.spec.key in unended],  # a diverged one has ended
+        "failed": [result.spec.key for result in failed],
         "budget": config.budget,
         "added": [line for session in run.sessions() for line in session.get("added", [])],
         "unfilled": {"trials": len(unfilled), "most_rows": max((r.num_unfilled for r in unfilled), default=0)},

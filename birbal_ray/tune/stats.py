@@ -146,8 +146,7 @@ def describe_result(manifest: dict[str, Any]) -> list[str]:
     lines += [f"loss: mean over the groups {weights}"] if weights else []
     lines += [manifest[key] for key in ("left_out", "cut_short") if manifest[key]]
     if failed := manifest.get("failed"):
-        again = "" if manifest["cut_short"] else "; `birbal tune` runs them once more, while its budget lasts"
-        lines.append(f"failed: {', '.join(failed)}{again}")
+        lines.append(f"failed: {', '.join(failed)}")
     if added := manifest.get("added"):
         lines.append(f"added when results were known, for which no interval allows: {'; '.join(added)}")
     if manifest["unfilled"]["trials"]:

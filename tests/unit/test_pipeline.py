@@ -337,12 +337,10 @@ def recipe(tmp_path, monkeypatch):
 
     `recipe.ends` maps a step to what it raises.
     """
-    made, ends, made_from, asked = [], {}, {}, []
+    made, ends, made_from = [], {}, {}
 
     def fake(step):
-        def run(settings, *, overwrite, **options):
-            if options:
-                asked.append((step, options))
+        def run(settings, *, overwrite):
             where = open_folder(settings.output)
             with open_run(
                 where, Step(step, ("rows",)), {"from": made_from.get(step, 0)}, overwrite=overwrite
@@ -381,7 +379,7 @@ def recipe(tmp_path, monkeypatch):
         pipeline.run_pipeline(config, overwrite=overwrite, announce=said.append)
         return [step for step in made if step != "report"]
 
-    run.ends, run.folder, run.said, run.asked = ends, tmp_path / "runs", said, asked
+    run.ends, run.folder, run.said = ends, tmp_path / "runs", said
     return run
 
 
@@ -551,12 +549,6 @@ def test_two_pipelines_in_a_folder_exclude_each_other(recipe):
         recipe(overwrite=True)
     assert (recipe.folder / CLOCK_FILE).read_bytes() == before
     assert recipe() == []
-
-
-def test_failed_trials_run_again_only_until_there_is_a_mix(recipe):
-    recipe()
-    recipe()
-    assert recipe.asked == [("tune", {"retry_failed": True}), ("tune", {"retry_failed": False})]
 
 
 def test_a_search_that_failed_is_tried_again_until_the_mix_is_made_without_it(recipe):

@@ -753,12 +753,12 @@ def tuned(scores, tmp_path, monkeypatch):
     broken: set[str] = set()
     monkeypatch.setattr(tune_run, "search", search)
 
-    def call(*, retry_failed=True, overwrite=False, **changes):
+    def call(*, overwrite=False, **changes):
         settings = {"num_trials": 0, "baselines": ["proportional"], "mixes": {"steep": STEEP}}
         settings |= {"repeats": {"top": 0, "seeds": 2}, "scores": str(scores), "output": str(tmp_path / "run")}
         ran.clear()
         config = config_of(**{**settings, **changes})
-        found = tune_run.tune(config, retry_failed=retry_failed, overwrite=overwrite)
+        found = tune_run.tune(config, overwrite=overwrite)
         return list(ran), found.manifest
 
     call.broken = broken
@@ -805,17 +805,12 @@ def test_overwriting_deletes_no_sources(tuned, tmp_path):
     assert file.exists()
 
 
-def test_a_failed_trial_of_a_finished_search_runs_once_more_for_each_call(tuned):
+def test_a_failed_trial_is_named(tuned):
     tuned.broken.add("steep-seed2")
     _, manifest = tuned()
     assert manifest["failed"] == ["steep-seed2"] and manifest["trials"] == {"finished": 4, "failed": 1}
-    assert "failed: steep-seed2; `birbal tune` runs them once more, while its budget lasts" in describe_result(manifest)
-    assert tuned(retry_failed=False) == ([], manifest), "a recipe whose mix is made asks for no other outcome"
-    assert tuned()[0] == ["steep-seed2"], "once"
-    tuned.broken.clear()
-    keys, manifest = tuned()
-    assert keys == ["steep-seed2"] and manifest["failed"] == [] and manifest["added"] == []
-    assert tuned() == ([], manifest)
+    assert "failed: steep-seed2" in describe_result(manifest)
+    assert tuned() == ([], manifest), "it is finished"
 
 
 def test_a_killed_addition_goes_on(tuned, monkeypatch):
