@@ -13,12 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 from birbal_ray.cluster import job_metadata, missing_cards, ray_log_file, ray_session
-from birbal_ray.evaluate.run import STEP as EVALUATE
 from birbal_ray.evaluate.run import evaluate
 from birbal_ray.lock import hold_lock
 from birbal_ray.mix.allocation import BIRBAL_2023, TASK_SCORE
 from birbal_ray.mix.config import MixConfig
-from birbal_ray.mix.run import STEP as MIX
 from birbal_ray.mix.run import mix
 from birbal_ray.mix.sources import source_problem
 from birbal_ray.models import ModelError
@@ -36,18 +34,15 @@ from birbal_ray.progress import (
 )
 from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps, refuse_small_budget
 from birbal_ray.report.run import report
-from birbal_ray.run import RunFailedError, RunMismatchError, check_output, progress_seconds, sigterm_as_interrupt
+from birbal_ray.run import RunFailedError, RunMismatchError, progress_seconds, sigterm_as_interrupt
 from birbal_ray.schemas import MANIFEST_FILE, RUN_FILE
 from birbal_ray.score.pipeline import logical_cpus
-from birbal_ray.score.run import STEP as SCORE
 from birbal_ray.score.run import score, speed_of
 from birbal_ray.settings import ConfigError, canonical_hash, one_line, require
 from birbal_ray.storage import DamagedFileError, Folder, RunError, absolute, open_folder
 from birbal_ray.train.launch import logical_cpus as train_logical_cpus
-from birbal_ray.train.run import STEP as TRAIN
 from birbal_ray.train.run import train
 from birbal_ray.tune.config import changed_mix
-from birbal_ray.tune.run import STEP as TUNE
 from birbal_ray.tune.run import tune
 from birbal_ray.tune.space import mix_of, ratios_of
 
@@ -229,7 +224,7 @@ def run_pipeline(
     least = least_seconds(config)
     is_first = not folder.is_file(CLOCK_FILE)
     if is_first:
-        check_recipe(config, overwrite=overwrite)  # before anything is made
+        check_recipe(config)  # before anything is made
         done = () if overwrite else [step for step in steps if folder.is_file(f"{step}/{MANIFEST_FILE}")]
         if missing := missing_cards({step: card for step, card in config.cards.items() if step not in done}):
             raise ConfigError(missing)
@@ -325,17 +320,12 @@ def run_step(step: str, config: PipelineConfig, clock: BudgetClock, announce: Ca
     return result
 
 
-def check_recipe(config: PipelineConfig, *, overwrite: bool = False, has_output: bool = True) -> None:
-    """Raise ConfigError where a joined recipe can't work.
+def check_recipe(config: PipelineConfig) -> None:
+    """Raise ConfigError where a joined recipe can't work: a budget too small, an outside dataset that can't be had.
 
-    A budget too small, an outside dataset that can't be had, a folder that holds something else: where the recipe
-    `has_output`, a folder that someone named. Raises TaskError for a name that is no task's, among `held_out_tasks` for
-    instance.
+    Raises TaskError for a name that is no task's, among `held_out_tasks` for instance.
     """
     check_tasks(config)
-    for step in (SCORE, TUNE, MIX, TRAIN, EVALUATE):
-        if has_output and step.name in config.steps:
-            check_output(getattr(config, step.name).output, step, {}, overwrite=overwrite)
     refuse_small_budget(config, least_seconds(config))
     check_sources(config)
 

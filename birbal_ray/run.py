@@ -225,33 +225,6 @@ def open_run(
             run._writer.shutdown()
 
 
-def check_output(
-    output: str | os.PathLike[str] | Folder | None,
-    step: Step,
-    identity: Identity,
-    *,
-    inputs: Sequence[str | os.PathLike[str]] = (),
-    overwrite: bool = False,
-) -> Run | None:
-    """Raise ConfigError where `open_run` would, and say on stderr what it would do with an earlier run. Only reads.
-
-    Gives the run that the command would continue, to be looked at. `identity` may lack what is not known yet. Without
-    an `output` there is nothing to check.
-    """
-    if output is None:
-        return None
-    folder = _open_output(output, inputs)
-    run = _claim(folder, step, json.loads(json.dumps(identity)), overwrite=overwrite, only_looks=True)
-    if run.resumed:
-        found = f"{'a finished' if run.manifest else 'an unfinished'} run of `{command_of(step.name)}`"
-        goes_on = "the command continues it" if identity else "the command continues it where its settings are the same"
-        print(f"{folder} holds {found}: {goes_on}", file=sys.stderr, flush=True)
-        return run
-    if folder.is_file(RUN_FILE):
-        print(f"{folder} holds a run of `{command_of(step.name)}`, which the command deletes", file=sys.stderr)
-    return None
-
-
 def _open_output(output: str | os.PathLike[str] | Folder, inputs: Sequence[str | os.PathLike[str]]) -> Folder:
     """The folder. Raises ConfigError for a file, and where it is or holds an input."""
     folder = open_folder(output)
@@ -269,11 +242,8 @@ def _open_output(output: str | os.PathLike[str] | Folder, inputs: Sequence[str |
     return folder
 
 
-def _claim(folder: Folder, step: Step, identity: dict[str, Any], *, overwrite: bool, only_looks: bool = False) -> Run:
-    """The run that continues in a folder, or a new one, which gets its run.json.
-
-    One that `only_looks` writes nothing, and compares only what `identity` has.
-    """
+def _claim(folder: Folder, step: Step, identity: dict[str, Any], *, overwrite: bool) -> Run:
+    """The run that continues in a folder, or a new one, which gets its run.json."""
     files = folder.files(hidden=True)
     visible = {name: stat for name, stat in files.items() if "/." not in f"/{name}"}
     record = {"format": FORMAT, "step": step.name, "identity": identity, "identity_hash": canonical_hash(identity)}
@@ -287,22 +257,17 @@ def _claim(folder: Folder, step: Step, identity: dict[str, Any], *, overwrite: b
                 f"{folder}: not empty and not a birbal run (no {RUN_FILE}; holds {', '.join(tops[:3])}); "
                 "choose another --output"
             )
-        if not only_looks:
-            folder.delete(leftovers)
-            folder.write_json(RUN_FILE, record)
+        folder.delete(leftovers)
+        folder.write_json(RUN_FILE, record)
         return Run(folder)
     finished, wrong = _read_finished(folder, files)
     listed = dict(found) if isinstance(found := finished.get("files"), dict) else {}
     earlier = _earlier_record(folder, step, finished, overwrite)
     was = dict(earlier.get("identity", {}))
-    if only_looks:
-        was = {key: value for key, value in was.items() if key in identity}
     same = earlier.get("format") == FORMAT and (was == identity or _may_become(step, was, identity))
     differences = identity_differences({"step": step.name, "identity": was}, record)
     if same and not (overwrite and MANIFEST_FILE in visible):
         run = Run(folder, True, finished or None, visible, listed, differences, record)
-        if only_looks:
-            return run
         folder.delete(leftovers)
         if wrong:
             print(
@@ -330,8 +295,6 @@ def _claim(folder: Folder, step: Step, identity: dict[str, Any], *, overwrite: b
             f"{folder}: --overwrite deletes nothing here, because the folder holds {len(unknown)} file(s) that "
             f"`{command_of(step.name)}` did not make (first: {unknown[0]}); move them away, or choose another --output"
         )
-    if only_looks:
-        return Run(folder)
     # The manifest goes first and run.json is replaced last: a crash half-way leaves an unfinished run of ours.
     folder.delete(sorted(ours & {MANIFEST_FILE}))
     folder.delete(sorted(ours.union(leftovers) - {MANIFEST_FILE, RUN_FILE}))

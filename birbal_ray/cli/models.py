@@ -62,11 +62,13 @@ def train(
     if calibrate and not dry_run:
         raise click.UsageError("--calibrate goes with --dry-run")
     if dry_run:
-        found, run = step.dry_run(config, calibrate=calibrate, overwrite=overwrite)
+        found = step.dry_run(config, calibrate=calibrate)
         from birbal_ray.plan import describe_hours, plan_train
+        from birbal_ray.train.preflight import refuse_if_too_large, refuse_if_too_short
 
         print_preflight(found, output_format)
-        step.refuse_if_unfit(found, run)
+        refuse_if_too_large(found)
+        refuse_if_too_short(found)
         if found.forecast is None:  # else its times are said already
             train, held_back = (found.packing[split].num_tokens for split in ("train", "eval"))
             note(describe_hours(lambda: plan_train(config, train, held_back, rest=config.budget)))
@@ -133,9 +135,6 @@ def merge(run: str, output: str, push: str | None, dry_run: bool, output_format:
     from birbal_ray.train import merge as step
 
     if dry_run:
-        from birbal_ray.run import check_output
-
-        check_output(output, step.STEP, {}, inputs=[run], overwrite=options["overwrite"])
         print_table([{"file": name} for name in step.plan_merge(run, modelfile=options["modelfile"])], output_format)
         return
     result = step.merge(run, output, **options)

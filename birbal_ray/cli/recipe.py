@@ -189,7 +189,7 @@ def pipeline(config: PipelineConfig, overwrite: bool, dry_run: bool, output_form
 
         print_plan(config, (None,), (), output_format)
         joined = join_steps(config.replace({"output": config.output or PLANNED_OUTPUT}))
-        check_recipe(joined, overwrite=overwrite, has_output=config.output is not None)
+        check_recipe(joined)
         if missing := missing_cards(config.cards):
             note(f"the recipe can't run here: {missing}")
         note("nothing was started (--dry-run)")

@@ -53,7 +53,6 @@ def evaluate(config: EvaluateConfig, per_task: bool, overwrite: bool, dry_run: b
     from birbal_ray.evaluate import run as step
     from birbal_ray.plan import describe_hours, plan_evaluate
     from birbal_ray.progress import ProgressLine
-    from birbal_ray.run import check_output
     from birbal_ray.score.run import plan_run
 
     if not dry_run:
@@ -64,8 +63,6 @@ def evaluate(config: EvaluateConfig, per_task: bool, overwrite: bool, dry_run: b
     progress = ProgressLine()
     setup = step.prepare_evaluation(config)
     plan = plan_run(setup.scoring, progress, excluded=setup.held_out.keys)
-    identity = step.identify_evaluation(setup, plan)
-    check_output(config.output, step.STEP, identity, inputs=setup.inputs, overwrite=overwrite)
     step.describe_evaluation(setup, plan, progress)
     rows = [
         {
@@ -193,7 +190,7 @@ def harness(
         note(f"place it: birbal leaderboard --add {shlex.quote(measured.folder.at(RESULTS_FILE))}")
         return
     if dry_run:
-        print_table(step.dry_run(config, overwrite=overwrite), output_format)
+        print_table(step.dry_run(config), output_format)
         return
     result = step.run(config, overwrite=overwrite)
     print_table(result.rows, output_format)

@@ -61,7 +61,7 @@ def score(
     if retry_errors and rescore:
         raise click.UsageError("--retry-errors asks the model again, --rescore starts no engine; give one of them")
     if dry_run:
-        print_score_plan(config, output_format, overwrite)
+        print_score_plan(config, output_format)
     else:
         result = step.score(config, overwrite=overwrite, retry_errors=retry_errors, rescore_all=rescore)
         print_score(result, output_format)
@@ -100,18 +100,14 @@ def print_score(result: ScoreResult, output_format: str = "text") -> None:
     note(f"scored rows and task scores: {result.folder}")
 
 
-def print_score_plan(config: ScoreConfig, output_format: str, overwrite: bool) -> None:
+def print_score_plan(config: ScoreConfig, output_format: str) -> None:
     """Prompts and tokens per task on stdout; sums and the time they take on stderr."""
     from birbal_ray.plan import describe_hours, plan_score
     from birbal_ray.progress import ProgressLine
-    from birbal_ray.run import check_output
     from birbal_ray.score.plan import describe_plan, plan_run
-    from birbal_ray.score.run import STEP, identity_of, inputs_of, resolve_config
+    from birbal_ray.score.run import resolve_config
 
     progress, resolved = ProgressLine(), resolve_config(config)
-    identity = identity_of(resolved, "")
-    del identity["model_fingerprint"]  # known once the weights are here
-    check_output(config.output, STEP, identity, inputs=inputs_of(config), overwrite=overwrite)
     plan = plan_run(resolved, progress, count_tokens=True)
     describe_plan(plan, resolved, progress)
     rows = [
@@ -174,7 +170,7 @@ def mix(config: MixConfig, overwrite: bool, dry_run: bool, output_format: str) -
         return
     from birbal_ray.plan import describe_hours, plan_mix
 
-    result = step.dry_run(config, overwrite=overwrite)
+    result = step.dry_run(config)
     print_mix(result, output_format)
     note(describe_hours(lambda: plan_mix(config, result.manifest["rows"]["candidates"])))
 
@@ -296,7 +292,7 @@ def tune(config: TuneConfig, overwrite: bool, dry_run: bool, output_format: str)
     if dry_run:
         from birbal_ray.plan import describe_hours, plan_tune
 
-        print_table(step.dry_run(config, overwrite=overwrite), output_format)
+        print_table(step.dry_run(config), output_format)
         price = config.resources.price_per_hour  # of one trial's resources
         together = None if price is None else price * config.resources.max_concurrent
         note(describe_hours(lambda: plan_tune(config, seconds=config.budget), together))

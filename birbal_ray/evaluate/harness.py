@@ -21,8 +21,7 @@ from birbal_ray.evaluate.heldout import EvaluatedModel, resolve_models
 from birbal_ray.manifest import package_versions
 from birbal_ray.models import Model, resolve_model
 from birbal_ray.progress import ProgressLine, duration
-from birbal_ray.run import RunFailedError, Step, StepResult, check_output, open_run
-from birbal_ray.schemas import RUN_FILE
+from birbal_ray.run import RunFailedError, Step, StepResult, open_run
 from birbal_ray.score.engine import lora_rank, set_vllm_environment
 from birbal_ray.settings import ConfigError, canonical_hash, nearest, one_line, require, sha256_of
 from birbal_ray.storage import Folder, RunError, absolute, base_name, open_folder
@@ -42,27 +41,17 @@ class HarnessResult(StepResult):
     rows: list[dict[str, Any]]
 
 
-def dry_run(config: HarnessConfig, *, overwrite: bool = False) -> list[dict[str, Any]]:
-    """What would run, its names checked; loads no model and writes nothing.
-
-    Raises ConfigError where the run itself would: the folder's benchmarks are another model's, for instance.
-    """
+def dry_run(config: HarnessConfig) -> list[dict[str, Any]]:
+    """What would run, its names checked; loads no model and writes nothing."""
     config = check_options(config)
     runs = select_runs(config)
     task_index(config.include_path, runs)
-    folder = open_folder(config.output or "")
-    if folder.is_file(RUN_FILE):
-        _, adapter, measured, _ = resolve_measured(config, weights=False)
-        known = {key: value for key, value in _identity(config, measured).items() if value != ""}  # without weights
-        check_output(folder, STEP, known, inputs=inputs_of(config, adapter), overwrite=overwrite)
-    files = {} if overwrite else folder.files()
     return [
         {
             "benchmark": one.name,
             "metric": one.benchmark.metric if one.benchmark else None,
             "tasks": " ".join(one.tasks),
             "shots": one.num_fewshot,
-            "state": "finished" if one.file in files else "to run",
         }
         for one in runs
     ]
@@ -122,15 +111,13 @@ def run(config: HarnessConfig, *, overwrite: bool = False) -> HarnessResult:
         return HarnessResult(folder, finished, benchmarks.result_rows(found, others))
 
 
-def resolve_measured(
-    config: HarnessConfig, *, weights: bool = True
-) -> tuple[Model, EvaluatedModel | None, dict[str, Any], str]:
+def resolve_measured(config: HarnessConfig) -> tuple[Model, EvaluatedModel | None, dict[str, Any], str]:
     """What `birbal harness` measures: the model, its adapter if it has one, what decides its figures, and its name.
 
-    Without `weights`, nothing is downloaded that the figures' identity doesn't need. Raises ConfigError, ModelError.
+    Raises ConfigError, ModelError.
     """
     require(config.output, "--output")
-    model = resolve_model(require(config.model, "--model"), weights=weights)
+    model = resolve_model(require(config.model, "--model"))
     adapter = resolve_models(model, [config.adapter], [])[1] if config.adapter else None
     fingerprints = {"model": model.fingerprint, "adapter": adapter.fingerprint if adapter else None}
     both = [base_name(model.name), *([adapter.name] if adapter else [])]

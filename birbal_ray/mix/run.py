@@ -22,7 +22,7 @@ from birbal_ray.mix.reading import Context, sort_texts
 from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.mix.sources import Origin, origin_of, sha256_of_file
 from birbal_ray.progress import ProgressLine, counted, figures_key, save_figures
-from birbal_ray.run import Step, check_output, open_run
+from birbal_ray.run import Step, open_run
 from birbal_ray.schemas import MIX_TASKS, TASKS_FILE
 from birbal_ray.settings import require
 from birbal_ray.storage import Folder, absolute
@@ -86,12 +86,10 @@ def mix(config: MixConfig, *, overwrite: bool = False) -> MixResult:
         return MixResult(run.folder, done)
 
 
-def dry_run(config: MixConfig, *, overwrite: bool = False) -> MixResult:
-    """Decide everything and write nothing. Raises ConfigError where `mix` would not take `config.output`."""
+def dry_run(config: MixConfig) -> MixResult:
+    """Decide everything and write nothing."""
     progress = ProgressLine()
     scores, origins = _open_inputs(config, progress)
-    identity = _identity(config, scores, origins)
-    check_output(config.output, STEP, identity, inputs=inputs_of(config), overwrite=overwrite)
     context = make_context(config, scores)
     with _work_folder(None) as work, _ray_if_needed(context):
         plan = plan_mix(context, origins, work, progress.update)

@@ -22,7 +22,7 @@ from birbal_ray.manifest import check_input, package_versions, read_manifest
 from birbal_ray.models import Model, load_tokenizer, pin_model, resolve_model
 from birbal_ray.ni.prompt import CHAT
 from birbal_ray.progress import ProgressLine, save_figures
-from birbal_ray.run import Run, Step, StepResult, check_output, open_run, sigterm_as_interrupt
+from birbal_ray.run import Run, Step, StepResult, open_run, sigterm_as_interrupt
 from birbal_ray.settings import ConfigError, require
 from birbal_ray.storage import Folder, RunError, absolute, is_url, open_folder
 from birbal_ray.train import files
@@ -85,7 +85,9 @@ def train(config: TrainConfig, *, overwrite: bool = False) -> TrainResult:
         found = run_preflight(config, model, packing)
         for line in describe_preflight(found):
             progress.message(line)
-        refuse_if_unfit(found, run)
+        refuse_if_too_large(found)
+        if files.METRICS_FILE not in run.files:
+            refuse_if_too_short(found)  # one that is under way ends in time whatever this machine has measured since
         if files.METRICS_FILE in run.files:
             progress.message(f"continuing from the last checkpoint in {run.folder}")
         run.folder.delete([files.STOP_FILE])
@@ -103,20 +105,16 @@ def train(config: TrainConfig, *, overwrite: bool = False) -> TrainResult:
         return result
 
 
-def dry_run(config: TrainConfig, *, calibrate: bool = False, overwrite: bool = False) -> tuple[Preflight, Run | None]:
-    """(tokens, memory, and what will fit in the budget; the run that `train` would continue).
+def dry_run(config: TrainConfig, *, calibrate: bool = False) -> Preflight:
+    """Tokens, memory, and what will fit in the budget.
 
     Checks the architecture; trains a few steps to `calibrate`. Without it neither weights nor a card are needed: the
-    model's config and tokenizer are enough. Raises ConfigError where `train` would not take `config.output`.
+    model's config and tokenizer are enough.
     """
     progress = ProgressLine()
     place = _calibration_place(config) if calibrate else None
     config, model = resolve_config(config, weights=calibrate)
-    mix, mix_manifest = read_mix(config)
-    identity = _identity(config, model, mix_manifest)
-    if not model.fingerprint:
-        del identity["model_fingerprint"]  # known once the weights are here
-    run = check_output(config.output, STEP, identity, inputs=_inputs(config, model), overwrite=overwrite)
+    mix, _ = read_mix(config)
     with tempfile.TemporaryDirectory(prefix="birbal-train-", dir=place) as name:
         folder = Path(name)
         packed, few = folder / files.PACKED_FOLDER, 8 if calibrate else None
@@ -136,16 +134,7 @@ def dry_run(config: TrainConfig, *, calibrate: bool = False, overwrite: bool = F
                 train_on_cluster(short, model, open_folder(folder), progress)
             found = run_preflight(config, model, packing)
     progress.close()
-    return found, run
-
-
-def refuse_if_unfit(found: Preflight, run: Run | None) -> None:
-    """Raise ConfigError where memory or budget is too small for what is left of a run; None: a new one."""
-    if run and run.manifest:
-        return
-    refuse_if_too_large(found)
-    if not run or files.METRICS_FILE not in run.files:
-        refuse_if_too_short(found)  # one that is under way ends in time whatever this machine has measured since
+    return found
 
 
 def resolve_config(config: TrainConfig, *, weights: bool = True) -> tuple[TrainConfig, Model]:

@@ -15,7 +15,7 @@ from birbal_ray.mix.scores import ScoreFolder, open_scores
 from birbal_ray.mix.sources import absolute_paths, sha256_of_file
 from birbal_ray.models import Model, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine, counted, duration, figures_key, save_figures
-from birbal_ray.run import Run, RunError, RunFailedError, Step, StepResult, check_output, open_run
+from birbal_ray.run import Run, RunError, RunFailedError, Step, StepResult, open_run
 from birbal_ray.settings import ConfigError, require
 from birbal_ray.storage import Folder, absolute
 from birbal_ray.train.config import TrainResources
@@ -138,15 +138,10 @@ def estimate(config: TuneConfig) -> list[dict[str, Any]]:
     return [dict(zip(("trials", "number", "tokens each"), row, strict=True)) for row in rows]
 
 
-def dry_run(config: TuneConfig, *, overwrite: bool = False) -> list[dict[str, Any]]:
-    """`estimate`, with settings, scores and model checked, and on stderr what mixes are judged by. Writes nothing.
-
-    Raises ConfigError where `tune` would not take `config.output`.
-    """
+def dry_run(config: TuneConfig) -> list[dict[str, Any]]:
+    """`estimate`, with settings, scores and model checked, and on stderr what mixes are judged by. Writes nothing."""
     progress = ProgressLine()
-    config, scores, model = resolve_config(config)
-    identity = _identity(config, scores, model)
-    check_output(config.output, STEP, identity, inputs=_inputs(config, model), overwrite=overwrite)
+    config, scores, _ = resolve_config(config)
     weights = config.validation.weights
     groups = [
         *sorted({task.label for task in scores.tasks}),

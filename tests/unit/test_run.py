@@ -11,7 +11,7 @@ import pytest
 
 from birbal_ray.evaluate.run import STEP as EVALUATE
 from birbal_ray.manifest import check_input, read_manifest
-from birbal_ray.run import RunMismatchError, Step, check_output, open_run
+from birbal_ray.run import RunMismatchError, Step, open_run
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import Folder, RunError, open_folder
 from birbal_ray.train.config import TrainConfig
@@ -480,52 +480,6 @@ def test_a_run_of_a_later_version_is_left_to_it(tmp_path):
     ):
         pass
     assert contents(folder) == before
-
-
-@pytest.mark.parametrize("found", ["another step's run", "other settings", "a stranger's", "an input", "a file"])
-def test_a_look_refuses_what_a_run_would_refuse(tmp_path, found):
-    folder = open_folder(tmp_path / "run")
-    inputs = [folder.place] if found == "an input" else []
-    if found == "a file":
-        folder.local.write_text("text")
-    elif found == "a stranger's":
-        folder.write_bytes("thesis.txt", b"text")
-    else:
-        finished(folder, {"seed": 2, "model": "a"}, step="mix" if found == "another step's run" else "score")
-    before = {} if found == "a file" else contents(folder)
-    identity = {"seed": 1}  # the model is not known yet
-    with pytest.raises(ConfigError) as real, open_run(folder, SCORE, {**identity, "model": "a"}, inputs=inputs):
-        pass
-    with pytest.raises(ConfigError) as look:
-        check_output(folder, SCORE, identity, inputs=inputs)
-    assert str(look.value) == str(real.value)
-    assert found == "a file" or contents(folder) == before
-
-
-def test_a_look_says_what_becomes_of_an_earlier_run_and_writes_nothing(tmp_path, capsys):
-    folder = open_folder(tmp_path / "run")
-    check_output(None, SCORE, {})
-    check_output(folder, SCORE, {"seed": 1})
-    assert not folder.local.exists() and capsys.readouterr().err == ""
-    with open_run(folder, SCORE, {"seed": 1, "model": "a"}):
-        pass
-    made = contents(folder)
-    check_output(folder, SCORE, {"seed": 1})
-    assert "holds an unfinished run of `birbal score`: the command continues it" in capsys.readouterr().err
-    check_output(folder, SCORE, {}, overwrite=True)
-    assert "continues it where its settings are the same" in capsys.readouterr().err
-    check_output(folder, SCORE, {"seed": 2}, overwrite=True)
-    assert "which the command deletes" in capsys.readouterr().err
-    assert contents(folder) == made
-    with open_run(folder, SCORE, {"seed": 1, "model": "a"}) as opened:
-        assert opened.resumed
-        opened.finish({}, {}, summary="")
-    made = contents(folder)
-    check_output(folder, SCORE, {"model": "a"})
-    assert "holds a finished run of `birbal score`: the command continues it" in capsys.readouterr().err
-    check_output(folder, SCORE, {"model": "a"}, overwrite=True)
-    assert "which the command deletes" in capsys.readouterr().err
-    assert contents(folder) == made
 
 
 def test_a_file_is_no_run_folder(tmp_path):

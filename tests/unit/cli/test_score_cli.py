@@ -48,22 +48,6 @@ def test_changed_settings_are_refused_changed_resources_are_not(run, write_task)
     assert pq.read_table(output / "tasks.parquet")["num_shots"].to_pylist() == [1]
 
 
-def test_a_dry_run_refuses_the_folder_that_the_run_would_refuse(run, write_task):
-    folder = write_task("task_a", 8)
-    assert run(folder)[0] == 0
-    code, errors, output = run(folder, "--dry-run", "--instances-per-task", "4")
-    assert code == 0 and f"{output} holds a finished run of `birbal score`: the command continues it" in errors
-    code, errors, _ = run(folder, "--dry-run", "--num-shots", "1")
-    assert code == 2 and "prompt.num_shots: 4 → 1" in errors
-    code, errors, _ = run(folder, "--dry-run", "--num-shots", "1", "--overwrite")
-    assert code == 0 and "which the command deletes" in errors
-    record = (output / "run.json").read_text()
-    (output / "run.json").write_text(record.replace('"step": "score"', '"step": "mix"'))
-    code, errors, _ = run(folder, "--dry-run")
-    assert code == 2 and "holds the output of `birbal mix`" in errors
-    assert len(scored_rows(output)) == 8
-
-
 def test_a_damaged_shard_is_scored_again(run, write_task):
     folder = write_task("task_a", 12)
     code, _, output = run(folder, "--set", "shard_rows=4")

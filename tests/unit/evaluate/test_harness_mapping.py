@@ -27,7 +27,7 @@ from birbal_ray.evaluate.benchmarks import (
 )
 from birbal_ray.evaluate.config import HarnessConfig
 from birbal_ray.evaluate.leaderboard import METRICS, SCENARIOS, load_results
-from birbal_ray.run import RunError, open_run
+from birbal_ray.run import RunError
 from birbal_ray.settings import ConfigError
 
 
@@ -142,7 +142,7 @@ def test_settings_come_from_a_file_from_set_and_from_flags(tmp_path, monkeypatch
     file = tmp_path / "own.yaml"
     file.write_text("model: from-file\noutput: from-file\nlimit: 3\nbatch_size: 4\ntasks: [one]\n")
     seen = []
-    monkeypatch.setattr(harness, "dry_run", lambda config, overwrite: seen.append(config) or [])
+    monkeypatch.setattr(harness, "dry_run", lambda config: seen.append(config) or [])
     arguments = ["--config", str(file), "--set", "limit=5", "--set", "output=from-set", "--output", "from-flag"]
     done = CliRunner().invoke(main, ["harness", *arguments, "--include-path", str(tmp_path), "--dry-run"])
     assert done.exit_code == 0, done.output
@@ -179,24 +179,3 @@ def test_without_the_harness_the_extra_is_named(tmp_path, monkeypatch):
         "error: lm-evaluation-harness is not installed; run: pip install 'birbal-ray[harness]'"
     )
     assert not (tmp_path / "out").exists()
-
-
-def test_a_dry_run_says_nothing_of_another_models_benchmarks(tmp_path, monkeypatch):
-    def measured(config, weights=True):
-        return None, None, {"model": config.model, "adapter": None, "limit": config.limit}, "team"
-
-    monkeypatch.setattr(harness, "package_versions", lambda: {"lm_eval": "1", "transformers": "5"})
-    monkeypatch.setattr(harness, "task_index", lambda include, runs: None)
-    monkeypatch.setattr(harness, "resolve_measured", measured)
-    config = HarnessConfig(model="mine", output=str(tmp_path / "out"), benchmarks=["gsm8k"])
-    assert [row["state"] for row in harness.dry_run(config)] == ["to run"]
-    identity = harness._identity(config, measured(config)[2])
-    with open_run(config.output, harness.STEP, identity) as run:
-        run.folder.write_json("benchmarks/gsm8k.json", {})
-    assert [row["state"] for row in harness.dry_run(config)] == ["finished"]
-    other = config.replace({"model": "other"})
-    with pytest.raises(ConfigError, match="model: mine → other"):
-        harness.dry_run(other)
-    assert [row["state"] for row in harness.dry_run(other, overwrite=True)] == ["to run"]
-    monkeypatch.setattr(harness, "resolve_measured", lambda config, weights: measured(config.replace({"model": ""})))
-    assert [row["state"] for row in harness.dry_run(config)] == ["finished"], "no weights here, so no fingerprint"

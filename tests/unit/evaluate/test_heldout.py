@@ -192,7 +192,7 @@ def test_a_merged_model_has_the_name_that_its_folder_is_called_by(model, tmp_pat
     (tmp_path / "merged" / "sub").mkdir(parents=True)
     (tmp_path / "current").symlink_to("merged")
     monkeypatch.setattr(heldout, "resolve_model", lambda path: model)
-    monkeypatch.setattr(harness, "resolve_model", lambda name, weights: Model(name, tmp_path, None, "f0"))
+    monkeypatch.setattr(harness, "resolve_model", lambda name: Model(name, tmp_path, None, "f0"))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path / "merged")
     given = spelled.format(tmp_path)
@@ -201,7 +201,7 @@ def test_a_merged_model_has_the_name_that_its_folder_is_called_by(model, tmp_pat
 
 
 def test_the_harness_names_an_adapter_as_its_folder_is_called(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "resolve_model", lambda name, weights: Model(name, tmp_path, None, "f0"))
+    monkeypatch.setattr(harness, "resolve_model", lambda name: Model(name, tmp_path, None, "f0"))
     monkeypatch.chdir(tmp_path)
     for name in ("run of today (2)", "base", "läuft"):
         given = str(adapter(tmp_path / name, "f0"))
