@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import json
@@ -24,8 +23,6 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
-
-MAX_YAML_NODES = 100_000  # aliases of aliases grow without bounds
 
 
 class ConfigError(ValueError):
@@ -256,50 +253,31 @@ _TAGS = "tag:yaml.org,2002:"
 class _Loader(yaml.SafeLoader):
     """yaml.safe_load, but dates, 12:00 and 0010, which YAML 1.1 changes, stay text, and so do all keys."""
 
-    num_read = 0  # values, those of an alias (*) counted each time
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Join a section's own keys, which win, to those that it merges (<<), of which the first win.
 
-    def read(self, node: yaml.Node, *above: yaml.Node) -> Any:
-        """The value of a node. Raises MarkedYAMLError, with its line, for what is no text, number, list or section."""
-        self.num_read += 1
-        tag, problem, mark = node.tag.removeprefix(_TAGS), "", node.start_mark
-        if node in above:
-            problem = "a section holds itself, by an alias (*)"
-        elif self.num_read > MAX_YAML_NODES:
-            problem = f"more than {MAX_YAML_NODES:,} values, those of an alias (*) counted each time"
-        elif isinstance(node, yaml.MappingNode) and tag == "map":
-            return self._read_section(node, *above)
-        elif isinstance(node, yaml.SequenceNode) and tag == "seq":
-            return [self.read(one, node, *above) for one in node.value]
-        elif isinstance(node, yaml.ScalarNode) and tag in ("null", "bool", "int", "float", "str"):
-            with contextlib.suppress(ValueError, LookupError):  # of what a tag can't be
-                return self.construct_object(node)
-        found = repr(format_value(node.value)) if isinstance(node, yaml.ScalarNode) else "this"
-        wanted = "settings are text, numbers, lists and sections, without tags (!)"
-        raise yaml.MarkedYAMLError(problem=problem or f"{found} can't be read as {tag}; {wanted}", problem_mark=mark)
-
-    def _read_section(self, node: yaml.MappingNode, *above: yaml.Node) -> dict[str, Any]:
-        """A section's own keys win over those that it merges (<<), and a merged section over those behind it."""
-        own: dict[str, Any] = {}
-        merged: dict[str, Any] = {}
-        lines: dict[str, int] = {}
+        PyYAML 6.0.4 takes the last of these. Raises MarkedYAMLError for a key that stands twice.
+        """
+        own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         for key, value in node.value:
-            line, name, problem = key.start_mark.line + 1, key.value, ""
+            sections, problem = value.value if isinstance(value, yaml.SequenceNode) else [value], ""
             if not isinstance(key, yaml.ScalarNode):
                 problem = "a list or a section can't be a key"
-            elif name in lines:
-                problem = f"{name!r} stands twice, in lines {lines[name]} and {line}; make one section of them"
+            elif key.value in own:
+                lines = f"{own[key.value][0].start_mark.line + 1} and {key.start_mark.line + 1}"
+                problem = f"{key.value!r} stands twice, in lines {lines}; make one section of them"
             elif key.tag != f"{_TAGS}merge":
-                lines[name], own[name] = line, self.read(value, node, *above)
+                key.tag, own[key.value] = f"{_TAGS}str", (key, value)
+            elif not all(isinstance(section, yaml.MappingNode) for section in sections):
+                problem = "<< merges sections"
             else:
-                for section in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                    found = self.read(section, node, *above)
-                    if not isinstance(found, dict):
-                        problem = f"<< merges sections, found {found!r}"
-                    else:
-                        merged = found | merged
+                for section in sections:
+                    self.flatten_mapping(section)
+                    merged = {one.value: (one, its) for one, its in section.value} | merged
             if problem:
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-        return merged | own
+        node.value = list((merged | own).values())
 
 
 _NUMBER = r"(?:0|[1-9][0-9_]*)"
@@ -313,6 +291,11 @@ _Loader.yaml_implicit_resolvers = {
     first: [pair for pair in resolvers if pair[0] not in _NOT_RESOLVED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.yaml_constructors = {  # no other tag (!!set, !!binary, !name) is one of a setting
+    tag: make
+    for tag, make in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.removeprefix(_TAGS) in {"null", "bool", "int", "float", "str", "seq", "map"}
+}
 for _tag, _pattern in _RESOLVED.items():
     _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
 
@@ -322,12 +305,12 @@ def _parse_yaml(text: str, origin: str, complaint: str) -> Any:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        return None if node is None else loader.read(node)
+        return None if node is None else loader.construct_object(node, deep=True)  # refuses what holds itself
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         about = filter(None, [f"line {mark.line + 1}" if mark else None, error.context, error.problem])
         reason = ": ".join(map(one_line, about))
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, KeyError) as error:  # `!!int many`
         reason = one_line(error)
     raise ConfigError(f"{origin}: {complaint} ({reason})")
 

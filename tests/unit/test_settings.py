@@ -83,38 +83,23 @@ TWISTED = [
     ("lora:\n  r: 8\n  alpha: 1\n  r: 16", "'r' stands twice, in lines 2 and 4"),
     ("seed: !!int many", "not valid YAML .*many"),
     ("seed: !!timestamp 2024-99-01", "not valid YAML"),
-    ("lora: &a\n  r: *a", "holds itself"),
-    ("lora: &a [1, *a]", "holds itself"),
-    (
-        "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
-        + "".join(
-            f"{new}: &{new} [{', '.join(['*' + old] * 10)}]\n" for old, new in zip("abcde", "bcdef", strict=True)
-        ),
-        "more than 100,000 values, those of an alias",
-    ),
+    ("lora: &a\n  r: *a", "line 1: found unconstructable recursive node"),
+    ("lora: &a [1, *a]", "line 1: found unconstructable recursive node"),
     ("seed: !!timestamp now", "not valid YAML"),
-    ("seed: 1\nlora: !!omap [r: 8]", "line 2: this can't be read as omap"),
-    ("seed: 1\nlora: !!pairs [r: 8]", "line 2: this can't be read as pairs"),
-    ("seed: 1\ntrackers: !!set {wandb}", "line 2: this can't be read as set"),
-    ("seed: 1\ntrackers: !!set [wandb]", "line 2: this can't be read as set"),
-    ("seed: 1\nmix: !!binary aGVsbG8=", "line 2: 'aGVsbG8=' can't be read as binary"),
-    ("seed: 1\nmix: !!timestamp 2024-01-05", "line 2: '2024-01-05' can't be read as timestamp"),
-    ("seed: 1\nlora: !!map [1]", "line 2: this can't be read as map"),
-    ("seed: 1\nlora:\n  <<: 5", "line 3: << merges sections, found 5"),
+    ("seed: 1\nlora: !!omap [r: 8]", "line 2: could not determine a constructor for the tag .*omap"),
+    ("seed: 1\nlora: !!pairs [r: 8]", "line 2: could not determine a constructor for the tag .*pairs"),
+    ("seed: 1\ntrackers: !!set {wandb}", "line 2: could not determine a constructor for the tag .*set"),
+    ("seed: 1\ntrackers: !!set [wandb]", "line 2: could not determine a constructor for the tag .*set"),
+    ("seed: 1\nmix: !!binary aGVsbG8=", "line 2: could not determine a constructor for the tag .*binary"),
+    ("seed: 1\nmix: !!timestamp 2024-01-05", "line 2: could not determine a constructor for the tag .*timestamp"),
+    ("seed: 1\nlora: !!map [1]", "line 2: expected a mapping node, but found sequence"),
+    ("seed: 1\nlora:\n  <<: 5", "line 3: << merges sections"),
     ("seed: 1\nlora: {r: *b}", "line 2: found undefined alias 'b'"),
     ("seed: 1\nlora:\n  ? [r]\n  : 8", "line 3: a list or a section can't be a key"),
     ("seed: 1\nlora: [", "line 2: while parsing a flow node"),
-    ("seed: 1\nlora:\n  r: &a [*a]", "line 3: a section holds itself"),
+    ("seed: 1\nlora:\n  r: &a [*a]", "line 3: found unconstructable recursive node"),
     ("true: 1", "unknown key 'true'"),
     ("2024-01-05: 1", "unknown key '2024-01-05'"),
-    (
-        "a: &a {x: 1}\n"
-        + "".join(
-            f"{new}: &{new} {{<<: [{', '.join(['*' + old] * 10)}]}}\n"
-            for old, new in zip("abcdefgh", "bcdefghi", strict=True)
-        ),
-        "more than 100,000 values",
-    ),
 ]
 
 
@@ -127,7 +112,8 @@ def test_what_yaml_twists_is_refused_with_what_was_read(tmp_path, text, message)
 
 
 def test_what_yaml_twists_is_refused_on_the_command_line_too():
-    for text, message in (("!!set [a]", "this can't be read as set"), ("{r: 1, r: 2}", "'r' stands twice")):
+    no_tag = "could not determine a constructor for the tag .*set"
+    for text, message in (("!!set [a]", no_tag), ("{r: 1, r: 2}", "'r' stands twice")):
         with pytest.raises(
             ConfigError, match=rf"--set lora={re.escape(text)}: the value is not YAML \(line 1: {message}"
         ):
@@ -137,7 +123,8 @@ def test_what_yaml_twists_is_refused_on_the_command_line_too():
 
 
 def test_the_shared_cases_are_refused(shared_data):
-    for name, message in (("twice", "'task_score' stands twice, in lines 1 and 5"), ("self", "holds itself")):
+    holds_itself = r"\(line \d+: found unconstructable recursive node"
+    for name, message in (("twice", "'task_score' stands twice, in lines 1 and 5"), ("self", holds_itself)):
         with pytest.raises(ConfigError, match=message):
             load_config(MixConfig, shared_data / "cases" / "yaml" / f"{name}.yaml")
 
