@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -36,26 +36,7 @@ from birbal_ray.tune.trial import LOG_FILE, run_trial
 
 TRIALS_FILE, BEST_FILE, PICTURE = "trials.parquet", "best_mix.yaml", "search.png"
 OWNS = (TRIALS_FILE, BEST_FILE, PICTURE, f"{TRIALS_FOLDER}/*", "ray_tune/*")
-
-
-def only_adds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether a new identity asks for further mixes, baselines, fresh seeds or longer runs, and changes no trial.
-
-    These measure what the earlier ones did. What is added comes behind what was named before, so that the comparison
-    that was named beforehand stays the same.
-    """
-    was, now = old["settings"], new["settings"]
-    without = {
-        **now,
-        "mixes": dict(list(now["mixes"].items())[: len(was["mixes"])]),
-        "baselines": now["baselines"][: len(was["baselines"])],
-        "repeats": {**now["repeats"], "seeds": min(now["repeats"]["seeds"], was["repeats"]["seeds"])},
-        "transfer": now["transfer"] if was["transfer"]["factor"] else was["transfer"],
-    }
-    return {**new, "settings": without} == old and list(without["mixes"]) == list(was["mixes"])
-
-
-STEP = Step("tune", OWNS, only_adds)
+STEP = Step("tune", OWNS)
 
 
 class TuneResult(StepResult):
@@ -76,11 +57,9 @@ def tune(config: TuneConfig, *, overwrite: bool = False) -> TuneResult:
     with open_run(output, STEP, identity, inputs=inputs, overwrite=overwrite) as run:
         if before := run.manifest:
             has_more = (config.budget or math.inf) > (before.get("budget") or math.inf)
-            if not run.changes and not (before.get("cut_short") and has_more):
+            if not (before.get("cut_short") and has_more):
                 progress.message(f"{run.folder} is up to date; nothing to do")
                 return TuneResult(run.folder, before)
-            if run.changes:
-                run.session({"added": run.changes})
             run.withdraw()
         results, started = read_results(run.folder)
         scheduler = TrialScheduler(
@@ -305,7 +284,6 @@ def _finish(scheduler: TrialScheduler, run: Run, progress: ProgressLine) -> Tune
         "cut_short": cut_short or None,
         "failed": [result.spec.key for result in failed],
         "budget": config.budget,
-        "added": [line for session in run.sessions() for line in session.get("added", [])],
         "unfilled": {"trials": len(unfilled), "most_rows": max((r.num_unfilled for r in unfilled), default=0)},
         "summary_rows": summarise(results, config),
         "trials": dict(Counter(result.status for result in results)),

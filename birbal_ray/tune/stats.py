@@ -147,8 +147,6 @@ def describe_result(manifest: dict[str, Any]) -> list[str]:
     lines += [manifest[key] for key in ("left_out", "cut_short") if manifest[key]]
     if failed := manifest.get("failed"):
         lines.append(f"failed: {', '.join(failed)}")
-    if added := manifest.get("added"):
-        lines.append(f"added when results were known, for which no interval allows: {'; '.join(added)}")
     if manifest["unfilled"]["trials"]:
         lines.append(
             f"{manifest['unfilled']['trials']} trials could not fill their shares (up to "
