@@ -225,5 +225,4 @@ def make_context(config: MixConfig, scores: ScoreFolder) -> Context:
     ]
     columns = [pa.array(list(column), pa.string()) for column in zip(*tasks, strict=True)]
     about = pa.RecordBatch.from_arrays(columns, ["name", "label", "license", "definition"])
-    is_small = scores.num_bytes <= min(reading.KEPT_BYTES, config.resources.in_process_mib << 20)
-    return Context(config, scores, tuple(groups), ngrams, {} if is_small else None, about)
+    return Context(config, scores, tuple(groups), ngrams, about)

@@ -31,7 +31,6 @@ from birbal_ray.storage import RunError
 
 CHECKED_COLUMNS = ("orig_input", "answer", "prediction", "row_id", "task", "label", "score", "error")
 TEXT_COLUMNS = ("orig_input", "answer", "task")
-KEPT_BYTES = 64 << 20  # of score files whose texts stay in memory for the second reading: about 400,000 rows
 BUCKET_ROWS = 1 << 15  # texts sorted at a time; a multiple of the writer's BATCH_ROWS
 
 # The text of a row that the mix takes, with its place in the mix's order.
@@ -55,8 +54,6 @@ class Context:
     scores: ScoreFolder
     groups: tuple[Group, ...]
     ngrams: NgramIndex | None
-    # File → its TEXT_COLUMNS, kept by the first reading where all files together are small; else None.
-    kept: dict[str, pa.Table] | None
     tasks: pa.RecordBatch  # name, label, license, definition: row i is of `scores.tasks[i]`
 
     @property
@@ -103,8 +100,6 @@ def read_chunk_features(chunk: Chunk, context: Context) -> pa.Table:
     for file in chunk:
         rows, place = read_scored(context.scores, file, CHECKED_COLUMNS), context.scores.folder.at(file.name)
         check_rows(place, rows)
-        if context.kept is not None:
-            context.kept[file.name] = rows.select(TEXT_COLUMNS)
         tables.append(extract_features(_scored_block(rows, place, context), context.config, context.ngrams))
     return pa.concat_tables(tables)
 
@@ -114,7 +109,7 @@ def read_chunk_texts(wanted: tuple[Chunk, NDArray[np.int32]], context: Context) 
     chunk, ranks = wanted
     start, tables = 0, []
     for file in chunk:
-        rows = context.kept[file.name] if context.kept else read_scored(context.scores, file, TEXT_COLUMNS)
+        rows = read_scored(context.scores, file, TEXT_COLUMNS)
         rank = ranks[start : start + len(rows)]
         start += len(rows)
         rows = rows.take(pa.array(np.flatnonzero(rank >= 0)))

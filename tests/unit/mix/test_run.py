@@ -8,12 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from birbal_ray.mix import reading
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.files import diff, explain
 from birbal_ray.mix.plan import MixPlan
 from birbal_ray.mix.run import dry_run, mix
-from birbal_ray.mix.scores import read_scored
 from birbal_ray.mix.select import Reason
 from birbal_ray.run import MANIFEST_FILE, RUN_FILE, RunError, RunMismatchError
 from birbal_ray.schemas import AUDIT, MIX_ROWS, SCORE_ROWS
@@ -180,23 +178,6 @@ def test_order_of_files_and_their_cut_change_nothing(made, rows, outside, scores
     shuffled = [row for task in tasks for row in reversed(rows) if row["task"] == task]
     other = write_score_folder(tmp_path / "s", shuffled, shard_rows=37)
     again = mix(config(other, tmp_path / "m", sources=[outside]))
-    assert data_of(again.folder.local) == data_of(made.folder.local)
-
-
-@pytest.mark.parametrize(("kept_bytes", "readings"), [(1 << 20, 1), (0, 2)])
-def test_small_score_files_are_read_once_and_large_ones_twice(
-    made, scores, outside, tmp_path, monkeypatch, kept_bytes, readings
-):
-    read_names = []
-
-    def recorded(scores, file, columns):
-        read_names.append(file.name)
-        return read_scored(scores, file, columns)
-
-    monkeypatch.setattr(reading, "read_scored", recorded)
-    monkeypatch.setattr(reading, "KEPT_BYTES", kept_bytes)
-    again = mix(config(scores, tmp_path / "m", sources=[outside]))
-    assert {read_names.count(name) for name in read_names} == {readings}
     assert data_of(again.folder.local) == data_of(made.folder.local)
 
 
