@@ -435,10 +435,7 @@ def _trial_seconds(config: TuneConfig, gpu: str | None) -> tuple[list[tuple[floa
         return list(zip(starts, trials, strict=True)), MEASURED
     device, card = "gpu" if gpu or config.resources.num_gpus else "cpu", config.resources.accelerator_type
     train = config.train.replace({"resources.device": device, "resources.accelerator_type": card})
-    if gpu is None and (rate := config.proxy.tokens_per_second):
-        speed = Speed(rate, rate, "proxy.tokens_per_second")
-    else:
-        speed = _training_speed(train, gpu)
+    speed = _training_speed(train, gpu)
     load, tokens = LOAD_SECONDS[device], config.proxy.tokens
     trials = load[0] / 4 + tokens / speed.high, load[1] + tokens / speed.low
     return list(zip(SEARCH_START_SECONDS, trials, strict=True)), speed.source
@@ -477,7 +474,7 @@ def _scale_speed(of_smollm2: tuple[float, float], device: str, model: str) -> Sp
     if device == "gpu":
         raise ConfigError(
             "resources.accelerator_type (or `birbal plan --gpu`) names no card of which figures are known: it takes "
-            f"{', '.join(CARDS)}; a search also takes proxy.tokens_per_second; `birbal doctor` names a machine's cards"
+            f"{', '.join(CARDS)}; `birbal doctor` names a machine's cards"
         )
     slower = SMOLLM2_WEIGHTS / num_weights(model)
     return Speed(of_smollm2[0] * slower, of_smollm2[1] * slower, "two CPU cores, SmolLM2-135M, scaled by weights")

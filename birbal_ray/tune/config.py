@@ -60,9 +60,6 @@ class ProxySettings(Settings):
     """The short fine-tune that stands for the long one; the rest of it is under `train`."""
 
     tokens: int = Field(2_000_000, ge=1, description="training tokens of a trial, whatever its mix")
-    tokens_per_second: float | None = Field(
-        None, gt=0, description="expected on one trial's resources, for --dry-run; null: what was last measured here"
-    )
     keep_adapters: bool = Field(False, description="keep what each fresh seed trained, as trials/KEY/adapter")
 
 

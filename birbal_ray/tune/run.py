@@ -175,7 +175,6 @@ def _identity(config: TuneConfig, scores: ScoreFolder, model: Model) -> dict[str
     for undecisive in ("resources", "model"):  # `scores` say the model
         settings["mix"].pop(undecisive)
     settings["train"]["model"].pop("name")
-    settings["proxy"].pop("tokens_per_second")
     files = config.validation.files
     settings["validation"]["files"] = {file_group(file): sha256_of_file(file, "validation.files") for file in files}
     return {
