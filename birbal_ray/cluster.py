@@ -46,7 +46,7 @@ QUIET_ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # workers run at nice 15 by default
     "RAY_DEDUP_LOGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # what is given no card sees none
     "RAY_prestart_worker_first_driver": "0",  # one process per logical CPU, most of them never used
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread of a run that has ended would start Ray again
 }

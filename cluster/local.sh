@@ -47,7 +47,7 @@ set_environment() {
     export RAY_worker_niceness="${RAY_worker_niceness:-0}"
     export RAY_DEDUP_LOGS="${RAY_DEDUP_LOGS:-0}"
     export RAY_USAGE_STATS_ENABLED="${RAY_USAGE_STATS_ENABLED:-0}"
-    export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="${RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO:-0}"
+    export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="${RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO:-1}"
     export RAY_prestart_worker_first_driver="${RAY_prestart_worker_first_driver:-0}"
     export RAY_ENABLE_AUTO_CONNECT="${RAY_ENABLE_AUTO_CONNECT:-0}"
     # `ray job stop` kills after 3 s unless told otherwise; a training may save for resources.stop_grace (300 s).

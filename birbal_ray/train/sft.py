@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
@@ -24,7 +25,7 @@ from trl import SFTConfig
 from birbal_ray.models import load_tokenizer
 from birbal_ray.score.engine import REFERENCE_FILE
 from birbal_ray.settings import write_duration
-from birbal_ray.storage import RunError, read_json, write_atomic, write_json
+from birbal_ray.storage import RunError, input_folder, read_json, write_atomic, write_json
 from birbal_ray.train import files
 from birbal_ray.train.attention import choose_attention
 from birbal_ray.train.budget import Clock
@@ -76,10 +77,11 @@ def fine_tune(
 def make_trainer(config: TrainConfig, model_path: Path, folder: Path, clock: Clock) -> BudgetTrainer:
     """The trainer on the packs in `folder`, its model loaded, with a new adapter or the one of `lora.from_adapter`."""
     lora = config.lora
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL reports every training to its makers otherwise
     model = load_base(model_path, config)
     peft_config = None
     if lora.from_adapter:
-        model = PeftModel.from_pretrained(model, lora.from_adapter, is_trainable=True)
+        model = PeftModel.from_pretrained(model, input_folder(lora.from_adapter), is_trainable=True)
     else:
         peft_config = LoraConfig(
             r=lora.r,
@@ -167,7 +169,8 @@ def sft_config(config: TrainConfig, folder: Path) -> SFTConfig:
         weight_decay=config.optimizer.weight_decay,
         max_grad_norm=config.optimizer.max_grad_norm,
         optim=optimizer,
-        neftune_noise_alpha=config.neftune_alpha or None,
+        # transformers divides by the root of the micro batch's tokens, which TRL lays out as one row: per pack, then.
+        neftune_noise_alpha=(config.neftune_alpha or 0.0) * math.sqrt(config.batch.micro) or None,
         activation_checkpointing=config.gradient_checkpointing,
         bf16=cuda and compute_dtype(config) == torch.bfloat16,
         use_cpu=not cuda,

@@ -78,8 +78,11 @@ class BudgetTrainer(SFTTrainer):
         self._progress_step = -1
         self._eval_loss_sum, self._eval_tokens = 0.0, 0
         self._saved_at = time.monotonic()
+        given = [(one, one.data) for name, one in options["model"].named_parameters() if "lora_" in name]
         super().__init__(**options)
         # TRL turns the adapter into bfloat16, where a step of 2e-5 on a weight of 0.01 is lost in rounding.
+        for parameter, values in given:
+            parameter.data = values
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()

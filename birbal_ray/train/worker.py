@@ -25,7 +25,10 @@ from birbal_ray.train.files import Remote, download_state, read_metrics, working
 REPORT_SECONDS = 5.0
 FULL_BYTES = 1 << 20  # a disk with less room than this is full
 # What libraries say of memory besides torch's own error: of the card's, and of the machine's (the last: Ray's monitor).
-_CARD_IS_FULL = "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+_CARD_IS_FULL = (
+    *("CUDA error: out of memory", "CUDA driver error: out of memory", "Triton Error [CUDA]: out of memory"),
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 _HOST_MEMORY = re.compile("(can't|cannot) allocate memory|memory usage threshold", re.IGNORECASE)
 # accelerate would wrap the model in DDP for a world of one, and take Ray's word for the device.
 _WORLD = (
@@ -62,8 +65,6 @@ def run_session(config: TrainConfig, fingerprint: str, remote: Remote, node: str
     remote.add_leftovers()
     for name in _WORLD:
         os.environ.pop(name, None)
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # packs vary in shape
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every training to its makers otherwise
     try:
         log_to(folder / "logs" / "worker.log")
         os.write(1, f"worker pid {os.getpid()}\n".encode())

@@ -228,7 +228,7 @@ def run_trials(
             scheduler=asha,
             num_samples=-1,
             time_budget_s=None if math.isinf(left) else max(1.0, left),
-            reuse_actors=True,
+            reuse_actors=not resources.num_gpus,  # bitsandbytes frees no paged optimizer state while its process lives
             trial_name_creator=_key_of,
             trial_dirname_creator=_key_of,
         ),

@@ -1,5 +1,6 @@
 """The mix on Ray's workers equals the mix in one process, byte for byte; a killed run leaves nothing half-written."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -31,8 +32,10 @@ def expected(scores, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def local_ray(tmp_path_factory):
-    with ray_session(4, tmp_path_factory.mktemp("ray") / "ray.log"):
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        with ray_session(4, tmp_path_factory.mktemp("ray") / "ray.log"):
+            yield
 
 
 def config(scores, folder, in_process_mib, **changes):
@@ -44,6 +47,13 @@ def config(scores, folder, in_process_mib, **changes):
 
 def data_of(folder):
     return {name: (folder / name).read_bytes() for name in [*mix_files(), "tasks.parquet", "README.md"]}
+
+
+def test_what_is_given_no_card_sees_none(local_ray):
+    import ray
+
+    seen = ray.remote(num_cpus=1)(lambda: os.environ.get("CUDA_VISIBLE_DEVICES"))
+    assert ray.get(seen.remote()) == ""
 
 
 def test_same_bytes_as_in_one_process(local_ray, scores, expected, tmp_path):

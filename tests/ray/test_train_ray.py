@@ -123,6 +123,8 @@ def test_killed_and_stopped_it_goes_on_and_repeats_every_loss(
     folder = tmp_path / "run"
     process = start(tiny_model, tiny_mix, folder, address=cluster_address)
     wait_for_step(folder, 5, process)
+    started_with = psutil.Process(worker_of(folder)).environ()
+    assert started_with["PYTORCH_ALLOC_CONF"] == "expandable_segments:True", "later is too late"
     first_worker = kill_worker(folder)
     wait_for_step(folder, 13, process)
     assert worker_of(folder) != first_worker

@@ -20,6 +20,7 @@ from birbal_ray.train.card import draw_loss_curve
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.train.data import load_packs, prepare
 from birbal_ray.train.files import Remote, all_checkpoints, read_metrics
+from tests.fixtures.s3_server import BUCKET
 from tests.fixtures.small_training import SMALL_TRAINING
 
 SMALL = {
@@ -593,3 +594,39 @@ def test_the_reference_beside_an_adapter_is_what_peft_computes(tiny_model, run_f
     checked = json.loads((run_folder / "self_check.json").read_text())
     assert checked["kernel"].startswith("per-sample sdpa")
     assert checked["packed_difference"] < 1e-3
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_an_adapter_that_goes_on_is_not_rounded_first(tiny_model, run_folder, tmp_path, s3, quantization):
+    """TRL turns trainable weights of a 4-bit model into bfloat16. The adapter is at a URL, as another run left it."""
+    import torch
+    from safetensors.torch import load_file
+
+    from birbal_ray.train.budget import Clock
+    from birbal_ray.train.sft import make_trainer
+
+    changes = {"model__quantization": quantization, "max_steps": 1}
+    new = make_trainer(settings(**changes), tiny_model, run_folder, Clock(tmp_path / "clock.json"))
+    with torch.no_grad():
+        for name, values in new.model.named_parameters():
+            if "lora_" in name:
+                values.uniform_(-0.1, 0.1)
+    new.model.save_pretrained(tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    url = open_folder(f"s3://{BUCKET}/{tmp_path.name}")
+    for file in (tmp_path / "adapter").iterdir():
+        url.write_bytes(file.name, file.read_bytes())
+    config = settings(**changes, lora__from_adapter=url.place)
+    trainer = make_trainer(config, tiny_model, run_folder, Clock(tmp_path / "clock.json"))
+    found = {n.replace(".default", ""): v for n, v in trainer.model.named_parameters() if v.requires_grad}
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+def test_noise_on_embeddings_is_that_of_one_sequence(micro, tmp_path):
+    from birbal_ray.train.sft import sft_config
+
+    alpha = sft_config(settings(batch__micro=micro, neftune_alpha=5.0), tmp_path).neftune_noise_alpha
+    assert alpha / (micro * 128) ** 0.5 == pytest.approx(5.0 / 128**0.5)
+    assert sft_config(settings(neftune_alpha=0.0), tmp_path).neftune_noise_alpha is None

@@ -109,7 +109,12 @@ def test_a_machine_out_of_memory_gets_advice_that_keeps_the_work(tmp_path, error
 
 
 def test_a_card_that_is_full_says_so_in_several_ways(tmp_path):
-    for text in ("CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"):
+    for text in (
+        "CUDA error: out of memory",
+        "CUDA driver error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate",
+    ):
         assert worker.out_of_memory(RuntimeError(text))
         assert "the card ran out of memory" in worker.lasting_reason(RuntimeError(text), tmp_path, TrainConfig())
 
