@@ -23,15 +23,11 @@ from birbal_ray.run import LOG_FOLDER, Step, StepResult, open_run
 from birbal_ray.score.config import EngineSettings, ResourceSettings
 from birbal_ray.score.engine import REFERENCE_FILE, Agreement, compare_with_peft, reference_prompts, why_not_applied
 from birbal_ray.settings import ConfigError, one_line
-from birbal_ray.storage import FileRecord, RunError, cache_folder, input_folder, open_folder, read_json
+from birbal_ray.storage import RunError, cache_folder, input_folder, open_folder, read_json
 from birbal_ray.train.card import CARD_FILE, PUSHED_MANIFEST, merged_card
 
 MODELFILE = "Modelfile"
-STEP = Step(
-    "merge",
-    ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", CARD_FILE, MODELFILE),
-    may_become=lambda old, new: {**old, "modelfile": None} == {**new, "modelfile": None},
-)
+STEP = Step("merge", ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", CARD_FILE, MODELFILE))
 WORKING = ".merging-"
 NEW_TOKENS = 16
 ENGINE_LOG = f"{LOG_FOLDER}/engine.log"
@@ -57,6 +53,7 @@ def merge(
     """
     progress = ProgressLine()
     trained, model = _read_run(run)
+    text = ollama_modelfile(*_read_prompt_format(trained, model)) if modelfile else ""
     identity = {
         "train": trained["identity_hash"],
         "best_step": trained["result"]["best_step"],
@@ -67,17 +64,9 @@ def merge(
     inputs = [run, str(model.path)]
     with open_run(output, STEP, identity, inputs=inputs, overwrite=overwrite) as merging:
         folder = merging.folder
-        before = merging.manifest
-        if before and (not modelfile or MODELFILE in before["files"]):
+        if merging.manifest:
             progress.message(f"{folder} is up to date; nothing to do")
-            return StepResult(folder, before)
-        text = ollama_modelfile(*_read_prompt_format(trained, model)) if modelfile else ""
-        if before:  # the weights are there
-            merging.withdraw()
-            records = {name: FileRecord(**record) for name, record in before["files"].items()}
-            records[MODELFILE] = folder.write_bytes(MODELFILE, text.encode())
-            kept = {key: before[key] for key in ("model", "dtype", "comparison")}
-            return StepResult(folder, merging.finish(kept, records, summary=before["summary"]))
+            return StepResult(folder, merging.manifest)
         adapter = input_folder(run, lambda name: name.startswith(f"{ADAPTER_FOLDER}/")) / ADAPTER_FOLDER
         here = open_folder(adapter.parent)
         check_input(here, trained, here.files(ADAPTER_FOLDER))

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,15 +42,7 @@ from birbal_ray.train.worker import why_diverged
 
 CALIBRATION_STEPS = 4
 TEXT_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
-
-
-def _differ_in_checkpoints(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether two identities differ at most in when checkpoints are saved, which decides nothing of the adapter."""
-    one, other = ({**i, "settings": {**i.get("settings", {}), "checkpoint": None}} for i in (old, new))
-    return one == other
-
-
-STEP = Step("train", files.OWNS, _differ_in_checkpoints)
+STEP = Step("train", files.OWNS)
 
 
 class TrainResult(StepResult):
@@ -205,8 +196,11 @@ def _inputs(config: TrainConfig, model: Model) -> list[str]:
 
 
 def _identity(config: TrainConfig, model: Model, mix_manifest: dict[str, Any]) -> dict[str, Any]:
-    """Everything that decides the adapter; paths and resources don't, nor does how a step's sequences are split."""
-    undecisive = {"resources", "output", "mix", "trackers", "model", "gradient_checkpointing", "kernels"}
+    """Everything that decides the adapter.
+
+    Paths and resources don't, nor does how a step's sequences are split, or when checkpoints are saved.
+    """
+    undecisive = {"resources", "output", "mix", "trackers", "model", "gradient_checkpointing", "kernels", "checkpoint"}
     settings = config.model_dump(exclude=undecisive, mode="json")
     settings["model"] = config.model.model_dump(exclude={"name", "revision", "attention"})
     batch = settings["batch"]

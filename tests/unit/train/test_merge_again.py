@@ -1,10 +1,10 @@
-"""A merge that is called again with other files asked of it; no weights are loaded."""
+"""A merge that is called again; no weights are loaded."""
 
 import pytest
 
 from birbal_ray.models import Model
 from birbal_ray.run import RunMismatchError, open_run
-from birbal_ray.storage import open_folder
+from birbal_ray.settings import ConfigError
 from birbal_ray.train import merge as step
 
 
@@ -28,19 +28,22 @@ def merged(tmp_path, monkeypatch):
     return call
 
 
-def test_a_modelfile_may_be_asked_of_a_finished_merge(merged, tmp_path, capsys):
-    first = merged()
+def test_a_finished_merge_is_up_to_date_and_other_files_or_weights_are_another_one(merged, capsys):
+    merged()
     assert "is up to date" in capsys.readouterr().err
-    added = merged(modelfile=True)
-    folder = open_folder(tmp_path / "merged")
-    assert folder.read_text("Modelfile") == "FROM .\n"
-    assert added["files"] == {**first["files"], "Modelfile": folder.record_of("Modelfile")._asdict()}
-    assert (added["comparison"], added["identity"]["modelfile"]) == (first["comparison"], True)
-    for options in ({"modelfile": True}, {}):
-        assert merged(**options) == added
-        assert "is up to date" in capsys.readouterr().err
+    for options, difference in (
+        ({"dtype": "float32"}, r"dtype: bfloat16 → float32"),
+        ({"modelfile": True}, r"modelfile: False → True"),
+    ):
+        with pytest.raises(RunMismatchError, match=difference):
+            merged(**options)
 
 
-def test_other_weights_are_another_merge(merged):
-    with pytest.raises(RunMismatchError, match=r"dtype: bfloat16 → float32"):
-        merged(dtype="float32", modelfile=True)
+def test_a_template_that_ollama_can_not_write_leaves_nothing_behind(merged, monkeypatch, tmp_path):
+    def refuse(tokenizer, chat):
+        raise ConfigError("Ollama's template can't say this")
+
+    monkeypatch.setattr(step, "ollama_modelfile", refuse)
+    with pytest.raises(ConfigError, match="Ollama's template"):
+        step.merge("runs/train", str(tmp_path / "other"), modelfile=True)
+    assert not (tmp_path / "other").exists(), "the same folder takes the merge without a Modelfile"
