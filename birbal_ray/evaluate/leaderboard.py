@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from bisect import bisect_left, bisect_right
@@ -11,10 +10,12 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from birbal_ray.ni.reader import unique_keys
-from birbal_ray.settings import ConfigError
+from birbal_ray.settings import ConfigError, Settings, explain, nearest
 
 Metrics = Mapping[str, float | None]  # metric name → value in [0, 1]; None, or no entry: missing
 Teams = Mapping[str, Metrics]
@@ -198,52 +199,42 @@ def load_published() -> dict[str, Metrics]:
     return {one["team"]: one["metrics"] for one in json.loads(content.read_text(encoding="utf-8"))["teams"]}
 
 
+class Results(Settings):
+    """What a results file says of one model; win rates and scores are left out."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    team: str = Field(pattern=r"\S")
+    metrics: dict[str, Annotated[float, Field(ge=0, le=1)] | None]
+    note: str = ""
+    comparable: bool | None = None
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _known(cls, metrics: Any) -> Any:
+        if not isinstance(metrics, dict):
+            return metrics
+        values = {name: value for name, value in metrics.items() if name not in DERIVED}
+        for name in values.keys() - METRICS.keys():
+            raise ValueError(f"unknown metric {name!r}{nearest(name, METRICS)}")
+        return values
+
+
 def load_results(file: Path) -> tuple[str, Metrics, str]:
     """One model, `{"team": …, "metrics": {…}}` → (name, values, what the file says of them: comparable or not, why).
 
-    Derived values (win rates, scores) are left out. Raises ConfigError that names file and metric.
+    Raises ConfigError that names file and metric.
     """
-    content = _read_json(file)
-    name, values = _team(content, str(file))
-    remark = content.get("note") if isinstance(content.get("note"), str) else ""
-    if isinstance(content.get("comparable"), bool):
-        remark = f"{'comparable' if content['comparable'] else 'not comparable'}: {remark or 'no reason given'}"
-    return name, values, remark
-
-
-def _team(entry: object, where: str) -> tuple[str, dict[str, float | None]]:
-    if not isinstance(entry, dict) or not {"team", "metrics"} <= entry.keys():
-        raise ConfigError(f'{where}: expected {{"team": "my-model", "metrics": {{"MMLU - EM": 0.6, …}}}}')
-    name, metrics = entry["team"], entry["metrics"]
-    if not isinstance(name, str) or not name.strip():
-        raise ConfigError(f"{where}: 'team' is {_short(name)}, expected a name")
-    if not isinstance(metrics, dict):
-        raise ConfigError(f"{where}: 'metrics' is {_short(metrics)}, expected metric names with their values")
-    values = {key: _value(value, key, where) for key, value in metrics.items() if key not in DERIVED}
-    return name, values
-
-
-def _value(value: object, metric: str, where: str) -> float | None:
-    if metric not in METRICS:
-        by_folded = {name.casefold(): name for name in METRICS}
-        (nearest,) = difflib.get_close_matches(metric.casefold(), by_folded, n=1, cutoff=0)
-        raise ConfigError(f"{where}: unknown metric {metric!r} (nearest: {by_folded[nearest]!r})")
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:  # NaN too
-        raise ConfigError(f"{where}: {metric!r} is {_short(value)}, expected a number from 0 to 1, or null")
-    return float(value)
-
-
-def _read_json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
+        content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
+        found = Results.model_validate(content)
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file") from None
+    except ValidationError as error:
+        raise ConfigError(f"{file}: {explain(Results, error)}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: can't be read as JSON ({error})") from None
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else text[:39] + "…"
+    if found.comparable is None:
+        return found.team, found.metrics, found.note
+    words = "comparable" if found.comparable else "not comparable"
+    return found.team, found.metrics, f"{words}: {found.note or 'no reason given'}"
