@@ -23,7 +23,7 @@ from birbal_ray.ni.prompt import CHAT
 from birbal_ray.progress import ProgressLine, save_figures
 from birbal_ray.run import Run, Step, StepResult, open_run, sigterm_as_interrupt
 from birbal_ray.settings import ConfigError, require
-from birbal_ray.storage import Folder, RunError, absolute, is_url, open_folder
+from birbal_ray.storage import Folder, RunError, absolute, open_folder
 from birbal_ray.train import files
 from birbal_ray.train.budget import rate_key
 from birbal_ray.train.card import CURVE_FILE, draw_loss_curve, publish_adapter
@@ -103,10 +103,11 @@ def dry_run(config: TrainConfig, *, calibrate: bool = False) -> Preflight:
     model's config and tokenizer are enough.
     """
     progress = ProgressLine()
-    place = _calibration_place(config) if calibrate else None
+    if calibrate and os.environ.get("RAY_ADDRESS"):
+        raise ConfigError("--calibrate: its packs lie on this machine; unset RAY_ADDRESS, on a machine with the card")
     config, model = resolve_config(config, weights=calibrate)
     mix, _ = read_mix(config)
-    with tempfile.TemporaryDirectory(prefix="birbal-train-", dir=place) as name:
+    with tempfile.TemporaryDirectory(prefix="birbal-train-") as name:
         folder = Path(name)
         packed, few = folder / files.PACKED_FOLDER, 8 if calibrate else None
         packing = prepare(mix, packed, load_tokenizer(model.path), config, progress.update, num_eval_rows=few)
@@ -173,21 +174,6 @@ def read_mix(config: TrainConfig) -> tuple[Folder, dict[str, Any]]:
                 f"{folder.at(name)}: no column {', '.join(sorted(absent))}; expected the output of `birbal mix`"
             )
     return folder, manifest
-
-
-def _calibration_place(config: TrainConfig) -> Path | None:
-    """Where packs go that a worker on another node reads: beside --output. None without a cluster: anywhere."""
-    if not os.environ.get("RAY_ADDRESS"):
-        return None
-    if not config.output or is_url(config.output):
-        found = f"--output is {config.output}" if config.output else "there is no --output"
-        raise ConfigError(
-            f"--calibrate on a cluster (RAY_ADDRESS) keeps its packs beside --output, for the worker to read: {found}; "
-            "give a folder on storage that all nodes see, or unset RAY_ADDRESS to calibrate on this machine"
-        )
-    place = open_folder(config.output).local.parent
-    place.mkdir(parents=True, exist_ok=True)
-    return place
 
 
 def _inputs(config: TrainConfig, model: Model) -> list[str]:

@@ -192,31 +192,11 @@ def test_a_tracker_that_is_not_installed_is_said_before_anything_starts(birbal_t
     assert result.stderr == f"error: trackers: {tracker} is not installed; run: pip install {tracker}\n"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "found"), [((), "there is no --output"), (("--output", "s3://b/run"), "--output is s3://b/run")]
-)
-def test_calibrating_on_a_cluster_needs_a_place_that_its_nodes_see(
-    birbal_train, tiny_mix, monkeypatch, arguments, found
-):
+def test_calibrating_on_a_cluster_is_refused(birbal_train, tiny_mix, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
-    result = birbal_train(tiny_mix, "--dry-run", "--calibrate", *arguments)
+    result = birbal_train(tiny_mix, "--dry-run", "--calibrate")
     assert result.exit_code == 2
-    assert f"beside --output, for the worker to read: {found};" in result.stderr
-
-
-def test_calibrating_on_a_cluster_packs_beside_the_output(tiny_mix, tiny_model, monkeypatch, tmp_path):
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
-    places = []
-    monkeypatch.setattr(
-        step, "train_on_cluster", lambda config, model, folder, *rest: places.append((config.output, folder))
-    )
-    flags = {**SMALL, "mix": str(tiny_mix), "model.name": str(tiny_model), "resources.device": "cpu"}
-    config = load_config(TrainConfig, flags={**flags, "output": str(tmp_path / "shared" / "run")})
-    step.dry_run(config, calibrate=True)
-    ((output, folder),) = places
-    assert output is None, "nothing goes to the run's own folder"
-    assert folder.local.parent == tmp_path / "shared"
-    assert list((tmp_path / "shared").iterdir()) == []
+    assert "--calibrate: its packs lie on this machine; unset RAY_ADDRESS" in result.stderr
 
 
 def test_a_run_without_an_adapter_says_why(tmp_path):
