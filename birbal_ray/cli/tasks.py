@@ -207,9 +207,8 @@ def _read_source(
 
     file = Path(source)
     if file.suffix in (".csv", ".tsv", *SUFFIXES) or file.is_file():
-        for flag, value in (("--split", split), ("--subset", subset), ("--revision", revision)):
-            if value:
-                raise TaskError(f"{flag} {value}: {source} is a file, which has none; leave {flag} out")
+        if split or subset or revision:
+            raise TaskError(f"{source} is a file; leave --split, --subset and --revision out")
         if file.suffix in (".csv", ".tsv"):
             if not file.is_file():
                 raise TaskError(f"{source}: no such file")
@@ -224,8 +223,6 @@ def _read_source(
         if not rows:
             raise TaskError(f"{source}: it has no rows")
         return list(dict.fromkeys(key for row in rows for key in row)), rows
-    if revision and file.is_dir():
-        raise TaskError(f"--revision {revision}: {source} is a folder, which has none; leave --revision out")
     import datasets
 
     datasets.disable_progress_bars()
@@ -233,10 +230,7 @@ def _read_source(
         rows = datasets.load_dataset(source, subset, split=split or "train", revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         reason = one_line(error)[:200]
-        what = "no such file, and not a dataset that the Hub gives"
-        if file.is_dir():
-            what = "a folder that does not hold one dataset; give one of its files"
-        raise TaskError(f"{source}: {what} ({reason})") from None
+        raise TaskError(f"{source}: no such file, and not a dataset that the Hub gives ({reason})") from None
     for column, feature in rows.features.items():
         if isinstance(feature, datasets.ClassLabel):  # numbers that stand for names
             names = feature.names

@@ -26,7 +26,6 @@ from typing import Any
 
 from birbal_ray.ni import reader
 from birbal_ray.ni.catalog import nearest
-from birbal_ray.ni.metrics import count_words
 from birbal_ray.ni.reader import MAX_NAME_BYTES, clean_text
 from birbal_ray.ni.schema import TaskError, hash_order, read_text
 
@@ -216,8 +215,8 @@ def make_tasks(
     The same rows give the same files, whatever their order in time.
 
     Rows with the same input become one instance with the outputs of all. Examples are taken in hash
-    order from the shorter half of a task's rows, of different outputs as far as there are, at most half
-    of the rows; they are no instances. Raises TaskError when a column is missing or no row is left.
+    order, at most half of a task's rows; they are no instances. Raises TaskError when a column is missing
+    or no row is left.
     """
     for column in options.columns:
         if column not in columns:
@@ -272,15 +271,8 @@ def make_tasks(
 def _task_values(
     name: str, group: str, instances: Mapping[str, tuple[int, list[str]]], options: ImportOptions
 ) -> dict[str, Any]:
-    lengths = {text: count_words(f"{text} {outputs[0]}") for text, (_, outputs) in instances.items()}
-    median = sorted(lengths.values())[(len(lengths) - 1) // 2]
-    candidates = sorted(
-        (text for text in instances if lengths[text] <= median),
-        key=lambda text: hash_order(f"{name}:{text}", options.seed),
-    )
-    first_of = {instances[text][1][0]: text for text in reversed(candidates)}  # output → its first candidate
-    candidates.sort(key=lambda text: first_of[instances[text][1][0]] != text)  # stable: one of each output first
-    examples = candidates[: min(options.num_examples, len(instances) // 2)]
+    in_hash_order = sorted(instances, key=lambda text: hash_order(f"{name}:{text}", options.seed))
+    examples = in_hash_order[: min(options.num_examples, len(instances) // 2)]
     return {
         "Contributors": [],
         "Source": [options.source],
