@@ -21,7 +21,7 @@ from tests.conftest import slow
 from tests.fixtures.small_training import SMALL_TRAINING
 
 CARD = "GeForce-RTX-4090"
-NUM_STEPS = 60
+NUM_STEPS = 100  # some seconds after the last signal, on a fast machine too
 SETTINGS = {
     **SMALL_TRAINING,
     "resources.num_threads": 1,
