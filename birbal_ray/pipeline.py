@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -38,8 +39,8 @@ from birbal_ray.run import RunFailedError, RunMismatchError, progress_seconds, s
 from birbal_ray.schemas import MANIFEST_FILE, RUN_FILE
 from birbal_ray.score.pipeline import logical_cpus
 from birbal_ray.score.run import score, speed_of
-from birbal_ray.settings import ConfigError, canonical_hash, one_line, require
-from birbal_ray.storage import DamagedFileError, Folder, RunError, absolute, open_folder
+from birbal_ray.settings import ConfigError, one_line
+from birbal_ray.storage import Folder, RunError, open_folder
 from birbal_ray.train.launch import logical_cpus as train_logical_cpus
 from birbal_ray.train.run import train
 from birbal_ray.tune.config import changed_mix
@@ -63,8 +64,8 @@ class BudgetClock:
 
     Kept in clock.json of the recipe's folder, with what was decided once for a step, so that a continuation asks it
     for the same. Without a budget it only counts. `is_new`: no earlier session had this budget. `least`: seconds
-    that each step works in, at least. `overwrites`: a hash of the command that is to start all steps from scratch; a
-    continuation of that command keeps what it has made. `formerly`: the hash that an earlier version gave it.
+    that each step works in, at least. `overwrite`: steps that start from scratch; where an earlier session began to
+    overwrite and did not come to its end, only those that it has not made.
     """
 
     def __init__(
@@ -74,24 +75,19 @@ class BudgetClock:
         shares: ShareSettings,
         least: Mapping[str, float],
         *,
-        overwrites: str = "",
-        formerly: str = "",
+        overwrite: Sequence[str] = (),
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.budget, self._shares, self.least = budget, shares.model_dump(), least
         self._folder, self._now = folder, now
         earlier: dict[str, Any] = {}
-        with contextlib.suppress(FileNotFoundError, *([DamagedFileError] if overwrites else [])):
+        with contextlib.suppress(FileNotFoundError):
             earlier = folder.read_json(CLOCK_FILE)
-        self._is_overwriting = bool(overwrites)
-        # Times of manifests, seconds since the epoch: `since`, the first that isn't to be overwritten; `made`, by step.
-        self._overwrites: dict[str, Any] = earlier.get("overwrites") or {}
-        self._discarded: set[str] = set()
-        self._replaced: dict[str, Any] | None = None  # by a new command that overwrites, if its first step takes it
-        if overwrites and self._overwrites.get("command") == formerly:
-            self._overwrites["command"] = overwrites
-        if overwrites and self._overwrites.get("command") != overwrites:
-            self._replaced, earlier, self._overwrites = earlier, {}, {"command": overwrites}
+        self._overwrites = bool(overwrite)
+        self._to_overwrite: set[str] = set(earlier.get("to_overwrite", []))
+        self._replaced: dict[str, Any] | None = None  # clock.json, until the first step has taken its folder
+        if overwrite and self._to_overwrite.isdisjoint(overwrite):
+            self._replaced, earlier, self._to_overwrite = earlier, {}, set(overwrite)
         self.spent: dict[str, float] = dict(earlier.get("spent_seconds", {}))
         # Another budget is another plan: what was decided for the old one does not bind it.
         same = earlier.get("budget_seconds") == budget
@@ -112,31 +108,26 @@ class BudgetClock:
         if self.has_ended:
             yield
             return
-        if self._is_overwriting and "since" not in self._overwrites:
-            self._folder.write_json(CLOCK_FILE, {})
-            began = self._folder.stat(CLOCK_FILE)  # by the clock that gives the manifests their times
-            self._overwrites["since"] = began.modified if began else time.time()
-        before, start = self.spent.get(step, 0.0), self._now()
+        last = self._now()
 
         def count() -> None:
+            nonlocal last
             with self._lock:
-                self.spent[step] = before + self._now() - start
+                now = self._now()
+                self.spent[step], last = self.spent.get(step, 0.0) + now - last, now
                 self._save()
 
-        refused = None
+        save: Callable[[], object] = count
         try:
             with repeating(progress_seconds(self._folder), count):
                 yield
         except ConfigError:
-            if step == STEPS[0]:  # nothing was deleted, and the time that was spent counts as before
-                refused = self._replaced
+            if self._replaced and step == STEPS[0]:  # nothing was deleted, and the time that was spent counts as before
+                save = functools.partial(self._folder.write_json, CLOCK_FILE, self._replaced)
             raise
         finally:
             with contextlib.suppress(OSError, RunError):  # a full disk, an outage: the step itself will say so
-                if refused:
-                    self._folder.write_json(CLOCK_FILE, refused)
-                else:
-                    count()
+                save()
 
     def left(self, step: str) -> float:
         """Seconds from now that `step` may take; infinite without a budget, and for the mix, which has no share.
@@ -160,31 +151,22 @@ class BudgetClock:
 
     def starts_over(self, step: str) -> bool:
         """Whether a command that overwrites has yet to make `step` from scratch."""
-        since = self._overwrites.get("since", math.inf)
-        return self._is_overwriting and (step in self._discarded or self._made(step) < since)
+        return self._overwrites and step in self._to_overwrite
+
+    def restart(self, step: str) -> bool:
+        """Let a command that overwrites start `step`, which it has not yet, from scratch; whether it does."""
+        if not self._overwrites or step in self._to_overwrite:
+            return False
+        with self._lock:
+            self._to_overwrite.add(step)
+            self.spent[step] = 0.0
+            self.decided = {key: value for key, value in self.decided.items() if not key.startswith(f"{step}.")}
+        return True
 
     def keep(self, step: str) -> None:
-        """Take what is in a step's folder for this command's: one that overwrites does not discard it."""
-        if self._overwrites:
-            self._overwrites.setdefault("made", {})[step] = self._made(step)
-
-    def discard(self, step: str) -> bool:
-        """Make a command that overwrites start `step` over, unless what is there is this command's; whether it does."""
-        if self._is_overwriting and self._overwrites.get("made", {}).get(step) != self._made(step):
-            self._discarded.add(step)
-        return step in self._discarded
-
-    def _made(self, step: str) -> float:
-        """When a step's manifest was written, in seconds since the epoch; 0 without one."""
-        manifest = self._folder.stat(f"{step}/{MANIFEST_FILE}")
-        return manifest.modified if manifest else 0.0
-
-    def end(self) -> None:
-        """Everything is made: the next command that overwrites, the same one, too, is a new one."""
-        if self._overwrites:
-            with self._lock:
-                self._overwrites = {}
-                self._save()
+        """Take what is in a step's folder for this recipe's: a command that overwrites does not start it over."""
+        with self._lock:
+            self._to_overwrite.discard(step)
 
     def decide(self, key: str, make: Callable[[], Any]) -> Any:
         """What was decided for `key` in an earlier session, else `make()`, which is kept."""
@@ -200,7 +182,11 @@ class BudgetClock:
     def _save(self) -> None:
         spent = {step: round(seconds, 2) for step, seconds in self.spent.items()}
         record: dict[str, Any] = {"budget_seconds": self.budget, "shares": self._shares, "spent_seconds": spent}
-        record |= {"decided": self.decided, "search_failed": self.search_failed, "overwrites": self._overwrites}
+        record |= {
+            "decided": self.decided,
+            "search_failed": self.search_failed,
+            "to_overwrite": sorted(self._to_overwrite),
+        }
         self._folder.write_json(CLOCK_FILE, record)
 
 
@@ -215,11 +201,11 @@ def run_pipeline(
 
     With a budget each step ends in time, and training gets what the others leave. The first session writes the plan
     down, and the report, which is written after every step, compares it with the time taken. `show` gets each step's
-    result under its name. The steps share one Ray. With `overwrite`, each step starts from scratch, once: the same
-    call, repeated after an interruption, continues. Raises ConfigError when the budget is too small for any step,
-    RunError when another pipeline is at work in the folder.
+    result under its name. The steps share one Ray. With `overwrite`, each step starts from scratch, once: the call,
+    repeated after an interruption, continues, and makes again what is of other settings. Raises ConfigError when the
+    budget is too small for any step, RunError when another pipeline is at work in the folder.
     """
-    asked, config = config, join_steps(config)
+    config = join_steps(config)
     steps, folder = config.steps, open_folder(config.output or "")
     least = least_seconds(config)
     is_first = not folder.is_file(CLOCK_FILE)
@@ -231,10 +217,7 @@ def run_pipeline(
     with ExitStack() as stack:
         stack.enter_context(sigterm_as_interrupt())
         folder = replace(folder, guard=stack.enter_context(hold_lock(folder)))
-        overwrites = command_hash(asked) if overwrite else ""
-        # Until the next release: the hash was of the settings as they were spelled.
-        formerly = canonical_hash(config.model_dump(mode="json", exclude={"budget", "shares"}))
-        clock = BudgetClock(folder, config.budget, config.shares, least, overwrites=overwrites, formerly=formerly)
+        clock = BudgetClock(folder, config.budget, config.shares, least, overwrite=steps[:-1] if overwrite else ())
         if clock.is_new and not is_first:
             refuse_small_budget(config, least)
         is_done = not overwrite and all(folder.is_file(f"{step}/{MANIFEST_FILE}") for step in steps if step != "report")
@@ -261,6 +244,7 @@ def run_pipeline(
             if step != "report":
                 with clock.running(step):
                     result = run_step(step, config, clock, announce)
+                    clock.keep(step)
                     if step in show and result is not None:
                         show[step](result)
                 if (over := clock.overrun(step)) > 1:
@@ -269,25 +253,9 @@ def run_pipeline(
                     report(folder.place)
         # Not counted, so that it shows the times that a later call finds in clock.json, too.
         page = report(folder.place).file
-        clock.end()
     if clock.is_new and not is_done:
         save_figures("report", page_seconds=(clock.spent["report"] - reported) / (len(steps) - 1))
     return page
-
-
-def command_hash(config: PipelineConfig) -> str:
-    """What tells two commands apart that overwrite: not how they spell paths, nor resources, nor the time they have."""
-    undecisive: dict[str, Any] = {
-        "tasks": True,
-        "budget": True,
-        "shares": True,
-        **{step: {"resources"} for step in RUN},
-    }
-    joined = join_steps(config.replace({"output": absolute(require(config.output, "--output"))}))
-    command = joined.model_dump(mode="json", exclude=undecisive)
-    for step in ("score", "evaluate"):
-        command[step]["tasks"]["path"] = absolute(command[step]["tasks"]["path"] or "")
-    return canonical_hash(command)
 
 
 def run_step(step: str, config: PipelineConfig, clock: BudgetClock, announce: Callable[[str], None]) -> Any:
@@ -306,8 +274,8 @@ def run_step(step: str, config: PipelineConfig, clock: BudgetClock, announce: Ca
         clock.search_failed = True
         return None
     except RunMismatchError as error:
-        if not error.asks_less and clock.discard(step):
-            announce(f"{error.folder} holds a run that this command did not make; --overwrite deletes it")
+        if clock.restart(step):
+            announce(f"{error.folder} holds a run of other settings or inputs; --overwrite deletes it")
             return run_step(step, config, clock, announce)
         raise RunMismatchError(
             error.folder,
@@ -316,7 +284,6 @@ def run_step(step: str, config: PipelineConfig, clock: BudgetClock, announce: Ca
             "the same command makes them again. --overwrite deletes the runs of all steps.",
         ) from None
     clock.search_failed = clock.search_failed and step != "tune"
-    clock.keep(step)
     return result
 
 

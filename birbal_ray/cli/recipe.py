@@ -136,7 +136,7 @@ def print_cluster(nodes: list[Node], found: list[Placement], output_format: str)
 
 @click.command()
 @click.option("--output", default="runs/demo", show_default=True, help="Where the runs go.")
-@click.option("--overwrite", is_flag=True, help="Start from scratch instead of continuing.")
+@overwrite_option
 def demo(output: str, overwrite: bool) -> None:
     """Run the recipe small, for real: vLLM, SmolLM2-135M and QLoRA on the sample tasks that come with birbal.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +15,7 @@ from birbal_ray.lock import hold_lock
 from birbal_ray.progress import CLOCK_FILE, figures_key, read_times, save_figures
 from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps
 from birbal_ray.run import RunFailedError, RunMismatchError, Step, open_run
-from birbal_ray.settings import ConfigError, canonical_hash, load_config, seconds_of
+from birbal_ray.settings import ConfigError, load_config, seconds_of
 from birbal_ray.status import describe_times
 from birbal_ray.storage import RunError, open_folder
 
@@ -124,7 +123,7 @@ def test_from_scratch_forgets_the_time_and_the_decisions(tmp_path):
     spend(clock, time, "score", 30)
     assert clock.decide("train.budget", lambda: 600.0) == 600.0
     assert clock_in(tmp_path).decide("train.budget", lambda: 1.0) == 600.0
-    fresh = clock_in(tmp_path, overwrites="this command")
+    fresh = clock_in(tmp_path, overwrite=ALL)
     assert fresh.total == 0
     assert fresh.decide("train.budget", lambda: 1.0) == 1.0
 
@@ -187,8 +186,7 @@ def test_a_larger_budget_comes_too_late_for_what_the_next_step_was_made_from(tmp
     (tmp_path / following).mkdir()
     (tmp_path / following / "run.json").write_text("{}")
     assert pipeline.settings_of(step, config, clock_in(tmp_path, budget=budget)).budget == 200
-    os.utime(tmp_path / step / "manifest.json", (1, 1))  # before the command that overwrites
-    restarted = pipeline.settings_of(step, config, clock_in(tmp_path, budget=budget, overwrites="this command")).budget
+    restarted = pipeline.settings_of(step, config, clock_in(tmp_path, budget=budget, overwrite=ALL)).budget
     assert restarted != 200, "with --overwrite"
 
 
@@ -427,7 +425,6 @@ def stopped(recipe):
     def by_hand(step, made_from):
         with open_run(recipe.folder / step, Step(step, ("rows",)), {"from": made_from}, overwrite=True) as opened:
             opened.finish({}, {"rows": opened.folder.write_bytes("rows", b"mine")}, summary="")
-        os.utime(recipe.folder / step / "manifest.json")  # its clock may have stood still since the pipeline's
 
     return by_hand
 
@@ -438,7 +435,8 @@ def test_a_pipeline_that_overwrites_replaces_what_was_made_by_hand_since(recipe,
     with pytest.raises(RunMismatchError):
         recipe()
     assert recipe(overwrite=True) == [*dict.fromkeys([step, "train", "evaluate"])], "and keeps the others that it made"
-    assert any(f"{recipe.folder / step} holds a run that this command did not make" in text for text in recipe.said)
+    said = any(f"{recipe.folder / step} holds a run of other settings or inputs" in text for text in recipe.said)
+    assert said == (step == "mix"), "training was to start over in any case"
 
 
 def test_a_pipeline_that_overwrites_keeps_what_was_made_by_hand_as_it_makes_it(recipe, stopped):
@@ -447,30 +445,13 @@ def test_a_pipeline_that_overwrites_keeps_what_was_made_by_hand_as_it_makes_it(r
     assert (recipe.folder / "mix" / "rows").read_bytes() == b"mine"
 
 
-def test_a_pipeline_that_overwrites_does_not_discard_what_it_made_itself(recipe, stopped):
-    with pytest.raises(RunMismatchError, match="move this folder, and those of the steps after it, away"):
-        recipe(overwrite=True, mix=1)  # its inputs have changed meanwhile
-    assert recipe(overwrite=True, mix=0) == ["train", "evaluate"]
-
-
-def test_a_command_that_overwrites_is_the_same_however_its_paths_are_spelled(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "link").symlink_to(tmp_path / "runs")
-    outputs = ("runs", "runs/", "./runs", str(tmp_path / "runs"), "link")
-    tasks = ("t", "t/", str(tmp_path / "t"), "./t", "t")
-    said = {"resources": {"num_cpus": 2}}
-    given = [PipelineConfig(output=one, tasks=other) for one, other in zip(outputs, tasks, strict=True)]
-    given += [
-        PipelineConfig(output="runs", tasks="t", train=said, mix=said),
-        PipelineConfig(output="runs", score={"tasks": {"path": "t"}}),
-    ]
-    assert len(set(map(pipeline.command_hash, given))) == 1
-    others = {"output": "other", "tasks": "other", "model": "other", "mix": {"seed": 1}}
-    hashes = {
-        pipeline.command_hash(PipelineConfig(**{"output": "runs", "tasks": "t", key: value}))
-        for key, value in others.items()
-    }
-    assert len(hashes | {pipeline.command_hash(given[0])}) == 5
+def test_what_a_step_of_other_settings_took_does_not_count(recipe, stopped):
+    clock = json.loads((recipe.folder / CLOCK_FILE).read_text())
+    clock["spent_seconds"] |= {"score": 700.0, "mix": 900.0}
+    (recipe.folder / CLOCK_FILE).write_text(json.dumps(clock))
+    assert recipe(overwrite=True, mix=1) == ["mix", "train", "evaluate"]
+    spent = json.loads((recipe.folder / CLOCK_FILE).read_text())["spent_seconds"]
+    assert spent["score"] >= 700 and spent["mix"] < 9
 
 
 def test_a_step_that_refuses_to_overwrite_leaves_the_clock_as_it_was(recipe):
@@ -499,25 +480,7 @@ def test_a_larger_budget_is_the_same_command_that_overwrites(recipe):
     assert recipe(overwrite=True, budget=6000.0) == ["train", "evaluate"]
 
 
-def test_a_command_that_overwrites_goes_on_where_an_earlier_version_kept_its_hash(recipe):
-    recipe.ends["train"] = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt):
-        recipe(overwrite=True)
-    clock = json.loads((recipe.folder / CLOCK_FILE).read_text())
-    joined = join_steps(PipelineConfig(output=str(recipe.folder), tasks="t"))
-    kept = canonical_hash(joined.model_dump(mode="json", exclude={"budget", "shares"}))
-    clock["overwrites"] = {"command": kept, "since": clock["overwrites"]["since"]}
-    clock["spent_seconds"]["score"] = 900.0
-    (recipe.folder / CLOCK_FILE).write_text(json.dumps(clock))
-    with pytest.raises(KeyboardInterrupt):
-        recipe(overwrite=True)
-    clock = json.loads((recipe.folder / CLOCK_FILE).read_text())
-    assert clock["overwrites"]["command"] != kept and clock["spent_seconds"]["score"] >= 900.0
-    del recipe.ends["train"]
-    assert recipe(overwrite=True) == ["train", "evaluate"]
-
-
-def test_another_command_that_overwrites_starts_from_scratch(recipe):
+def test_another_command_that_overwrites_makes_again_what_it_asks_otherwise(recipe):
     recipe.ends["train"] = KeyboardInterrupt()
     for budget, mix in ((None, 0), (5000.0, 1)):
         with pytest.raises(KeyboardInterrupt):
@@ -525,8 +488,21 @@ def test_another_command_that_overwrites_starts_from_scratch(recipe):
     del recipe.ends["train"]
     with pytest.raises(RunMismatchError):
         recipe(mix=2)
-    assert recipe(overwrite=True, mix=2) == ALL
-    assert json.loads((recipe.folder / CLOCK_FILE).read_text())["overwrites"] == {}
+    assert recipe(overwrite=True, mix=2) == ["mix", "train", "evaluate"]
+    assert json.loads((recipe.folder / CLOCK_FILE).read_text())["to_overwrite"] == []
+
+
+def test_an_unfinished_step_of_the_same_settings_is_never_deleted(recipe):
+    """Neither by the first command that overwrites, nor by the next one."""
+    recipe.ends["train"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        recipe()
+    work = recipe.folder / "train" / "rows"
+    work.write_text("half of it")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            recipe(overwrite=True)
+        assert work.read_text() == "half of it"
 
 
 def test_a_step_of_other_settings_is_refused_without_advice_to_delete_the_others(recipe):
