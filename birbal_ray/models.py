@@ -6,7 +6,6 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import io
 import json
 import logging
@@ -247,7 +246,9 @@ def _check_folder(folder: Path, where: str, *, weights: bool) -> None:
     kind = read_json_object(folder / "config.json", where).get("model_type")
     if not kind:
         raise ModelError(f"{where}: config.json names no model_type, so that no library can load the model")
-    if not _is_known_type(str(kind)):
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if str(kind) not in CONFIG_MAPPING_NAMES:
         raise ModelError(
             f"{where}: model_type {kind!r} is unknown to transformers {importlib.metadata.version('transformers')}; "
             "code that comes with a model is not run; choose a model of a known type"
@@ -259,17 +260,6 @@ def _check_folder(folder: Path, where: str, *, weights: bool) -> None:
         raise ModelError(f"{where}: no *.safetensors; other weight formats are not read (pickles can run code)")
     for file in files:
         read_shapes(file, where)
-
-
-def _is_known_type(model_type: str) -> bool:
-    """Whether transformers has this type's code. Most have a folder of their name: importing takes seconds."""
-    spec = importlib.util.find_spec("transformers")
-    for place in (spec and spec.submodule_search_locations) or ():
-        if model_type.isidentifier() and (Path(place) / "models" / model_type).is_dir():
-            return True
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    return model_type in CONFIG_MAPPING_NAMES
 
 
 def read_shapes(file: Path, where: str) -> dict[str, list[int]]:

@@ -155,10 +155,7 @@ def _following(row: Row, found: StepFolder, home: Folder) -> str:
 def _no_run(run: object, folder: Folder) -> str:
     if folder.is_local and not folder.local.exists():
         return f"{run}: no such folder; expected a step's output, or a folder that holds steps' outputs"
-    below = folder.folders() if not folder.is_local or folder.local.is_dir() else []
-    inside = [name for name in below if find_steps(folder.subfolder(name))]
-    hint = f"; there are some in {', '.join(inside[:5])}" if inside else ""
-    return f"{run}: no run folder: neither a step's output nor a folder that holds steps' outputs{hint}"
+    return f"{run}: no run folder: neither a step's output nor a folder that holds steps' outputs"
 
 
 def _order(step: str) -> int:

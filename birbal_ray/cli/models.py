@@ -186,40 +186,20 @@ def serve(config: ServeConfig, openai: bool) -> None:
         step.serve(config, note)
 
 
-@click.group(invoke_without_command=True)
+@click.command()
 @format_option
-@click.pass_context
-def models(context: click.Context, output_format: str) -> None:
-    """List the models that come with birbal; `fetch` makes one ready.
+def models(output_format: str) -> None:
+    """List the models that come with birbal.
 
     Any local folder of safetensors and any Hub id works wherever a model is asked for.
 
     \b
-    Examples:
+    Example:
       birbal models
-      birbal models fetch smollm2-135m
-      birbal models fetch mistralai/Mistral-7B-v0.1
     """
-    if context.invoked_subcommand is not None:
-        return
     from birbal_ray.models import EMBEDDED, EMBEDDED_FOLDER
     from birbal_ray.storage import cache_folder
 
     what = "SmolLM2-135M-Instruct, 4-bit weights unpacked to float32 (540 MB); for CPUs and demos"
     is_ready = (cache_folder() / "models" / EMBEDDED_FOLDER).is_dir()
     print_table([{"model": EMBEDDED, "what": what, "license": "Apache-2.0", "ready": is_ready}], output_format)
-
-
-@models.command()
-@click.argument("name")
-@click.option("--revision", help="Hub revision: branch, tag or commit.")
-def fetch(name: str, revision: str | None) -> None:
-    """Download or convert a model now, and print its folder.
-
-    \b
-    Example:
-      birbal models fetch smollm2-135m
-    """
-    from birbal_ray.models import resolve_model
-
-    click.echo(resolve_model(name, revision).path)

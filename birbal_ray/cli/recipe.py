@@ -207,7 +207,7 @@ def run_recipe(config: PipelineConfig, overwrite: bool) -> None:
     evaluated: list[EvaluateResult] = []
 
     def show_evaluation(result: EvaluateResult) -> None:
-        print_evaluate(result, per_task=True)
+        print_evaluate(result)
         evaluated.append(result)
 
     page = run_pipeline(

@@ -33,11 +33,10 @@ if TYPE_CHECKING:
     ("--adapter DIR = adapters", "--merged DIR", "--mix DIR", *ASKING_FLAGS, "--gate DELTA"),
     step="evaluate",
 )
-@click.option("--per-task", is_flag=True, help="Print every task's scores, not only the comparisons.")
 @overwrite_option
 @dry_run_option("Say who would be compared on what. Starts no engine.")
 @format_option
-def evaluate(config: EvaluateConfig, per_task: bool, overwrite: bool, dry_run: bool, output_format: str) -> None:
+def evaluate(config: EvaluateConfig, overwrite: bool, dry_run: bool, output_format: str) -> None:
     """Does the adapter beat its base model on instances and tasks that were never sampled?
 
     Prompts as in training (zero-shot) and few-shot, on the engines that `birbal score` uses. Differences
@@ -57,7 +56,7 @@ def evaluate(config: EvaluateConfig, per_task: bool, overwrite: bool, dry_run: b
 
     if not dry_run:
         result = step.evaluate(config, overwrite=overwrite)
-        print_evaluate(result, output_format, per_task=per_task)
+        print_evaluate(result, output_format)
         refuse_loss(result, config.gate)
         return
     progress = ProgressLine()
@@ -81,22 +80,14 @@ def evaluate(config: EvaluateConfig, per_task: bool, overwrite: bool, dry_run: b
     note(f"{prompts:,} prompts; nothing was started (--dry-run)")
 
 
-def print_evaluate(result: EvaluateResult, output_format: str = "text", *, per_task: bool = False) -> None:
-    """Comparisons (or every task's scores) on stdout, the conclusions on stderr."""
+def print_evaluate(result: EvaluateResult, output_format: str = "text") -> None:
+    """Comparisons on stdout, without any the tasks' scores; the conclusions on stderr."""
     from birbal_ray.progress import counted
     from birbal_ray.report.load import conclusion_of
 
-    if output_format != "text":
-        print_table(result.evaluation if per_task else result.comparisons, output_format)
-    elif per_task or not result.comparisons:
-        tasks: dict[tuple[str, str], dict[str, Any]] = {}
-        for row in result.evaluation:
-            about = {"prompts": row["prompt_format"], "task": row["task"], "label": row["label"]}
-            cells = tasks.setdefault((row["prompt_format"], row["task"]), {**about, "held out": row["held_out"]})
-            cells["n"] = min(cells.get("n", row["num_scored"]), row["num_scored"])
-            cells[row["model"]] = row["task_score"]
-        print_table(list(tasks.values()), output_format)
-    if output_format == "text" and result.comparisons:
+    if output_format == "text" and not result.comparisons:
+        print_table(result.evaluation, output_format, ["prompt_format", "task", "label", "num_scored", "task_score"])
+    else:
         columns: Columns = {
             **{"model": "model", "prompts": "prompt_format", "scope": "scope", "tasks": "num_tasks"},
             **{"base": "base_score", "score": "score"},
@@ -171,13 +162,8 @@ def harness(
     from birbal_ray.evaluate.leaderboard import METRICS
 
     if list_only:
-        rows = listing()
-        if output_format == "text":  # narrow
-            for row in rows:
-                first, *others = (row.pop("tasks") or "-").split()
-                row |= {"tasks": f"{first} and {len(others)} more" if others else first}
-                del row["needs"]
-        print_table(rows, output_format)
+        narrow = ["metric", "benchmark", "measure", "remark"] if output_format == "text" else ()
+        print_table(listing(), output_format, narrow)
         return
 
     if helm:

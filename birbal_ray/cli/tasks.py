@@ -99,9 +99,8 @@ def validate(path: Path | None, output_format: str) -> None:
 
 @tasks.command("label")
 @tasks_option
-@click.option("--compare", type=click.Path(path_type=Path), help="CSV with name,label to compare with.")
 @format_option
-def label_tasks(path: Path | None, compare: Path | None, output_format: str) -> None:
+def label_tasks(path: Path | None, output_format: str) -> None:
     """Give every task its label, exact_match or generation, and the reason.
 
     The CSV form can be edited and given back as tasks.label_overrides.
@@ -110,7 +109,7 @@ def label_tasks(path: Path | None, compare: Path | None, output_format: str) -> 
     Example:
       birbal tasks label --tasks my-tasks/ --format csv > labels.csv
     """
-    from birbal_ray.ni.catalog import compare_labels, summarise_tasks
+    from birbal_ray.ni.catalog import summarise_tasks
 
     surveyed = summarise_tasks(path)
     rows = [
@@ -118,12 +117,6 @@ def label_tasks(path: Path | None, compare: Path | None, output_format: str) -> 
     ]
     if len(rows) < len(surveyed):
         note(f"{len(surveyed) - len(rows)} files can't be used and have no label; see birbal tasks validate")
-    if compare is not None:
-        num_labelled = len(rows)
-        agreed, rows = compare_labels(rows, compare)
-        left = num_labelled - agreed - len(rows)
-        uncompared = f"; {left} tasks are not in {compare}" if left else ""
-        note(f"{agreed} labels agree, {len(rows)} differ" + (" (listed)" if rows else "") + uncompared)
     print_table(rows, output_format)
 
 

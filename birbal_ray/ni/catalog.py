@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ from typing import Any
 from rapidfuzz import process as fuzzy
 
 from birbal_ray.ni import metrics, prompt, reader
-from birbal_ray.ni.schema import Task, TaskError, read_text, sample_tasks_folder
+from birbal_ray.ni.schema import Task, TaskError, sample_tasks_folder
 
 MMLU, TRANSLATION = "mmlu", "translation"
 FAMILIES = (MMLU, TRANSLATION)
@@ -28,23 +25,13 @@ def selected_names() -> tuple[str, ...]:
 def choose_names(available: Sequence[str], select: str | Sequence[str], path: Path) -> tuple[list[str], list[str]]:
     """(chosen, absent): the names to take, in `available`'s order, and the asked-for ones not there.
 
-    `select` is "all", "selected" (the 462; some may be absent), a file of names (`~/` in it is the user's
-    folder), or a list of names; a name given by hand that isn't there raises TaskError with the nearest one.
+    `select` is "all", "selected" (the 462; some may be absent), a name, or a list of names; a name given by hand that
+    isn't there raises TaskError with the nearest one.
     """
     if select == "all":
         return list(available), []
-    if select == "selected":
-        wanted: Iterable[str] = selected_names()
-    elif isinstance(select, str):
-        file = Path(select).expanduser() if select.startswith("~/") else Path(select)
-        if not file.is_file():
-            raise TaskError(f"{file}: no such file of task names (or use 'all' or 'selected')")
-        lines = [line.strip() for line in read_text(file).splitlines()]
-        # A comment starts a line or follows white space; a name may hold a # itself.
-        names = (line if line in available else re.sub(r"(^|\s)#.*", "", line).strip() for line in lines)
-        wanted = [name for name in names if name]
-    else:
-        wanted = select
+    by_hand = [select] if isinstance(select, str) else select
+    wanted = selected_names() if select == "selected" else by_hand
     present = set(available)
     absent = [name for name in wanted if name not in present]
     if absent and select != "selected":
@@ -151,18 +138,6 @@ def find_faults(path: Path | None) -> tuple[list[dict[str, Any]], int, int]:
         name = f"{reader.printable(file.name)}.json"
         rows += [{"file": name, "kind": kind, "count": count, "finding": finding} for kind, count, finding in found]
     return rows, num_files, num_bad
-
-
-def compare_labels(rows: list[dict[str, Any]], file: Path) -> tuple[int, list[dict[str, Any]]]:
-    """(labels that agree, rows that differ with both labels) over the tasks that both sides have."""
-    try:
-        with io.StringIO(read_text(file), newline="") as handle:
-            others = {row["name"]: row["label"] for row in csv.DictReader(handle)}
-    except (OSError, KeyError) as error:
-        raise TaskError(f"{file}: can't be read as a CSV with the columns name,label ({error!r})") from None
-    common = [row for row in rows if row["name"] in others]
-    differing = [row | {"other label": others[row["name"]]} for row in common if others[row["name"]] != row["label"]]
-    return len(common) - len(differing), differing
 
 
 _SUMMARY_KEYS = ("task", "label", "label reason", "instances", "shots", "category", "selected", "excluded")

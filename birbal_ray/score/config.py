@@ -45,7 +45,7 @@ class TaskSettings(Settings):
         None, description="folder of task files, one .json file, a .tar.gz archive, a URL of one, or sample-tasks"
     )
     select: str | list[str] = Field(
-        "all", description="which tasks: all, selected (the 462 that Birbal scored), a file of names, or a list"
+        "all", description="which tasks: all, selected (the 462 that Birbal scored), a name, or a list of names"
     )
     exclude: list[str] = Field([], description="names left out by hand")
     exclude_families: list[Literal["mmlu", "translation"]] = Field(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -116,18 +115,11 @@ def merged_card(card: str, dtype: str) -> str:
     return f"{head}The adapter is folded into {dtype} weights.\n\n## Use\n\n{load}\n\n## Data\n{data}"
 
 
-def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential moving average, corrected for its start: of n values, the k-th from the end weighs 0.8^k."""
-    sums = list(itertools.accumulate(values, lambda total, value: 0.8 * total + value))
-    return [total * 0.2 / (1 - 0.8**count) for count, total in enumerate(sums, 1)]
-
-
 def plot_losses(axes: Any, steps: Lines, evaluations: Lines, best: tuple[int, float]) -> None:
-    """Train loss, each step and smoothed, and eval loss; `best`: step and eval loss of the best adapter."""
+    """Train and eval loss; `best`: step and eval loss of the best adapter."""
     at, losses = [line["step"] for line in steps], [line["loss"] for line in steps]
     evaluated = [line["step"] for line in evaluations], [line["eval_loss"] for line in evaluations]
-    axes.plot(at, losses, color=MID, linewidth=0.8, alpha=0.6, label="train, each step")
-    axes.plot(at, smoothed(losses), color=INK, linewidth=1.4, label="train, smoothed")
+    axes.plot(at, losses, color=MID, linewidth=0.8, label="train")
     axes.plot(*evaluated, color=EVAL_COLOUR, marker="o", markersize=4, linewidth=1.4, label="eval")
     axes.plot(*best, color=ADAPTER_COLOUR, marker="*", markersize=14, linestyle="none", label="best adapter")
     axes.set_ylabel("loss (nats a token)")

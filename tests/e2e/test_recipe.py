@@ -170,12 +170,11 @@ def test_the_merged_model_answers_as_the_adapter_does(recipe, tmp_path):
     (row,) = json.loads(out)
     assert row["same_tokens_fraction"] == 1.0, row
     (train / "adapter" / "reference.json").unlink()  # its figures are of the adapter as it was trained
-    select = tmp_path / "names.txt"
-    select.write_text("sample001_review_sentiment\nsample005_news_headline\n")
+    select = "tasks.select=[sample001_review_sentiment, sample005_news_headline]"
     contenders = ["--adapter", f"adapter={train}", "--merged", f"merged={tmp_path / 'merged'}"]
     settings = ["--set", "prompt_formats=[zero_shot]", "--set", "serve_adapters=lora", "--device", "cpu"]
     settings += ["--set", "completion.max_completion_tokens=16", "--instances-per-task", "10"]
-    place = ["--tasks", "sample-tasks", "--select", select, "--output", tmp_path / "evaluate"]
+    place = ["--tasks", "sample-tasks", "--set", select, "--output", tmp_path / "evaluate"]
     finish(birbal("evaluate", *place, *contenders, *settings))
     answers = {
         name: {

@@ -272,7 +272,7 @@ def test_what_is_no_run_folder_is_wrong_usage(tmp_path):
         ("absent", "absent: no such folder"),
         ("empty", "empty: no run folder"),
         ("file", "file: no run folder"),
-        ("runs", "there are some in demo"),
+        ("runs", "runs: no run folder"),
     ):
         with pytest.raises(ConfigError, match=reason):
             read_status(tmp_path / run)

@@ -97,9 +97,6 @@ def test_names_of_any_letters_and_signs_are_names(tmp_path):
     for name in names:
         (tmp_path / f"{name}.json").write_text(json.dumps(task_values(1)))
     assert sorted(task.name for _, task in read_tasks(find_task_files(tmp_path))) == sorted(names)
-    listed = tmp_path / "names.txt"
-    listed.write_text("# mine\ntask #1\n#\na=b # kept\nzz#9\n\n", encoding="utf-8")
-    assert catalog.choose_names(["a=b", "task #1", "zz#9"], str(listed), tmp_path)[0] == ["a=b", "task #1", "zz#9"]
 
 
 @pytest.mark.parametrize("prefix", ["", "./", "mine/", "ni/tasks/", "./tasks/"])

@@ -69,24 +69,18 @@ def test_462_selected_names():
     assert not [name for name in names if "mmlu" in name]
 
 
-def test_choose_names(tmp_path, monkeypatch):
+def test_choose_names():
     available = ["task002_quoref_answer_generation", "task900_mine", "task901_other"]
     assert catalog.choose_names(available, "all", Path("x")) == (available, [])
     chosen, absent = catalog.choose_names(available, "selected", Path("x"))
     assert (chosen, len(absent)) == (available[:1], 461)
     assert catalog.choose_names(available, ["task901_other"], Path("x"))[0] == ["task901_other"]
-    file = tmp_path / "names.txt"
-    file.write_text("# mine\ntask900_mine  # kept\n\n")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for given in (str(file), "~/names.txt"):
-        assert catalog.choose_names(available, given, Path("x"))[0] == ["task900_mine"]
+    assert catalog.choose_names(available, "task900_mine", Path("x"))[0] == ["task900_mine"]
 
 
 def test_unknown_name_suggests_the_nearest():
     with pytest.raises(TaskError, match=r"folder: no task 'task900_min' \(nearest: 'task900_mine'\)"):
         catalog.choose_names(["task002_quoref", "task900_mine"], ["task900_min"], Path("folder"))
-    with pytest.raises(TaskError, match="no such file of task names"):
-        catalog.choose_names(["task900_mine"], "chosen-ones.txt", Path("folder"))
 
 
 def test_exclusion_rules():
