@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,33 +46,22 @@ LOG_FOLDER = "logs"
 # fnmatch: * spans folders.
 STANDARD_FILES = (RUN_FILE, PROGRESS_FILE, MANIFEST_FILE, "sessions/*.json", f"{LOG_FOLDER}/*.log")
 
-Identity = Mapping[str, Any]
-
 
 class RunFailedError(RunError):
     """A run broke off; what it finished is kept and the same command continues."""
 
 
 class RunMismatchError(ConfigError):
-    """The folder holds a run made from other settings or inputs; `differences` lists them.
+    """The folder holds a run made from other settings or inputs; `differences` lists them."""
 
-    `asks_less`: they are only what that run was asked for beyond what this command asks for.
-    """
-
-    def __init__(
-        self, folder: object, differences: list[str], advice: str | None = None, *, asks_less: bool = False
-    ) -> None:
-        self.folder, self.differences, self.asks_less = folder, differences, asks_less
-        found = (
-            "a run that was asked for all of this and more" if asks_less else "a run made from other settings or inputs"
-        )
-        goes_on = "repeat the command that asked for more" if asks_less else "restore the old settings"
+    def __init__(self, folder: object, differences: list[str], advice: str | None = None) -> None:
+        self.folder, self.differences = folder, differences
         shown = "\n".join(f"  {line}" for line in differences[:20])
         more = f"\n  and {len(differences) - 20} more" if len(differences) > 20 else ""
         advice = advice or (
-            f"Choose another --output, {goes_on} to continue it, or pass --overwrite, which deletes it."
+            "Choose another --output, restore the old settings to continue it, or pass --overwrite, which deletes it."
         )
-        super().__init__(f"{folder} holds {found}:\n{shown}{more}\n{advice}")
+        super().__init__(f"{folder} holds a run made from other settings or inputs:\n{shown}{more}\n{advice}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +69,11 @@ class Step:
     """What is the same for all runs of a step.
 
     `owns`: patterns (fnmatch; in one with a `/`, `*` spans folders) of the files that it makes, besides STANDARD_FILES.
-    `may_become` says of an old and a new identity whether a run may go on as the new one (`Run.changes`).
     `starts_over`: an unfinished run holds nothing worth keeping; one of another identity is replaced.
     """
 
     name: str
     owns: Sequence[str] = ()
-    may_become: Callable[[Identity, Identity], bool] = lambda old, new: False
     starts_over: bool = False
 
 
@@ -99,8 +86,6 @@ class Run:
     manifest: dict[str, Any] | None = None  # of a complete run whose files are all there: there is nothing to do
     files: dict[str, FileStat] = field(default_factory=dict)  # what the folder held when it was opened, by name
     listed: dict[str, Any] = field(default_factory=dict)  # what a manifest said of them then, complete or not
-    changes: list[str] = field(default_factory=list)  # `key: old → new`, where `may_become` allows another identity
-    _record: Mapping[str, Any] = field(default_factory=dict)  # run.json of the present identity
     _started: float = field(default_factory=time.time)
     _clock_start: float = field(default_factory=time.monotonic)  # a machine's time of day may be set meanwhile
     _earlier_seconds: float = 0.0  # of the sessions before this one
@@ -137,8 +122,6 @@ class Run:
         """Delete the manifest: the run is unfinished again. Call it before the files of a finished run change."""
         self.folder.delete([MANIFEST_FILE])
         self.manifest = None
-        if self.changes:
-            self.folder.write_json(RUN_FILE, self._record)
 
     def finish(
         self, manifest: Mapping[str, Any], files: Mapping[str, FileRecord] | Iterable[str], *, summary: str
@@ -185,7 +168,7 @@ class StepResult:
 def open_run(
     output: str | os.PathLike[str] | Folder,
     step: Step,
-    identity: Identity,
+    identity: Mapping[str, Any],
     *,
     inputs: Sequence[str | os.PathLike[str]] = (),
     overwrite: bool = False,
@@ -193,8 +176,7 @@ def open_run(
     """Hold a folder for a run of `step` made from `identity` while the block runs; the first session, or a later one.
 
     `identity`: everything that decides the output (settings, hashes of inputs, the model's fingerprint), as JSON.
-    `inputs`: the paths and URLs that the step reads. A finished run that goes on as another identity keeps the old one
-    in its records until it is withdrawn.
+    `inputs`: the paths and URLs that the step reads.
 
     With `overwrite`, a finished run or one of another identity is deleted, file by file; an unfinished one of the same
     identity continues, so that a command with --overwrite can be repeated, too. SIGTERM ends the block as Ctrl-C does.
@@ -263,11 +245,9 @@ def _claim(folder: Folder, step: Step, identity: dict[str, Any], *, overwrite: b
     finished, wrong = _read_finished(folder, files)
     listed = dict(found) if isinstance(found := finished.get("files"), dict) else {}
     earlier = _earlier_record(folder, step, finished, overwrite)
-    was = dict(earlier.get("identity", {}))
-    same = earlier.get("format") == FORMAT and (was == identity or _may_become(step, was, identity))
-    differences = identity_differences({"step": step.name, "identity": was}, record)
+    same = earlier.get("format") == FORMAT and earlier.get("identity") == identity
     if same and not (overwrite and MANIFEST_FILE in visible):
-        run = Run(folder, True, finished or None, visible, listed, differences, record)
+        run = Run(folder, True, finished or None, visible, listed)
         folder.delete(leftovers)
         if wrong:
             print(
@@ -276,12 +256,10 @@ def _claim(folder: Folder, step: Step, identity: dict[str, Any], *, overwrite: b
                 file=sys.stderr,
                 flush=True,
             )
-        if wrong or (differences and not finished):
             run.withdraw()
         return run
     if not overwrite and not (step.starts_over and MANIFEST_FILE not in visible):
-        asks_less = earlier.get("format") == FORMAT and _may_become(step, identity, was)
-        raise RunMismatchError(folder, differences, asks_less=asks_less)
+        raise RunMismatchError(folder, identity_differences(earlier, record))
     # A pattern without a `/` means files directly in the run folder. Of those, a finished run's manifest names all.
     patterns = [glob for glob in (*step.owns, *STANDARD_FILES) if "/" in glob or "*" not in glob or not listed]
     ours = {
@@ -300,14 +278,6 @@ def _claim(folder: Folder, step: Step, identity: dict[str, Any], *, overwrite: b
     folder.delete(sorted(ours.union(leftovers) - {MANIFEST_FILE, RUN_FILE}))
     folder.write_json(RUN_FILE, record)
     return Run(folder)
-
-
-def _may_become(step: Step, old: Identity, new: Identity) -> bool:
-    """`step.may_become`; False for an identity that someone edited."""
-    try:
-        return step.may_become(old, new)
-    except (KeyError, TypeError, AttributeError):
-        return False
 
 
 def _is_behind_link(folder: Folder, name: str) -> bool:

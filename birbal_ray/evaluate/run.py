@@ -21,7 +21,7 @@ from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.evaluate.heldout import EvaluatedModel, HeldOut, check_names, find_mixes, held_out, resolve_models
 from birbal_ray.models import Model, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine, counted, figures_key
-from birbal_ray.run import LOG_FOLDER, Run, RunError, Step, StepResult, open_run
+from birbal_ray.run import LOG_FOLDER, Run, RunError, RunMismatchError, Step, StepResult, open_run
 from birbal_ray.schemas import ADAPTER, BASE, COMPARISONS, COMPARISONS_FILE, EVALUATION, EVALUATION_FILE, ROWS_FOLDER
 from birbal_ray.score.adaptive import FixedSchedule
 from birbal_ray.score.config import CPU_SHARD_ROWS, ScoreConfig
@@ -37,21 +37,7 @@ from birbal_ray.statistics import MIN_TASKS, detectable_difference
 from birbal_ray.storage import FileRecord, Folder, is_url, make_cache_folder
 
 OWNS = ("rows/*.parquet", "inputs/*", "tasks.parquet", "quarantine.jsonl", EVALUATION_FILE, COMPARISONS_FILE)
-
-
-def only_adds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether a new identity has further models or prompt formats, and asks the earlier ones as before.
-
-    The primary comparison stays the same. Rows are found by their model's name: a model that was left out could come
-    back as another under the same name.
-    """
-    models = {name: new["models"].get(name) for name in old["models"]}
-    formats = [one for one in new["prompt_formats"] if one in old["prompt_formats"]]
-    named = new["primary"] if len(models) == 1 else old["primary"]  # of the base model alone nothing was compared
-    return {**new, "models": models, "prompt_formats": formats} == {**old, "primary": named}
-
-
-STEP = Step("evaluate", OWNS, only_adds)
+STEP = Step("evaluate", OWNS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +73,15 @@ class Setup:
         return [shared, *([one] for one in self.models if one not in shared)]
 
     def variants(self, one: EvaluatedModel) -> list[PromptVariant]:
-        """How a model is asked."""
+        """How a model is asked. The folder of its rows says which weights answered."""
         adapter = one.name if one.kind == ADAPTER and self.lora else ""
-        return [PromptVariant(one.name, how, adapter) for how in self.config.prompt_formats]
+        folder = f"{one.name}-{one.fingerprint[:12]}"
+        return [PromptVariant(folder, how, adapter) for how in self.config.prompt_formats]
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """`{model}/{prompt format}` → what its weights are."""
+        return {f"{one.name}/{how}": one.fingerprint for one in self.models for how in self.config.prompt_formats}
 
     @property
     def inputs(self) -> list[str]:
@@ -124,11 +116,15 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
     identity = identify_evaluation(setup, plan)
     with open_run(config.output or "", STEP, identity, inputs=setup.inputs, overwrite=overwrite) as run:
         if run.manifest:
-            result = _read(run)
-            if not run.changes:
+            before, asked = run.manifest["asked"], setup.asked
+            lost = [key for key in before if asked.get(key) != before[key]]  # a result that is known stays in the table
+            if lost:
+                lines = [f"models.{key}: {before[key]} → {asked.get(key, '(none)')}" for key in lost]
+                raise RunMismatchError(run.folder, lines)
+            if before == asked:
                 progress.message(f"{run.folder} is up to date; nothing to do")
-                return result
-            run.withdraw()
+                return _read(run)
+            run.withdraw()  # only what is asked beyond it costs anything
         everything = is_url(config.tasks.path) or not run.folder.is_local
         plan = publish_inputs(plan, run.folder, everything=everything)
         write_plan(run.folder, plan)
@@ -193,14 +189,12 @@ def describe_evaluation(setup: Setup, plan: ScorePlan, progress: ProgressLine) -
 
 
 def identify_evaluation(setup: Setup, plan: ScorePlan) -> dict[str, Any]:
-    """Everything that decides the rows and what is compared."""
+    """Everything that decides the rows; `Setup.asked` says whose they are."""
     identity = identity_of(setup.scoring, setup.model.fingerprint)
     identity["plan"] = plan_hash(setup.scoring, plan)
     identity["tasks"] = {task.name: task.sha256 for task in plan.tasks}
     identity["adapters_served_as"] = "lora" if setup.lora else "merged"
-    identity["prompt_formats"] = sorted(setup.config.prompt_formats)
     identity["primary"] = setup.primary()  # named before its result is known
-    identity["models"] = {one.name: f"{one.kind} {one.fingerprint}" for one in setup.models}
     identity["excluded"] = canonical_hash(sorted(setup.held_out.keys))
     return identity
 
@@ -295,6 +289,7 @@ def _finish(setup: Setup, plan: ScorePlan, run: Run) -> EvaluateResult:
             "seed": setup.config.seed,
             "model": {"name": setup.config.model.name, "revision": setup.model.revision},
             "models": [asdict(one) for one in setup.models],
+            "asked": setup.asked,
             "mix": " and ".join(setup.mixes) or None,
             "rows": {**rows, "left_out": sum(task.num_excluded for task in plan.tasks)},
             "tokens": {"prompt": prompt, "cached": cached, "cached_fraction": cached / prompt if prompt else None},

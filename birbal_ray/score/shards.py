@@ -25,7 +25,10 @@ PREFILL_WORK = 16
 
 @dataclass(frozen=True, slots=True)
 class PromptVariant:
-    """One way to ask a task's instances. `model` is empty in a score run; `adapter`: of the engine, or none."""
+    """One way to ask a task's instances.
+
+    `model`: the folder of its rows, none in a score run. `adapter`: of the engine, or none.
+    """
 
     model: str = ""
     prompt_format: str = FEW_SHOT  # zero_shot: the training text

@@ -106,7 +106,7 @@ def test_held_out_rows_are_none_of_the_mix(recipe):
     candidates = set(pq.read_table(run / "mix" / "audit.parquet")["row_id"].to_pylist())
     for contender in ("base", "adapter"):
         for prompt_format in ("zero_shot", "few_shot"):
-            folder = run / "evaluate" / "rows" / contender / prompt_format
+            (folder,) = (run / "evaluate" / "rows").glob(f"{contender}-*/{prompt_format}")
             rows = pads.dataset(folder, format="parquet").to_table().to_pylist()
             assert len(rows) == len({row["row_id"] for row in rows}) == 8 * NUM_ASKED
             assert not [row for row in rows if row["error"] or row["row_id"] in candidates]
@@ -177,11 +177,10 @@ def test_the_merged_model_answers_as_the_adapter_does(recipe, tmp_path):
     place = ["--tasks", "sample-tasks", "--set", select, "--output", tmp_path / "evaluate"]
     finish(birbal("evaluate", *place, *contenders, *settings))
     answers = {
-        name: {
-            row["row_id"]: row["prediction"]
-            for row in pads.dataset(tmp_path / "evaluate" / "rows" / name, format="parquet").to_table().to_pylist()
+        folder.name.partition("-")[0]: {
+            row["row_id"]: row["prediction"] for row in pads.dataset(folder, format="parquet").to_table().to_pylist()
         }
-        for name in ("base", "adapter", "merged")
+        for folder in (tmp_path / "evaluate" / "rows").iterdir()
     }
     assert len(answers["adapter"]) == 20
     assert answers["adapter"].keys() == answers["merged"].keys() == answers["base"].keys()

@@ -1,6 +1,7 @@
 """Evaluation on Ray with the simulated engine: what is asked, of whom, and that a killed run goes on."""
 
 import json
+import re
 import time
 
 import pyarrow.parquet as pq
@@ -54,9 +55,13 @@ def arguments(root, output, *more):
 
 
 def rows_of(run):
-    """File → its rows, without what the cache happened to hold when they were asked."""
+    """{model}/{prompt format}/{task}/{file} → rows, without what the cache happened to hold when they were asked."""
     return {
-        str(file.relative_to(run / "rows")): pq.read_table(file).drop_columns("num_cached_tokens").to_pylist()
+        re.sub("-(simulated|[0-9a-f]{12})/", "/", file.relative_to(run / "rows").as_posix(), count=1): pq.read_table(
+            file
+        )
+        .drop_columns("num_cached_tokens")
+        .to_pylist()
         for file in sorted((run / "rows").rglob("[!.]*.parquet"))
     }
 
@@ -131,5 +136,5 @@ def test_killed_and_called_again_it_has_the_same_rows(birbal, finish, evaluated,
 def test_another_adapter_is_another_run(finish, evaluated, setting):
     write_tensors(setting / "adapter" / "adapter_model.safetensors", {"a.lora_A.weight": [1, 1]}, value=1)
     _, err = finish(*arguments(setting, evaluated[0]), code=2)
-    assert "models.mine" in err
+    assert "models.mine/zero_shot: " in err
     assert "--overwrite" in err

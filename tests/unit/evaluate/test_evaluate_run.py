@@ -49,7 +49,7 @@ def finish(config):
             EVALUATION_FILE: run.folder.write_parquet(EVALUATION_FILE, EVALUATION.empty_table()),
             COMPARISONS_FILE: run.folder.write_parquet(COMPARISONS_FILE, pa.Table.from_pylist(rows, COMPARISONS)),
         }
-        run.finish({}, files, summary="")
+        run.finish({"asked": setup.asked}, files, summary="")
 
 
 def test_the_primary_comparison_can_not_be_chosen_when_its_result_is_known(config, capsys):
@@ -135,27 +135,40 @@ def second(config, tmp_path, value=1):
 
 def test_a_further_adapter_or_prompt_format_keeps_the_rows_that_are_there(config, asked, tmp_path):
     fewer = config.replace({"prompt_formats": ["zero_shot"]})
-    finish(fewer)
-    for wider in (second(fewer, tmp_path), second(config, tmp_path)):
-        assert asked(wider) == ["base", "mine", "other"]
-        assert not (tmp_path / "run" / "manifest.json").exists()
-        assert json.loads((tmp_path / "run" / "run.json").read_text())["identity"]["models"].keys() >= {"other"}
-    for less in (config, fewer, fewer.replace({"adapters": []})):
-        with pytest.raises(
-            RunMismatchError, match=r"(?s)asked for all of this and more:\n  models.*repeat the command"
-        ) as caught:
-            asked(less)
-        assert caught.value.asks_less and "models.other: adapter " in str(caught.value)
-    with pytest.raises(RunMismatchError, match=r"(?s)made from other settings.* models.other: .*restore") as caught:
-        asked(second(config, tmp_path, value=2))
-    assert not caught.value.asks_less
-    with pytest.raises(ConfigError, match=r"plan: "):
-        asked(second(config, tmp_path).replace({"tasks.instances_per_task": 1}))
+    for wider in (second(fewer, tmp_path), config, second(config, tmp_path)):
+        finish(fewer)
+        row = tmp_path / "run" / "rows" / "kept.parquet"
+        row.parent.mkdir(exist_ok=True)
+        row.write_bytes(b"rows")
+        kept = (tmp_path / "run" / "run.json").read_bytes()
+        assert asked(wider) == ["base", "mine", "other"][: len(wider.adapters) + 1]
+        assert not (tmp_path / "run" / "manifest.json").exists(), "it is unfinished until these are asked, too"
+        assert row.exists() and (tmp_path / "run" / "run.json").read_bytes() == kept
 
 
-def test_an_adapter_after_the_base_model_alone_names_the_primary_comparison(config, asked):
-    finish(config.replace({"adapters": []}))
-    assert asked(config) == ["base", "mine"]
+def test_a_result_that_is_known_stays_among_the_compared(config, asked, tmp_path):
+    """Without it the others' p-values would be adjusted for fewer comparisons."""
+    finish(second(config, tmp_path))
+    before = (tmp_path / "run" / "manifest.json").read_bytes()
+    for changes, value, line in (
+        ({"adapters": config.adapters}, 1, r"models.other/zero_shot: [0-9a-f]+ → \(none\)"),
+        ({"prompt_formats": ["zero_shot"]}, 1, r"models.mine/few_shot: [0-9a-f]+ → \(none\)"),
+        ({"tasks.instances_per_task": 1}, 1, r"plan: "),
+        ({}, 2, r"models.other/few_shot: [0-9a-f]+ → [0-9a-f]+\n"),
+    ):
+        with pytest.raises(RunMismatchError, match=line):
+            asked(second(config, tmp_path, value).replace(changes))
+    assert (tmp_path / "run" / "manifest.json").read_bytes() == before
+
+
+def test_rows_lie_where_their_model_s_weights_are_named(config, tmp_path):
+    """A name that is given to another adapter finds no rows of the one before."""
+    folders = []
+    for value in (1, 2):
+        *_, other = (setup := step.prepare_evaluation(second(config, tmp_path, value))).models
+        folders += [variant.folder for variant in setup.variants(other)]
+        assert folders[-1] == f"other-{other.fingerprint[:12]}/few_shot/"
+    assert len(set(folders)) == 4
 
 
 def test_an_adapter_in_front_would_be_another_primary_comparison(config, asked, tmp_path):
