@@ -183,12 +183,7 @@ class Decisions:
     def drop_repeats(self, near: NearDuplicates | None) -> None:
         """All but the first row, in the mix's order, of each key."""
         alive = self._alive()
-        # Few rows repeat: sort all by key alone, and only those fully.
-        alive = alive[np.argsort(self.rows.key[alive], kind="stable")]
-        same = np.diff(self.rows.key[alive]) == 0
-        shared = alive[np.r_[same, False] | np.r_[False, same]] if len(alive) else alive
-        keys = self.rows.key[shared]
-        order = shared[np.lexsort((self.rows.row_hash[shared], self.rows.shuffle_hash[shared], keys))]
+        order = alive[np.lexsort((self.rows.shuffle_hash[alive], self.rows.key[alive]))]
         keys = self.rows.key[order]
         first = order[np.searchsorted(keys, keys)]  # of the rows with the same key
         repeats = first != order
@@ -196,7 +191,7 @@ class Decisions:
         self.duplicate_of[order[repeats]] = first[repeats]
         if near is not None:
             alive = self._alive()
-            found = near(alive[np.lexsort((self.rows.row_hash[alive], self.rows.shuffle_hash[alive]))])
+            found = near(alive[np.argsort(self.rows.shuffle_hash[alive], kind="stable")])
             for row, other in found.items():
                 self.reason[row], self.duplicate_of[row] = Reason.NEAR_DUPLICATE, other
 
@@ -278,7 +273,7 @@ class Decisions:
         is_validation = self.reason == Reason.VALIDATION
         place = np.where(is_validation, self.rows.key, self.rows.shuffle_hash)  # whatever the seed, the same order
         part = np.where(self.reason == Reason.KEPT, 0, np.where(is_validation, 1, 2)).astype(np.uint8)
-        order = np.lexsort((self.rows.row_hash, place, part))
+        order = np.lexsort((place, part))
         self.rank = np.empty(len(order), np.int64)
         self.rank[order] = np.arange(len(order))
         self.num_kept, self.num_validation, _ = np.bincount(part, minlength=3).tolist()
@@ -316,7 +311,7 @@ class Decisions:
     ) -> NDArray[np.int64]:
         """The rows past the first `limits[cell]` of their cell, `is_later` rows last, else in hash order."""
         last = np.zeros(len(rows), bool) if is_later is None else is_later
-        order = np.lexsort((self.rows.shuffle_hash[rows], self.rows.row_hash[rows], last, cell))
+        order = np.lexsort((self.rows.row_hash[rows], last, cell))
         cells = cell[order]
         place = np.arange(len(order)) - np.searchsorted(cells, cells, side="left")
         beyond: NDArray[np.int64] = rows[order[place >= limits[cells]]]
