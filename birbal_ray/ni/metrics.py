@@ -177,8 +177,7 @@ def label_task(task: Task, overrides: dict[str, Label] | None = None) -> Label:
 
 def default_overrides() -> dict[str, Label]:
     """The overrides that come with the package."""
-    with resources.as_file(resources.files("birbal_ray.ni") / "data" / "label_overrides.csv") as file:
-        return read_overrides(file)
+    return read_overrides(Path(str(resources.files("birbal_ray.ni"))) / "data" / "label_overrides.csv")
 
 
 def read_overrides(file: Path) -> dict[str, Label]:

@@ -19,10 +19,10 @@ BASE_MODEL = "base_model"
 
 
 class Range(Settings):
-    """A number to be found between two others."""
+    """A number to be found between two others: of gamma, as far as it goes."""
 
-    low: float
-    high: float
+    low: float = Field(ge=0, le=16)
+    high: float = Field(ge=0, le=16)
 
     @model_validator(mode="after")
     def _ordered(self) -> Range:
@@ -38,17 +38,10 @@ class Fraction(Range):
     high: float = Field(ge=0, le=1)
 
 
-class Gamma(Range):
-    """A range of gamma."""
-
-    low: float = Field(ge=0, le=16)
-    high: float = Field(ge=0, le=16)
-
-
 class SearchSettings(Settings):
     """Which ratios are searched; what is left out keeps the value it has under `mix`."""
 
-    gamma: Gamma | None = Field(Gamma(low=0, high=4), description="task_score.gamma")
+    gamma: Range | None = Field(Range(low=0, high=4), description="task_score.gamma")
     exact_match_fraction: Fraction | None = Field(
         Fraction(low=0.1, high=0.9), description="exact-match rows / all rows from tasks"
     )
