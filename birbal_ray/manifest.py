@@ -1,4 +1,4 @@
-"""What a finished run says of itself: its manifest, the text of its page and cards, which code made it."""
+"""What a finished run says of itself: its manifest, the text of its page and cards."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import functools
 import importlib.metadata
 import os
-import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,20 +149,6 @@ def package_versions(names: tuple[str, ...] = VERSIONED_PACKAGES) -> Mapping[str
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions
-
-
-@functools.cache
-def code_version() -> Mapping[str, Any]:
-    """Git commit of the checkout this code runs from (None outside one), and whether it was edited; asked once."""
-    here = Path(__file__).resolve().parent.parent
-    command = ["git", "-C", str(here), "status", "--porcelain=v2", "--branch", "--", "birbal_ray"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        if (here / ".git").exists():
-            lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-            edited = any(not line.startswith("#") for line in lines)
-            commit = lines[0].removeprefix("# branch.oid ")
-            return {"commit": None if commit == "(initial)" else commit, "edited": edited}
-    return {"commit": None, "edited": None}
 
 
 def fill_template(file: Path, values: Mapping[str, Any], **filters: Callable[..., Any]) -> str:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray.lock import LOCK_RECORD, hold_lock
-from birbal_ray.manifest import FORMAT, code_version, command_of, identity_differences, package_versions, wrong_files
+from birbal_ray.manifest import FORMAT, command_of, identity_differences, package_versions, wrong_files
 from birbal_ray.schemas import MANIFEST_FILE, PROGRESS_FILE, RUN_FILE
 from birbal_ray.settings import ConfigError, canonical_hash, one_line
 from birbal_ray.storage import (
@@ -138,7 +138,6 @@ class Run:
             **manifest,
             "summary": summary,
             "files": {name: FileRecord(*records[name])._asdict() for name in sorted(records)},
-            "code": dict(code_version()),
             "packages": dict(package_versions()),
             "python": platform.python_version(),
         }
