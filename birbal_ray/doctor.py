@@ -62,12 +62,6 @@ def examine(model: str, output: str, recipe: PipelineConfig | None = None) -> li
     `recipe`: whose cards, outside datasets and room for weights and checkpoints to look for.
     """
     usable, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory().total
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
-    flags = next((line.split() for line in text.splitlines() if line.startswith(("flags", "Features"))), [])
-    vector = next((name for name in ("avx512f", "avx2", "asimd") if name in flags), None)
     # A training run at a URL works in the cache of this machine.
     place = cache_folder().resolve() if is_url(output) else open_folder(output).local
     folder = next(path for path in (place, *place.parents) if path.exists())
@@ -77,11 +71,7 @@ def examine(model: str, output: str, recipe: PipelineConfig | None = None) -> li
     return [
         Check("python", platform.python_version()),  # the package installs on no other than those that work
         *_packages(versions),
-        Check(
-            "cpus",
-            f"{usable} usable, {vector}" if vector else f"{usable}, no AVX2",
-            "" if vector else "vLLM's CPU build needs AVX2 (or Arm's NEON); a GPU works",
-        ),
+        Check("cpus", f"{usable} usable"),
         Check(
             "memory",
             f"{memory / 2**30:.1f} GiB",
