@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from birbal_ray.schemas import MANIFEST_FILE, PROGRESS_FILE, RUN_FILE
-from birbal_ray.settings import ConfigError, flatten, format_value, one_line
+from birbal_ray.settings import ConfigError, flatten, format_value
 from birbal_ray.storage import DamagedFileError, FileStat, Folder, RunError, open_folder
 
 FORMAT = 2  # of run.json and manifest.json
@@ -76,12 +76,11 @@ class StepFolder:
     record: Mapping[str, Any]  # run.json
     progress: Mapping[str, Any]
     manifest: Mapping[str, Any]
-    damage: str  # why run.json or manifest.json can't be read
 
     @property
     def step(self) -> str:
-        """? where no record names it."""
-        return str((self.record or self.manifest).get("step", "?"))
+        """Its name."""
+        return str((self.record or self.manifest)["step"])
 
 
 def find_steps(folder: Folder) -> list[StepFolder]:
@@ -94,21 +93,20 @@ def find_steps(folder: Folder) -> list[StepFolder]:
 
 
 def read_step(folder: Folder, name: str = ".") -> StepFolder | None:
-    """The step in a folder; None when it is none of ours (other tools call files manifest.json, too)."""
+    """The step in a folder; None when it is none of ours (other tools call files manifest.json, too).
+
+    Raises DamagedFileError for a run.json or manifest.json that is no JSON.
+    """
     records: dict[str, Mapping[str, Any]] = {}
-    damage = ""
     for file in (RUN_FILE, PROGRESS_FILE, MANIFEST_FILE):
         records[file] = {}
-        try:
+        # It may be half written: another one comes soon.
+        with contextlib.suppress(FileNotFoundError, *([DamagedFileError] if file == PROGRESS_FILE else [])):
             content = folder.read_json(file)
             if isinstance(content, dict) and (file == PROGRESS_FILE or isinstance(content.get("step"), str)):
                 records[file] = content
-        except FileNotFoundError:
-            pass
-        except DamagedFileError as error:
-            damage = damage or ("" if file == PROGRESS_FILE else one_line(error))
-    found = StepFolder(name, folder, records[RUN_FILE], records[PROGRESS_FILE], records[MANIFEST_FILE], damage)
-    return found if found.record or found.manifest or damage else None
+    found = StepFolder(name, folder, records[RUN_FILE], records[PROGRESS_FILE], records[MANIFEST_FILE])
+    return found if found.record or found.manifest else None
 
 
 def check_input(folder: Folder, manifest: Mapping[str, Any], names: Iterable[str]) -> None:

@@ -16,7 +16,7 @@ from birbal_ray.run import LOG_FOLDER, MANIFEST_FILE, RUN_FILE
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import Folder, open_folder
 
-DONE, RUNNING, STOPPED, NOT_STARTED, DAMAGED = "done", "running", "stopped", "not started", "damaged"
+DONE, RUNNING, STOPPED, NOT_STARTED = "done", "running", "stopped", "not started"
 CHAIN = ("score", "tune", "mix", "train", "evaluate")  # each reads what an earlier one wrote
 OPTIONAL = ("tune",)
 REPORT, REPORT_FILE = "report", "report.html"
@@ -27,9 +27,9 @@ SILENT_SECONDS = 20 * 60.0  # a score run gives itself up after so long without 
 class Row:
     """One step's folder. `done` of `planned`: rows, optimizer steps or trials; None where nothing is counted."""
 
-    step: str  # ? where its run.json can't be read
+    step: str
     folder: str  # path or URL
-    state: str  # done | running | stopped | not started | damaged
+    state: str  # done | running | stopped | not started
     detail: str = ""  # the state in more words
     done: int | None = None
     planned: int | None = None
@@ -43,8 +43,8 @@ def read_status(run: str | os.PathLike[str], now: float | None = None) -> list[R
     """The steps in the folders of `run`, or the one whose folder `run` is: in the order they run, then by name.
 
     A folder of steps also gets rows of what has not started after the last one. Only reads a few small files of each
-    and never waits: a run that works there or starts just then is not disturbed. Damaged records become rows that say
-    so. Raises ConfigError when `run` holds no run.
+    and never waits: a run that works there or starts just then is not disturbed. Raises ConfigError when `run` holds
+    no run, RunError for a damaged record.
     """
     now = time.time() if now is None else now
     folder = open_folder(run)
@@ -85,7 +85,7 @@ def describe_times(times: Times) -> str:
 def _row(found: StepFolder, now: float) -> Row:
     folder, seen = found.folder, found.progress
     done, planned = (value if isinstance(value := seen.get(key), int) else None for key in ("done", "total"))
-    if found.manifest and not found.damage:
+    if found.manifest:
         written = folder.stat(MANIFEST_FILE)
         wall = _number(found.manifest, "wall_seconds")
         summary = str(found.manifest.get("summary", ""))
@@ -93,8 +93,6 @@ def _row(found: StepFolder, now: float) -> Row:
     started, lock = folder.stat(RUN_FILE), folder.stat(LOCK_RECORD)
     updated = _number(seen, "updated_at") or 0.0
     touched = max(updated, started.modified if started else 0.0) or None
-    if found.damage:
-        return Row(found.step, folder.place, DAMAGED, progress=found.damage, touched=touched)
     # At a URL its holder renews the lock.
     state, detail = _state(folder, now - max(touched or 0.0, lock.modified if lock else 0.0))
     text = str(seen.get("text", ""))
@@ -120,12 +118,10 @@ def _state(folder: Folder, silent_seconds: float) -> tuple[str, str]:
 def _with_next(row: Row, found: StepFolder, home: Folder, last: str | None) -> Row:
     # A pipeline's log lies beside its steps; their settings are in its command.
     piped = row.folder == home.at(row.step) and home.is_file(f"{LOG_FOLDER}/ray.log")
-    maker = "birbal demo or birbal pipeline" if piped else command_of(row.step).removesuffix(" ?")
+    maker = "birbal demo or birbal pipeline" if piped else command_of(row.step)
     again = f"run the same {maker} command again"
     text = ""
-    if row.state == DAMAGED:
-        text = again if found.record else f"{again}, with --overwrite"
-    elif row.state == STOPPED:
+    if row.state == STOPPED:
         text = again
     elif row.state == DONE and row.step == last:
         report = home.stat(REPORT_FILE) if row.step == "evaluate" else None

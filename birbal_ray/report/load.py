@@ -48,45 +48,31 @@ class Found:
 def find_finished(run: Folder) -> Found:
     """Find the steps in the folders of `run` by their manifests; or `run` itself, when it is a step's folder.
 
-    Where several folders hold the same one of STEPS, the one that bears its name counts. Raises RunError (only
-    unfinished steps, a damaged record, a run of an earlier version), ConfigError (none at all; several, none of that
-    name).
+    One of STEPS counts where its folder bears its name. Raises RunError (only unfinished steps, a damaged record, a run
+    of an earlier version), ConfigError (none at all).
     """
-    found: dict[str, list[StepFolder]] = {}
-    started = set()
-    for one in find_steps(run):
-        if one.damage:
-            raise RunError(one.damage)
-        if one.manifest:
-            if one.step in STEPS and one.manifest.get("format") != FORMAT:
-                raise RunError(
-                    f"{one.folder}: another version of birbal_ray made this run, and this one can't report it; "
-                    f"install that version, or run `{command_of(one.step)}` again with another --output"
-                )
-            found.setdefault(one.step, []).append(one)
-        else:
-            started.add(one.step)
-    if not found:
+    found = sorted(find_steps(run), key=lambda one: one.step)
+    ours = [one for one in found if one.step in STEPS and one.name in (one.step, ".")]
+    finished = {step: one for step in STEPS for one in ours if one.step == step and one.manifest}
+    others = tuple(one for one in found if one.step not in STEPS and one.manifest)
+    started = {one.step for one in found if not one.manifest}
+    for one in finished.values():
+        if one.manifest.get("format") != FORMAT:
+            raise RunError(
+                f"{one.folder}: another version of birbal_ray made this run, and this one can't report it; "
+                f"install that version, or run `{command_of(one.step)}` again with another --output"
+            )
+    if not finished and not others:
         unfinished = f" (started, not finished: {', '.join(sorted(started))})" if started else ""
         is_there = not run.is_local or run.local.is_dir()
         raise (RunError if started else ConfigError)(
             f"{run}: {'no finished step in it' if is_there else 'no such folder'}{unfinished}; expected folders like "
             f"{', '.join(STEPS)}, each with a {MANIFEST_FILE}, as `birbal demo --output {run}` makes them"
         )
-    finished: dict[str, StepFolder] = {}
-    for step in STEPS:
-        runs = found.pop(step, [])
-        named = [one for one in runs if one.name in (step, ".")] or runs
-        if len(runs) > 1 and named == runs:
-            several = ", ".join(one.name for one in runs)
-            raise ConfigError(
-                f"{run}: {len(runs)} finished {step} runs ({several}); call the one to report on {run.at(step)}"
-            )
-        finished |= {step: named[0]} if named else {}
     return Found(
         name=run.place.rpartition("/")[2] or "run",
         finished=finished,
-        others=tuple(one for step in sorted(found) for one in found[step]),
+        others=others,
         missing={step: "not finished" if step in started else "not run" for step in STEPS if step not in finished},
     )
 
