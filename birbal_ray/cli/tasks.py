@@ -221,7 +221,7 @@ def _read_source(
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(source, subset, split=split or "train", revision=revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
         reason = one_line(error)[:200]
         raise TaskError(f"{source}: no such file, and not a dataset that the Hub gives ({reason})") from None
     for column, feature in rows.features.items():

@@ -157,7 +157,7 @@ HUB_DATASETS: dict[str, HubDataset] = {
     ),
     "quac": HubDataset(
         "allenai/quac",
-        "f0afadd",
+        "f0afadd97c1b0234ed5dc589b2259b9c2efa1743",  # a pull request's; main has a loading script only
         "plain_text/train-*.parquet",
         "MIT",
         # context, section_title: str; questions: list[str]; orig_answers: {texts: list[str], answer_starts: list[int]},

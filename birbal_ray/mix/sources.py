@@ -6,7 +6,6 @@ import codecs
 import io
 import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from birbal_ray.mix.datasets import HUB_DATASETS, Record, Row
 from birbal_ray.mix.features import hash_all
 from birbal_ray.schemas import OUTSIDE_ROWS
 from birbal_ray.settings import ConfigError, nearest, one_line
-from birbal_ray.storage import Folder, absolute, open_folder
+from birbal_ray.storage import Folder, absolute, absolute_link, open_folder
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -53,7 +52,7 @@ def origin_of(source: SourceSettings) -> Origin:
     if source.path is not None:
         if not source.path.endswith(SUFFIXES):
             raise ConfigError(f"source {source.name}: {source.path}: expected {', '.join(SUFFIXES)}")
-        place = absolute(source.path)
+        place = absolute_link(source.path)
         return Origin(source.name, place, f"sha256:{sha256_of_file(place, f'source {source.name}')}", license)
     assert known is not None  # by SourceSettings
     revision = _commit_of(source.name, known.repository, source.revision or known.revision)
@@ -62,8 +61,9 @@ def origin_of(source: SourceSettings) -> Origin:
 
 def absolute_paths(config: MixConfig) -> MixConfig:
     """The settings with the paths of outside files as they are called from any folder."""
-    sources = [one.replace({"path": absolute(one.path)}) if one.path else one for one in config.sources]
-    return config.replace({"sources": sources, "contamination.files": list(map(absolute, config.contamination.files))})
+    sources = [one.replace({"path": absolute_link(one.path)}) if one.path else one for one in config.sources]
+    files = list(map(absolute_link, config.contamination.files))
+    return config.replace({"sources": sources, "contamination.files": files})
 
 
 def source_problem(source: SourceSettings) -> str:
@@ -176,15 +176,7 @@ def _hub_files(name: str, origin: Origin, *, local_files_only: bool = False) -> 
 
 
 def _commit_of(name: str, repository: str, revision: str) -> str:
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
     with _hub(name, repository) as hub:
-        if re.fullmatch("[0-9a-f]{7,39}", revision):  # downloads take full hashes only
-            cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="dataset")
-            commits = [one.name for one in cache.glob(f"snapshots/{revision}*")]
-            commits = commits or [one.commit_id for one in hub.list_repo_commits(repository, repo_type="dataset")]
-            revision = next((one for one in commits if one.startswith(revision)), revision)
         return str(hub.resolve_revision(repository, repo_type="dataset", revision=revision).resolved)
 
 
@@ -201,7 +193,7 @@ def _hub(name: str, repository: str) -> Iterator[HfApi]:
             f"source {name}: {repository} is gated: accept its terms at https://huggingface.co/datasets/{repository} "
             "and set HF_TOKEN, or leave it out of mix.sources"
         ) from None
-    except (OSError, HTTPError, RevisionResolutionError) as error:
+    except (OSError, HTTPError, RevisionResolutionError, RuntimeError) as error:  # the last: of hf_xet, which downloads
         detail = (one_line(error) or type(error).__name__)[:160]
         raise ConfigError(
             f"source {name}: {repository} can't be had from the Hub ({detail}); a gated dataset needs HF_TOKEN; "

@@ -17,7 +17,7 @@ from birbal_ray.models import Model, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine, counted, duration, figures_key, save_figures
 from birbal_ray.run import Run, RunError, RunFailedError, Step, StepResult, open_run
 from birbal_ray.settings import ConfigError, require
-from birbal_ray.storage import Folder, absolute
+from birbal_ray.storage import Folder, absolute, absolute_link
 from birbal_ray.train.config import TrainResources
 from birbal_ray.tune.config import TuneConfig, changed_mix, file_group, num_rows
 from birbal_ray.tune.records import TRIALS_FOLDER, mix_yaml, read_results, table_of, trial_file, write_spec
@@ -154,7 +154,8 @@ def resolve_config(config: TuneConfig) -> tuple[TuneConfig, ScoreFolder, Model]:
     pinned = config.train.model.replace(pin_model(model))
     changes = {"scores": path, "train.resources": train_resources, "train.model": pinned}
     # Tune runs a trial in a folder of its own.
-    changes |= {"mix": absolute_paths(config.mix), "validation.files": list(map(absolute, config.validation.files))}
+    changes["validation.files"] = list(map(absolute_link, config.validation.files))
+    changes["mix"] = absolute_paths(config.mix)
     if config.train.lora.from_adapter:
         changes["train.lora.from_adapter"] = absolute(config.train.lora.from_adapter)
     return config.replace(changes), scores, model

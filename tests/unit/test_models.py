@@ -145,15 +145,19 @@ def test_records_of_a_merge_are_no_part_of_the_model(complete):
     assert models.resolve_model(str(complete)).fingerprint != before
 
 
-def test_a_download_that_breaks_off_is_said_in_one_line(monkeypatch):
+@pytest.mark.parametrize("kind", ["HTTPError", "RuntimeError", "TimeoutError"])  # RuntimeError: hf_xet's
+def test_a_download_that_breaks_off_is_said_in_one_line(monkeypatch, kind):
+    import builtins
+
     import huggingface_hub
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub import errors
 
     def broken(*arguments, **options):
-        raise HTTPError("the server closed the connection")
+        raise (getattr(errors, kind, None) or getattr(builtins, kind))("the server closed the connection")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
-    with pytest.raises(models.ModelError, match=r"model 'owner/name': .* \(HTTPError\); check the network"):
+    text = rf"model 'owner/name': .* \({kind}: the server closed the connection\); check the network"
+    with pytest.raises(models.ModelError, match=text):
         models.resolve_model("owner/name")
 
 
@@ -162,7 +166,8 @@ def test_weights_are_not_downloaded_twice(complete, monkeypatch):
     from huggingface_hub.utils import filter_repo_objects
 
     weights = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    there = ["README.md", "config.json", "consolidated.safetensors", "tokenizer.json", *weights]
+    again = ["consolidated.safetensors", "original/model.safetensors"]
+    there = ["README.md", "config.json", "merges.txt", "tokenizer.json", *weights, *again]
     taken = []
 
     def download(name, *, revision, **patterns):
@@ -172,4 +177,5 @@ def test_weights_are_not_downloaded_twice(complete, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     models.resolve_model("owner/name")
     models.resolve_model("owner/name", weights=False)
-    assert taken == [["config.json", "tokenizer.json", *weights], ["config.json", "tokenizer.json"]]
+    others = ["config.json", "merges.txt", "tokenizer.json"]
+    assert taken == [[*others, *weights], others]

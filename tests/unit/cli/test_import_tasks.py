@@ -163,6 +163,7 @@ def test_the_examples_of_the_help_make_tasks(tmp_path, monkeypatch):
         (["{table}", *COLUMNS[:4], "--definition", " "], "data.json: 'Definition' is empty"),
         (["{empty}", *COLUMNS], "empty.csv: the file is empty"),
         (["{folder}", *COLUMNS], ": no such file, and not a dataset that the Hub gives"),
+        (["{script}", *COLUMNS], "gives (Dataset scripts are no longer supported"),
         (["{table}", *COLUMNS, "--folder", "{table}"], "data.csv: expected a folder, but it, or a part of this path"),
         (["{table}", *COLUMNS, "--folder", "{table}/x"], "data.csv/x: expected a folder, but it, or a part of this"),
         (["{table}", *COLUMNS, "--split", "test"], "data.csv is a file; leave --split, --subset and --revision out"),
@@ -176,7 +177,9 @@ def test_wrong_usage_is_one_line(table, tmp_path, monkeypatch, arguments, reason
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     (tmp_path / "empty.csv").write_text("\n")
-    names = ("bad.parquet", "empty.csv")
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script" / "script.py").write_text("")
+    names = ("bad.parquet", "empty.csv", "script")
     places = {"table": table, "folder": tmp_path, **{name.split(".")[0]: tmp_path / name for name in names}}
     if "--folder" not in arguments:
         arguments = [*arguments, "--folder", str(tmp_path / "t")]

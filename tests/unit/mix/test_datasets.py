@@ -268,9 +268,7 @@ def hub(monkeypatch, tmp_path):
             raise GatedRepoError("401 Client Error", response=response)
 
     info = type("Info", (), {"sha": "a" * 40})()
-    commits = [type("Commit", (), {"commit_id": f"{'f0afadd':0<40}"})()]
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *given, **options: info)
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_commits", lambda *given, **options: commits)
     monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", check)
     return gated
 
@@ -296,10 +294,28 @@ def test_what_is_not_there_is_known_before_it_is_read(hub, monkeypatch, tmp_path
     file.write_text('{"a": "x"}\n')
     assert source_problem(SourceSettings(name="mine", path=str(file), columns=columns)) == ""
 
-    for call in ("list_repo_commits", "auth_check"):
-        monkeypatch.setattr(huggingface_hub.HfApi, call, unreachable)
-    for name in ("quac", "openbookqa"):  # a short hash, a full one
-        assert "can't be had from the Hub (no route to host)" in source_problem(SourceSettings(name=name))
+    for error in (OSError("no route to host"), RuntimeError("no route to host")):  # requests', hf_xet's
+        monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", lambda *given, error=error, **options: throw(error))
+        assert "can't be had from the Hub (no route to host)" in source_problem(SourceSettings(name="openbookqa"))
+
+
+def throw(error):
+    raise error
+
+
+def test_every_revision_is_one_that_downloads_take():
+    """A branch, or a commit's complete hash: the Hub gives nothing for a short one."""
+    found = {known.revision for known in HUB_DATASETS.values()}
+    assert all(one == "main" or (len(one) == 40 and int(one, 16)) for one in found), found
+
+
+def test_a_file_may_be_a_link_as_the_hubs_cache_has_it(tmp_path):
+    blob = tmp_path / "0123abcd"
+    blob.write_text('{"a": "x", "b": "y"}\n')
+    (tmp_path / "rows.jsonl").symlink_to(blob)
+    columns = {"input": "a", "output": "b"}
+    source = SourceSettings(name="mine", path=str(tmp_path / "rows.jsonl"), columns=columns)
+    assert [len(table) for table in read_source(source, origin_of(source))] == [1]
 
 
 def test_a_revision_without_the_dataset_s_files(hub, monkeypatch, tmp_path):
@@ -320,12 +336,11 @@ def test_what_is_in_the_local_cache_needs_no_network(is_offline, hub, monkeypatc
 
     sources = {
         "lima": ("GAIR--lima", "a" * 40, "train.jsonl"),  # a branch
-        "quac": ("allenai--quac", "f0afadd" + "0" * 33, "plain_text/train-0.parquet"),  # a short hash
         "openbookqa": ("allenai--openbookqa", HUB_DATASETS["openbookqa"].revision, "main/train-0.parquet"),
     }
     assert origin_of(SourceSettings(name="lima")).revision == "a" * 40  # what the Hub said is remembered
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
-    for call in ("dataset_info", "list_repo_commits", "list_repo_tree", "auth_check"):
+    for call in ("dataset_info", "list_repo_tree", "auth_check"):
         monkeypatch.setattr(huggingface_hub.HfApi, call, offline if is_offline else unreachable)
     for name, (folder, commit, file) in sources.items():
         source, place = (
@@ -354,12 +369,8 @@ def test_a_branch_is_resolved_to_its_commit(hub, monkeypatch):
         asked.append((repository, revision))
         return type("Info", (), {"sha": "a" * 40})()
 
-    def commits(self, repository, repo_type):
-        return [type("Commit", (), {"commit_id": f"{commit:0<40}"})() for commit in ("1234567", "f0afadd")]
-
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_commits", commits)
     assert origin_of(SourceSettings(name="lima")).revision == "a" * 40
-    assert origin_of(SourceSettings(name="quac")).revision == f"{'f0afadd':0<40}"  # a short hash is completed
+    assert origin_of(SourceSettings(name="quac")).revision == HUB_DATASETS["quac"].revision  # a commit, as it is
     origin_of(SourceSettings(name="quac", revision="main"))
     assert asked == [("GAIR/lima", "main"), ("allenai/quac", "main")]
