@@ -240,7 +240,8 @@ def _read_source(
 def fetch(output: Path, url: str | None, sha256: str | None) -> None:
     """Download and unpack the Natural Instructions task files (Apache-2.0, allenai/natural-instructions).
 
-    An interrupted download continues; only task files are unpacked, none outside the folder.
+    An interrupted download continues where the server can (GitHub begins again); only task files are unpacked, none
+    outside the folder.
 
     \b
     Example:

@@ -128,9 +128,9 @@ def _download(url: str, target: Path, progress: Callable[[str], None]) -> None:
             return
         raise TaskError(f"{url}: the server answered {error.code} {error.reason}") from None
     except (OSError, http.client.HTTPException) as error:
-        raise TaskError(f"{url}: the download broke off ({error}); the same command continues it") from None
+        raise TaskError(f"{url}: the download broke off ({error}); run the same command again") from None
     if total is not None and done != total:
-        raise TaskError(f"{url}: the download broke off at {done} of {total} bytes; the same command continues it")
+        raise TaskError(f"{url}: the download broke off at {done} of {total} bytes; run the same command again")
     part.replace(target)
     tag_file.unlink(missing_ok=True)
 

@@ -83,7 +83,7 @@ def test_fetch_and_fetch_again(server, tmp_path):
 
 def test_a_cut_download_continues_where_it_stopped(server, tmp_path):
     server.cut = 20_000
-    with pytest.raises(TaskError, match=r"broke off at 20000 of .* bytes; the same command continues it"):
+    with pytest.raises(TaskError, match=r"broke off at 20000 of .* bytes; run the same command again"):
         fetch_archive(server.url, tmp_path / "ni")
     assert not (tmp_path / "ni" / "tasks").exists()
     assert fetch_archive(server.url, tmp_path / "ni")["num_files"] == 4
@@ -158,7 +158,7 @@ def test_the_real_archive(shared_data, server, tmp_path):
     file = shared_data / "natural-instructions-subset.tar.gz"
     server.data = file.read_bytes()
     server.cut = len(server.data) // 3
-    with pytest.raises(TaskError, match="the same command continues it"):
+    with pytest.raises(TaskError, match="run the same command again"):
         fetch_archive(server.url, tmp_path / "ni")
     record = fetch_archive(server.url, tmp_path / "ni")
     digest = hashlib.sha256(server.data).hexdigest()
