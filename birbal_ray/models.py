@@ -189,6 +189,8 @@ def _from_hub(name: str, revision: str | None, *, weights: bool) -> Model:
         errors.RepositoryNotFoundError: "no such folder, and the Hub has no such model (if private: set HF_TOKEN)",
         errors.RevisionNotFoundError: f"the Hub has it, but no revision {revision!r}",
         errors.HFValidationError: "not a Hub id (owner/name)",
+        errors.LocalEntryNotFoundError: "no such folder; the Hub can't be reached and no copy is in its cache; check "
+        "the network, or give a local folder",
     }
     patterns = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
     try:
@@ -196,12 +198,10 @@ def _from_hub(name: str, revision: str | None, *, weights: bool) -> Model:
     except tuple(reasons) as error:
         reason = next(text for kind, text in reasons.items() if isinstance(error, kind))
         raise ModelError(f"model {name!r}: {reason}") from None
-    except (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:
-        # HTTPError and RuntimeError (of hf_xet) are also those of a download that broke off.
+    except (errors.HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:  # the last: of hf_xet
         raise ModelError(
             f"model {name!r}: no such folder, and the Hub did not give it ({type(error).__name__}: "
-            f"{one_line(error)[:160]}); check the network and run the same command again, which continues a download, "
-            "or give a local folder"
+            f"{one_line(error)[:160]}); run the same command again, which continues a download"
         ) from None
     where = f"model {name!r}: in {path}, which is what the Hub gave or, unreachable, had given before"
     _check_folder(path, where, weights=weights)

@@ -156,7 +156,7 @@ def test_a_download_that_breaks_off_is_said_in_one_line(monkeypatch, kind):
         raise (getattr(errors, kind, None) or getattr(builtins, kind))("the server closed the connection")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
-    text = rf"model 'owner/name': .* \({kind}: the server closed the connection\); check the network"
+    text = rf"model 'owner/name': .* \({kind}: the server closed the connection\); run the same command again"
     with pytest.raises(models.ModelError, match=text):
         models.resolve_model("owner/name")
 
