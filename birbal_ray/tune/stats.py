@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from birbal_ray.statistics import NO_DIFFERENCE, holm, outcome, paired_difference, pairs_needed
+from birbal_ray.statistics import NO_DIFFERENCE, Difference, holm, outcome, paired_difference, pairs_needed
 from birbal_ray.tune.config import TuneConfig
 from birbal_ray.tune.scheduler import (
     BASE,
@@ -36,33 +36,27 @@ class SeedComparison:
 
     name: str
     baseline: str
-    num_seeds: int
-    difference: float  # mean over seeds
-    low: float  # 95 %; unbounded with one seed
-    high: float
-    p_value: float
+    over_seeds: Difference
     seeds_needed: int | None  # to show this difference with 80 % power, at the spread seen; None: unknown
 
     @property
     def margin(self) -> float:
         """The farther end's distance from the mean; infinite with one seed."""
-        return max(self.high - self.difference, self.difference - self.low)
+        return max(self.over_seeds.high - self.over_seeds.mean, self.over_seeds.mean - self.over_seeds.low)
 
     def outcome(self, p_adjusted: float | None = None) -> str:
         """better | worse | no difference; `p_adjusted` where it is one comparison among several."""
-        if self.num_seeds == 1:
-            return NO_DIFFERENCE
-        return outcome(self.low, self.high, self.num_seeds, p_adjusted, min_pairs=2)
+        found = self.over_seeds  # of one seed without ends, so no verdict
+        return outcome(found.low, found.high, found.num_pairs, p_adjusted, min_pairs=1)
 
     def sentence(self, p_adjusted: float | None = None) -> str:
         """What may be said."""
-        figures = f"{abs(self.difference):.4f} ± {self.margin:.4f} ({self.num_seeds} seeds)"
+        mean, figures = self.over_seeds.mean, f"± {self.margin:.4f} ({self.over_seeds.num_pairs} seeds)"
         if (verdict := self.outcome(p_adjusted)) != NO_DIFFERENCE:
-            return f"{self.name} is {verdict} than the baseline {self.baseline} by {figures}"
+            return f"{self.name} is {verdict} than the baseline {self.baseline} by {abs(mean):.4f} {figures}"
         needed = f"; showing it would take about {self.seeds_needed} seeds" if self.seeds_needed else ""
         return (
-            f"no difference found between {self.name} and the baseline {self.baseline}: "
-            f"{self.difference:+.4f} ± {self.margin:.4f} ({self.num_seeds} seeds){needed}"
+            f"no difference found between {self.name} and the baseline {self.baseline}: {mean:+.4f} {figures}{needed}"
         )
 
 
@@ -89,24 +83,24 @@ def compare_seeds(name: str, baseline: str, objectives: Objectives) -> SeedCompa
     found = paired_difference(differences)
     spread = float(differences.std(ddof=1)) if len(seeds) > 1 else math.inf
     needed = pairs_needed(found.mean, spread) if math.isfinite(spread) and found.mean else None
-    return SeedComparison(name, baseline, len(seeds), found.mean, found.low, found.high, found.p_value, needed)
+    return SeedComparison(name, baseline, found, needed)
 
 
 def describe_comparisons(found: Sequence[SeedComparison], primary: tuple[str, str]) -> list[dict[str, Any]]:
     """For the manifest. `primary`, a mix and a baseline, was named beforehand; the others' p-values are Holm's."""
-    others = iter(holm([one.p_value for one in found if (one.name, one.baseline) != primary]))
-    adjusted = [one.p_value if (one.name, one.baseline) == primary else next(others) for one in found]
+    others = iter(holm([one.over_seeds.p_value for one in found if (one.name, one.baseline) != primary]))
+    adjusted = [one.over_seeds.p_value if (one.name, one.baseline) == primary else next(others) for one in found]
     return [
         {
             "mix": one.name,
             "baseline": one.baseline,
             "is_primary": (one.name, one.baseline) == primary,
             "outcome": one.outcome(p_adjusted),
-            "difference": one.difference,
+            "difference": one.over_seeds.mean,
             "margin": one.margin if math.isfinite(one.margin) else None,
-            "p_value": one.p_value,
+            "p_value": one.over_seeds.p_value,
             "p_adjusted": p_adjusted,
-            "num_seeds": one.num_seeds,
+            "num_seeds": one.over_seeds.num_pairs,
             "seeds_needed": one.seeds_needed,
             "sentence": one.sentence(p_adjusted),
         }

@@ -294,7 +294,7 @@ def test_a_verdict_by_hand():
 
     # Differences 0.1, 0.2, 0.3: mean 0.2, deviation 0.1, t of two degrees of freedom 4.3027.
     found = compare_seeds("new", "old", of("new", 1.0, 1.0, 1.0) | of("old", 1.1, 1.2, 1.3))
-    assert found.difference == pytest.approx(0.2)
+    assert found.over_seeds.mean == pytest.approx(0.2)
     assert found.margin == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-5)
     assert found.outcome() == "no difference"
     assert found.sentence() == (
@@ -309,14 +309,15 @@ def test_a_verdict_by_hand():
     # One of several: the interval alone decides nothing.
     assert clear.sentence(0.049) == clear.sentence() and clear.outcome(0.05) == "no difference"
     (first, second) = describe_comparisons([clear, clear], ("another", "old"))
-    assert first["p_adjusted"] == second["p_adjusted"] == pytest.approx(2 * clear.p_value) and clear.p_value < 0.025
+    assert first["p_adjusted"] == second["p_adjusted"] == pytest.approx(2 * clear.over_seeds.p_value)
+    assert clear.over_seeds.p_value < 0.025
     assert first["outcome"] == "better" and first["sentence"] == clear.sentence()
     many = describe_comparisons([clear] * 100, ("another", "old"))
     assert {one["outcome"] for one in many} == {"no difference"}
     assert many[0]["sentence"].startswith("no difference found between new and the baseline old: +0.2000 ± 0.0248")
     # Seeds that only one of them finished don't count.
     paired = compare_seeds("new", "old", {"new": {1: 1.0, 2: 1.0, 9: 0.0}, "old": {1: 1.5, 2: 1.5}})
-    assert (paired.num_seeds, paired.difference) == (2, 0.5)
+    assert (paired.over_seeds.num_pairs, paired.over_seeds.mean) == (2, 0.5)
 
 
 def test_the_winner_has_the_lowest_mean_over_fresh_seeds_not_the_best_trial():
