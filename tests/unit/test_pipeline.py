@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from birbal_ray import pipeline
+from birbal_ray.budget import BudgetClock
 from birbal_ray.lock import hold_lock
 from birbal_ray.progress import CLOCK_FILE, figures_key, read_times, save_figures
 from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps
@@ -34,7 +35,7 @@ class Time:
 
 
 def clock_in(folder, budget=1000.0, time=None, **options):
-    return pipeline.BudgetClock(open_folder(folder), budget, SHARES, LEAST, now=time or Time(), **options)
+    return BudgetClock(open_folder(folder), budget, SHARES, LEAST, now=time or Time(), **options)
 
 
 def spend(clock, time, step, seconds):

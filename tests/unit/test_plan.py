@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from birbal_ray import cluster, doctor, pipeline, plan
+from birbal_ray.budget import BudgetClock
 from birbal_ray.cli.main import main
 from birbal_ray.cli.options import find_config
 from birbal_ray.models import ModelError
@@ -99,7 +100,7 @@ def test_the_plan_is_what_the_clock_gives(tmp_path):
             return self.now
 
     time = Time()
-    clock = pipeline.BudgetClock(open_folder(tmp_path), config.budget, config.shares, {}, now=time)
+    clock = BudgetClock(open_folder(tmp_path), config.budget, config.shares, {}, now=time)
     for step in ("score", "tune", "mix"):
         with clock.running(step):
             time.now += steps[step].planned_seconds
@@ -220,7 +221,7 @@ def test_a_search_on_a_card_without_figures_starts(tmp_path, monkeypatch, budget
     least = plan.least_seconds(config)
     assert least.keys() == {"score", "train", "evaluate", "report"}
     pipeline.check_recipe(config)
-    clock = pipeline.BudgetClock(open_folder(tmp_path), budget, config.shares, least)
+    clock = BudgetClock(open_folder(tmp_path), budget, config.shares, least)
     assert clock.left("tune") == (8640.0 if budget else math.inf)
     assert plan.least_seconds(known)["tune"] > 0
 
