@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from birbal_ray.manifest import fill_template, identity_differences, read_manifest
 from birbal_ray.mix.allocation import BIRBAL_2023, TASK_SCORE
 from birbal_ray.mix.features import Flags
-from birbal_ray.mix.scores import read_batches, read_rows
+from birbal_ray.mix.scores import read_batches, read_small
 from birbal_ray.mix.select import BUCKETS, NO_DUPLICATE, Reason
 from birbal_ray.ni.prompt import render_prompt
 from birbal_ray.schemas import AUDIT, AUDIT_FILE, MIX_ROWS, MIX_TASKS, NATURAL_INSTRUCTIONS, RUN_FILE, TASKS_FILE
@@ -233,7 +233,8 @@ def explain(mix: str | os.PathLike[str] | Folder, row_id: str) -> dict[str, Any]
     manifest = read_manifest(folder, "mix")
     settings = manifest["identity"]["settings"]
     record = _find(folder, manifest, row_id)
-    tasks = {(row["source"], row["task"]): row for row in read_rows(folder, manifest, TASKS_FILE, MIX_TASKS)}
+    table = read_small(folder, manifest, TASKS_FILE, MIX_TASKS)
+    tasks = {(row["source"], row["task"]): row for row in table.to_pylist()}
     if record is None:
         names = [name for _, name in tasks]
         wanted = row_id.rsplit(":", 1)[0]

@@ -138,10 +138,9 @@ def read_scored(scores: ScoreFolder, file: ScoreFile, columns: Sequence[str]) ->
     return pa.concat_tables(tables).combine_chunks()
 
 
-def read_rows(folder: Folder, manifest: Mapping[str, Any], name: str, schema: pa.Schema) -> list[dict[str, Any]]:
-    """The rows of a small table of a finished run, as `read_batches` reads them."""
-    tables = read_batches(folder, name, schema, schema.names, manifest["files"][name]["sha256"])
-    return [row for table in tables for row in table.to_pylist()]
+def read_small(folder: Folder, manifest: Mapping[str, Any], name: str, schema: pa.Schema) -> pa.Table:
+    """A small table of a finished run, as `read_batches` reads it."""
+    return pa.concat_tables(read_batches(folder, name, schema, schema.names, manifest["files"][name]["sha256"]))
 
 
 def check_rows(place: str, rows: pa.Table) -> None:
@@ -153,11 +152,14 @@ def check_rows(place: str, rows: pa.Table) -> None:
     if references.flatten().null_count:
         owners = pc.list_parent_indices(references).filter(pc.is_null(references.flatten()))
         raise RunError(f"{place}, row {owners[0].as_py() + 1}: a reference is null; {AGAIN}")
+    _check_scores(place, rows, "score")
+    _refuse(place, pc.and_(pc.is_null(rows["score"]), pc.is_null(rows["error"])), "score is null without an error")
+
+
+def _check_scores(place: str, rows: pa.Table, name: str) -> None:
     _refuse(place, pc.invert(pc.is_in(rows["label"], pa.array([EXACT_MATCH, GENERATION]))), "label is unknown")
-    score = rows["score"]
-    within = pc.and_(pc.greater_equal(score, 0.0), pc.less_equal(score, 1.0))
-    _refuse(place, pc.fill_null(pc.invert(within), False), "score is no number from 0 to 1")
-    _refuse(place, pc.and_(pc.is_null(score), pc.is_null(rows["error"])), "score is null without an error")
+    within = pc.and_(pc.greater_equal(rows[name], 0.0), pc.less_equal(rows[name], 1.0))
+    _refuse(place, pc.fill_null(pc.invert(within), False), f"{name} is no number from 0 to 1")
 
 
 def _refuse(place: str, is_wrong: pa.ChunkedArray, problem: str) -> None:
@@ -166,27 +168,19 @@ def _refuse(place: str, is_wrong: pa.ChunkedArray, problem: str) -> None:
 
 
 def _read_tasks(folder: Folder, manifest: Mapping[str, Any]) -> tuple[ScoredTask, ...]:
-    place = folder.at(TASK_SCORES_FILE)
-    rows = read_rows(folder, manifest, TASK_SCORES_FILE, TASK_SCORES)
-    scores = {row["task"]: (number, row) for number, row in enumerate(rows, 1)}
+    place, scores = folder.at(TASK_SCORES_FILE), read_small(folder, manifest, TASK_SCORES_FILE, TASK_SCORES)
+    _check_scores(place, scores, "task_score")
+    has_score, was_scored = pc.is_valid(scores["task_score"]), pc.greater(scores["num_scored"], 0)
+    _refuse(place, pc.xor(has_score, was_scored), "task_score does not fit num_scored")
+    table = read_small(folder, manifest, TASKS_FILE, TASKS)
+    for name in NEEDED_COLUMNS:
+        _refuse(folder.at(TASKS_FILE), pc.is_null(table[name]), f"{name} is null")
+    score_of = {row["task"]: row for row in scores.to_pylist()}
     tasks = []
-    for line, row in enumerate(read_rows(folder, manifest, TASKS_FILE, TASKS), 1):
-        for name in NEEDED_COLUMNS:
-            if row[name] is None:
-                raise RunError(f"{folder.at(TASKS_FILE)}, row {line}: {name} is null; {AGAIN}")
-        if row["task"] not in scores:
-            raise RunError(f"{place}: no row for task {row['task']!r} of {TASKS_FILE}; {AGAIN}")
-        number, score = scores[row["task"]]
-        value, num_scored = score["task_score"], score["num_scored"]
-        problem = ""
-        if row["label"] not in (EXACT_MATCH, GENERATION) or score["label"] != row["label"]:
-            problem = f"label {score['label']!r} of task {row['task']!r} is not known"
-        elif (value is None) if num_scored else (value is not None):
-            problem = f"task_score is {value} with {num_scored} scored rows"
-        elif value is not None and not 0.0 <= value <= 1.0:
-            problem = f"task_score is {value}, expected 0 to 1"
-        if problem:
-            raise RunError(f"{place}, row {number}: {problem}; {AGAIN}")
+    for row in table.to_pylist():
+        score = score_of.get(row["task"])
+        if score is None or score["label"] != row["label"]:
+            raise RunError(f"{place}: no row for task {row['task']!r} with its label of {TASKS_FILE}; {AGAIN}")
         fraction = row["unreachable_fraction"] or 0.0
         why = f"{row['unreachable_reason']} (in {fraction:.0%} of its instances)"
         tasks.append(
@@ -197,7 +191,7 @@ def _read_tasks(folder: Folder, manifest: Mapping[str, Any]) -> tuple[ScoredTask
                 ", ".join(row["licenses"]) or "unknown",
                 tuple(row["sources"]),
                 score["num_instances"],
-                value,
+                score["task_score"],
                 unreachable=why if fraction > MAX_UNREACHABLE_FRACTION else None,
                 stop_reason=row["stop_reason"],
                 definition_is_text=bool(row["definition_is_text"]),

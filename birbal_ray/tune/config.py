@@ -120,7 +120,7 @@ class TuneConfig(Settings):
     RENAMED: ClassVar = {"num_random": "num_initial", "surrogate": "predicted"}
 
     scores: str | None = Field(None, description="output folder of `birbal score`")
-    output: str | None = Field(None, description="run folder; the same command goes on, also with more mixes or seeds")
+    output: str | None = Field(None, description="run folder; the same command goes on")
     seed: int = Field(0, ge=0, description="another seed is another search")
     budget: Duration | None = Field(
         None,

@@ -68,10 +68,11 @@ def test_values_that_no_score_run_writes(values, problem, scores, tmp_path):
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ({"task_score": None}, r"task_score is None with \d+ scored rows"),
-        ({"task_score": math.nan}, "task_score is nan, expected 0 to 1"),
-        ({"task_score": 1.01}, "task_score is 1.01, expected 0 to 1"),
-        ({"label": "essay"}, "label 'essay' of task .* is not known"),
+        ({"task_score": None}, "task_score does not fit num_scored"),
+        ({"num_scored": 0}, "task_score does not fit num_scored"),
+        ({"task_score": math.nan}, "task_score is no number from 0 to 1"),
+        ({"task_score": 1.01}, "task_score is no number from 0 to 1"),
+        ({"label": "essay"}, "label is unknown"),
     ],
 )
 def test_task_scores_that_make_no_sense(values, problem, scores, tmp_path):
