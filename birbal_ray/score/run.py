@@ -75,7 +75,8 @@ def score(
     RunError (the run failed; finished files are kept and a rerun continues).
     """
     progress, started, kept_under = ProgressLine(), time.monotonic(), figures_key(STEP.name, config)
-    inputs = inputs_of(config)
+    given = config.tasks.path, config.tasks.label_overrides, config.model.name, config.model.adapter
+    inputs = [path for path in given if path]  # the tasks first
     config = resolve_config(config)
     plan = plan_run(config, progress)
     config, revision, fingerprint = pin_model(config)
@@ -120,12 +121,6 @@ def score(
             num_rows = {name: float(result.manifest["rows"]["planned"])}
             keep_figures(kept_under, run.sessions()[num_earlier:], time.monotonic() - started, **num_rows)
         return result
-
-
-def inputs_of(config: ScoreConfig) -> list[str]:
-    """The paths, URLs and Hub's names that a run reads, the tasks first."""
-    given = config.tasks.path, config.tasks.label_overrides, config.model.name, config.model.adapter
-    return [path for path in given if path]
 
 
 def resolve_config(config: ScoreConfig) -> ScoreConfig:

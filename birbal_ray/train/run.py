@@ -60,7 +60,8 @@ def train(config: TrainConfig, *, overwrite: bool = False) -> TrainResult:
     config, model = resolve_config(config)
     mix, mix_manifest = read_mix(config)
     identity = _identity(config, model, mix_manifest)
-    with open_run(output, STEP, identity, inputs=_inputs(config, model), overwrite=overwrite) as run:
+    inputs = [config.mix or "", str(model.path), *filter(None, [config.lora.from_adapter])]
+    with open_run(output, STEP, identity, inputs=inputs, overwrite=overwrite) as run:
         if run.manifest:
             progress.message(f"{run.folder} is up to date; nothing to do")
             return TrainResult(run.folder, run.manifest)
@@ -174,11 +175,6 @@ def read_mix(config: TrainConfig) -> tuple[Folder, dict[str, Any]]:
                 f"{folder.at(name)}: no column {', '.join(sorted(absent))}; expected the output of `birbal mix`"
             )
     return folder, manifest
-
-
-def _inputs(config: TrainConfig, model: Model) -> list[str]:
-    """The paths and URLs that a training reads."""
-    return [config.mix or "", str(model.path), *filter(None, [config.lora.from_adapter])]
 
 
 def _identity(config: TrainConfig, model: Model, mix_manifest: dict[str, Any]) -> dict[str, Any]:
