@@ -156,9 +156,10 @@ def ray_session(
     log_file: Path | None = None,
     *,
     dashboard: bool = False,
+    address: str | None = None,
     about: Mapping[str, str] | None = None,
 ) -> Iterator[str | None]:
-    """Ray for the block: one that is already initialised, else RAY_ADDRESS's, else a local one.
+    """Ray for the block: one that is already initialised, else that at `address` or RAY_ADDRESS, else a local one.
 
     `about` becomes the metadata of the Ray job (dashboard, `ray list jobs`): which step, which output.
 
@@ -176,10 +177,13 @@ def ray_session(
         yield None
         return
     with _quiet(log_file), contextlib.ExitStack() as stack:
-        address = os.environ.get("RAY_ADDRESS")
+        address = address or os.environ.get("RAY_ADDRESS")
         if address:
             _check_answers(address)
-            options = {"job_config": importlib.import_module("ray.job_config").JobConfig(metadata=dict(about or {}))}
+            options = {
+                "address": address,
+                "job_config": importlib.import_module("ray.job_config").JobConfig(metadata=dict(about or {})),
+            }
         else:
             remove_stale_folders()
             options = {

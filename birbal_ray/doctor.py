@@ -118,13 +118,11 @@ def cluster_nodes(address: str | None = None) -> list[dict[str, Any]]:
     """
     from ray.exceptions import RayError
 
-    before = os.environ.get("RAY_ADDRESS")
-    address = address or before or "auto"
+    address = address or os.environ.get("RAY_ADDRESS") or "auto"
     if address == "local":
         raise ConfigError("--cluster local would start a Ray; give host:port, or auto for the one of this machine")
-    os.environ["RAY_ADDRESS"] = address  # what ray_session goes by
     try:
-        with ray_session(0):
+        with ray_session(0, address=address):
             import ray
 
             return ray.nodes()
@@ -132,10 +130,6 @@ def cluster_nodes(address: str | None = None) -> list[dict[str, Any]]:
         raise
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise RunError(f"no Ray cluster at {address}: {one_line(error)}") from None
-    finally:
-        os.environ.pop("RAY_ADDRESS")
-        if before is not None:
-            os.environ["RAY_ADDRESS"] = before
 
 
 def placements(listing: Sequence[Mapping[str, Any]], score: ScoreConfig, train: TrainConfig) -> list[Placement]:

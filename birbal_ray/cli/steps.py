@@ -124,14 +124,11 @@ def print_score_plan(config: ScoreConfig, output_format: str) -> None:
         for task in plan.tasks
     ]
     print_table(rows, output_format)
-    # Of each task: prompts, tokens that they share, tokens of their own in all, tokens of a completion at most.
-    counts = [
-        (one.num_prompts or 0, one.num_shared_tokens or 0, one.num_own_tokens or 0, one.max_completion_tokens)
-        for one in plan.tasks
-    ]
-    num_prompts, shared_once, own, _ = (sum(column) for column in zip(*counts, strict=True))
-    shared = sum(count * tokens for count, tokens, _, _ in counts)
-    completion = sum(count * tokens for count, _, _, tokens in counts)
+    num_prompts = sum(task.num_prompts or 0 for task in plan.tasks)
+    own = sum(task.num_own_tokens or 0 for task in plan.tasks)
+    shared_once = sum(task.num_shared_tokens or 0 for task in plan.tasks)
+    shared = sum((task.num_prompts or 0) * (task.num_shared_tokens or 0) for task in plan.tasks)
+    completion = sum((task.num_prompts or 0) * task.max_completion_tokens for task in plan.tasks)
     total = shared + own
     note(f"prompts {num_prompts:,} in {len(plan.shards(resolved.shard_rows or 1)):,} shards")
     note(f"prompt tokens {total:,}: {shared:,} shared ({shared / max(1, total):.0%}), {own:,} own")
