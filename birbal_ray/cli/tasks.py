@@ -220,17 +220,17 @@ def _read_source(
 
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(source, subset, split=split or "train", revision=revision)
+        dataset = datasets.load_dataset(source, subset, split=split or "train", revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
         reason = one_line(error)[:200]
         raise TaskError(f"{source}: no such file, and not a dataset that the Hub gives ({reason})") from None
-    for column, feature in rows.features.items():
-        if isinstance(feature, datasets.ClassLabel):  # numbers that stand for names
-            names = feature.names
-            rows = rows.cast_column(column, datasets.Value("string")).map(
-                lambda row, column=column, names=names: {column: row[column] and names[int(row[column])]}
-            )
-    return rows.column_names, list(rows)
+    # Of a ClassLabel, numbers that stand for names.
+    names = {name: one.names for name, one in dataset.features.items() if isinstance(one, datasets.ClassLabel)}
+    rows = [
+        {name: names[name][value] if name in names and value is not None else value for name, value in row.items()}
+        for row in dataset
+    ]
+    return dataset.column_names, rows
 
 
 @tasks.command()
