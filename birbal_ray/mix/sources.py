@@ -55,7 +55,9 @@ def origin_of(source: SourceSettings) -> Origin:
         place = absolute_link(source.path)
         return Origin(source.name, place, f"sha256:{sha256_of_file(place, f'source {source.name}')}", license)
     assert known is not None  # by SourceSettings
-    revision = _commit_of(source.name, known.repository, source.revision or known.revision)
+    with _hub(source.name, known.repository) as hub:
+        wanted = source.revision or known.revision
+        revision = hub.resolve_revision(known.repository, repo_type="dataset", revision=wanted).resolved
     return Origin(source.name, known.repository, revision, license)
 
 
@@ -173,11 +175,6 @@ def _hub_files(name: str, origin: Origin, *, local_files_only: bool = False) -> 
     if not files:
         raise ConfigError(f"source {name}: {origin.location} at {origin.revision} holds no {pattern}; set revision")
     return files
-
-
-def _commit_of(name: str, repository: str, revision: str) -> str:
-    with _hub(name, repository) as hub:
-        return str(hub.resolve_revision(repository, repo_type="dataset", revision=revision).resolved)
 
 
 @contextmanager
