@@ -76,7 +76,7 @@ def run_pipeline(
     least = least_seconds(config)
     is_first = not folder.is_file(CLOCK_FILE)
     if is_first:
-        check_recipe(config)  # before anything is made
+        check_recipe(config, download=True)  # before anything is made
         done = () if overwrite else [step for step in steps if folder.is_file(f"{step}/{MANIFEST_FILE}")]
         if missing := missing_cards({step: card for step, card in config.cards.items() if step not in done}):
             raise ConfigError(missing)
@@ -89,7 +89,7 @@ def run_pipeline(
         is_done = not overwrite and all(folder.is_file(f"{step}/{MANIFEST_FILE}") for step in steps if step != "report")
         clock.has_ended = is_done  # a second call looks at what is there: it takes no time of the budget
         if not is_first and (clock.starts_over("mix") or not folder.is_file(f"mix/{MANIFEST_FILE}")):
-            check_sources(config)
+            check_sources(config, download=True)
         if clock.is_new or not (is_done or folder.is_file(PLAN_FILE)):
             with clock.running(steps[0]):
                 write_plan(config, folder, announce)
@@ -153,14 +153,14 @@ def run_step(step: str, config: PipelineConfig, clock: BudgetClock, announce: Ca
     return result
 
 
-def check_recipe(config: PipelineConfig) -> None:
+def check_recipe(config: PipelineConfig, *, download: bool = False) -> None:
     """Raise ConfigError where a joined recipe can't work: a budget too small, an outside dataset that can't be had.
 
     Raises TaskError for a name that is no task's, among `held_out_tasks` for instance.
     """
     check_tasks(config)
     refuse_small_budget(config, least_seconds(config))
-    check_sources(config)
+    check_sources(config, download=download)
 
 
 def check_tasks(config: PipelineConfig) -> None:
@@ -185,9 +185,12 @@ def check_tasks(config: PipelineConfig) -> None:
             )
 
 
-def check_sources(config: PipelineConfig) -> None:
-    """Raise ConfigError, with all that is wrong, where an outside dataset of the recipe can't be had."""
-    if problems := [problem for source in config.sources if (problem := source_problem(source))]:
+def check_sources(config: PipelineConfig, *, download: bool) -> None:
+    """Raise ConfigError, with all that is wrong, where an outside dataset of the recipe can't be had.
+
+    To `download` them now spares a mix in the middle of the night the network.
+    """
+    if problems := [problem for source in config.sources if (problem := source_problem(source, download=download))]:
         raise ConfigError("; ".join(problems))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from birbal_ray.lock import LOCK_RECORD, is_alive, lock_holder
 from birbal_ray.manifest import StepFolder, command_of, find_steps, read_step
-from birbal_ray.progress import Times, duration
+from birbal_ray.progress import CLOCK_FILE, Times, duration
 from birbal_ray.run import LOG_FOLDER, MANIFEST_FILE, RUN_FILE
 from birbal_ray.settings import ConfigError
 from birbal_ray.storage import Folder, open_folder
@@ -49,9 +49,9 @@ def read_status(run: str | os.PathLike[str], now: float | None = None) -> list[R
     now = time.time() if now is None else now
     folder = open_folder(run)
     found = find_steps(folder)
-    if not found:
+    if not found and not folder.is_file(CLOCK_FILE):  # a pipeline's, before its first step has begun
         raise ConfigError(_no_run(run, folder))
-    alone = found[0].name == "."
+    alone = bool(found) and found[0].name == "."
     home = open_folder(folder.place.rpartition("/")[0]) if alone else folder
     found.sort(key=lambda one: (_order(one.step), one.folder.place))
     started = {one.step for one in found}
@@ -59,9 +59,10 @@ def read_status(run: str | os.PathLike[str], now: float | None = None) -> list[R
         started |= {step for step in CHAIN if home.subfolder(step).is_file(RUN_FILE)}
     last = max((step for step in started if step in CHAIN), key=_order, default=None)
     rows = [_with_next(_row(one, now), one, home, last) for one in found]
-    if alone or last is None:
+    if alone or (found and last is None):
         return rows
-    rest = [Row(step, home.at(step), NOT_STARTED) for step in CHAIN[_order(last) + 1 :] if step not in OPTIONAL]
+    following = CHAIN[_order(last) + 1 :] if last else CHAIN
+    rest = [Row(step, home.at(step), NOT_STARTED) for step in following if step not in OPTIONAL]
     report = home.stat(REPORT_FILE)
     if not report:
         return [*rows, *rest, Row(REPORT, home.at(REPORT_FILE), NOT_STARTED)]

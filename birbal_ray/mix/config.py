@@ -32,7 +32,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 class TaskScoreSettings(Settings):
     """Policy task_score: more from what the model gets wrong.
 
-    `uniform` and `proportional` draw both budgets together at random, from whatever tasks.
+    `uniform` and `proportional` draw both budgets together at random, from whatever tasks; `proportional` by how many
+    rows of a task were scored, which after adaptive scoring is about the same for all.
     """
 
     exact_match_budget: int = Field(50_000, ge=0, description="rows from exact-match tasks")

@@ -68,17 +68,19 @@ def absolute_paths(config: MixConfig) -> MixConfig:
     return config.replace({"sources": sources, "contamination.files": files})
 
 
-def source_problem(source: SourceSettings) -> str:
+def source_problem(source: SourceSettings, *, download: bool = False) -> str:
     """Why a source's rows can't be had: no such file, no network, a gated dataset without a token for it. Else "".
 
-    Asks the Hub, and downloads nothing.
+    Only asks the Hub, unless it is to `download` them: then reading them needs no network.
     """
     try:
         origin = origin_of(source)
         if source.path is None:
             try:
-                _hub_files(source.name, origin, local_files_only=True)
+                _hub_files(source.name, origin, local_files_only=not download)
             except ConfigError:
+                if download:
+                    raise
                 with _hub(source.name, origin.location) as hub:
                     hub.auth_check(origin.location, repo_type="dataset")
     except ConfigError as error:

@@ -210,7 +210,7 @@ def scored(tmp_path, monkeypatch):
 
 def test_an_evaluation_asks_what_its_time_allows(scored):
     config = scored((10.0, 50.0, 200))
-    assert pipeline.instances_that_fit(config, 500.0) == int((500 * 0.8 - 20) * 4 / (8 * 2 * 2))
+    assert pipeline.instances_that_fit(config, 500.0) == int((500 * 0.7 - 20) * 4 / (8 * 2 * 2))
     assert pipeline.instances_that_fit(config, 1.0) == 2
 
 
@@ -218,20 +218,20 @@ def test_an_evaluation_asks_what_its_time_allows(scored):
 def test_the_speed_of_scoring_is_that_of_all_its_sessions(scored, last):
     """The last one may have had a handful of rows left, or none."""
     config = scored((10.0, 50.0 - last[1], 200 - last[2]), last)
-    assert pipeline.instances_that_fit(config, 500.0) == int((500 * 0.8 - 20) * 4 / (8 * 2 * 2))
+    assert pipeline.instances_that_fit(config, 500.0) == int((500 * 0.7 - 20) * 4 / (8 * 2 * 2))
 
 
 def test_a_session_that_answered_nothing_says_nothing_of_an_engine_s_load(scored):
     """It waited for a card, say, and gave up."""
     config = scored((1200.0, 0.0, 0), (10.0, 50.0, 200))
-    assert pipeline.instances_that_fit(config, 500.0) == int((500 * 0.8 - 20) * 4 / (8 * 2 * 2))
+    assert pipeline.instances_that_fit(config, 500.0) == int((500 * 0.7 - 20) * 4 / (8 * 2 * 2))
 
 
 def test_where_the_sessions_say_too_little_the_speed_is_what_was_measured_here_before(scored):
     config = scored((10.0, 1.0, 3))
-    assert pipeline.instances_that_fit(config, 500.0) == int((500 * 0.8 - 2 * 60) * 1 / (8 * 2 * 2))
+    assert pipeline.instances_that_fit(config, 500.0) == int((500 * 0.7 - 2 * 60) * 1 / (8 * 2 * 2))
     save_figures(figures_key("score", config.score), load_seconds=10.0, rows_per_second=2.0)
-    assert pipeline.instances_that_fit(config, 500.0) == int((500 * 0.8 - 20) * 2 / (8 * 2 * 2))
+    assert pipeline.instances_that_fit(config, 500.0) == int((500 * 0.7 - 20) * 2 / (8 * 2 * 2))
 
 
 def test_an_evaluation_s_time_is_for_the_tasks_that_it_takes(scored, write_task):
@@ -241,7 +241,7 @@ def test_an_evaluation_s_time_is_for_the_tasks_that_it_takes(scored, write_task)
     folder = write_task("MMLU", 3)
     (folder / "broken.json").write_text("{")
     config = scored((10.0, 50.0, 200), tasks=str(folder), evaluate={"tasks": {"exclude": ["held_back"]}})
-    assert pipeline.instances_that_fit(config, 60.0) == int((60 * 0.8 - 20) * 4 / (1 * 2 * 2))
+    assert pipeline.instances_that_fit(config, 60.0) == int((60 * 0.7 - 20) * 4 / (1 * 2 * 2))
 
 
 def test_adaptive_scoring_fills_the_shares_of_the_pipeline_s_mix():
@@ -364,7 +364,7 @@ def recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "report", report)
     monkeypatch.setattr(pipeline, "ray_session", lambda *arguments, **options: contextlib.nullcontext())
     monkeypatch.setattr(pipeline, "least_seconds", lambda config: LEAST)
-    monkeypatch.setattr(pipeline, "check_sources", lambda config: None)
+    monkeypatch.setattr(pipeline, "check_sources", lambda config, **options: None)
     monkeypatch.setattr(pipeline, "check_tasks", lambda config: None)
     monkeypatch.setattr(pipeline, "write_plan", lambda *arguments: None)
     monkeypatch.setattr(pipeline, "settings_of", lambda step, config, clock: getattr(config, step))

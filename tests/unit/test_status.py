@@ -261,6 +261,14 @@ def test_folders_of_the_previous_version_are_shown(tmp_path, step):
     assert (row.state, row.progress) == ("done", "")
 
 
+def test_a_pipeline_is_shown_before_its_first_step_has_started(tmp_path):
+    """While it reads the tasks for its plan, and fetches the weights."""
+    (tmp_path / "clock.json").write_text('{"budget_seconds": 60, "spent_seconds": {}}')
+    rows = read_status(tmp_path)
+    assert [row.step for row in rows] == ["score", "mix", "train", "evaluate", "report"]
+    assert {row.state for row in rows} == {"not started"}
+
+
 def test_what_is_no_run_folder_is_wrong_usage(tmp_path):
     finish(tmp_path / "runs" / "demo" / "mix", "mix")
     (tmp_path / "empty").mkdir()

@@ -299,6 +299,23 @@ def test_what_is_not_there_is_known_before_it_is_read(hub, monkeypatch, tmp_path
         assert "can't be had from the Hub (no route to host)" in source_problem(SourceSettings(name="openbookqa"))
 
 
+def test_a_pipeline_s_datasets_are_here_before_it_starts(hub, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked = []
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-0.parquet").touch()
+
+    def download(repository, *, local_files_only, **options):
+        asked.append(local_files_only)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert source_problem(SourceSettings(name="open_platypus"), download=True) == "" and asked == [False]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *given, **options: throw(OSError("no route")))
+    assert "(no route)" in source_problem(SourceSettings(name="open_platypus"), download=True)
+
+
 def throw(error):
     raise error
 
