@@ -150,7 +150,7 @@ class MixConfig(Settings):
     policy: Literal["task_score", "birbal_2023", "uniform", "proportional"] = Field(
         "task_score",
         description="how rows are chosen: by what the model gets wrong, by the published ladder, as many of every "
-        "task, or in proportion to the tasks' sizes",
+        "task, or in proportion to the rows scored of each",
     )
     task_score: TaskScoreSettings = TaskScoreSettings()
     birbal_2023: Birbal2023Settings = Birbal2023Settings()
