@@ -253,8 +253,8 @@ def print_sensitivities(found: list[Sensitivity], output_format: str) -> None:
 def report(run: str, output: str | None, added: tuple[Path, ...]) -> None:
     """Write one HTML page on the score, mix, train and evaluate steps in RUN, with plots as PNG and SVG beside it.
 
-    RUN is a folder that holds the steps' output folders, or one of these. Steps that are not there
-    are named as not run. The page needs nothing but itself: it can be mailed, printed, archived.
+    RUN is a folder with score/, mix/, train/ and evaluate/ in it, or one of these. Steps that are not
+    there are named as not run. The page needs nothing but itself: it can be mailed, printed, archived.
 
     \b
     Examples:
