@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from birbal_ray.mix.allocation import BIRBAL_2023
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.mix.features import Block, Flags, NgramIndex, extract_features
-from birbal_ray.mix.scores import AGAIN, ScoreFile, ScoreFolder, check_rows, read_scored
+from birbal_ray.mix.scores import AGAIN, ScoreFolder, check_rows, read_scored
 from birbal_ray.mix.select import Group
 from birbal_ray.schemas import MIX_ROWS, OUTSIDE_ROWS
-from birbal_ray.storage import RunError
+from birbal_ray.storage import FileRecord, RunError
 
 CHECKED_COLUMNS = ("orig_input", "answer", "prediction", "row_id", "task", "label", "score", "error")
 TEXT_COLUMNS = ("orig_input", "answer", "task")
@@ -41,7 +41,7 @@ TEXTS = pa.schema(
     ]
 )
 
-Chunk = tuple[ScoreFile, ...]
+Chunk = tuple[str, ...]  # names of files
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -62,9 +62,9 @@ class Context:
         return self.scores.num_bytes <= self.config.resources.in_process_mib << 20
 
 
-def plan_chunks(files: Sequence[ScoreFile], chunk_bytes: int) -> list[Chunk]:
+def plan_chunks(files: Mapping[str, FileRecord], chunk_bytes: int) -> list[Chunk]:
     """Neighbouring files together: one chunk for each `chunk_bytes` of all files, ended by the file that fills it."""
-    starts = itertools.accumulate((file.size for file in files), initial=0)
+    starts = itertools.accumulate((record.size for record in files.values()), initial=0)
     numbered = itertools.groupby(zip(starts, files, strict=False), lambda one: one[0] // chunk_bytes)
     return [tuple(file for _, file in chunk) for _, chunk in numbered]
 
@@ -97,8 +97,8 @@ def run_in_order(
 def read_chunk_features(chunk: Chunk, context: Context) -> pa.Table:
     """Features of a chunk's rows. Raises RunError for a damaged file, an unknown task, a value no run writes."""
     tables = []
-    for file in chunk:
-        rows, place = read_scored(context.scores, file, CHECKED_COLUMNS), context.scores.folder.at(file.name)
+    for name in chunk:
+        rows, place = read_scored(context.scores, name, CHECKED_COLUMNS), context.scores.folder.at(name)
         check_rows(place, rows)
         tables.append(extract_features(_scored_block(rows, place, context), context.config, context.ngrams))
     return pa.concat_tables(tables)
@@ -108,8 +108,8 @@ def read_chunk_texts(wanted: tuple[Chunk, NDArray[np.int32]], context: Context) 
     """TEXTS of a chunk's rows that have a rank; `wanted` holds the chunk and, for each of its rows, a rank or -1."""
     chunk, ranks = wanted
     start, tables = 0, []
-    for file in chunk:
-        rows = read_scored(context.scores, file, TEXT_COLUMNS)
+    for name in chunk:
+        rows = read_scored(context.scores, name, TEXT_COLUMNS)
         rank = ranks[start : start + len(rows)]
         start += len(rows)
         rows = rows.take(pa.array(np.flatnonzero(rank >= 0)))

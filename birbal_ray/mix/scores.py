@@ -15,7 +15,7 @@ from birbal_ray.manifest import read_manifest
 from birbal_ray.ni.metrics import EXACT_MATCH, GENERATION, MAX_UNREACHABLE_FRACTION
 from birbal_ray.schemas import ROWS_FOLDER, SCORE_ROWS, TASK_SCORES, TASK_SCORES_FILE, TASKS, TASKS_FILE
 from birbal_ray.settings import ConfigError, canonical_hash, one_line, sha256_of
-from birbal_ray.storage import Folder, RunError, open_folder
+from birbal_ray.storage import FileRecord, Folder, RunError, open_folder
 
 AGAIN = "run `birbal score` again, or copy the folder again"
 NEEDED_COLUMNS = ("task", "label", "definition", "sources", "licenses")  # of tasks.parquet; never null
@@ -42,24 +42,15 @@ class ScoredTask:
 
 
 @dataclass(frozen=True, slots=True)
-class ScoreFile:
-    """One file of SCORE_ROWS, as the run's manifest lists it."""
-
-    name: str
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
 class ScoreFolder:
-    """A finished score run. `tasks` by name, `files` by file name."""
+    """A finished score run. `tasks` by name; `files`: of SCORE_ROWS, by name, with what the run's manifest says."""
 
     folder: Folder
     model: str | None
     identity_hash: str
     content_hash: str
     tasks: tuple[ScoredTask, ...]
-    files: tuple[ScoreFile, ...]
+    files: dict[str, FileRecord]
 
     @property
     def num_rows(self) -> int:
@@ -69,7 +60,7 @@ class ScoreFolder:
     @property
     def num_bytes(self) -> int:
         """Size of the files of rows."""
-        return sum(file.size for file in self.files)
+        return sum(record.size for record in self.files.values())
 
 
 def open_scores(place: str | os.PathLike[str] | Folder, model: str | None = None) -> ScoreFolder:
@@ -87,14 +78,14 @@ def open_scores(place: str | os.PathLike[str] | Folder, model: str | None = None
             f"{folder}: scored by {made_by or 'an unnamed model'}, the configuration says model = {model!r}; "
             "point --scores at that model's run, or correct model (null takes any)"
         )
-    files = tuple(
-        ScoreFile(name, record["size"], record["sha256"])
+    files = {
+        name: FileRecord(record["sha256"], record["size"])
         for name, record in sorted(manifest["files"].items())
         if name.startswith(f"{ROWS_FOLDER}/")
-    )
+    }
     if not files:
         raise RunError(f"{folder.at(ROWS_FOLDER)}: no rows; the score run ended before its first, run it again")
-    content = canonical_hash([[file.name, file.sha256] for file in files])
+    content = canonical_hash([[name, record.sha256] for name, record in files.items()])
     tasks = _read_tasks(folder, manifest)
     return ScoreFolder(folder, made_by, str(manifest.get("identity_hash", "")), content, tasks, files)
 
@@ -132,9 +123,9 @@ def read_batches(
         raise RunError(f"{place}: not a readable Parquet file ({one_line(error)}); run its step again") from None
 
 
-def read_scored(scores: ScoreFolder, file: ScoreFile, columns: Sequence[str]) -> pa.Table:
+def read_scored(scores: ScoreFolder, name: str, columns: Sequence[str]) -> pa.Table:
     """Columns of one file of SCORE_ROWS. Raises RunError when it is damaged or was edited."""
-    tables = read_batches(scores.folder, file.name, SCORE_ROWS, columns, file.sha256)
+    tables = read_batches(scores.folder, name, SCORE_ROWS, columns, scores.files[name].sha256)
     return pa.concat_tables(tables).combine_chunks()
 
 

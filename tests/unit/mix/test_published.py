@@ -121,7 +121,7 @@ def scored(tmp_path_factory):
 def decide(scored, config, work, reverse=False):
     """Row ids by candidate index, the decisions, the groups."""
     folder, _ = scored
-    folder = replace(folder, files=folder.files[::-1]) if reverse else folder
+    folder = replace(folder, files=dict(reversed(folder.files.items()))) if reverse else folder
     plan = plan_mix(make_context(config, folder), [], work)
     return plan.row_ids.to_pylist(), plan.decisions, plan.context.groups
 

@@ -43,7 +43,7 @@ def test_tasks_whose_names_begin_with_an_underscore_are_read_and_exported(tmp_pa
     folder = write_score_folder(tmp_path / "scores", rows)
     (folder / "rows" / "third" / ".tmp-1-2-000000-000020.parquet").write_bytes(b"half")  # of a writer that was killed
     scores = open_scores(folder)
-    assert [file.name.split("/")[1] for file in scores.files] == ["_first", "second", "third"]
+    assert [name.split("/")[1] for name in scores.files] == ["_first", "second", "third"]
     assert export_published_json(folder, tmp_path / "out") == (3, 60)
     for name in names:
         records = json.loads((tmp_path / "out" / f"{name}.json").read_text())
