@@ -36,6 +36,8 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml Makefile
 	@$(or $(PYTHON),false) -c '$(FITS)' 2>/dev/null || \
 		{ echo "Python 3.11, 3.12 or 3.13 is needed; found $(or $(PYTHON),none) (make PYTHON=/path/to/python3.11)"; exit 2; }
+	@# The other build's torch would satisfy this one's requirement and stay.
+	@test -z "$(filter-out $(STAMP),$(wildcard $(VENV)/.setup-*))" || rm -rf $(VENV)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/uv --version 2>/dev/null | grep -q " $(UV_VERSION)" || $(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -e ".[$(EXTRA),train,tune,harness,dev]" $(TORCH)
@@ -75,4 +77,4 @@ bench: setup
 	$(BIN)/python benchmarks/pipeline_scaling.py
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV)

@@ -300,7 +300,8 @@ def missing_cards(wanted: Mapping[str, str | None]) -> str:
         return ""
     steps, cards = (", ".join(dict.fromkeys(one or "a GPU" for one in names)) for names in (lacking, lacking.values()))
     has = f"{count} × {card}" if count else "no GPU"
-    return f"this machine has {has}; wanted: {cards} for {steps} (their device and resources.accelerator_type)"
+    hint = "" if count else "; if it has one, its driver must be 580 or later, and torch not the CPU build"
+    return f"this machine has {has}; wanted: {cards} for {steps} (their device and resources.accelerator_type){hint}"
 
 
 def _check_answers(address: str) -> None:

@@ -107,7 +107,7 @@ def plan_recipe(config: PipelineConfig, gpu: str | None = None) -> list[StepPlan
     limits = {step: budget * share for step, share in shares.items()} if budget else {}
     sizes = read_sizes(config.score.tasks, config.score.prompt.num_shots)
     asked = config.evaluate.scoring().tasks
-    same = {"exclude", "instances_per_task"}
+    same = {"exclude", "instances_per_task", "held_out_fraction"}
     if asked.model_dump(exclude=same) == config.score.tasks.model_dump(exclude=same):
         asked_sizes = sizes
     else:
@@ -206,16 +206,16 @@ def read_sizes(tasks: TaskSettings, num_shots: int) -> list[TaskSizes]:
         sizes.append(TaskSizes(task.name, label, len(task.instances), shared, own + 8, answer + 2))
     if not sizes:
         raise TaskError(
-            f"{tasks.path}: no usable task among the {len(files)} that tasks.select = {tasks.select!r} takes"
+            f"{tasks.path}: no usable task among the {len(files)} that tasks.select = {tasks.select!r} takes; "
+            "all takes every task (--select all; of a recipe --set score.tasks.select=all)"
         )
     return sizes
 
 
 def chosen(sizes: Sequence[TaskSizes], tasks: TaskSettings) -> list[TaskSizes]:
     """The tasks that a step takes, with as many instances of each as it asks for. Raises TaskError where none is."""
-    most = tasks.instances_per_task or math.inf
     found = [
-        replace(one, num_instances=int(min(one.num_instances, most))) for one in sizes if one.name not in tasks.exclude
+        replace(one, num_instances=tasks.num_taken(one.num_instances)) for one in sizes if one.name not in tasks.exclude
     ]
     if not found:
         raise TaskError(f"{tasks.path}: no task is left besides those held out or excluded")

@@ -15,6 +15,7 @@ from birbal_ray.settings import ConfigError, Duration, Settings, require, write_
 from birbal_ray.train.config import TrainConfig
 from birbal_ray.tune.config import TuneConfig
 
+HELD_OUT_FRACTION = 0.1  # of each scored task, where no complete tasks are held out
 STEPS = ("score", "tune", "mix", "train", "evaluate", "report")
 
 
@@ -99,7 +100,9 @@ def join_steps(config: PipelineConfig) -> PipelineConfig:
 
     shares = config.shares if config.search else config.shares.replace({"tune": 0.0})
     score = config.score
-    excluded = sorted({*score.tasks.exclude, *config.held_out_tasks})
+    of_tasks: dict[str, Any] = {"exclude": sorted({*score.tasks.exclude, *config.held_out_tasks})}
+    if not config.held_out_tasks and "held_out_fraction" not in score.tasks.model_fields_set:
+        of_tasks["held_out_fraction"] = HELD_OUT_FRACTION  # else small tasks are scored whole, and nothing is left
     if config.budget:  # only an adaptive run may stop where it is
         score = score.replace({"adaptive.enabled": True})
     # Adaptive scoring fills the shares of this recipe's mixes, unless it was given others.
@@ -114,7 +117,7 @@ def join_steps(config: PipelineConfig) -> PipelineConfig:
         score = score.replace(changes)
     joined = {
         "shares": shares,
-        "score": with_shared(score, output=folder["score"], tasks={"exclude": excluded}),
+        "score": with_shared(score, output=folder["score"], tasks=of_tasks),
         "tune": config.tune.replace({"scores": folder["score"], "output": folder["tune"]}),
         "mix": config.mix.replace({"scores": folder["score"], "output": folder["mix"]}),
         "train": with_shared(config.train, mix=folder["mix"], output=folder["train"]),

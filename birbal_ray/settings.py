@@ -342,7 +342,5 @@ def _explain(schema: type[Settings], problem: Any, origins: Mapping[str, str]) -
 
 
 def _origin(path: str, origins: Mapping[str, str]) -> str:
-    for key, origin in origins.items():
-        if key == path or key.startswith(f"{path}.") or path.startswith(f"{key}."):
-            return origin
-    return ""
+    near = (key for key in origins if key.startswith(f"{path}.") or path.startswith(f"{key}."))
+    return origins.get(path) or origins.get(next(near, ""), "")

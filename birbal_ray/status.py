@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 from birbal_ray.lock import LOCK_RECORD, is_alive, lock_holder
 from birbal_ray.manifest import StepFolder, command_of, find_steps, read_step
+from birbal_ray.ni.prompt import CHAT
 from birbal_ray.progress import CLOCK_FILE, Times, duration
 from birbal_ray.run import LOG_FOLDER, MANIFEST_FILE, RUN_FILE
 from birbal_ray.settings import ConfigError
@@ -139,6 +141,10 @@ def _following(row: Row, found: StepFolder, home: Folder) -> str:
         scores = read_step(home.subfolder("score"))
         tasks = _dig(scores.manifest if scores else {}, "settings", "tasks", "path") or "DIR"
         words = ["evaluate", "--tasks", str(tasks), *model, "--adapter", row.folder, "--output", home.at("evaluate")]
+        asked = _dig(found.manifest, "settings", "prompt") or {}
+        if asked.get("format") == CHAT:
+            given = json.dumps(asked["chat_template_arguments"])
+            words += ["--set", "prompt.format=chat", "--set", f"prompt.chat_template_arguments={given}"]
     else:
         words = {
             "score": ["mix", "--scores", row.folder, "--output", home.at("mix")],

@@ -106,11 +106,10 @@ def main() -> None:
       birbal demo
     The steps; the same command continues a step that was stopped:
       birbal tasks fetch --output natural-instructions
-      birbal score --tasks natural-instructions/ --model mistralai/Mistral-7B-v0.1 --output runs/score
+      birbal score --tasks natural-instructions/ --config mistral-7b --output runs/score
       birbal mix --scores runs/score --output runs/mix --config birbal-200k
-      birbal tune --scores runs/score --output runs/tune --config birbal
       birbal train --mix runs/mix --output runs/train --config mistral-7b-qlora
-      birbal evaluate --tasks natural-instructions/ --adapter runs/train --output runs/evaluate
+      birbal evaluate --tasks natural-instructions/ --config mistral-7b --adapter runs/train --output runs/evaluate
       birbal report runs
       birbal status runs
       birbal merge --run runs/train --output models/merged

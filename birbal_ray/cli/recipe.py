@@ -102,7 +102,8 @@ def _show_cluster(
     from birbal_ray.score.config import ScoreConfig
     from birbal_ray.train.config import TrainConfig
 
-    score, train = load_config(ScoreConfig, score_config), load_config(TrainConfig, train_config)
+    score = load_config(ScoreConfig, score_config and find_config("score", score_config))
+    train = load_config(TrainConfig, train_config and find_config("train", train_config))
     listing = cluster_nodes(address)
     print_cluster(nodes_of(listing), found := placements(listing, score, train), output_format)
     return [f"{one.work}: {one.missing}" for one in found if not one.fits]
@@ -181,7 +182,7 @@ def pipeline(config: PipelineConfig, overwrite: bool, dry_run: bool, output_form
       birbal pipeline --config one-day-mistral-7b --tasks natural-instructions/ --budget 24h --output runs/mistral
       birbal pipeline --config tiny --budget 15m --output runs/tiny
       birbal pipeline --tasks my-tasks/ --train-config tiny --no-tune --output runs/mine \\
-          --set mix.task_score.allow_shortfall=true
+          --set mix.task_score.allow_shortfall=true   # a tenth of each task is left over for the evaluation
     """
     if dry_run:
         from birbal_ray.cluster import missing_cards

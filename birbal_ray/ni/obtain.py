@@ -127,6 +127,8 @@ def _download(url: str, target: Path, progress: Callable[[str], None]) -> None:
             _download(url, target, progress)
             return
         raise TaskError(f"{url}: the server answered {error.code} {error.reason}") from None
+    except urllib.error.URLError as error:
+        raise TaskError(f"{url}: can't be reached ({error.reason}); check the network") from None
     except (OSError, http.client.HTTPException) as error:
         raise TaskError(f"{url}: the download broke off ({error}); run the same command again") from None
     if total is not None and done != total:

@@ -69,7 +69,10 @@ def find_task_files(path: Path) -> list[TaskFile]:
     elif path.suffix == ".json":
         files = [TaskFile(path.stem, path)]
     else:
-        raise TaskError(f"{path}: not a folder, a .json task file or a {'/'.join(ARCHIVE_SUFFIXES)} archive")
+        raise TaskError(
+            f"{path}: not a folder, a .json task file or a {'/'.join(ARCHIVE_SUFFIXES)} archive; `birbal tasks import` "
+            "makes task files of a table"
+        )
     if not files:
         raise TaskError(f"{path}: holds no task files (*.json, or tasks/*.json)")
     return sorted(files, key=lambda file: file.name)

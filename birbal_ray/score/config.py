@@ -55,12 +55,19 @@ class TaskSettings(Settings):
     instances_per_task: int | None = Field(
         None, ge=1, description="take the first N of each task, in hash order; null takes all"
     )
+    held_out_fraction: float = Field(
+        0.0, ge=0, lt=1, description="part of each task, the last in hash order, that is not taken: for an evaluation"
+    )
     strict: bool = Field(False, description="stop at the first task file that can't be used")
 
     @field_validator("path")
     @classmethod
     def _sample_tasks(cls, path: str | None) -> str | None:
         return str(sample_tasks_folder()) if path == "sample-tasks" else path
+
+    def num_taken(self, available: int) -> int:
+        """How many of a task's `available` instances, the first in hash order, are taken."""
+        return min(self.instances_per_task or available, available - int(available * self.held_out_fraction))
 
 
 class ModelSettings(Settings):

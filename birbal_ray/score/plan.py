@@ -76,8 +76,8 @@ def plan_run(
         if progress:
             progress.update(f"reading tasks {done}/{len(files)}: {file.name}")
         if isinstance(outcome, PlannedTask):
-            limit = config.tasks.instances_per_task or outcome.num_available
-            num_instances = min(limit, outcome.num_available - outcome.num_excluded)
+            taken = config.tasks.num_taken(outcome.num_available)
+            num_instances = min(taken, outcome.num_available - outcome.num_excluded)
             path = str(file.path.resolve())
             tasks.append(replace(outcome, num_instances=num_instances, path=path, member=file.member))
         elif outcome[0] == "quarantined":
@@ -214,9 +214,8 @@ class _TaskPlanner:
             unreachable_fraction=unreachable.fraction,
             unreachable_reason=unreachable.reason,
         )
-        return (
-            self._counted(planned, task, allowed[: config.tasks.instances_per_task]) if self.count_tokens else planned
-        )
+        taken = allowed[: config.tasks.num_taken(len(task.instances))]
+        return self._counted(planned, task, taken) if self.count_tokens else planned
 
     def _counted(self, planned: PlannedTask, task: Task, taken: Sequence[Instance]) -> PlannedTask:
         config = self.config

@@ -11,11 +11,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from birbal_ray.adapters import find_adapter
 from birbal_ray.cluster import decide_device
 from birbal_ray.manifest import read_manifest
 from birbal_ray.models import load_tokenizer, resolve_model
+from birbal_ray.ni.prompt import CHAT
 from birbal_ray.run import RunError
 from birbal_ray.score.config import ResourceSettings, ServeConfig, ServedEngine
 from birbal_ray.score.engine import Adapter, Request, Sampling, set_vllm_environment, vllm_arguments
@@ -40,6 +42,7 @@ class Served:
     engine: ServedEngine
     resources: ResourceSettings
     adapters: tuple[Adapter, ...] = ()
+    chat: Mapping[str, Any] | None = None  # arguments of the chat template that the adapter was trained by
 
 
 def serve(config: ServeConfig, tell: Callable[[str], None]) -> None:
@@ -54,6 +57,8 @@ def serve(config: ServeConfig, tell: Callable[[str], None]) -> None:
         bound.bind((config.host, config.port))  # a port that is taken shows before minutes of loading
         served = load_served(config)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        if served.chat is not None:
+            tell(f"{config.run}: trained by the model's chat template, by which --openai asks; /process does not")
         tell(f"loading {served.name}")
         loop = EngineLoop(lambda: load_engine(served.path, served.engine, served.resources, served.adapters))
         _warm_up(loop, served)
@@ -107,6 +112,8 @@ def openai_command(config: ServeConfig) -> list[str]:
     command += ["--allowed-origins", "[]"]  # its default lets every web page that is open here call the model
     for adapter in served.adapters:
         command += ["--lora-modules", f"{adapter.name}={adapter.path}"]
+    if served.chat:
+        arguments["default_chat_template_kwargs"] = dict(served.chat)
     for name, value in arguments.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
@@ -140,9 +147,12 @@ def load_served(config: ServeConfig) -> Served:
     if engine.backend == "simulated":
         return Served("simulated", Path(), NUM_EMBEDDINGS, engine, config.resources)
     name, revision = config.merged or given.name, given.revision
+    chat = None
     if config.run:
-        trained = read_manifest(config.run, "train")["model"]
+        manifest = read_manifest(config.run, "train")
+        trained, asked = manifest["model"], manifest["settings"].get("prompt", {})
         name, revision = (name, revision) if name else (trained["name"], trained["revision"])
+        chat = asked["chat_template_arguments"] if asked.get("format") == CHAT else None
     if not name:
         raise ConfigError("give what to serve: --run runs/train, --model NAME, or --merged DIR")
     model = resolve_model(name, revision)
@@ -161,6 +171,7 @@ def load_served(config: ServeConfig) -> Served:
         engine.replace({"max_model_len": length}),
         config.resources.replace({"threads_per_replica": threads}),
         (Adapter(found.name, str(found.path), found.rank),) if found else (),
+        chat,
     )
 
 

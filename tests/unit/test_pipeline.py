@@ -14,7 +14,7 @@ from birbal_ray import pipeline
 from birbal_ray.budget import BudgetClock
 from birbal_ray.lock import hold_lock
 from birbal_ray.progress import CLOCK_FILE, figures_key, read_times, save_figures
-from birbal_ray.recipe import STEPS, PipelineConfig, ShareSettings, join_steps
+from birbal_ray.recipe import HELD_OUT_FRACTION, STEPS, PipelineConfig, ShareSettings, join_steps
 from birbal_ray.run import RunFailedError, RunMismatchError, Step, open_run
 from birbal_ray.settings import ConfigError, load_config, seconds_of
 from birbal_ray.status import describe_times
@@ -284,6 +284,15 @@ def test_a_budget_that_is_too_small_names_the_least_that_works(tmp_path, budget,
         pipeline.refuse_small_budget(config, least)
     enough = seconds_of(str(caught.value).rpartition("works is ")[2].partition(",")[0])
     pipeline.refuse_small_budget(config.model_copy(update={"budget": enough}), least)
+
+
+def test_a_recipe_without_held_out_tasks_leaves_rows_of_each_to_evaluate(tmp_path):
+    config = PipelineConfig(output=str(tmp_path), tasks="my-tasks")
+    assert join_steps(config).score.tasks.held_out_fraction == HELD_OUT_FRACTION
+    assert join_steps(config).evaluate.scoring().tasks.held_out_fraction == 0
+    assert join_steps(config.replace({"held_out_tasks": ["b"]})).score.tasks.held_out_fraction == 0
+    asked = PipelineConfig(output=str(tmp_path), tasks="my-tasks", score={"tasks": {"held_out_fraction": 0}})
+    assert join_steps(asked).score.tasks.held_out_fraction == 0
 
 
 def test_steps_are_joined_and_held_out_tasks_are_only_evaluated(tmp_path):

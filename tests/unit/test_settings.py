@@ -67,6 +67,13 @@ def test_bad_assignment(assignment, message):
         load_config(ScoreConfig, None, [assignment])
 
 
+def test_a_bad_value_is_blamed_on_what_gave_it(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("tasks: {path: x}\ncompletion: {max_completion_tokens: 5}\n")
+    with pytest.raises(ConfigError, match=r"--set completion=7"):
+        load_config(ScoreConfig, file, ["completion=7"])
+
+
 TWISTED = [
     ("budget: 12:00", "budget = '12:00': a duration like 24h, 90m, 1h30m or 45s is wanted"),
     ("budget: 1:30", "budget = '1:30': a duration"),

@@ -161,6 +161,15 @@ def test_a_folder_of_steps_is_shown_in_the_order_they_run_whatever_they_are_call
     ]
 
 
+def test_an_adapter_trained_by_the_chat_template_is_evaluated_by_it(tmp_path):
+    prompt = {"format": "chat", "chat_template_arguments": {"enable_thinking": False}}
+    with open_run(tmp_path / "train", Step("train"), {"made": "up"}) as run:
+        run.finish({**DONE["train"], "settings": {"prompt": prompt}}, {}, summary=SUMMARY)
+    words = shlex.split(only(tmp_path / "train").next)[2:]
+    asked = main.get_command(None, "evaluate").make_context("evaluate", words).params
+    assert '{"enable_thinking": false}' in str(asked) and "prompt.format=chat" in str(asked)
+
+
 @pytest.mark.parametrize("at", ["disk", "s3"])
 def test_next_is_a_command_that_birbal_takes(request, tmp_path, at):
     if at == "s3":

@@ -52,6 +52,20 @@ def test_shards_cover_every_instance_once_and_tasks_stay_adjacent(write_task):
     assert [s.name for s in shards][2:] == ["task_a/000008-000010.parquet", "task_b/000000-000003.parquet"]
 
 
+def test_a_part_of_each_task_may_be_held_out(write_task):
+    folder = write_task("task_a", 56)
+    write_task("task_b", 3)
+    for changes, expected in (
+        ({}, [56, 3]),
+        ({"tasks.held_out_fraction": 0.1}, [51, 3]),  # the last in hash order; of a few instances none
+        ({"tasks.held_out_fraction": 0.5}, [28, 2]),
+        ({"tasks.held_out_fraction": 0.5, "tasks.instances_per_task": 20}, [20, 2]),
+    ):
+        assert [task.num_instances for task in make(folder, **changes).tasks] == expected
+        counted = [task.num_prompts + task.num_too_long for task in make(folder, **changes).tasks]
+        assert counted == expected
+
+
 def test_only_gaps_between_files_are_planned_whatever_their_size(write_task):
     folder = write_task("task_a", 20)
     found = RowFiles(["task_a/000003-000007.parquet", "task_a/000012-000014.parquet", "task_a/notes.txt", "x.parquet"])

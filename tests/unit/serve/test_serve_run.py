@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
+from birbal_ray.manifest import FORMAT
 from birbal_ray.score.config import ServeConfig
 from birbal_ray.serve import run as step
 from birbal_ray.settings import ConfigError, load_config
@@ -92,6 +93,19 @@ def test_vllms_own_server_gets_model_adapter_and_address(trained):
     assert (options["--max-model-len"], options["--max-lora-rank"], options["--dtype"]) == ("1024", "16", "float32")
     assert {"--enable-lora", "--enforce-eager", "--no-trust-remote-code"} <= set(command)
     assert "secret" not in " ".join(command)
+
+
+def test_an_adapter_trained_by_the_chat_template_is_asked_by_it(trained):
+    model, output = trained
+    prompt = {"format": "chat", "chat_template_arguments": {"enable_thinking": False}}
+    manifest = {"format": FORMAT, "step": "train", "identity": {}, "identity_hash": "", "files": {}}
+    manifest |= {"model": {"name": str(model), "revision": None}, "settings": {"prompt": prompt}}
+    (output / "manifest.json").write_text(json.dumps(manifest))
+    assert step.load_served(config(run=str(output))).chat == {"enable_thinking": False}
+    options = dict(itertools.pairwise(step.openai_command(config(run=str(output)))))
+    assert json.loads(options["--default-chat-template-kwargs"]) == {"enable_thinking": False}
+    (output / "manifest.json").write_text(json.dumps(manifest | {"settings": {}}))
+    assert step.load_served(config(run=str(output))).chat is None
 
 
 def test_the_models_own_length_limits_the_servers(trained):
