@@ -108,7 +108,7 @@ def settings_options(
                 is_eager=True,
                 expose_value=False,
                 callback=functools.partial(_print_settings, schema),
-                help="List every key of --set and --config, and exit.",
+                help="List every key of --set and --config with its default, and exit.",
             ),
             click.option(
                 "--set", "assignments", multiple=True, metavar="KEY=VALUE", help=f"Set one key, e.g. {example}."

@@ -89,10 +89,11 @@ def validate(path: Path | None, output_format: str) -> None:
       birbal tasks validate --tasks my-tasks/
     """
     from birbal_ray.ni.catalog import find_faults
+    from birbal_ray.progress import counted
 
     rows, num_files, num_bad = find_faults(path)
     print_table(rows, output_format, ["file", "kind", "count", "finding"])
-    note(f"{num_files} files read, {num_bad} can't be used")
+    note(f"{counted(num_files, 'file')} read, {num_bad} can't be used{'' if rows else ', nothing to report'}")
     if num_bad:
         raise click.exceptions.Exit(EXIT_FAILED)
 

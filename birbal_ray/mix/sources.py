@@ -190,13 +190,13 @@ def _hub(name: str, repository: str) -> Iterator[HfApi]:
     except GatedRepoError:
         raise ConfigError(
             f"source {name}: {repository} is gated: accept its terms at https://huggingface.co/datasets/{repository} "
-            "and set HF_TOKEN, or leave it out of mix.sources"
+            "and set HF_TOKEN, or leave it out"
         ) from None
     except (OSError, HTTPError, RevisionResolutionError, RuntimeError) as error:  # the last: of hf_xet, which downloads
         detail = (one_line(error) or type(error).__name__)[:160]
         raise ConfigError(
-            f"source {name}: {repository} can't be had from the Hub ({detail}); a gated dataset needs HF_TOKEN; "
-            f"without a network, download it elsewhere and give the file: sources: [{{name: {name}, path: FILE}}]"
+            f"source {name}: {repository} can't be had from the Hub ({detail}); check the network (a gated "
+            f"dataset also needs HF_TOKEN), give a copy (`path: FILE` beside `name: {name}`), or leave it out"
         ) from None
 
 

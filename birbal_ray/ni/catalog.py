@@ -92,7 +92,9 @@ def describe_task(path: Path | None, name: str, num_shots: int) -> str:
     root = path or sample_tasks_folder()
     files = {file.name: file for file in reader.find_task_files(root)}
     if name not in files:
-        raise TaskError(unknown_task(name, list(files), root))
+        raise TaskError(
+            unknown_task(name, list(files), root) + ("" if path else "; --tasks FOLDER looks in another one")
+        )
     _, task = next(reader.read_tasks([files[name]]))
     if isinstance(task, TaskError):
         raise task

@@ -74,7 +74,7 @@ def find_task_files(path: Path) -> list[TaskFile]:
             "makes task files of a table"
         )
     if not files:
-        raise TaskError(f"{path}: holds no task files (*.json, or tasks/*.json)")
+        raise TaskError(f"{path}: holds no task files (*.json, or tasks/*.json); `birbal tasks fetch` downloads some")
     return sorted(files, key=lambda file: file.name)
 
 
