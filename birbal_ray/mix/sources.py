@@ -190,7 +190,7 @@ def _hub(name: str, repository: str) -> Iterator[HfApi]:
     except GatedRepoError:
         raise ConfigError(
             f"source {name}: {repository} is gated: accept its terms at https://huggingface.co/datasets/{repository} "
-            "and set HF_TOKEN, or leave it out"
+            "and set HF_TOKEN, or leave it out of mix.sources"
         ) from None
     except (OSError, HTTPError, RevisionResolutionError, RuntimeError) as error:  # the last: of hf_xet, which downloads
         detail = (one_line(error) or type(error).__name__)[:160]
