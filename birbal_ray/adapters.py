@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from birbal_ray.settings import ConfigError
 from birbal_ray.storage import absolute, input_folder, is_url, join, read_json
 
 ADAPTER_FOLDER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
+REFERENCE_FILE = "reference.json"  # beside an adapter, or a model it was folded into: what PEFT computes with it
+CHOICES = 20  # next tokens that a reference holds of each prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,32 @@ def load_with_adapter(base: Path, adapter: Path, dtype: str, device: str = "cpu"
         base, dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True
     )
     return PeftModel.from_pretrained(model.to(device), adapter).eval()
+
+
+def reference_prompts(prompts: Sequence[list[int]], adapter: Any, base: Any) -> list[dict[str, Any]]:
+    """`prompts` of a reference.json. `adapter`, `base`: float32 logits of the next token, (prompts, vocabulary)."""
+    found, chosen = adapter.log_softmax(-1).topk(min(CHOICES, adapter.shape[-1]))
+    without = base.log_softmax(-1).gather(-1, chosen)
+    keys = ("token_ids", "next_token_ids", "adapter_log_probs", "base_log_probs")
+    rows = zip(prompts, chosen.tolist(), found.tolist(), without.tolist(), strict=True)
+    return [dict(zip(keys, row, strict=True)) for row in rows]
+
+
+def measure_reference(model: Any, prompts: Sequence[list[int]]) -> dict[str, Any]:
+    """A reference.json of `load_with_adapter`'s model, in its dtype. `prompts`: token ids.
+
+    Training's own was measured on 4-bit weights, whose rounding may hide what a small adapter changes.
+    """
+    import torch
+
+    def next_token_logits() -> Any:  # float32, (prompts, vocabulary)
+        asked = (torch.tensor([ids], device=model.device) for ids in prompts)
+        return torch.stack([model(input_ids=ids).logits[0, -1].float().cpu() for ids in asked])
+
+    with torch.inference_mode():
+        with_adapter = next_token_logits()
+        with model.disable_adapter():
+            return {"prompts": reference_prompts(prompts, with_adapter, next_token_logits())}
 
 
 def merge_adapter(model: Any, base: Path, folder: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from birbal_ray.adapters import load_with_adapter, merge_adapter
+from birbal_ray.adapters import REFERENCE_FILE, load_with_adapter, measure_reference, merge_adapter
 from birbal_ray.cluster import job_metadata, ray_log_file, ray_session
 from birbal_ray.evaluate.compare import adjust, compare, pair_tasks, scopes
 from birbal_ray.evaluate.config import EvaluateConfig
@@ -25,7 +25,7 @@ from birbal_ray.run import LOG_FOLDER, Run, RunError, RunMismatchError, Step, St
 from birbal_ray.schemas import ADAPTER, BASE, COMPARISONS, COMPARISONS_FILE, EVALUATION, EVALUATION_FILE, ROWS_FOLDER
 from birbal_ray.score.adaptive import FixedSchedule
 from birbal_ray.score.config import CPU_SHARD_ROWS, ScoreConfig
-from birbal_ray.score.engine import REFERENCE_FILE, Adapter
+from birbal_ray.score.engine import Adapter
 from birbal_ray.score.pipeline import Session, check_cluster, logical_cpus, score_shards
 from birbal_ray.score.plan import describe_plan, plan_run, publish_inputs
 from birbal_ray.score.results import summarise
@@ -34,7 +34,7 @@ from birbal_ray.score.shards import DamagedRowsError, PromptVariant, RowFiles, S
 from birbal_ray.score.stages import find_model
 from birbal_ray.settings import ConfigError, canonical_hash
 from birbal_ray.statistics import MIN_TASKS, detectable_difference
-from birbal_ray.storage import FileRecord, Folder, is_url, make_cache_folder
+from birbal_ray.storage import FileRecord, Folder, is_url, make_cache_folder, read_json, write_json
 
 OWNS = ("rows/*.parquet", "inputs/*", "tasks.parquet", "quarantine.jsonl", EVALUATION_FILE, COMPARISONS_FILE)
 STEP = Step("evaluate", OWNS)
@@ -250,9 +250,13 @@ def _model_of(
         shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".folded-", dir=place) as temporary:
         whole = Path(temporary) / first.name
-        merge_adapter(load_with_adapter(setup.model.path, Path(first.path), dtype), setup.model.path, whole)
-        if (reference := Path(first.path) / REFERENCE_FILE).is_file():  # the engine is checked against it
-            shutil.copy(reference, whole)
+        model = load_with_adapter(setup.model.path, Path(first.path), dtype)
+        reference = None
+        if (kept := Path(first.path) / REFERENCE_FILE).is_file():
+            reference = measure_reference(model, [prompt["token_ids"] for prompt in read_json(kept)["prompts"]])
+        merge_adapter(model, setup.model.path, whole)
+        if reference:  # the engine is checked against it
+            write_json(whole / REFERENCE_FILE, reference)
         yield setup.scoring_of(str(whole)), resolve_model(str(whole)).fingerprint
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from birbal_ray.adapters import REFERENCE_FILE
 from birbal_ray.models import ModelError, read_json_object
 from birbal_ray.ni.prompt import STOP
 from birbal_ray.score.config import EngineSettings, ResourceSettings
@@ -273,11 +274,9 @@ def _token_logprobs(token_ids: Iterable[int], positions: Iterable[Any]) -> tuple
 # An engine that finds none of an adapter's modules serves the base model without an error. Training leaves
 # reference.json beside an adapter: of a few prompts the likeliest next tokens, with their log probabilities under the
 # adapter and under the base model. An engine that serves the adapter changes them as PEFT does.
-REFERENCE_FILE = "reference.json"  # beside an adapter, or a model it was folded into: what PEFT computes with it
-CHOICES = 20  # next tokens that a reference holds of each prompt
 MIN_APPLIED = 0.1  # an engine that shows less of an adapter's change than this does not apply it
 # The smallest change that is looked at, in nats: in one engine, with and without the adapter; and for a model that it
-# was folded into, whose base model PEFT may have held in four bits.
+# was folded into, of whose base model only PEFT was asked.
 MIN_CHANGE, MIN_CHANGE_FOLDED = 0.1, 1.0
 
 
@@ -288,15 +287,6 @@ class Agreement:
     change_nats: float  # PEFT's largest change of a log probability by the adapter
     applied_fraction: float  # of PEFT's change in the engine: 1 is all of it, 0 the base model
     difference_nats: float  # largest distance of the engine's log probability from PEFT's, adapter on
-
-
-def reference_prompts(prompts: Sequence[list[int]], adapter: Any, base: Any) -> list[dict[str, Any]]:
-    """`prompts` of a reference.json. `adapter`, `base`: float32 logits of the next token, (prompts, vocabulary)."""
-    found, chosen = adapter.log_softmax(-1).topk(min(CHOICES, adapter.shape[-1]))
-    without = base.log_softmax(-1).gather(-1, chosen)
-    keys = ("token_ids", "next_token_ids", "adapter_log_probs", "base_log_probs")
-    rows = zip(prompts, chosen.tolist(), found.tolist(), without.tolist(), strict=True)
-    return [dict(zip(keys, row, strict=True)) for row in rows]
 
 
 def check_engine(engine: Engine, model: Path, adapters: Sequence[Adapter]) -> None:

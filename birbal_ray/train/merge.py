@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.adapters import ADAPTER_FOLDER, load_with_adapter, merge_adapter
+from birbal_ray.adapters import ADAPTER_FOLDER, REFERENCE_FILE, load_with_adapter, measure_reference, merge_adapter
 from birbal_ray.cluster import log_to
 from birbal_ray.manifest import check_input, read_manifest
 from birbal_ray.models import TOKENIZER_FILES, Model, load_tokenizer, read_template, resolve_model
@@ -21,7 +21,7 @@ from birbal_ray.ni.prompt import STOP, ChatTemplate, render_prompt
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import LOG_FOLDER, Step, StepResult, open_run
 from birbal_ray.score.config import EngineSettings, ResourceSettings
-from birbal_ray.score.engine import REFERENCE_FILE, Agreement, compare_with_peft, reference_prompts, why_not_applied
+from birbal_ray.score.engine import Agreement, compare_with_peft, why_not_applied
 from birbal_ray.settings import ConfigError, one_line
 from birbal_ray.storage import RunError, cache_folder, input_folder, open_folder, read_json
 from birbal_ray.train.card import CARD_FILE, PUSHED_MANIFEST, merged_card
@@ -182,8 +182,7 @@ def _merge(
     model = load_with_adapter(base, adapter, dtype, device)
     progress.update("answers with the adapter")
     before = [_answer(model, ids) for ids in prompts]
-    with model.disable_adapter():
-        plain = [_answer(model, ids, 1)[0] for ids in prompts]
+    reference = measure_reference(model, prompts)
     progress.update("merging")
     merge_adapter(model, base, working)
     del model
@@ -202,7 +201,7 @@ def _merge(
         "num_prompts": len(prompts),
         "same_tokens_fraction": sum(same) / max(1, len(same)),
         "max_logit_difference": max(float((a - b).abs().max()) for (a, _), (b, _) in zip(before, after, strict=True)),
-    }, {"prompts": reference_prompts(prompts, torch.stack([logits for logits, _ in before]), torch.stack(plain))}
+    }, reference
 
 
 def _answer(model: Any, ids: list[int], num_tokens: int = NEW_TOKENS) -> tuple[Any, list[int]]:

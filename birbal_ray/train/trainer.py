@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from trl import SFTTrainer
 
-from birbal_ray.score.engine import reference_prompts
+from birbal_ray.adapters import reference_prompts
 from birbal_ray.storage import open_folder, write_json
 from birbal_ray.train import files
 from birbal_ray.train.attention import name_kernel

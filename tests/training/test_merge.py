@@ -4,18 +4,22 @@ import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from birbal_ray.cli.main import main
+from birbal_ray.evaluate import run as evaluate_run
 from birbal_ray.models import load_tokenizer, read_template, resolve_model
 from birbal_ray.ni.prompt import render_prompt
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import MANIFEST_FILE, Step, open_run
+from birbal_ray.score.config import ScoreConfig
 from birbal_ray.score.engine import Agreement
 from birbal_ray.settings import ConfigError
-from birbal_ray.storage import RunError, read_json, write_json
+from birbal_ray.storage import RunError, open_folder, read_json, write_json
 from birbal_ray.train import merge as step
 from birbal_ray.train.card import merged_card
 from birbal_ray.train.merge import ollama_modelfile
@@ -86,6 +90,35 @@ def test_the_merged_model_is_base_and_adapter(trained, tiny_model, tmp_path, dty
 
     again = merge(trained, tmp_path / "merged", *arguments)
     assert "up to date; nothing to do" in again.stderr
+
+
+def test_an_engine_is_checked_on_the_weights_that_it_loads(trained, tiny_model, tmp_path):
+    """Training measured the adapter on 4-bit weights, which may be further from these than the adapter moves them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    four_bits = {"next_token_ids": [7, 8], "adapter_log_probs": [-1.0, -2.0], "base_log_probs": [-9.0, -9.0]}
+    prompts = [{"token_ids": ids, **four_bits} for ids in ([1, 5, 9, 7], [1, 8, 8])]
+    adapter = shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    write_json(adapter / "reference.json", {"prompts": prompts})
+    scoring = ScoreConfig(engine={"device": "cpu"})
+    setup = SimpleNamespace(
+        scoring=scoring,
+        model=resolve_model(str(tiny_model)),
+        scoring_of=lambda path: scoring.replace({"model.name": path}),
+    )
+    one = SimpleNamespace(kind=evaluate_run.ADAPTER, name="mine", path=str(adapter), fingerprint="a")
+    with evaluate_run._model_of(setup, [one], open_folder(tmp_path), ProgressLine()) as (config, _):
+        found = read_json(Path(config.model.name) / "reference.json")["prompts"]
+        folded = AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    for prompt, asked in zip(found, prompts, strict=True):
+        assert prompt["token_ids"] == asked["token_ids"]
+        ids, choices = torch.tensor([prompt["token_ids"]]), torch.tensor(prompt["next_token_ids"])
+        for model, name in ((folded, "adapter_log_probs"), (base, "base_log_probs")):
+            with torch.inference_mode():
+                expected = model(input_ids=ids).logits[0, -1].log_softmax(-1)[choices]
+            assert prompt[name] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def test_other_base_weights_than_were_trained_on_are_refused(trained, tmp_path):

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from birbal_ray.adapters import REFERENCE_FILE
 from birbal_ray.models import ModelError
 from birbal_ray.score.engine import (
-    REFERENCE_FILE,
     Adapter,
     Agreement,
     Completion,
