@@ -182,7 +182,7 @@ def describe_evaluation(setup: Setup, plan: ScorePlan, progress: ProgressLine) -
         f"the smallest difference that {len(plan.tasks)} tasks show with 80 % power is {smallest:.3f} "
         f"if the differences between tasks deviate by {expected:g} (expected_deviation)"
         if len(plan.tasks) >= MIN_TASKS
-        else f"{len(plan.tasks)} tasks are too few for a verdict, which needs {MIN_TASKS}"
+        else f"{counted(len(plan.tasks), 'task')}: too few for a verdict, which needs {MIN_TASKS}"
     )
     names = ", ".join(f"{one.name} ({one.kind})" if one.kind != BASE else one.name for one in setup.models)
     progress.message(f"{names}: {' and '.join(setup.config.prompt_formats)}")
