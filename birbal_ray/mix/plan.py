@@ -202,8 +202,11 @@ def plan_mix(context: Context, origins: Sequence[Origin], work: Path, report: Re
         context, tuple(chunks), tuple(outside_files), np.array(offsets), candidates, row_ids, subtasks, decisions
     )
     if not decisions.num_kept:
-        dropped = ", ".join(f"{number:,} {reason}" for reason, number in plan.dropped().items())
-        raise ConfigError(f"the mix would be empty: {len(candidates):,} candidates ({dropped}); raise the budgets")
+        found = plan.dropped()
+        dropped = ", ".join(f"{number:,} {reason}" for reason, number in found.items())
+        cure = {"short_input": "lower filters.max_short_input_words", "too_long": "raise filters.max_words"}
+        advice = cure.get(next(iter(found), ""), "raise the budgets")
+        raise ConfigError(f"the mix would be empty: {len(candidates):,} candidates ({dropped}); {advice}")
     return plan
 
 

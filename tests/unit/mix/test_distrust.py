@@ -230,6 +230,15 @@ def test_an_empty_mix_is_refused(scores, tmp_path):
         mix(config(scores, tmp_path / "m", task_score={"exact_match_budget": 0, "generation_budget": 0}))
 
 
+@pytest.mark.parametrize(
+    ("filters", "advice"),
+    [({"max_short_input_words": 999}, "lower filters.max_short_input_words"), ({"max_words": 1}, "raise filters.max_")],
+)
+def test_a_mix_that_filters_leave_empty_names_them(scores, tmp_path, filters, advice):
+    with pytest.raises(ConfigError, match=rf"the mix would be empty: 160 candidates \(.*\); {advice}"):
+        mix(config(scores, tmp_path / "m", filters=filters))
+
+
 def test_the_scores_are_never_overwritten(scores, tmp_path):
     folder = shutil.copytree(scores, tmp_path / "s")
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
