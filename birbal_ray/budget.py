@@ -43,8 +43,10 @@ class BudgetClock:
             earlier = folder.read_json(CLOCK_FILE)
         self._overwrites = bool(overwrite)
         self._to_overwrite: set[str] = set(earlier.get("to_overwrite", []))
+        if overwrite:  # not of a step that an earlier command had and this one has not
+            self._to_overwrite &= set(overwrite)
         self._replaced: dict[str, Any] | None = None  # clock.json, until the first step has taken its folder
-        if overwrite and self._to_overwrite.isdisjoint(overwrite):
+        if overwrite and not self._to_overwrite:
             self._replaced, earlier, self._to_overwrite = earlier, {}, set(overwrite)
         self.spent: dict[str, float] = dict(earlier.get("spent_seconds", {}))
         # Another budget is another plan: what was decided for the old one does not bind it.
@@ -125,6 +127,7 @@ class BudgetClock:
         """Take what is in a step's folder for this recipe's: a command that overwrites does not start it over."""
         with self._lock:
             self._to_overwrite.discard(step)
+            self._save()
 
     def decide(self, key: str, make: Callable[[], Any]) -> Any:
         """What was decided for `key` in an earlier session, else `make()`, which is kept."""

@@ -100,8 +100,9 @@ def read_step(folder: Folder, name: str = ".") -> StepFolder | None:
     records: dict[str, Mapping[str, Any]] = {}
     for file in (RUN_FILE, PROGRESS_FILE, MANIFEST_FILE):
         records[file] = {}
-        # It may be half written: another one comes soon.
-        with contextlib.suppress(FileNotFoundError, *([DamagedFileError] if file == PROGRESS_FILE else [])):
+        # Progress may be half written: another one comes soon. A manifest without a run.json is another tool's.
+        passes = file == PROGRESS_FILE or (file == MANIFEST_FILE and not records[RUN_FILE])
+        with contextlib.suppress(FileNotFoundError, *([DamagedFileError] if passes else [])):
             content = folder.read_json(file)
             if isinstance(content, dict) and (file == PROGRESS_FILE or isinstance(content.get("step"), str)):
                 records[file] = content

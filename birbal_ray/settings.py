@@ -234,7 +234,7 @@ def _assign(values: dict[str, Any], path: str, value: Any, origin: str) -> None:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
             raise ConfigError(f"{origin}: {parent!r} is a value ({child!r}), not a section")
-        node = child
+        node[parent] = node = dict(child)  # an anchor's section is also that of its aliases
     node[leaf] = value
 
 
@@ -310,7 +310,7 @@ def _parse_yaml(text: str, origin: str, complaint: str) -> Any:
         mark = error.problem_mark or error.context_mark
         about = filter(None, [f"line {mark.line + 1}" if mark else None, error.context, error.problem])
         reason = ": ".join(map(one_line, about))
-    except (yaml.YAMLError, RecursionError, ValueError, KeyError) as error:  # `!!int many`
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError) as error:  # `!!int many`
         reason = one_line(error)
     raise ConfigError(f"{origin}: {complaint} ({reason})")
 

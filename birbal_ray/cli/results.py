@@ -81,12 +81,14 @@ def evaluate(config: EvaluateConfig, overwrite: bool, dry_run: bool, output_form
 
 
 def print_evaluate(result: EvaluateResult, output_format: str = "text") -> None:
-    """Comparisons on stdout, without any the tasks' scores; the conclusions on stderr."""
+    """Comparisons on stdout, or where there are none the tasks' scores; the conclusions on stderr."""
     from birbal_ray.progress import counted
     from birbal_ray.report.load import conclusion_of
 
     if output_format == "text" and not result.comparisons:
-        print_table(result.evaluation, output_format, ["prompt_format", "task", "label", "num_scored", "task_score"])
+        print_table(
+            result.evaluation, output_format, ["model", "prompt_format", "task", "label", "num_scored", "task_score"]
+        )
     else:
         columns: Columns = {
             **{"model": "model", "prompts": "prompt_format", "scope": "scope", "tasks": "num_tasks"},

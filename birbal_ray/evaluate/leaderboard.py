@@ -206,7 +206,7 @@ class Results(Settings):
 
     team: str = Field(pattern=r"\S")
     metrics: dict[str, Annotated[float, Field(ge=0, le=1)] | None]
-    note: str = ""
+    note: str | None = None
     comparable: bool | None = None
 
     @field_validator("metrics", mode="before")
@@ -235,6 +235,6 @@ def load_results(file: Path) -> tuple[str, Metrics, str]:
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: can't be read as JSON ({error})") from None
     if found.comparable is None:
-        return found.team, found.metrics, found.note
+        return found.team, found.metrics, found.note or ""
     words = "comparable" if found.comparable else "not comparable"
     return found.team, found.metrics, f"{words}: {found.note or 'no reason given'}"

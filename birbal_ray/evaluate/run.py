@@ -123,8 +123,7 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> EvaluateResu
                 raise RunMismatchError(run.folder, lines)
             if before == asked:
                 progress.message(f"{run.folder} is up to date; nothing to do")
-                return _read(run)
-            run.withdraw()  # only what is asked beyond it costs anything
+                return _read(run)  # else only what is asked beyond it costs anything
         everything = is_url(config.tasks.path) or not run.folder.is_local
         plan = publish_inputs(plan, run.folder, everything=everything)
         write_plan(run.folder, plan)
@@ -282,6 +281,7 @@ def _finish(setup: Setup, plan: ScorePlan, run: Run) -> EvaluateResult:
     rows = {**counts, "errors": counts["planned"] - counts["scored"]}
     prompt, cached = tokens["prompt"], tokens["cached"]
     comparisons = compare_models(setup, plan, scores)
+    run.withdraw()  # of fewer models, which until now said what must stay in the tables
     tables = (EVALUATION_FILE, evaluation, EVALUATION), (COMPARISONS_FILE, comparisons, COMPARISONS)
     for name, content, schema in tables:
         files[name] = folder.write_parquet(name, pa.Table.from_pylist(content, schema=schema))

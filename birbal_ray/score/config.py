@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +57,7 @@ class TaskSettings(Settings):
         None, ge=1, description="take the first N of each task, in hash order; null takes all"
     )
     held_out_fraction: float = Field(
-        0.0, ge=0, lt=1, description="part of each task, the last in hash order, that is not taken: for an evaluation"
+        0.0, ge=0, lt=1, description="part of each task, the last in hash order, that scoring leaves to an evaluation"
     )
     strict: bool = Field(False, description="stop at the first task file that can't be used")
 
@@ -67,7 +68,8 @@ class TaskSettings(Settings):
 
     def num_taken(self, available: int) -> int:
         """How many of a task's `available` instances, the first in hash order, are taken."""
-        return min(self.instances_per_task or available, available - int(available * self.held_out_fraction))
+        held_out = min(math.ceil(available * self.held_out_fraction), max(0, available - 1))
+        return min(self.instances_per_task or available, available - held_out)
 
 
 class ModelSettings(Settings):

@@ -155,7 +155,7 @@ def lora_rank(rank: int) -> int:
 def set_vllm_environment(kv_cache_gib: float | None = None) -> None:
     """Set what vLLM reads from the environment when it is imported; the user's own values win.
 
-    `kv_cache_gib`: of its CPU engine.
+    `kv_cache_gib`: of its CPU engine, a setting, which wins.
     """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # FlashInfer's sampler is compiled by nvcc when the engine starts, and few machines have one; greedy and seeded

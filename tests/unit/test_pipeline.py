@@ -550,3 +550,13 @@ def test_a_search_that_failed_is_tried_again_until_the_mix_is_made_without_it(re
     assert recipe(budget=6000.0) == ["train", "evaluate"], "a mix that is made keeps its ratios, in any budget"
     assert any("is not tried again" in text for text in recipe.said)
     assert recipe(budget=6000.0, overwrite=True) == ALL
+
+
+def test_what_was_made_again_is_known_at_once_and_a_step_that_is_gone_delays_nothing(tmp_path):
+    folder, steps = open_folder(tmp_path), ("score", "tune", "mix")
+    BudgetClock(folder, None, SHARES, LEAST, overwrite=steps).keep("score")
+    again = BudgetClock(folder, None, SHARES, LEAST, overwrite=steps)
+    assert [again.starts_over(step) for step in steps] == [False, True, True]
+    again.keep("mix")  # the search was turned off for this one
+    once_more = BudgetClock(folder, None, SHARES, LEAST, overwrite=("score", "mix"))
+    assert once_more.starts_over("score") and once_more.starts_over("mix")

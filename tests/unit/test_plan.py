@@ -291,10 +291,10 @@ def test_a_held_out_task_that_is_none_is_refused_before_anything_starts(tmp_path
 @pytest.mark.parametrize(
     ("changes", "refusal"),
     [
-        ([], "mix.task_score.exact_match_budget = 50000: the tasks that are scored have 3 instances"),
-        (["mix.policy=uniform"], "exact_match_budget + generation_budget = 100000: the tasks that are scored have 7"),
-        (["mix.task_score.exact_match_budget=3"], "generation_budget = 50000: the tasks that are scored have 4"),
-        (["mix.task_score={exact_match_budget: 3, generation_budget: 4}"], ""),
+        ([], "mix.task_score.exact_match_budget = 50000: the tasks that are scored have 27 instances"),
+        (["mix.policy=uniform"], "exact_match_budget + generation_budget = 100000: the tasks that are scored have 63"),
+        (["mix.task_score.exact_match_budget=27"], "generation_budget = 50000: the tasks that are scored have 36"),
+        (["mix.task_score={exact_match_budget: 27, generation_budget: 36}"], ""),  # a tenth is left to evaluate
         (["mix.task_score.allow_shortfall=true"], ""),
         (["mix.policy=birbal_2023"], ""),
         (["budget=1000h"], ""),
@@ -302,8 +302,8 @@ def test_a_held_out_task_that_is_none_is_refused_before_anything_starts(tmp_path
     ],
 )
 def test_a_mix_that_no_scoring_could_fill_is_refused_before_it(tmp_path, write_task, changes, refusal):
-    write_task("task_a", 3, Categories=["Program Execution"])
-    folder = write_task("task_b", 4, Categories=["Title Generation"])
+    write_task("task_a", 30, Categories=["Program Execution"])
+    folder = write_task("task_b", 40, Categories=["Title Generation"])
     flags = {"tasks": str(folder), "output": "/nowhere/run"}
     made = load_config(PipelineConfig, None, ["search=false", *changes], flags)
     if not refusal:

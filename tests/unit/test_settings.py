@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 from pydantic import ConfigDict
 
+from birbal_ray.cli.options import find_config
 from birbal_ray.evaluate.config import EvaluateConfig
 from birbal_ray.mix.config import MixConfig
 from birbal_ray.recipe import PipelineConfig
@@ -67,6 +68,15 @@ def test_bad_assignment(assignment, message):
         load_config(ScoreConfig, None, [assignment])
 
 
+def test_a_value_is_set_in_one_place_where_sections_share_an_anchor():
+    changes = ["score.prompt.num_shots=2", "score.prompt.chat_template_arguments.enable_thinking=true"]
+    recipe = load_config(PipelineConfig, find_config("pipeline", "one-day-qwen3-8b"), changes)
+    assert recipe.score.prompt.num_shots == 2
+    assert recipe.score.prompt.chat_template_arguments == {"enable_thinking": True}
+    assert recipe.train.prompt.chat_template_arguments == {"enable_thinking": False}
+    assert recipe.evaluate.prompt.num_shots == 4
+
+
 def test_a_bad_value_is_blamed_on_what_gave_it(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("tasks: {path: x}\ncompletion: {max_completion_tokens: 5}\n")
@@ -88,6 +98,7 @@ TWISTED = [
     ("model: {name: yes}", "model.name = True: input should be a valid string"),
     ("seed: 1\nlora: {r: 8}\nseed: 2", "'seed' stands twice, in lines 1 and 3"),
     ("lora:\n  r: 8\n  alpha: 1\n  r: 16", "'r' stands twice, in lines 2 and 4"),
+    ("seed: !!int ''", "not valid YAML"),
     ("seed: !!int many", "not valid YAML .*many"),
     ("seed: !!timestamp 2024-99-01", "not valid YAML"),
     ("lora: &a\n  r: *a", "line 1: found unconstructable recursive node"),

@@ -270,6 +270,13 @@ def test_folders_of_the_previous_version_are_shown(tmp_path, step):
     assert (row.state, row.progress) == ("done", "")
 
 
+def test_a_manifest_of_another_tool_is_none_of_a_step(tmp_path):
+    finish(tmp_path / "mix", "mix")
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "audio" / "manifest.json").write_text('{"file": 1}\n{"file": 2}\n')
+    assert read_status(tmp_path)[0].step == "mix"
+
+
 def test_a_pipeline_is_shown_before_its_first_step_has_started(tmp_path):
     """While it reads the tasks for its plan, and fetches the weights."""
     (tmp_path / "clock.json").write_text('{"budget_seconds": 60, "spent_seconds": {}}')

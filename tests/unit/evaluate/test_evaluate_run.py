@@ -15,7 +15,7 @@ from birbal_ray.run import RunMismatchError, open_run
 from birbal_ray.schemas import COMPARISONS, COMPARISONS_FILE, EVALUATION, EVALUATION_FILE
 from birbal_ray.score.plan import plan_run
 from birbal_ray.settings import ConfigError
-from birbal_ray.storage import cache_folder
+from birbal_ray.storage import cache_folder, read_json
 from tests.fixtures.tensors import write_tensors
 
 
@@ -77,8 +77,9 @@ def test_overwriting_deletes_neither_the_base_model_nor_the_labels(config, asked
 def test_nor_while_a_further_model_is_not_finished(config, asked, tmp_path):
     finish(config)
     wider = second(config, tmp_path)
+    before = (tmp_path / "run" / "manifest.json").read_bytes()
     asked(wider)
-    assert not (tmp_path / "run" / "manifest.json").exists()
+    assert (tmp_path / "run" / "manifest.json").read_bytes() == before, "what is known stays until more is known"
     with pytest.raises(ConfigError, match=r"primary.model: mine → other"):
         asked(wider.replace({"primary.model": "other"}))
 
@@ -142,13 +143,17 @@ def test_a_further_adapter_or_prompt_format_keeps_the_rows_that_are_there(config
         row.write_bytes(b"rows")
         kept = (tmp_path / "run" / "run.json").read_bytes()
         assert asked(wider) == ["base", "mine", "other"][: len(wider.adapters) + 1]
-        assert not (tmp_path / "run" / "manifest.json").exists(), "it is unfinished until these are asked, too"
+        assert read_json(tmp_path / "run" / "manifest.json")["asked"].keys() == {"base/zero_shot", "mine/zero_shot"}
         assert row.exists() and (tmp_path / "run" / "run.json").read_bytes() == kept
 
 
 def test_a_result_that_is_known_stays_among_the_compared(config, asked, tmp_path):
     """Without it the others' p-values would be adjusted for fewer comparisons."""
     finish(second(config, tmp_path))
+    (tmp_path / "third").mkdir()
+    for file in (tmp_path / "other").iterdir():
+        (tmp_path / "third" / file.name).write_bytes(file.read_bytes())
+    asked(second(config, tmp_path).replace({"adapters": [*second(config, tmp_path).adapters, str(tmp_path / "third")]}))
     before = (tmp_path / "run" / "manifest.json").read_bytes()
     for changes, value, line in (
         ({"adapters": config.adapters}, 1, r"models.other/zero_shot: [0-9a-f]+ → \(none\)"),

@@ -12,11 +12,10 @@ from birbal_ray.score import engine, stages
 def test_what_a_user_has_set_for_vllm_wins(monkeypatch):
     monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "1")
     monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
-    engine.set_vllm_environment()
+    engine.set_vllm_environment(3.2)
     assert engine.os.environ["VLLM_USE_FLASHINFER_SAMPLER"] == "1"
     assert engine.os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
-    assert engine.os.environ["VLLM_CPU_KVCACHE_SPACE"] == "7"
+    assert engine.os.environ["VLLM_CPU_KVCACHE_SPACE"] == "3"
 
 
 @pytest.mark.parametrize(("gpus_per_replica", "waits"), [(0.5, True), (1.0, False), (2.0, False)])

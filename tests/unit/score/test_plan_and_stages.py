@@ -57,9 +57,10 @@ def test_a_part_of_each_task_may_be_held_out(write_task):
     write_task("task_b", 3)
     for changes, expected in (
         ({}, [56, 3]),
-        ({"tasks.held_out_fraction": 0.1}, [51, 3]),  # the last in hash order; of a few instances none
-        ({"tasks.held_out_fraction": 0.5}, [28, 2]),
-        ({"tasks.held_out_fraction": 0.5, "tasks.instances_per_task": 20}, [20, 2]),
+        ({"tasks.held_out_fraction": 0.1}, [50, 2]),  # the last in hash order; of a few instances one
+        ({"tasks.held_out_fraction": 0.5}, [28, 1]),
+        ({"tasks.held_out_fraction": 0.9}, [5, 1]),
+        ({"tasks.held_out_fraction": 0.5, "tasks.instances_per_task": 20}, [20, 1]),
     ):
         assert [task.num_instances for task in make(folder, **changes).tasks] == expected
         counted = [task.num_prompts + task.num_too_long for task in make(folder, **changes).tasks]
