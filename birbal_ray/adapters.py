@@ -73,9 +73,13 @@ def find_adapter(given: str, model: Model, option: str = "--adapter") -> Adapter
     if other := other or _misfit(path / ADAPTER_WEIGHTS, model):
         raise ConfigError(f"{option} {given}: made for another model than {model.name}: {other}")
     name = path.parent.name if path.name == ADAPTER_FOLDER else path.name
-    adapted = {_module(tensor).rpartition(".")[2] for tensor in _lora_shapes(path / ADAPTER_WEIGHTS)}
-    fingerprint = adapter_fingerprint(path)
-    return AdapterFolder(name, path, place or str(path), settings["r"], fingerprint, run, settings, sorted(adapted))
+    fingerprint, adapted = adapter_fingerprint(path), adapted_modules(path)
+    return AdapterFolder(name, path, place or str(path), settings["r"], fingerprint, run, settings, adapted)
+
+
+def adapted_modules(folder: Path) -> list[str]:
+    """The names that an adapter's modules have inside a layer (q_proj), sorted."""
+    return sorted({_module(tensor).rpartition(".")[2] for tensor in _lora_shapes(folder / ADAPTER_WEIGHTS)})
 
 
 def adapter_fingerprint(folder: Path) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from birbal_ray.adapters import REFERENCE_FILE
+from birbal_ray.adapters import REFERENCE_FILE, adapted_modules
 from birbal_ray.models import ModelError, read_json_object
 from birbal_ray.ni.prompt import STOP
 from birbal_ray.score.config import EngineSettings, ResourceSettings
@@ -131,7 +131,10 @@ def vllm_arguments(
         device["max_num_seqs"] = resources.max_num_seqs
     if adapters:
         rank = lora_rank(max(one.rank for one in adapters))
-        device |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+        # On a CPU vLLM 0.29 takes the last place for requests without an adapter. It must stay empty, or the base
+        # model's prompts are answered with the adapter where both are in a batch.
+        places = 1 + len(adapters) if engine.device == "cpu" else 1
+        device |= {"enable_lora": True, "max_loras": places, "max_lora_rank": rank}
     return {
         "model": str(model),
         # Without AVX-512 bf16 ran at 0.78 against float32's 4.75 requests/s.
@@ -194,7 +197,13 @@ class VllmEngine:
         # vLLM's own refusals are no ValueErrors; some that it never gave a class of its own are.
         self._refusals = (VLLMClientError, ValueError, TypeError)
         self._adapters = {one.name: LoRARequest(one.name, n, one.path) for n, one in enumerate(adapters, 1)}
-        self._engine = LLM(**vllm_arguments(model, engine, resources, adapters)).llm_engine
+        arguments = vllm_arguments(model, engine, resources, adapters)
+        if adapters:
+            # Else the output layer is prepared for adapters, too, which costs time at each step; and on a CPU vLLM
+            # 0.29 dies there of the prompt log probabilities of two requests at once.
+            modules = {name for one in adapters for name in adapted_modules(Path(one.path))}
+            arguments.setdefault("lora_target_modules", sorted(modules))
+        self._engine = LLM(**arguments).llm_engine
         self.max_model_len = self._engine.model_config.max_model_len
         self._num_embeddings = self._engine.model_config.get_vocab_size()
         # Ready means that it has answered: a broken engine shows here, and the first real prompt is not the slow one.

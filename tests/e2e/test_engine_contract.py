@@ -71,9 +71,8 @@ def adapter(served_model, tmp_path_factory):
     return folder
 
 
-@slow
 def test_an_adapter_gives_the_log_probabilities_that_peft_gives(served_model, adapter):
-    """vLLM serves the base model without a word where an adapter's modules match nothing."""
+    """In one batch with the base model, each gives its own."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
