@@ -198,6 +198,12 @@ def ray_session(
         try:
             yield url if address or dashboard else None
         finally:
+            # Where Ctrl-C ends the block, Ray Data's thread still runs. If it meets a Ray that is gone, Ray ends this
+            # process on the spot, without a word.
+            for thread in threading.enumerate():
+                if type(thread).__name__ == "StreamingExecutor":
+                    with contextlib.suppress(Exception):
+                        thread.shutdown(force=False)  # type: ignore[attr-defined]
             with contextlib.suppress(OSError):  # a broken pipe here would hide how the block ended
                 ray.shutdown()
 
