@@ -16,7 +16,6 @@ from birbal_ray.settings import ConfigError
 from birbal_ray.storage import absolute, input_folder, is_url, join, read_json
 
 ADAPTER_FOLDER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
-REFERENCE_FILE = "reference.json"  # beside an adapter, or a model it was folded into: what PEFT computes with it
 CHOICES = 20  # next tokens that a reference holds of each prompt
 
 
@@ -31,7 +30,7 @@ class AdapterFolder:
     fingerprint: str
     run: dict[str, Any]
     settings: dict[str, Any]  # of its adapter_config.json
-    modules: list[str]  # names of the adapted modules inside a layer (q_proj), sorted
+    modules: tuple[str, ...]  # names of the adapted modules inside a layer (q_proj), sorted
 
 
 def find_adapter(given: str, model: Model, option: str = "--adapter") -> AdapterFolder:
@@ -73,13 +72,9 @@ def find_adapter(given: str, model: Model, option: str = "--adapter") -> Adapter
     if other := other or _misfit(path / ADAPTER_WEIGHTS, model):
         raise ConfigError(f"{option} {given}: made for another model than {model.name}: {other}")
     name = path.parent.name if path.name == ADAPTER_FOLDER else path.name
-    fingerprint, adapted = adapter_fingerprint(path), adapted_modules(path)
-    return AdapterFolder(name, path, place or str(path), settings["r"], fingerprint, run, settings, adapted)
-
-
-def adapted_modules(folder: Path) -> list[str]:
-    """The names that an adapter's modules have inside a layer (q_proj), sorted."""
-    return sorted({_module(tensor).rpartition(".")[2] for tensor in _lora_shapes(folder / ADAPTER_WEIGHTS)})
+    modules = tuple(sorted({_module(tensor).rpartition(".")[2] for tensor in _lora_shapes(path / ADAPTER_WEIGHTS)}))
+    fingerprint = adapter_fingerprint(path)
+    return AdapterFolder(name, path, place or str(path), settings["r"], fingerprint, run, settings, modules)
 
 
 def adapter_fingerprint(folder: Path) -> str:

@@ -67,6 +67,7 @@ TASKS = pa.schema(
 RUN_FILE = "run.json"  # of every run: its step and identity
 PROGRESS_FILE = "progress.json"
 MANIFEST_FILE = "manifest.json"  # of a finished run: its files, counts and settings
+REFERENCE_FILE = "reference.json"  # beside an adapter, or a model it was folded into: what PEFT computes with it
 ROWS_FOLDER = "rows"  # SCORE_ROWS, one file {task}/{first}-{last}.parquet a range of the task's hash order
 TASKS_FILE = "tasks.parquet"
 TASK_SCORES_FILE = "task_scores.parquet"

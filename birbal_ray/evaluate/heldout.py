@@ -39,6 +39,7 @@ class EvaluatedModel:
     mix: str | None = None  # that an adapter was trained on, where its run says so
     origin: str = ""
     mix_identity: str | None = None  # identity hash of that mix
+    modules: tuple[str, ...] = ()  # that an adapter changes in a layer
 
 
 def resolve_models(model: Model, adapters: Sequence[str], merged: Sequence[str]) -> list[EvaluatedModel]:
@@ -54,7 +55,7 @@ def resolve_models(model: Model, adapters: Sequence[str], merged: Sequence[str])
         one = find_adapter(path, model)
         mix, origin = one.run.get("mix", {}), one.place
         own = name or one.name, ADAPTER, str(one.path), one.fingerprint, one.rank
-        found.append(EvaluatedModel(*own, mix.get("path"), origin, mix.get("identity_hash")))
+        found.append(EvaluatedModel(*own, mix.get("path"), origin, mix.get("identity_hash"), one.modules))
     for given in merged:
         name, path = _named(given)
         other = resolve_model(path)

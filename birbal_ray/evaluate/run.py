@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from birbal_ray.adapters import REFERENCE_FILE, load_with_adapter, measure_reference, merge_adapter
+from birbal_ray.adapters import load_with_adapter, measure_reference, merge_adapter
 from birbal_ray.cluster import job_metadata, ray_log_file, ray_session
 from birbal_ray.evaluate.compare import adjust, compare, pair_tasks, scopes
 from birbal_ray.evaluate.config import EvaluateConfig
@@ -22,7 +22,16 @@ from birbal_ray.evaluate.heldout import EvaluatedModel, HeldOut, check_names, fi
 from birbal_ray.models import Model, pin_model, resolve_model
 from birbal_ray.progress import ProgressLine, counted, figures_key
 from birbal_ray.run import LOG_FOLDER, Run, RunError, RunMismatchError, Step, StepResult, open_run
-from birbal_ray.schemas import ADAPTER, BASE, COMPARISONS, COMPARISONS_FILE, EVALUATION, EVALUATION_FILE, ROWS_FOLDER
+from birbal_ray.schemas import (
+    ADAPTER,
+    BASE,
+    COMPARISONS,
+    COMPARISONS_FILE,
+    EVALUATION,
+    EVALUATION_FILE,
+    REFERENCE_FILE,
+    ROWS_FOLDER,
+)
 from birbal_ray.score.adaptive import FixedSchedule
 from birbal_ray.score.config import CPU_SHARD_ROWS, ScoreConfig
 from birbal_ray.score.engine import Adapter
@@ -220,7 +229,7 @@ def _score(setup: Setup, plan: ScorePlan, run: Run, progress: ProgressLine) -> N
             with _model_of(setup, served, run.folder, progress) as (config, fingerprint):
                 logs = run.folder.at(LOG_FOLDER)
                 progress.update(f"{names}: starting {config.resources.num_replicas} engine(s); logs in {logs}")
-                adapters = [Adapter(one.name, one.origin, one.rank or 0) for one in served[1:]]
+                adapters = [Adapter(one.name, one.origin, one.rank or 0, one.modules) for one in served[1:]]
                 schedule, excluded = FixedSchedule(shards), setup.held_out.keys
                 try:
                     score_shards(schedule, config, fingerprint, run.folder, session.see, adapters, excluded)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from birbal_ray.adapters import REFERENCE_FILE, adapted_modules
 from birbal_ray.models import ModelError, read_json_object
 from birbal_ray.ni.prompt import STOP
+from birbal_ray.schemas import REFERENCE_FILE
 from birbal_ray.score.config import EngineSettings, ResourceSettings
 
 CPU_MAX_NUM_SEQS = 32
@@ -62,6 +62,7 @@ class Adapter:
     name: str
     path: str
     rank: int
+    modules: tuple[str, ...] = ()  # that it changes in a layer (q_proj); none: it may change any
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,11 +199,11 @@ class VllmEngine:
         self._refusals = (VLLMClientError, ValueError, TypeError)
         self._adapters = {one.name: LoRARequest(one.name, n, one.path) for n, one in enumerate(adapters, 1)}
         arguments = vllm_arguments(model, engine, resources, adapters)
-        if adapters:
+        if all(one.modules for one in adapters):
             # Else the output layer is prepared for adapters, too, which costs time at each step; and on a CPU vLLM
             # 0.29 dies there of the prompt log probabilities of two requests at once.
-            modules = {name for one in adapters for name in adapted_modules(Path(one.path))}
-            arguments.setdefault("lora_target_modules", sorted(modules))
+            modules = {name for one in adapters for name in one.modules}
+            arguments.setdefault("lora_target_modules", sorted(modules) or None)
         self._engine = LLM(**arguments).llm_engine
         self.max_model_len = self._engine.model_config.max_model_len
         self._num_embeddings = self._engine.model_config.get_vocab_size()

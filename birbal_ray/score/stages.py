@@ -169,7 +169,7 @@ class ScorePrompts:
             else:
                 os.environ.pop("OMP_NUM_THREADS", None)  # Ray's; without one vLLM serves with one thread, none spins
             here = [replace(one, path=str(input_folder(one.path))) for one in adapters]
-            here += [Adapter(own.name, str(own.path), own.rank)] if own else []
+            here += [Adapter(own.name, str(own.path), own.rank, own.modules)] if own else []
             with _turn_on_card(resources.gpus_per_replica):
                 self._loop = EngineLoop(lambda: load_engine(model.path, config.engine, resources, here), GATHER_SECONDS)
         except Exception as error:  # whatever it is: another try, in a new process, may go well

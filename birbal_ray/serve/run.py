@@ -170,7 +170,7 @@ def load_served(config: ServeConfig) -> Served:
         shape["vocab_size"],
         engine.replace({"max_model_len": length}),
         config.resources.replace({"threads_per_replica": threads}),
-        (Adapter(found.name, str(found.path), found.rank),) if found else (),
+        (Adapter(found.name, str(found.path), found.rank, found.modules),) if found else (),
         chat,
     )
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import yaml
 
-from birbal_ray.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, REFERENCE_FILE
+from birbal_ray.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
 from birbal_ray.manifest import fill_template
 from birbal_ray.models import Model
 from birbal_ray.ni.prompt import CHAT
 from birbal_ray.run import MANIFEST_FILE
+from birbal_ray.schemas import REFERENCE_FILE
 from birbal_ray.settings import one_line
 from birbal_ray.storage import CHUNK_BYTES, Folder, RunError
 

@@ -13,13 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from birbal_ray.adapters import ADAPTER_FOLDER, REFERENCE_FILE, load_with_adapter, measure_reference, merge_adapter
+from birbal_ray.adapters import ADAPTER_FOLDER, load_with_adapter, measure_reference, merge_adapter
 from birbal_ray.cluster import log_to
 from birbal_ray.manifest import check_input, read_manifest
 from birbal_ray.models import TOKENIZER_FILES, Model, load_tokenizer, read_template, resolve_model
 from birbal_ray.ni.prompt import STOP, ChatTemplate, render_prompt
 from birbal_ray.progress import ProgressLine
 from birbal_ray.run import LOG_FOLDER, Step, StepResult, open_run
+from birbal_ray.schemas import REFERENCE_FILE
 from birbal_ray.score.config import EngineSettings, ResourceSettings
 from birbal_ray.score.engine import Agreement, compare_with_peft, why_not_applied
 from birbal_ray.settings import ConfigError, one_line

@@ -151,7 +151,7 @@ def resolve_config(config: TrainConfig, *, weights: bool = True) -> tuple[TrainC
         adapter = find_adapter(place, model, "--from-adapter")
         if adapter.rank != config.lora.r:
             raise ConfigError(f"--from-adapter {place}: its r is {adapter.rank}; pass --set lora.r={adapter.rank}")
-        changes |= {"lora.from_adapter": adapter.place, "lora.target_modules": adapter.modules}
+        changes |= {"lora.from_adapter": adapter.place, "lora.target_modules": list(adapter.modules)}
         names = {"alpha": "lora_alpha", "dropout": "lora_dropout", "use_rslora": "use_rslora", "use_dora": "use_dora"}
         changes |= {f"lora.{ours}": adapter.settings[peft] for ours, peft in names.items() if peft in adapter.settings}
     return config.replace(changes), model

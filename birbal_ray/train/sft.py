@@ -22,8 +22,8 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig
 
-from birbal_ray.adapters import REFERENCE_FILE
 from birbal_ray.models import load_tokenizer
+from birbal_ray.schemas import REFERENCE_FILE
 from birbal_ray.settings import write_duration
 from birbal_ray.storage import RunError, input_folder, read_json, write_atomic, write_json
 from birbal_ray.train import files

@@ -26,6 +26,7 @@ from tests.e2e.processes import NUM_THREADS
 from tests.fixtures.engine_contract import MAX_MODEL_LEN, EngineContract
 
 pytestmark = pytest.mark.vllm
+LINEAR = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")  # of a Llama's layer
 
 
 class TestVllmEngine(EngineContract):
@@ -80,7 +81,7 @@ def test_an_adapter_gives_the_log_probabilities_that_peft_gives(served_model, ad
     ids = [2 + (7 * n * n) % 240 for n in range(40)]
     settings = EngineSettings(device="cpu", max_model_len=MAX_MODEL_LEN)
     resources = ResourceSettings(kv_cache_gib=1, threads_per_replica=NUM_THREADS)
-    engine = VllmEngine(served_model, settings, resources, [Adapter("mine", str(adapter), 8)])
+    engine = VllmEngine(served_model, settings, resources, [Adapter("mine", str(adapter), 8, LINEAR)])
     engine.add("base", Request("", ids, 1, sampling=Sampling(prompt_logprobs=True)))
     engine.add("adapted", Request("", ids, 1, adapter="mine", sampling=Sampling(prompt_logprobs=True)))
     found = {}
@@ -125,7 +126,7 @@ def test_an_adapter_that_vllm_does_not_apply_is_refused(served_model, adapter, t
     zero = {name: torch.zeros_like(x) if "lora_B" in name else x for name, x in weights.items()}
     save_file(zero, dead / "adapter_model.safetensors")
     settings = EngineSettings(device="cpu", max_model_len=MAX_MODEL_LEN)
-    adapters = [Adapter("alive", str(alive), 8), Adapter("dead", str(dead), 8)]
+    adapters = [Adapter("alive", str(alive), 8, LINEAR), Adapter("dead", str(dead), 8, LINEAR)]
     engine = VllmEngine(
         served_model, settings, ResourceSettings(kv_cache_gib=1, threads_per_replica=NUM_THREADS), adapters
     )

@@ -38,7 +38,7 @@ def adapter(folder: Path, shapes=FITS, **settings) -> Path:
 def test_a_peft_folder(tmp_path, model):
     found = find_adapter(str(adapter(tmp_path / "mine")), model)
     assert (found.name, found.rank, found.path, found.run) == ("mine", 4, tmp_path / "mine", {})
-    assert (found.modules, found.settings) == (["q_proj"], {"peft_type": "LORA", "r": 4})
+    assert (found.modules, found.settings) == (("q_proj",), {"peft_type": "LORA", "r": 4})
 
 
 def test_the_output_of_a_training_run(tmp_path, model):

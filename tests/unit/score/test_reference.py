@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from birbal_ray.adapters import REFERENCE_FILE
 from birbal_ray.models import ModelError
+from birbal_ray.schemas import REFERENCE_FILE
 from birbal_ray.score.engine import (
     Adapter,
     Agreement,
