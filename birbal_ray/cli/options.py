@@ -31,7 +31,7 @@ format_option = click.option(
 overwrite_option = click.option(
     "--overwrite",
     is_flag=True,
-    help="Start from scratch where a finished run is, or one of other settings; the same one, unfinished, goes on.",
+    help="Delete a finished run, or one of other settings, and start again; the same one, unfinished, is continued.",
 )
 # Of the steps that ask a model about tasks.
 ASKING_FLAGS = (

@@ -174,8 +174,8 @@ def pipeline(config: PipelineConfig, overwrite: bool, dry_run: bool, output_form
     """Score, tune, mix, train, evaluate, report: in one budget, each step resumable, skipped where it is up to date.
 
     With --budget each step ends in time: scoring stops where it is and says what it knows, the search ends, training
-    gets all that the others leave and anneals to the deadline. Killed at any moment, the same command continues, and
-    so does its clock. `birbal plan` says beforehand what fits.
+    gets all that the others leave; its learning rate falls to 0 by the deadline. Killed at any moment, the same
+    command continues, and so does its clock. `birbal plan` says beforehand what fits.
 
     \b
     Examples:
@@ -295,7 +295,7 @@ def print_plan(
         if config.budget:
             total += f" of a budget of {duration(config.budget)}"
         if card in price_of:
-            total += ", {:.2f} to {:.2f} in money".format(*money(steps, price_of[card]))
+            total += ", cost {:.2f} to {:.2f}".format(*money(steps, price_of[card]))
         note(total)
 
 

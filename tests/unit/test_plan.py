@@ -263,7 +263,7 @@ def test_each_card_has_its_own_price():
     assert result.exit_code == 2 and "1 given for 2 cards; give one for each --gpu" in result.stderr
     once, tenfold = (CliRunner().invoke(main, [*arguments, "--gpu-price", price]).stderr for price in ("25", "250"))
     assert once.splitlines()[0] == tenfold.splitlines()[0], "of the first card"
-    low, ten_low = (float(text.splitlines()[1].split(", ")[1].split()[0]) for text in (once, tenfold))
+    low, ten_low = (float(text.splitlines()[1].split(", cost ")[1].split()[0]) for text in (once, tenfold))
     assert ten_low == pytest.approx(10 * low, abs=0.1) and low > 0
 
 
