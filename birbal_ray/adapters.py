@@ -72,7 +72,8 @@ def find_adapter(given: str, model: Model, option: str = "--adapter") -> Adapter
     if other := other or _misfit(path / ADAPTER_WEIGHTS, model):
         raise ConfigError(f"{option} {given}: made for another model than {model.name}: {other}")
     name = path.parent.name if path.name == ADAPTER_FOLDER else path.name
-    modules = tuple(sorted({_module(tensor).rpartition(".")[2] for tensor in _lora_shapes(path / ADAPTER_WEIGHTS)}))
+    tensors = read_shapes(path / ADAPTER_WEIGHTS, str(path))  # an embedding's are named lora_embedding_A
+    modules = tuple(sorted({_module(tensor).rpartition(".")[2] for tensor in tensors if ".lora_" in tensor}))
     fingerprint = adapter_fingerprint(path)
     return AdapterFolder(name, path, place or str(path), settings["r"], fingerprint, run, settings, modules)
 

@@ -125,9 +125,10 @@ class BudgetClock:
 
     def keep(self, step: str) -> None:
         """Take what is in a step's folder for this recipe's: a command that overwrites does not start it over."""
-        with self._lock:
-            self._to_overwrite.discard(step)
-            self._save()
+        if step in self._to_overwrite:
+            with self._lock:
+                self._to_overwrite.discard(step)
+                self._save()
 
     def decide(self, key: str, make: Callable[[], Any]) -> Any:
         """What was decided for `key` in an earlier session, else `make()`, which is kept."""

@@ -199,9 +199,9 @@ class VllmEngine:
         self._refusals = (VLLMClientError, ValueError, TypeError)
         self._adapters = {one.name: LoRARequest(one.name, n, one.path) for n, one in enumerate(adapters, 1)}
         arguments = vllm_arguments(model, engine, resources, adapters)
-        if all(one.modules for one in adapters):
-            # Else the output layer is prepared for adapters, too, which costs time at each step; and on a CPU vLLM
-            # 0.29 dies there of the prompt log probabilities of two requests at once.
+        if engine.device == "cpu" and all(one.modules for one in adapters):
+            # Else the output layer is prepared for adapters, too, and there vLLM 0.29 dies of the prompt log
+            # probabilities of two requests at once.
             modules = {name for one in adapters for name in one.modules}
             arguments.setdefault("lora_target_modules", sorted(modules) or None)
         self._engine = LLM(**arguments).llm_engine

@@ -41,6 +41,12 @@ def test_a_peft_folder(tmp_path, model):
     assert (found.modules, found.settings) == (("q_proj",), {"peft_type": "LORA", "r": 4})
 
 
+def test_an_adapter_s_embedding_is_one_of_its_modules(tmp_path, model):
+    """An engine that is not told of it would leave it out without a word."""
+    shapes = {**FITS, "base_model.model.model.embed_tokens.lora_embedding_A": [4, 9]}
+    assert find_adapter(str(adapter(tmp_path / "mine", shapes)), model).modules == ("embed_tokens", "q_proj")
+
+
 def test_the_output_of_a_training_run(tmp_path, model):
     adapter(tmp_path / "run" / "adapter")
     manifest = {"step": "train", "identity": {"model_fingerprint": "f" * 64}, "model": {"name": "owner/base"}}

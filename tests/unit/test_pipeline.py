@@ -401,6 +401,13 @@ def test_a_pipeline_within_a_budget_says_what_each_step_may_take(recipe):
     assert not [text for text in recipe.said if "more than its share" in text]
 
 
+def test_a_look_at_a_finished_recipe_with_another_budget_leaves_its_clock(recipe):
+    recipe(budget=5000.0)
+    before = (recipe.folder / "clock.json").read_bytes()
+    assert recipe() == []
+    assert (recipe.folder / "clock.json").read_bytes() == before
+
+
 def test_a_pipeline_that_overwrites_keeps_what_it_made_when_it_is_called_again(recipe):
     assert recipe() == ALL
     assert recipe() == []

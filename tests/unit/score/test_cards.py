@@ -12,6 +12,7 @@ from birbal_ray.score import engine, stages
 def test_what_a_user_has_set_for_vllm_wins(monkeypatch):
     monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "1")
     monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")  # a setting wins over it
     engine.set_vllm_environment(3.2)
     assert engine.os.environ["VLLM_USE_FLASHINFER_SAMPLER"] == "1"
     assert engine.os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
