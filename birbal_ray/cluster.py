@@ -198,8 +198,8 @@ def ray_session(
         try:
             yield url if address or dashboard else None
         finally:
-            # Where Ctrl-C ends the block, Ray Data's thread still runs. If it meets a Ray that is gone, Ray ends this
-            # process on the spot, without a word.
+            # After Ctrl-C Ray Data's thread still runs. If it calls Ray after the shutdown, Ray exits this process at
+            # once, with code 1 and no message.
             for thread in threading.enumerate():
                 if type(thread).__name__ == "StreamingExecutor":
                     with contextlib.suppress(Exception):

@@ -51,7 +51,7 @@ def read_status(run: str | os.PathLike[str], now: float | None = None) -> list[R
     now = time.time() if now is None else now
     folder = open_folder(run)
     found = find_steps(folder)
-    if not found and not folder.is_file(CLOCK_FILE):  # a pipeline's, before its first step has begun
+    if not found and not folder.is_file(CLOCK_FILE):  # a pipeline has it before its first step starts
         raise ConfigError(_no_run(run, folder))
     alone = bool(found) and found[0].name == "."
     home = open_folder(folder.place.rpartition("/")[0]) if alone else folder

@@ -24,9 +24,7 @@ from birbal_ray.train.preflight import with_micro
 from birbal_ray.train.worker import lasting_reason, train_on_worker
 
 RAY_FOLDER = "ray"
-ALLOCATOR = {
-    "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-}  # packs vary in shape
+ALLOCATOR = "PYTORCH_ALLOC_CONF"
 POLL_SECONDS = 1.0
 NODES_SECONDS = 5.0  # between two checks of the cluster's nodes
 
@@ -212,7 +210,8 @@ def _run_ray_train(config: TrainConfig, model: Model, folder: Folder) -> dict[st
             storage_path=folder.path(RAY_FOLDER),
             storage_filesystem=None if folder.is_local else folder.filesystem,
             failure_config=FailureConfig(max_failures=config.resources.max_failures),
-            worker_runtime_env={"env_vars": ALLOCATOR},  # Ray asks for the card before our code runs
+            # In the worker's environment, because Ray Train initialises CUDA before our code runs. Packs vary in shape.
+            worker_runtime_env={"env_vars": {ALLOCATOR: os.environ.get(ALLOCATOR, "expandable_segments:True")}},
         ),
     )
     try:

@@ -42,7 +42,7 @@ def test_a_peft_folder(tmp_path, model):
 
 
 def test_an_adapter_s_embedding_is_one_of_its_modules(tmp_path, model):
-    """An engine that is not told of it would leave it out without a word."""
+    """Else an engine leaves it out and reports no error."""
     shapes = {**FITS, "base_model.model.model.embed_tokens.lora_embedding_A": [4, 9]}
     assert find_adapter(str(adapter(tmp_path / "mine", shapes)), model).modules == ("embed_tokens", "q_proj")
 
